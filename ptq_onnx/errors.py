@@ -1,0 +1,22 @@
+"""Errors that a user can act on.
+
+Everything a user can get wrong (a file, a folder, an option) raises a
+:class:`PtqError`. Its message is one line that says what is wrong, where, and
+what to do; the command line prints it and exits with code 2.
+"""
+
+
+class PtqError(Exception):
+    """Bad input, told in one line."""
+
+
+class ModelError(PtqError):
+    """The ONNX file cannot be read, is not valid, or is not supported."""
+
+
+class ImageError(PtqError):
+    """An image, a folder of images, an array file or a labels file is unusable."""
+
+
+class ConfigError(PtqError):
+    """An option has a value that makes no sense, alone or with another."""
