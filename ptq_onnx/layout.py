@@ -1,0 +1,90 @@
+"""Follows elements through layout ops: which column of a linear ends up in which channel."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from ptq_onnx.blocks import is_constant, is_layout
+
+
+def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
+    """Flat index into ``start`` of every element of ``end``, both with batch size 1.
+
+    Returns an int64 array with the shape of ``end``, or None where ``end`` is not reached
+    from ``start`` by layout ops alone, or the shape depends on more than the batch.
+    """
+    shape = _static_shape(start)
+    if shape is None:
+        return None
+    nodes: list[ir.Node] = []
+    constants: dict[str, ir.Value] = {}
+    if not _collect(end, start, nodes, constants):
+        return None
+    graph = onnx.helper.make_graph(
+        [ir.to_proto(node) for node in nodes],
+        "layout",
+        [onnx.helper.make_tensor_value_info(start.name, onnx.TensorProto.INT64, shape)],
+        [onnx.helper.make_tensor_value_info(end.name, onnx.TensorProto.INT64, None)],
+        [
+            onnx.numpy_helper.from_array(value.const_value.numpy(), name)
+            for name, value in constants.items()
+            if value.const_value is not None
+        ],
+    )
+    opset = 21 if start.graph is None else start.graph.opset_imports.get("", 21)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    indices = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
+    result = ReferenceEvaluator(model).run(None, {str(start.name): indices})[0]
+    return np.asarray(result, dtype=np.int64)
+
+
+def channel_map(start: ir.Value, end: ir.Value, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """For a per-channel array of ``shape`` on ``end``: the last-axis index of ``start`` each
+    entry comes from (int64, that shape), or None where one entry mixes several.
+
+    ``shape`` broadcasts against ``end`` without its batch axis, 1 on axes that are shared.
+    """
+    indices = layout_indices(start, end)
+    columns = _static_shape(start)
+    if indices is None or columns is None:
+        return None
+    column = indices[0] % columns[-1]
+    padded = (1,) * (column.ndim - len(shape)) + shape
+    shared = tuple(i for i, size in enumerate(padded) if size == 1)
+    low, high = column.min(axis=shared, keepdims=True), column.max(axis=shared, keepdims=True)
+    if low.shape != padded or not np.array_equal(low, high):
+        return None
+    return low.reshape(shape)
+
+
+def _static_shape(value: ir.Value) -> list[int] | None:
+    """The shape with batch size 1, or None where another axis is dynamic."""
+    if value.shape is None or len(value.shape) == 0:
+        return None
+    sizes = [1, *(d if isinstance(d, int) else -1 for d in list(value.shape)[1:])]
+    return None if -1 in sizes else sizes
+
+
+def _collect(
+    value: ir.Value, start: ir.Value, nodes: list[ir.Node], constants: dict[str, ir.Value]
+) -> bool:
+    """Nodes from ``start`` to ``value`` in order; False where something else feeds them."""
+    if value is start:
+        return True
+    if is_constant(value):
+        constants[str(value.name)] = value
+        return value.const_value is not None
+    node = value.producer()
+    if node is None or not is_layout(node) or node.op_type in ("Concat", "Shape"):
+        return False
+    if node in nodes:
+        return True
+    for item in node.inputs:
+        if item is not None and not _collect(item, start, nodes, constants):
+            return False
+    nodes.append(node)
+    return True

@@ -1,0 +1,186 @@
+"""Finds the places of a fused graph where tensors are quantized.
+
+Each float tensor that a compute op makes or reads is one site, once:
+
+* a tensor read by products only, through layout ops (q, k, v out of a packed linear, the
+  class token out of the last norm), is quantized where each product reads it, so that the
+  product gets its integers directly and each part its own range;
+* a tensor that is concatenated on its way (class token + patches) after the Concat;
+* any other where it is made;
+* QKᵀ once, behind its scale.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ptq_onnx.blocks import (
+    Blocks,
+    consumers,
+    is_constant,
+    is_layout,
+    is_linear,
+    is_product,
+    name_of,
+    through_layout,
+)
+from ptq_onnx.spec import Site
+
+FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
+PRODUCT_ROLES = {("qk", 0): "q", ("qk", 1): "k", ("av", 0): "softmax", ("av", 1): "v"}
+
+
+def find_sites(model: ir.Model, blocks: Blocks) -> dict[str, Site]:
+    """All quantization sites, by tensor name, activations in graph order, then parameters."""
+    sites: dict[str, Site] = {}
+    constants: list[Site] = []
+    graph_input = image_input(model)
+    for value in [graph_input, *(v for n in model.graph for v in n.outputs)]:
+        node = value.producer()
+        if node is not None and (is_layout(node) or is_constant(value)):
+            continue
+        if value.dtype is not None and value.dtype not in FLOAT_TYPES:
+            continue
+        for place in _places(value):
+            site = _activation(place, value, blocks)
+            if site is not None and site.tensor not in sites:
+                sites[site.tensor] = site
+    for node in model.graph:
+        constants.extend(_parameters(node, blocks))
+    for site in constants:
+        sites.setdefault(site.tensor, site)
+    return sites
+
+
+def image_input(model: ir.Model) -> ir.Value:
+    """The graph input that is not an initializer and has rank 4 (else the first)."""
+    free = [v for v in model.graph.inputs if not v.is_initializer()]
+    return next((v for v in free if v.shape is not None and len(v.shape) == 4), free[0])
+
+
+def _places(value: ir.Value) -> list[ir.Value]:
+    """Where one logical tensor is quantized (see the module's text)."""
+    producer = value.producer()
+    uses = list(consumers(value))
+    if not uses:
+        return [value] if value.is_graph_output() else []
+    leaves = [(n, i) for n, i in through_layout(value)]
+    direct = all(not is_layout(n) for n, _ in uses)
+    if direct:
+        scale = leaves[0][0] if len(leaves) == 1 else None
+        if scale is not None and _is_scaling(value, scale):
+            return []
+        return [value]
+    made_by_product = producer is not None and is_product(producer)
+    if (
+        leaves
+        and not made_by_product
+        and all(is_product(n) or (is_linear(n) and i == 0) for n, i in leaves)
+    ):
+        read = [n.inputs[i] for n, i in leaves]
+        return list({id(v): v for v in read if v is not None}.values())
+    concat = _last_concat(value)
+    return [value if concat is None else concat]
+
+
+def _is_scaling(value: ir.Value, node: ir.Node) -> bool:
+    """True for ``value`` = product, ``node`` = its scalar Mul."""
+    producer = value.producer()
+    if producer is None or not is_product(producer) or node.op_type not in ("Mul", "Div"):
+        return False
+    other = [v for v in node.inputs if v is not value]
+    return len(other) == 1 and is_constant(other[0])
+
+
+def _last_concat(value: ir.Value) -> ir.Value | None:
+    """The output of the last Concat on the only layout path out of ``value``, or None."""
+    found: ir.Value | None = None
+    current = value
+    while True:
+        uses = [n for n, _ in consumers(current)]
+        if len(uses) != 1 or not is_layout(uses[0]):
+            return found
+        current = uses[0].outputs[0]
+        if uses[0].op_type == "Concat":
+            found = current
+
+
+def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None:
+    producer = value.producer()
+    readers = list(through_layout(place))
+    role_of = blocks.roles
+    made = None if producer is None else role_of.get(name_of(producer))
+    block = None if made is None else made.block
+    role = "input" if producer is None else (made.name if made is not None else "other")
+    if role == "qk_scale":
+        role = "qk"
+    for node, index in readers:
+        reader = role_of.get(name_of(node))
+        if reader is None:
+            continue
+        named = PRODUCT_ROLES.get((reader.name, index))
+        if named is not None:
+            role, block = named, reader.block
+    shape = _shape(place)
+    if place.name is None or not shape:
+        return None
+    return Site(
+        tensor=place.name,
+        role=role,
+        block=block,
+        channel_axes=_channel_axes(role, shape, producer),
+        shape=shape,
+        producer=None if producer is None else name_of(producer),
+        consumers=tuple(name_of(n) for n, _ in readers),
+    )
+
+
+def _shape(value: ir.Value) -> tuple[int | str, ...]:
+    if value.shape is None:
+        return ()
+    return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+
+
+def _channel_axes(
+    role: str, shape: tuple[int | str, ...], producer: ir.Node | None
+) -> tuple[int, ...]:
+    """Axes that tell channels apart: the last; heads too for q, k, v; k's rows are channels."""
+    rank = len(shape)
+    if role in ("qk", "softmax", "mask") or rank < 2:
+        return ()
+    if role in ("q", "k", "v", "av"):
+        channel = rank - 2 if role == "k" else rank - 1
+        heads = (1,) if rank == 4 and isinstance(shape[1], int) else ()
+        return (*heads, channel)
+    if rank == 4 and (producer is None or producer.op_type == "Conv"):
+        return (1,)
+    return (rank - 1,)
+
+
+def _parameters(node: ir.Node, blocks: Blocks) -> list[Site]:
+    """Weights of linears and convolutions; constants added to activations (positions)."""
+    role = blocks.roles.get(name_of(node))
+    block = None if role is None else role.block
+    name = "other" if role is None else role.name
+    found: list[tuple[ir.Value, str, tuple[int, ...]]] = []
+    if is_linear(node) and node.inputs[1] is not None:
+        found.append((node.inputs[1], f"{name}.weight", (1,)))
+    elif node.op_type == "Conv" and node.inputs[1] is not None and is_constant(node.inputs[1]):
+        found.append((node.inputs[1], f"{name}.weight", (0,)))
+    elif node.op_type == "Add" and name == "embed":
+        for value in node.inputs:
+            if value is not None and is_constant(value) and value.shape is not None:
+                found.append((value, "pos_embed", (len(value.shape) - 1,)))
+    return [
+        Site(
+            tensor=value.name or "",
+            role=label,
+            block=block,
+            channel_axes=axes,
+            shape=_shape(value),
+            producer=None,
+            consumers=(name_of(node),),
+            is_parameter=True,
+        )
+        for value, label, axes in found
+    ]

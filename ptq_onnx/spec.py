@@ -1,0 +1,150 @@
+"""What is quantized, and how: rules before calibration, specs after it.
+
+A :class:`Site` is a place in the fused graph where a tensor may be quantized. A
+quantizer gives a site a :class:`Rule` (what kind of numbers). Calibration turns
+the rule into a :class:`TensorSpec` (the numbers), which simulation, analysis and
+export all read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Granularity = Literal["tensor", "channel", "ptf"]
+Code = Literal["uniform", "log2"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor of the fused graph that can be quantized.
+
+    ``channel_axes`` are the axes that tell channels apart, non-negative, empty for a
+    tensor without channels (attention logits and maps). ``consumers`` are the compute
+    nodes that read the tensor, also through layout ops.
+    """
+
+    tensor: str
+    role: str
+    block: int | None
+    channel_axes: tuple[int, ...]
+    shape: tuple[int | str, ...]
+    producer: str | None
+    consumers: tuple[str, ...]
+    is_parameter: bool = False
+
+    @property
+    def label(self) -> str:
+        """``blocks.3.fc2`` or ``head``: how reports name the site."""
+        return self.role if self.block is None else f"blocks.{self.block}.{self.role}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What numbers a site is to hold: bits, sign, symmetry, granularity and code.
+
+    ``granularity``: one scale per ``tensor``, one per ``channel``, or ``ptf``: one scale
+    and a power-of-two factor per channel (FQ-ViT). ``code``: ``uniform``, or ``log2``
+    for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
+    """
+
+    bits: int = 8
+    signed: bool = True
+    symmetric: bool = True
+    granularity: Granularity = "tensor"
+    code: Code = "uniform"
+    method: str = "minmax"
+    renormalize: bool = False
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest integer code."""
+        if self.signed:
+            return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        return 0, (1 << self.bits) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSpec:
+    """The calibrated numbers of one tensor.
+
+    Dequantized value = (code - zero_point) * scale * factor. ``scale`` and ``zero_point``
+    are scalars, or vectors along ``axis`` (weights). ``factor`` broadcasts against the
+    tensor: powers of two for PTF, free ratios for ``channel``, ``None`` where all are one.
+    For ``log2`` codes the value is 2**-code, and the top code stands for zero.
+    """
+
+    tensor: str
+    rule: Rule
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+    axis: int | None = None
+    factor: NDArray[np.float32] | None = None
+    clip: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def alpha(self) -> NDArray[np.int32] | None:
+        """PTF's exponents: log2 of the factor (int32, shape of ``factor``), or None."""
+        if self.factor is None or self.rule.granularity != "ptf":
+            return None
+        return np.round(np.log2(self.factor)).astype(np.int32)
+
+    def with_factor(self, factor: NDArray[np.float32] | None) -> TensorSpec:
+        """The same spec with another factor."""
+        return replace(self, factor=factor)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain Python values; floats keep every bit (float32 widened to float64)."""
+        out: dict[str, Any] = {
+            "bits": self.rule.bits,
+            "signed": self.rule.signed,
+            "symmetric": self.rule.symmetric,
+            "granularity": self.rule.granularity,
+            "code": self.rule.code,
+            "method": self.rule.method,
+            "renormalize": self.rule.renormalize,
+            "scale": self.scale.astype(float).tolist(),
+            "zero_point": self.zero_point.tolist(),
+            "axis": self.axis,
+            "clip": list(self.clip),
+        }
+        if self.factor is not None:
+            exponents = self.alpha
+            key = "factor" if exponents is None else "alpha"
+            values = self.factor.astype(float) if exponents is None else exponents
+            out[key] = {"shape": list(values.shape), "values": values.ravel().tolist()}
+        return out
+
+    @classmethod
+    def from_json(cls, tensor: str, data: Mapping[str, Any]) -> TensorSpec:
+        """The inverse of :meth:`to_json`. Raises KeyError or ValueError on wrong data."""
+        rule = Rule(
+            bits=int(data["bits"]),
+            signed=bool(data["signed"]),
+            symmetric=bool(data["symmetric"]),
+            granularity=data["granularity"],
+            code=data["code"],
+            method=data["method"],
+            renormalize=bool(data["renormalize"]),
+        )
+        factor = None
+        if "alpha" in data:
+            part = data["alpha"]
+            factor = np.exp2(np.array(part["values"], np.float32)).reshape(part["shape"])
+        elif "factor" in data:
+            part = data["factor"]
+            factor = np.array(part["values"], np.float32).reshape(part["shape"])
+        low, high = data["clip"]
+        return cls(
+            tensor=tensor,
+            rule=rule,
+            scale=np.array(data["scale"], np.float32),
+            zero_point=np.array(data["zero_point"], np.int32),
+            axis=data["axis"],
+            factor=factor,
+            clip=(float(low), float(high)),
+        )
