@@ -1,0 +1,35 @@
+"""Fusion: the ops of a Vision Transformer from what an exporter made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ptq_onnx.fusion.attention import fuse_attention_scale
+from ptq_onnx.fusion.gelu import fuse_gelu, fuse_quick_gelu
+from ptq_onnx.fusion.layer_norm import fuse_layer_norm
+from ptq_onnx.fusion.linear import fuse_linear
+from ptq_onnx.fusion.patch_embed import count_patch_embeds, fuse_conv_bias
+
+RULES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
+    ("LayerNormalization", fuse_layer_norm),
+    ("Gelu", fuse_gelu),
+    ("QuickGelu", fuse_quick_gelu),
+    ("AttentionScale", fuse_attention_scale),
+    ("ConvBias", fuse_conv_bias),
+    ("Linear", fuse_linear),
+    ("PatchEmbed", count_patch_embeds),
+)
+"""The rule families in the order they run. ``PatchEmbed`` only counts; all others rewrite."""
+
+
+def fuse(model: ir.Model) -> dict[str, int]:
+    """Fuse the cleaned graph in place; returns how often each rule fired, by name."""
+    counts = {name: rule(model) for name, rule in RULES}
+    common.RemoveUnusedNodesPass()(model)
+    return counts
+
+
+__all__ = ["RULES", "fuse"]

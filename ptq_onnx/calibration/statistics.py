@@ -1,0 +1,272 @@
+"""Streams calibration images through ONNX Runtime and folds every batch into statistics.
+
+The fused float model is tapped: reductions are added to the graph, so that only per-image
+channel extremes and second moments leave ONNX Runtime; raw tensors leave it only for the
+methods that need histograms or samples. Memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.errors import ModelError
+from ptq_onnx.spec import Site
+
+Array = NDArray[np.float32]
+TOP = 16
+"""How many of the largest per-image extremes are kept per channel, for the tail estimate."""
+BINS = 2048
+"""Histogram bins per tensor or channel."""
+
+
+@dataclass
+class ChannelStatistics:
+    """Running statistics of one activation, per channel (C rows; 1 for a whole tensor).
+
+    ``shape``: how the rows broadcast against the tensor without its batch axis.
+    ``highest`` [TOP, C]: the largest per-image maxima, descending; ``lowest``: the smallest
+    per-image minima, ascending. ``ema_low``, ``ema_high`` [C]: moving averages of the
+    extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` [C]: sum of squares over
+    ``count`` values per channel.
+    """
+
+    shape: tuple[int, ...]
+    highest: Array
+    lowest: Array
+    ema_low: Array
+    ema_high: Array
+    power: NDArray[np.float64]
+    count: int = 0
+    images: int = 0
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> ChannelStatistics:
+        """No image seen yet; ``shape`` broadcasts against the tensor without batch axis."""
+        size = int(np.prod(shape))
+        return cls(
+            shape=shape,
+            highest=np.full((TOP, size), -np.inf, np.float32),
+            lowest=np.full((TOP, size), np.inf, np.float32),
+            ema_low=np.zeros(size, np.float32),
+            ema_high=np.zeros(size, np.float32),
+            power=np.zeros(size, np.float64),
+        )
+
+    def update(self, low: Array, high: Array, power: Array, values: int) -> None:
+        """Fold in one batch: ``low``, ``high`` [B, C], ``power`` [C], values per channel."""
+        first = self.images == 0
+        self.images += len(low)
+        joined = np.concatenate([self.highest, high])
+        self.highest = -np.sort(-joined, axis=0)[:TOP]
+        joined = np.concatenate([self.lowest, low])
+        self.lowest = np.sort(joined, axis=0)[:TOP]
+        keep = 0.0 if first else 0.9
+        self.ema_low = keep * self.ema_low + (1 - keep) * low.min(axis=0)
+        self.ema_high = keep * self.ema_high + (1 - keep) * high.max(axis=0)
+        self.power += power.astype(np.float64)
+        self.count += values
+
+    def pooled(self) -> ChannelStatistics:
+        """The statistics of the whole tensor: one row.
+
+        Per-image extremes of the tensor are those of its most extreme channel. The kept ones
+        are exact where they come from different images, a bound from inside where not.
+        """
+        return ChannelStatistics(
+            shape=(1,) * len(self.shape),
+            highest=self.highest.max(axis=1, keepdims=True),
+            lowest=self.lowest.min(axis=1, keepdims=True),
+            ema_low=self.ema_low.min(keepdims=True),
+            ema_high=self.ema_high.max(keepdims=True),
+            power=self.power.sum(keepdims=True),
+            count=self.count * len(self.power),
+            images=self.images,
+        )
+
+    @property
+    def second_moment(self) -> NDArray[np.float64]:
+        """E[x²] per channel, [C]."""
+        return self.power / max(self.count, 1)
+
+
+@dataclass
+class Histogram:
+    """Counts [R, BINS] of the values in [low, high] ([R] each); R = 1 or one per channel."""
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def over(cls, low: Array, high: Array) -> Histogram:
+        """Empty, over a range that is known beforehand."""
+        low64, high64 = low.astype(np.float64), high.astype(np.float64)
+        high64 = np.maximum(high64, low64 + 1e-12)
+        return cls(low64, high64, np.zeros((len(low), BINS), np.int64))
+
+    def add(self, rows: Array) -> None:
+        """Count values [R, n]; those outside the range go to the edge bins."""
+        scale = (BINS / (self.high - self.low)).astype(np.float32)
+        index = ((rows - self.low.astype(np.float32)[:, None]) * scale[:, None]).astype(np.int32)
+        np.clip(index, 0, BINS - 1, out=index)
+        index += (np.arange(len(rows), dtype=np.int32) * BINS)[:, None]
+        self.counts += np.bincount(index.ravel(), minlength=self.counts.size).reshape(-1, BINS)
+
+    @property
+    def centres(self) -> NDArray[np.float64]:
+        """The values that the bins stand for, [R, BINS]."""
+        width = (self.high - self.low) / BINS
+        return self.low[:, None] + width[:, None] * (np.arange(BINS) + 0.5)
+
+
+@dataclass
+class Statistics:
+    """Statistics of all sites by tensor name; histograms of those whose method needs one."""
+
+    channels: dict[str, ChannelStatistics] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    images: int = 0
+
+
+def reduced_shape(site: Site) -> tuple[int, ...]:
+    """The shape of per-channel values, without the batch axis: 1 on every shared axis."""
+    return tuple(
+        int(size) if axis in site.channel_axes else 1
+        for axis, size in enumerate(site.shape)
+        if axis > 0
+    )
+
+
+def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[str, str, str]]]:
+    """The model with three reductions per site as extra outputs, serialized.
+
+    Returns the names of (minimum [B, C…], maximum [B, C…], sum of squares [C…]) by tensor.
+    """
+    copy = graphs.to_standard(model)
+    graph = copy.graph
+    values = {v.name: v for node in graph for v in node.outputs}
+    values.update({v.name: v for v in graph.inputs})
+    names: dict[str, tuple[str, str, str]] = {}
+    for site in sites:
+        value = values[site.tensor]
+        rank = len(site.shape)
+        shared = [a for a in range(1, rank) if a not in site.channel_axes]
+        outputs = []
+        taps = (("ReduceMin", shared), ("ReduceMax", shared), ("ReduceSumSquare", [0, *shared]))
+        for op, axes in taps:
+            name = f"tap/{op}/{site.tensor}"
+            if not axes:
+                node = ir.node("Identity", [value], num_outputs=1)
+            else:
+                constant = ir.Value(
+                    name=f"{name}/axes", const_value=ir.tensor(np.array(axes, np.int64))
+                )
+                constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(axes)])
+                graph.register_initializer(constant)
+                node = ir.node(op, [value, constant], {"keepdims": 0}, num_outputs=1)
+            node.outputs[0].name = name
+            node.outputs[0].dtype = ir.DataType.FLOAT
+            graph.append(node)
+            graph.outputs.append(node.outputs[0])
+            outputs.append(name)
+        names[site.tensor] = (outputs[0], outputs[1], outputs[2])
+    return ir.to_proto(copy).SerializeToString(), names
+
+
+def _session(data: bytes, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.log_severity_level = 3
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def collect(
+    model: ir.Model,
+    sites: Sequence[Site],
+    batches: Iterable[Array],
+    *,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Run all batches ([B, C, H, W]) and gather :class:`ChannelStatistics` of the sites.
+
+    Raises ModelError where an activation is NaN or infinite (it names the tensor).
+    """
+    data, names = tap(model, sites)
+    session = _session(data, threads)
+    feed = session.get_inputs()[0].name
+    wanted = [name for group in names.values() for name in group]
+    result = Statistics({s.tensor: ChannelStatistics.empty(reduced_shape(s)) for s in sites})
+    for batch in batches:
+        found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
+        size = len(batch)
+        for site in sites:
+            low, high, power = (found[name] for name in names[site.tensor])
+            if not (np.isfinite(low).all() and np.isfinite(high).all()):
+                raise ModelError(
+                    f"Tensor '{site.tensor}' ({site.label}) is NaN or infinite on a calibration"
+                    " image; check the model and its preprocessing."
+                )
+            values = int(np.prod([d for d in site.shape[1:] if isinstance(d, int)]))
+            per_channel = values // power.size
+            result.channels[site.tensor].update(
+                low.reshape(size, -1), high.reshape(size, -1), power.ravel(), size * per_channel
+            )
+        result.images += size
+        if progress is not None:
+            progress(size)
+    return result
+
+
+def add_histograms(
+    model: ir.Model,
+    statistics: Statistics,
+    sites: Sequence[Site],
+    per_channel: Collection[str],
+    batches: Iterable[Array],
+    *,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """A second run over the batches that counts histograms of the sites' raw values.
+
+    ``per_channel`` names the tensors with one histogram per channel; others get one in all.
+    The ranges are those that :func:`collect` found on the same images.
+    """
+    copy = graphs.to_standard(model)
+    values = {v.name: v for v in copy.graph.inputs}
+    values.update({v.name: v for node in copy.graph for v in node.outputs})
+    outputs = {str(v.name) for v in copy.graph.outputs}
+    for site in sites:
+        stats = statistics.channels[site.tensor]
+        rows = stats if site.tensor in per_channel else stats.pooled()
+        statistics.histograms[site.tensor] = Histogram.over(rows.lowest[0], rows.highest[0])
+        if site.tensor not in outputs and values[site.tensor].producer() is not None:
+            copy.graph.outputs.append(values[site.tensor])
+    session = _session(ir.to_proto(copy).SerializeToString(), threads)
+    feed = session.get_inputs()[0].name
+    wanted = [s.tensor for s in sites if s.tensor != feed]
+    for batch in batches:
+        found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True)) if wanted else {}
+        found[feed] = batch
+        for site in sites:
+            histogram = statistics.histograms[site.tensor]
+            histogram.add(_rows(found.pop(site.tensor), site, len(histogram.low)))
+        if progress is not None:
+            progress(len(batch))
+
+
+def _rows(value: Array, site: Site, rows: int) -> Array:
+    """The tensor as [rows, n]: channels first where there is a row for each."""
+    if rows == 1:
+        return value.reshape(1, -1)
+    others = [a for a in range(value.ndim) if a not in site.channel_axes]
+    return value.transpose(*site.channel_axes, *others).reshape(rows, -1)

@@ -1,0 +1,263 @@
+"""Cleans a loaded graph: one opset, known shapes, no shape arithmetic, no dead weight.
+
+Everything here works in place on the ``onnx_ir`` graph. Weights never travel through the
+C++ passes of onnx: those see a skeleton in which large initializers are graph inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+import onnx.version_converter
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+from onnxscript import optimizer, rewriter
+
+from ptq_onnx.errors import ModelError
+from ptq_onnx.fusion.formula import constant
+from ptq_onnx.fusion.shapes import simplify_layout
+from ptq_onnx.validation import one_line
+
+logger = logging.getLogger(__name__)
+
+SMALL = 1024
+"""Initializers of at most this many elements stay in the skeleton: they may be shapes or axes."""
+
+FOLD_LIMIT = 1 << 30
+"""Constant folding may read and write tensors up to this size: a transposed weight is a weight."""
+
+IR_VERSION = 10
+"""The first that has opset 21; older runtimes refuse newer ones."""
+
+OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+DTYPE_ATTRIBUTES = frozenset(("to", "dtype", "stash_type", "output_dtype"))
+
+
+@dataclass(frozen=True)
+class CleanReport:
+    """What cleaning did to a model."""
+
+    nodes_before: int
+    nodes_after: int
+    opset_before: int
+    opset: int
+    notes: tuple[str, ...] = ()
+
+
+def clean(model: ir.Model, opset: int = 21) -> CleanReport:
+    """Bring the graph to ``opset``, infer all shapes and fold what is constant, in place.
+
+    The batch stays dynamic where it is; names and metadata of all kept tensors and nodes
+    stay as they are. Half, bfloat16 and double models become float32.
+    """
+    notes: list[str] = []
+    nodes_before, opset_before = len(model.graph), model.graph.opset_imports[""]
+    if model.functions:
+        common.InlinePass()(model)
+    converted = _to_float32(model.graph)
+    if converted:
+        notes.append(f"converted {', '.join(converted)} to float32")
+    _name_batch(model.graph)
+    _convert_opset(model, opset, notes)
+    model.ir_version = IR_VERSION
+    _infer_shapes(model)
+    simplify_layout(model.graph)
+    _tidy(model)
+    _fold(model)
+    _infer_shapes(model)
+    simplify_layout(model.graph)
+    _tidy(model)
+    _infer_shapes(model)
+    return CleanReport(
+        nodes_before=nodes_before,
+        nodes_after=len(model.graph),
+        opset_before=opset_before,
+        opset=model.graph.opset_imports[""],
+        notes=tuple(notes),
+    )
+
+
+def _to_float32(graph: ir.Graph) -> list[str]:
+    """Compute in float32 throughout; returns the names of the types that went."""
+    found: set[str] = set()
+    for value in _values(graph):
+        if value.dtype in OTHER_FLOATS:
+            found.add(value.dtype.name.lower())
+            value.dtype = ir.DataType.FLOAT
+        if value.const_value is not None and value.const_value.dtype in OTHER_FLOATS:
+            found.add(value.const_value.dtype.name.lower())
+            value.const_value = _float32_tensor(value.const_value)
+    for node in graph:
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR:
+                tensor = attribute.as_tensor()
+                if tensor.dtype in OTHER_FLOATS:
+                    node.attributes[name] = ir.AttrTensor(name, _float32_tensor(tensor))
+            elif (
+                name in DTYPE_ATTRIBUTES
+                and attribute.type == ir.AttributeType.INT
+                and attribute.as_int() in OTHER_FLOATS
+            ):
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+    return sorted(found)
+
+
+def _float32_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor in float32; finite values beyond its range become its largest."""
+    array = tensor.numpy()
+    limit = np.finfo(np.float32).max
+    if tensor.dtype == ir.DataType.DOUBLE:
+        array = np.where(np.isfinite(array), np.clip(array, -limit, limit), array)
+    return ir.tensor(array.astype(np.float32), name=tensor.name)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Inputs, initializers and the outputs of all nodes."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """An unnamed first dimension of an input is called ``batch``, so that shapes can be tied."""
+    for value in graph.inputs:
+        if value.shape is not None and len(value.shape) and value.shape[0] in (None, ""):
+            value.shape[0] = "batch"
+        elif value.shape is not None and len(value.shape):
+            dim = value.shape[0]
+            if isinstance(dim, ir.SymbolicDim) and dim.value is None:
+                value.shape[0] = "batch"
+
+
+def skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model as protobuf with its large initializers as graph inputs, without their data."""
+    bare = model.clone()
+    for name, value in list(bare.graph.initializers.items()):
+        if value.const_value is not None and value.const_value.size > SMALL:
+            value.type = ir.TensorType(value.const_value.dtype)
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+            value.const_value = None
+            del bare.graph.initializers[name]
+            if value not in bare.graph.inputs:
+                bare.graph.inputs.append(value)
+    return ir.to_proto(bare)
+
+
+def _convert_opset(model: ir.Model, opset: int, notes: list[str]) -> None:
+    """Convert the graph to ``opset``; names, metadata and weights are carried over."""
+    old = model.graph
+    current = old.opset_imports[""]
+    if current == opset:
+        return
+    try:
+        proto = onnx.version_converter.convert_version(skeleton(model), opset)
+    except Exception as error:
+        if current > opset:
+            notes.append(f"kept opset {current}: {one_line(error)}")
+            return
+        raise ModelError(
+            f"Model of opset {current} cannot be converted to opset {opset}: {one_line(error)}."
+            f" Export it again with opset {opset} or a newer exporter."
+        ) from error
+    graph = ir.from_proto(proto).graph
+    _restore(old, graph)
+    model.graph = graph
+
+
+def _restore(old: ir.Graph, new: ir.Graph) -> None:
+    """Weights, node names, metadata and dimension names of ``old`` back onto ``new``."""
+    inputs = {value.name for value in old.inputs}
+    for value in list(new.inputs):
+        if value.name not in inputs:
+            new.inputs.remove(value)
+            value.const_value = old.initializers[str(value.name)].const_value
+            new.register_initializer(value)
+    for name, value in old.initializers.items():
+        if name in new.initializers:
+            new.initializers[name].metadata_props.update(value.metadata_props)
+    by_output = {node.outputs[0].name: node for node in old if node.outputs}
+    for node in new:
+        before = by_output.get(node.outputs[0].name)
+        if before is not None:
+            node.name = before.name
+            node.doc_string = before.doc_string
+            node.metadata_props.update(before.metadata_props)
+    new.metadata_props.update(old.metadata_props)
+    for domain, version in old.opset_imports.items():
+        new.opset_imports.setdefault(domain, version)
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Set type and shape of every value; ONNX Runtime's inference keeps symbols like ``batch``."""
+    proto = skeleton(model)
+    try:
+        inferred = _symbolic_inference(proto)
+    except Exception as error:  # it asserts on operators it does not know
+        logger.debug("symbolic shape inference failed (%s); using onnx's", one_line(error))
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    graph = inferred.graph
+    known = {info.name: info for info in (*graph.value_info, *graph.output)}
+    for node in model.graph:
+        for value in node.outputs:
+            info = known.get(str(value.name))
+            if info is None or not info.type.HasField("tensor_type"):
+                continue
+            tensor = info.type.tensor_type
+            if tensor.elem_type:
+                value.type = ir.TensorType(ir.DataType(tensor.elem_type))
+            if tensor.HasField("shape"):
+                value.shape = ir.Shape(
+                    d.dim_value if d.HasField("dim_value") else d.dim_param or None
+                    for d in tensor.shape.dim
+                )
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.type = ir.TensorType(value.const_value.dtype)
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+
+
+def _symbolic_inference(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """ONNX Runtime's symbolic shape inference.
+
+    Its public entry writes a file into the working directory where inference is incomplete;
+    the steps are taken one by one here, and an incomplete result is used as it is.
+    """
+    inference = SymbolicShapeInference(
+        int_max=2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
+    )
+    inference._preprocess(proto)
+    while inference.run_:
+        inference._infer_impl()
+    inference._update_output_from_vi()
+    inferred: onnx.ModelProto = inference.out_mp_
+    return inferred
+
+
+def _fold(model: ir.Model) -> None:
+    """Constant folding and the general rewrite rules of onnxscript."""
+    optimizer.fold_constants_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    rewriter.rewrite(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _tidy(model: ir.Model) -> None:
+    """No Constant nodes, Identities, repeated or dead nodes; constants as second operands."""
+    common.IdentityEliminationPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    for node in model.graph:
+        if node.op_type in ("Add", "Mul"):
+            first, second = node.inputs
+            if constant(first) is not None and constant(second) is None:
+                node.replace_input_with(0, second)
+                node.replace_input_with(1, first)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.NameFixPass()(model)

@@ -1,0 +1,228 @@
+"""All options of a quantization run, as frozen dataclasses that YAML can hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ptq_onnx.errors import ConfigError
+
+QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit")
+METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
+TARGETS = ("onnxruntime",)
+OPSETS = range(21, 24)
+ALL = "all"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bit widths of weights, activations and attention maps, 2 to 8 each."""
+
+    weights: int = 8
+    activations: int = 8
+    attention: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "attention"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+                raise ConfigError(f"bits: {name} must be a whole number from 2 to 8, got {value!r}.")
+
+    @classmethod
+    def parse(cls, text: str) -> Bits:
+        """``8/8/4`` → weights 8, activations 8, attention 4. Raises ConfigError."""
+        parts = str(text).split("/")
+        if len(parts) != 3 or not all(re.fullmatch(r"\d+", p.strip()) for p in parts):
+            raise ConfigError(
+                f"--bits {text}: expected weights/activations/attention, as in 8/8/4,"
+                " each from 2 to 8."
+            )
+        return cls(*(int(p) for p in parts))
+
+    def __str__(self) -> str:
+        return f"{self.weights}/{self.activations}/{self.attention}"
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A role, in some blocks or in all: ``fc2``, ``fc2@5,6``, ``residual1@0-3``."""
+
+    role: str
+    blocks: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Selector:
+        """Raises ConfigError on anything else."""
+        match = re.fullmatch(r"([a-z_][a-z0-9_.]*)(?:@([0-9,\-]+))?", str(text).strip())
+        if match is None:
+            raise ConfigError(f"'{text}' is no role; write ROLE or ROLE@BLOCKS, as in fc2@5,6.")
+        role, part = match.groups()
+        if part is None:
+            return cls(role)
+        blocks: list[int] = []
+        for piece in part.split(","):
+            ends = piece.split("-")
+            if not all(e.isdigit() for e in ends) or len(ends) > 2:
+                raise ConfigError(f"'{text}': '{piece}' is no block number or range such as 0-3.")
+            first, last = int(ends[0]), int(ends[-1])
+            if last < first:
+                raise ConfigError(f"'{text}': the range {piece} runs backwards.")
+            blocks.extend(range(first, last + 1))
+        return cls(role, tuple(dict.fromkeys(blocks)))
+
+    def matches(self, role: str, block: int | None) -> bool:
+        """True for that role in that block."""
+        return self.role in (role, ALL) and (self.blocks is None or block in self.blocks)
+
+    def __str__(self) -> str:
+        if self.blocks is None:
+            return self.role
+        return f"{self.role}@{','.join(map(str, self.blocks))}"
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Everything that decides the numbers of a quantized model.
+
+    ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
+    as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
+    blocks with the widest channel ranges). ``mean`` … ``interpolation`` None: those of
+    ``preprocess``, which None means: the model's own, else imagenet.
+    """
+
+    quantizer: str = "fqvit"
+    bits: str = "8/8/8"
+    method: str | None = None
+    images: int = 128
+    batch: int = 8
+    preprocess: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    keep_float: tuple[str, ...] = ()
+    per_channel: tuple[str, ...] = ()
+    ptf: bool = True
+    ptf_k: int | None = None
+    lis: bool = True
+    arithmetic: Literal["float", "integer"] = "float"
+    target: str = "onnxruntime"
+    opset: int = 21
+    report: bool = True
+    pictures: bool = True
+    analysis_images: int = 32
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, one line, for values that make no sense alone or together."""
+        for name in ("mean", "std", "size", "keep_float", "per_channel"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
+        if self.method is not None:
+            _choice("method", self.method, METHOD_NAMES)
+        _choice("target", self.target, TARGETS)
+        _choice("arithmetic", self.arithmetic, ("float", "integer"))
+        if self.preprocess is not None:
+            _choice("preprocess", self.preprocess, ("imagenet", "inception"))
+        Bits.parse(self.bits)
+        _at_least("images", self.images, 1)
+        _at_least("batch", self.batch, 1)
+        _at_least("analysis_images", self.analysis_images, 1)
+        _at_least("threads", self.threads, 0)
+        if self.opset not in OPSETS:
+            raise ConfigError(
+                f"--opset {self.opset}: onnxruntime targets take {OPSETS[0]} to {OPSETS[-1]}."
+            )
+        if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
+            raise ConfigError(f"--ptf-k {self.ptf_k}: must be from 0 to 12.")
+        if self.quantizer != "fqvit":
+            for option, used in (
+                ("--no-ptf", not self.ptf),
+                ("--ptf-k", self.ptf_k is not None),
+                ("--no-lis", not self.lis),
+                ("--arithmetic integer", self.arithmetic == "integer"),
+            ):
+                if used:
+                    raise ConfigError(f"{option} belongs to the quantizer fqvit, not {self.quantizer}.")
+        if not self.ptf and self.ptf_k:
+            raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
+        for text in (*self.keep_float, *self.per_channel):
+            if text != AUTO:
+                Selector.parse(text)
+        if AUTO in self.keep_float:
+            raise ConfigError("--keep-float takes roles; 'auto' is known to --per-channel only.")
+
+    @property
+    def widths(self) -> Bits:
+        """The bit widths, parsed."""
+        return Bits.parse(self.bits)
+
+    @property
+    def effective_method(self) -> str:
+        """The calibration method in force."""
+        return self.method or ("percentile" if self.quantizer == "vanilla" else "robust")
+
+    def to_yaml(self) -> str:
+        """YAML that :meth:`load` reads back to an equal config."""
+        plain = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
+        }
+        return yaml.safe_dump(plain, sort_keys=False)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str) -> QuantizeConfig:
+        """Raises ConfigError for unknown keys; ``where`` names the source in messages."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"{where}: unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}."
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"{where}: {error}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantizeConfig:
+        """Read YAML. Raises ConfigError where the file is missing or no mapping of options."""
+        return cls.from_mapping(read_yaml(path), str(path))
+
+    def merged(self, **changes: Any) -> QuantizeConfig:
+        """A copy with those options that are not None replaced."""
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file. Raises ConfigError."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Config {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"Config {path} must hold options (name: value), not {values!r:.40}.")
+    return {str(k): v for k, v in values.items()}
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"There is no {name} '{value}'; choose one of {', '.join(known)}.")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value!r}.")

@@ -1,0 +1,499 @@
+"""Turns a fused graph and its specs into standard ONNX with QuantizeLinear/DequantizeLinear.
+
+One function serves two masters: the exporter lowers the whole graph, the exact simulator
+lowers one node at a time and runs it in ONNX Runtime. So both compute the same numbers.
+
+A per-channel factor f never becomes a per-axis Q/DQ on an activation (ONNX Runtime's
+optimizer breaks those around Add and MatMul). The tensor is divided by f before a scalar
+Q/DQ, and multiplied by f behind it. Either multiplication disappears where it can be moved
+exactly (f a power of two): into LayerNormalization's scale and bias, into the columns of
+the linear that makes the tensor, into the rows of the weight that reads it (which were
+quantized with the factor), between q and k, and through A·V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks import (
+    consumers,
+    is_constant,
+    is_layout,
+    is_linear,
+    is_product,
+    source,
+    through_layout,
+)
+from ptq_onnx.layout import channel_map, layout_indices
+from ptq_onnx.quantizers.log2 import THRESHOLD, log2_values, top_code
+from ptq_onnx.quantizers.uniform import along, quantize
+from ptq_onnx.spec import TensorSpec
+
+Factor = NDArray[np.float32]
+
+
+@dataclass
+class _Lowering:
+    """The state of lowering one graph, changed in place."""
+
+    graph: ir.Graph
+    specs: Mapping[str, TensorSpec]
+    names: set[str] = field(default_factory=set)
+    absorbed: set[ir.Node] = field(default_factory=set)
+    """Linears whose weight rows take the factor of their input."""
+    renormalized: dict[str, ir.Value] = field(default_factory=dict)
+    """A·V outputs that are divided by row sums: the quotient, by the product's output name."""
+
+    # --- small builders -----------------------------------------------------------------
+
+    def unique(self, name: str) -> str:
+        candidate, n = name, 1
+        while candidate in self.names:
+            candidate, n = f"{name}_{n}", n + 1
+        self.names.add(candidate)
+        return candidate
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        name = self.unique(name)
+        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+        value = ir.Value(
+            name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def add(
+        self,
+        anchor: ir.Node | None,
+        op: str,
+        inputs: list[ir.Value | None],
+        like: ir.Value,
+        suffix: str,
+        dtype: ir.DataType | None = None,
+        attributes: Mapping[str, int | float] | None = None,
+    ) -> ir.Value:
+        """A node behind ``anchor`` (first in the graph for None); returns its output."""
+        name = self.unique(f"{like.name}_{suffix}")
+        node = ir.node(op, inputs, attributes or {}, name=f"{name}_node", num_outputs=1)
+        output = node.outputs[0]
+        output.name, output.shape, output.dtype = name, like.shape, dtype or like.dtype
+        if anchor is None:
+            first = next(iter(self.graph), None)
+            if first is None:
+                self.graph.append(node)
+            else:
+                self.graph.insert_before(first, node)
+        else:
+            self.graph.insert_after(anchor, node)
+        return output
+
+    def chain(
+        self,
+        start: ir.Value,
+        steps: Iterable[tuple[str, list[ir.Value | None], str, ir.DataType | None]],
+        like: ir.Value,
+    ) -> ir.Value:
+        """Nodes one behind the other; each takes the value so far as its first input."""
+        value = start
+        for op, others, suffix, dtype in steps:
+            value = self.add(value.producer(), op, [value, *others], like, suffix, dtype)
+        return value
+
+    # --- activations --------------------------------------------------------------------
+
+    def activation(self, value: ir.Value, spec: TensorSpec) -> None:
+        """Quantize and dequantize one activation; point its readers at the result."""
+        uses = list(consumers(value))
+        if spec.rule.code == "log2":
+            out = self.log2(value, spec)
+            self.redirect(value, uses, out)
+            if spec.rule.renormalize:
+                self.renormalize(out)
+            return
+        out = self.uniform(value, spec)
+        if spec.factor is None:
+            self.redirect(value, uses, out)
+            return
+        factor = spec.factor
+        scaled = [use for use in uses if self.takes_scaled(value, use, factor)]
+        plain = [use for use in uses if use not in scaled]
+        self.redirect(value, scaled, out, outputs=False)
+        if plain or value.is_graph_output():
+            shape = self.constant(f"{value.name}_factor", factor)
+            real = self.add(out.producer(), "Mul", [out, shape], value, "rescaled")
+            self.redirect(value, plain, real)
+
+    def redirect(
+        self,
+        value: ir.Value,
+        uses: list[tuple[ir.Node, int]],
+        new: ir.Value,
+        outputs: bool = True,
+    ) -> None:
+        for node, index in uses:
+            node.replace_input_with(index, new)
+        if outputs and value.is_graph_output():
+            position = list(self.graph.outputs).index(value)
+            self.graph.outputs[position] = new
+            old = value.name
+            value.name = self.unique(f"{old}_float")
+            new.name = old
+
+    def uniform(self, value: ir.Value, spec: TensorSpec) -> ir.Value:
+        """[Mul 1/f] → [Clip] → QuantizeLinear → DequantizeLinear; still divided by f."""
+        current = value
+        if spec.factor is not None and not self.fold_into_producer(value, spec.factor):
+            inverse = self.constant(f"{value.name}_inverse_factor", 1 / spec.factor)
+            current = self.add(value.producer(), "Mul", [value, inverse], value, "scaled")
+        low, high = spec.rule.limits
+        if spec.rule.bits < 8:
+            zero, step = int(spec.zero_point), float(spec.scale)
+            bounds: list[ir.Value | None] = [
+                self.constant(f"{value.name}_clip", np.float32((edge - zero) * step))
+                for edge in (low, high)
+            ]
+            anchor = current.producer()
+            current = self.add(anchor, "Clip", [current, *bounds], value, "clipped")
+        code_type = np.int8 if spec.rule.signed else np.uint8
+        scale = self.constant(f"{value.name}_scale", np.asarray(spec.scale, np.float32))
+        zero_point = self.constant(
+            f"{value.name}_zero_point", np.asarray(spec.zero_point).astype(code_type)
+        )
+        dtype = ir.DataType.INT8 if spec.rule.signed else ir.DataType.UINT8
+        return self.chain(
+            current,
+            [
+                ("QuantizeLinear", [scale, zero_point], "quantized", dtype),
+                ("DequantizeLinear", [scale, zero_point], "dequantized", None),
+            ],
+            value,
+        )
+
+    def log2(self, value: ir.Value, spec: TensorSpec) -> ir.Value:
+        """LIS codes by division, rounding and logarithm, then their values from a table."""
+        bits = spec.rule.bits
+        top = top_code(bits)
+        one = self.constant(f"{value.name}_one", np.float32(1))
+        t = self.add(value.producer(), "Div", [one, value], value, "reciprocal")
+        threshold = self.constant(f"{value.name}_threshold", np.float32(THRESHOLD))
+        to_log2 = self.constant(f"{value.name}_log2e", np.float32(1 / math.log(2)))
+        zero = self.constant(f"{value.name}_zero", np.float32(0))
+        last = self.constant(f"{value.name}_top", np.float32(top))
+        level = self.chain(
+            t,
+            [
+                ("Round", [], "rounded", None),
+                ("Mul", [threshold], "threshold_scaled", None),
+                ("Log", [], "log", None),
+                ("Mul", [to_log2], "log2", None),
+                ("Floor", [], "floor", None),
+                ("Clip", [zero, last], "level", None),
+            ],
+            value,
+        )
+        codes = self.add(
+            level.producer(),
+            "Cast",
+            [level],
+            value,
+            "quantized",
+            ir.DataType.UINT8,
+            {"to": int(ir.DataType.UINT8)},
+        )
+        index = self.add(
+            codes.producer(),
+            "Cast",
+            [codes],
+            value,
+            "index",
+            ir.DataType.INT32,
+            {"to": int(ir.DataType.INT32)},
+        )
+        table = self.constant(
+            f"{value.name}_levels", log2_values(np.arange(top + 1, dtype=np.int32), bits)
+        )
+        return self.add(index.producer(), "Gather", [table, index], value, "dequantized")
+
+    # --- factors ------------------------------------------------------------------------
+
+    def takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
+        """True where a reader computes the right result from the tensor divided by f."""
+        node, index = use
+        leaves = [use] if not is_layout(node) else [
+            leaf for out in node.outputs for leaf in through_layout(out)
+        ]
+        return bool(leaves) and all(
+            self.leaf_takes_scaled(value, leaf, factor) for leaf in leaves
+        )
+
+    def leaf_takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
+        node, index = use
+        if is_linear(node) and index == 0:
+            weight, read = node.inputs[1], node.inputs[0]
+            spec = None if weight is None else self.specs.get(str(weight.name))
+            if spec is None or spec.factor is None or read is None:
+                return False
+            rows = rows_of(value, read, factor)
+            taken = rows is not None and cancels(rows, spec.factor.ravel())
+            if taken:
+                self.absorbed.add(node)
+            return taken
+        if is_product(node):
+            return self.product_takes_scaled(node, index, value)
+        return False
+
+    def product_takes_scaled(self, node: ir.Node, index: int, value: ir.Value) -> bool:
+        """q and k whose factors cancel; v whose factor is that of A·V's own spec."""
+        specs = [self.spec_behind(v) for v in node.inputs]
+        mine, other = specs[index], specs[1 - index]
+        if mine is None or mine.factor is None:
+            return False
+        out = self.specs.get(str(node.outputs[0].name))
+        if index == 1 and out is not None and out.factor is not None:
+            return bool(np.array_equal(out.factor, mine.factor))
+        if other is None or other.factor is None:
+            return False
+        rank = mine.factor.ndim
+        pair = other.factor if rank < 2 else np.swapaxes(other.factor, -1, -2)
+        return pair.shape == mine.factor.shape and cancels(pair, mine.factor)
+
+    def spec_behind(self, value: ir.Value | None) -> TensorSpec | None:
+        """The spec of the tensor that a product's input was before quantization."""
+        while value is not None:
+            spec = self.specs.get(str(value.name))
+            if spec is not None:
+                return spec
+            node = value.producer()
+            if node is None or node.op_type not in ("DequantizeLinear", "QuantizeLinear", "Mul"):
+                return None
+            value = node.inputs[0]
+        return None
+
+    def fold_into_producer(self, value: ir.Value, factor: Factor) -> bool:
+        """Move 1/f into what makes the tensor, where that is exact; True if done."""
+        if not is_power_of_two(factor):
+            return False
+        node = value.producer()
+        if node is None:
+            return False
+        if node.op_type == "LayerNormalization" and factor.ndim == 1:
+            for index in (1, 2):
+                old = node.inputs[index] if len(node.inputs) > index else None
+                if old is not None and old.const_value is not None:
+                    new = old.const_value.numpy() / factor
+                    node.replace_input_with(index, self.constant(f"{old.name}_scaled", new))
+            return True
+        if node.op_type == "Div" and value in self.renormalized.values():
+            product = node.inputs[0]
+            node = node if product is None else product.producer() or node
+        if is_product(node):
+            spec = self.spec_behind(node.inputs[1])
+            return (
+                spec is not None
+                and spec.factor is not None
+                and np.array_equal(spec.factor, factor)
+                and self.product_takes_scaled(node, 1, value)
+            )
+        linear = source(value)
+        if linear is None or not is_linear(linear):
+            return False
+        return self.fold_into_columns(linear, value, factor)
+
+    def fold_into_columns(self, linear: ir.Node, value: ir.Value, factor: Factor) -> bool:
+        """Divide the linear's columns that end up in ``value`` by their factor."""
+        weight = linear.inputs[1]
+        if weight is None or weight.const_value is None or weight.shape is None:
+            return False
+        spec = self.specs.get(str(weight.name))
+        if spec is not None and spec.axis != 1:
+            return False
+        columns = channel_map(linear.outputs[0], value, factor.shape)
+        if columns is None or not self.only_reader_of(linear, value, columns):
+            return False
+        scale = linear.meta.setdefault(
+            "column_factor", np.ones(int(weight.shape[1]), np.float32)
+        )
+        scale[columns.ravel()] = factor.ravel()
+        return True
+
+    def only_reader_of(
+        self, linear: ir.Node, value: ir.Value, columns: NDArray[np.int64]
+    ) -> bool:
+        """True where nothing but ``value`` reads those columns of the linear's output."""
+        output = linear.outputs[0]
+        if value is output:
+            return True
+        if output.is_graph_output():
+            return False
+        mine = set(columns.ravel().tolist())
+        for node, index in through_layout(output):
+            read = node.inputs[index]
+            if read is None or read is value:
+                continue
+            start = self.undo(read)
+            if start is value:
+                continue
+            shape = () if start.shape is None else tuple(
+                1 if not isinstance(d, int) else d for d in list(start.shape)[1:]
+            )
+            other = channel_map(output, start, shape)
+            if other is None or mine & set(other.ravel().tolist()):
+                return False
+        return True
+
+    def undo(self, value: ir.Value) -> ir.Value:
+        """The tensor before the Q/DQ that was put behind it."""
+        while value.name not in self.specs:
+            node = value.producer()
+            if node is None or node.op_type not in ("DequantizeLinear", "QuantizeLinear", "Mul"):
+                return value
+            first = node.inputs[0]
+            if first is None:
+                return value
+            value = first
+        return value
+
+    # --- weights and products -----------------------------------------------------------
+
+    def linear(self, node: ir.Node) -> None:
+        """Quantized weight codes and DequantizeLinear in place of the float weight."""
+        weight = node.inputs[1]
+        columns: Factor | None = node.meta.get("column_factor")
+        if weight is None or weight.const_value is None:
+            return
+        spec = self.specs.get(str(weight.name))
+        if columns is not None and len(node.inputs) > 2 and node.inputs[2] is not None:
+            bias = node.inputs[2]
+            if bias.const_value is not None:
+                new = self.constant(f"{bias.name}_scaled", bias.const_value.numpy() / columns)
+                node.replace_input_with(2, new)
+        if spec is None:
+            if columns is not None:
+                scaled = weight.const_value.numpy() / columns
+                node.replace_input_with(1, self.constant(f"{weight.name}_scaled", scaled))
+            return
+        real = self.weight(node, weight, spec, columns)
+        if spec.factor is not None and node not in self.absorbed:
+            factor = self.constant(f"{weight.name}_factor", spec.factor)
+            real = self.add(real.producer(), "Mul", [real, factor], weight, "rescaled")
+        node.replace_input_with(1, real)
+
+    def weight(
+        self, node: ir.Node, weight: ir.Value, spec: TensorSpec, columns: Factor | None = None
+    ) -> ir.Value:
+        """DequantizeLinear of the weight's codes, before ``node``."""
+        if weight.const_value is None:
+            return weight
+        codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)
+        scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
+        zero = np.asarray(spec.zero_point).astype(np.int8 if spec.rule.signed else np.uint8)
+        inputs: list[ir.Value | None] = [
+            self.constant(f"{weight.name}_quantized", codes.astype(zero.dtype)),
+            self.constant(f"{weight.name}_scale", scale),
+            self.constant(f"{weight.name}_zero_point", zero),
+        ]
+        attributes = {} if spec.axis is None else {"axis": spec.axis}
+        previous = ir.node(
+            "DequantizeLinear",
+            inputs,
+            attributes,
+            name=self.unique(f"{weight.name}_dequantize"),
+            num_outputs=1,
+        )
+        output = previous.outputs[0]
+        output.name = self.unique(f"{weight.name}_dequantized")
+        output.shape, output.dtype = weight.shape, weight.dtype
+        self.graph.insert_before(node, previous)
+        return output
+
+    def renormalize(self, attention: ir.Value) -> None:
+        """Divide A·V by the row sums of the log2 levels, which do not sum to one."""
+        for node, index in list(consumers(attention)):
+            if not is_product(node) or index != 0:
+                continue
+            out = node.outputs[0]
+            uses = list(consumers(out))
+            axes = self.constant(f"{out.name}_last_axis", np.array([-1], np.int64))
+            total = self.add(node, "ReduceSum", [attention, axes], out, "row_sum")
+            total.shape = None
+            quotient = self.add(total.producer(), "Div", [out, total], out, "renormalized")
+            self.renormalized[str(out.name)] = quotient
+            self.redirect(out, uses, quotient)
+
+    def run(self) -> None:
+        nodes = list(self.graph)
+        values = [*self.graph.inputs, *(v for node in nodes for v in node.outputs)]
+        self.names.update(str(v.name) for v in [*values, *self.graph.initializers.values()])
+        places = [(v, self.specs.get(str(v.name))) for v in values if not is_constant(v)]
+        for value, spec in places:
+            if spec is not None:
+                self.activation(self.renormalized.get(str(value.name), value), spec)
+        for node in nodes:
+            if is_linear(node):
+                self.linear(node)
+            else:
+                self.constants(node)
+
+    def constants(self, node: ir.Node) -> None:
+        """Quantized convolution weights and constants that are added to activations."""
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or is_layout(node):
+                continue
+            spec = self.specs.get(str(value.name))
+            if spec is None:
+                continue
+            real = self.weight(node, value, spec)
+            if spec.factor is not None:
+                factor = self.constant(f"{value.name}_factor", spec.factor)
+                real = self.add(real.producer(), "Mul", [real, factor], value, "rescaled")
+            node.replace_input_with(index, real)
+
+
+def is_power_of_two(factor: Factor) -> bool:
+    """True where every entry is a power of two, so that multiplying by it is exact."""
+    mantissa, _ = np.frexp(factor)
+    return bool(np.all(mantissa == 0.5))
+
+
+def cancels(one: Factor, other: Factor) -> bool:
+    """True where the factors' products are all one (within float32 rounding)."""
+    return bool(np.all(np.abs(one.astype(np.float64) * other - 1) < 1e-6))
+
+
+def rows_of(value: ir.Value, read: ir.Value, factor: Factor) -> Factor | None:
+    """The factor of ``value`` per channel (last axis) of ``read``, behind layout ops.
+
+    None where a channel of ``read`` mixes several factors.
+    """
+    if value is read:
+        return factor.ravel() if factor.ndim == 1 else None
+    indices = layout_indices(value, read)
+    if indices is None or value.shape is None:
+        return None
+    shape = [d if isinstance(d, int) else 1 for d in value.shape]
+    values = np.broadcast_to(factor, shape).ravel()[indices.reshape(-1, indices.shape[-1])]
+    return values[0] if bool(np.all(values == values[0])) else None
+
+
+def lower(model: ir.Model, specs: Mapping[str, TensorSpec]) -> ir.Model:
+    """A copy of ``model`` with every tensor of ``specs`` quantized and dequantized.
+
+    The fused linears stay (the caller expands them); everything else is standard ONNX.
+    """
+    copy = model.clone()
+    lowering = _Lowering(copy.graph, specs)
+    lowering.run()
+    _remove_unused(copy.graph)
+    return copy
+
+
+def _remove_unused(graph: ir.Graph) -> None:
+    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]

@@ -1,0 +1,59 @@
+"""What the pattern rules have in common: the fused node keeps the name of the pattern's root."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import onnx_ir as ir
+from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
+
+Op: TypeAlias = Any
+"""onnxscript's builder: ``op.Mul(a, b)`` is a pattern in ``pattern``, a node in ``rewrite``."""
+
+Term: TypeAlias = Any
+"""A part of a pattern."""
+
+Context: TypeAlias = Any
+"""What onnxscript tells ``check`` about a match."""
+
+Result: TypeAlias = Any
+"""onnxscript's ``MatchResult``: true, or false with a reason."""
+
+
+class Rule(RewriteRuleClassBase):  # type: ignore[misc]
+    """A pattern, a check that fails with a reason, and a rewrite.
+
+    Intermediate results that something else reads, or that are graph outputs, stop a match.
+    """
+
+    root: ir.Node
+
+    def begin(self, context: Context) -> Result:
+        """The result of a check so far; keeps the root for ``rewrite``."""
+        self.root = context.root
+        return MatchResult()
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The graph that holds the match."""
+        graph = self.root.graph
+        assert isinstance(graph, ir.Graph)
+        return graph
+
+    def named(self, value: ir.Value) -> ir.Value:
+        """The node behind ``value`` takes the name of the root it replaces."""
+        node = value.producer()
+        if node is not None:
+            node.name = self.root.name
+        return value
+
+
+def fuse_with(*rules: type[Rule]) -> Callable[[ir.Model], int]:
+    """A function that applies the rules, operands in any order; it returns the count."""
+    rule_set = RewriteRuleSet([rule.rule() for rule in rules], commute=True)
+
+    def fuse(model: ir.Model) -> int:
+        return int(rule_set.apply_to_model(model))
+
+    return fuse

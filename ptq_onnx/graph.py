@@ -1,0 +1,184 @@
+"""Reads and writes .onnx files; the only place that does.
+
+``load`` refuses what cannot be quantized, with one line that says why. ``save`` and
+``serialize`` write standard ONNX: the fused ops of ours are expanded on a copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from ptq_onnx.cleaning import CleanReport, clean, skeleton
+from ptq_onnx.errors import ModelError
+from ptq_onnx.standard import to_standard
+from ptq_onnx.validation import one_line, validate
+
+__all__ = ["CleanReport", "clean", "load", "save", "serialize", "to_standard"]
+
+EXTERNAL_LIMIT = 1_900_000_000
+"""Bytes from which weights go to a file of their own; a protobuf ends at 2 GiB."""
+
+
+def load(path: str | Path) -> ir.Model:
+    """Read and check a model: valid ONNX, one image input, finite weights, known ops.
+
+    Raises :class:`ModelError` for anything else. Weights kept in files beside the model are
+    read into memory.
+    """
+    path = Path(path)
+    proto = _parse(path)
+    _load_external_data(proto, path)
+    _check(proto, path)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:
+        raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
+    validate(model, path)
+    return model
+
+
+def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
+    """Write the model as standard ONNX, checked, and all at once or not at all.
+
+    Models beyond 1.9 GB keep their weights in ``<name>.data`` beside the file.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ModelError(f"Cannot write {path}: the folder {path.parent} does not exist.")
+    if path.is_dir():
+        raise ModelError(f"Cannot write {path}: it is a folder; give the name of a file.")
+    standard = to_standard(model)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    weights = path.with_name(f".{path.name}.{os.getpid()}.data.tmp")
+    try:
+        if _size(standard) <= EXTERNAL_LIMIT:
+            content = _to_bytes(standard)
+            if check:
+                onnx.checker.check_model(content, full_check=True)
+            temporary.write_bytes(content)
+        else:
+            if check:
+                onnx.checker.check_model(skeleton(standard), full_check=True)
+            _write_external(standard, temporary, weights, f"{path.name}.data")
+            os.replace(weights, path.with_name(f"{path.name}.data"))
+        os.replace(temporary, path)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"Cannot write {path}: not valid ONNX: {one_line(error)}.") from error
+    except onnx.shape_inference.InferenceError as error:
+        raise ModelError(f"Cannot write {path}: shapes disagree: {one_line(error)}.") from error
+    except OSError as error:
+        raise ModelError(f"Cannot write {path}: {error.strerror or one_line(error)}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The bytes of the standard form, for an ONNX Runtime session."""
+    return _to_bytes(to_standard(model))
+
+
+def _to_bytes(standard: ir.Model) -> bytes:
+    if _size(standard) > EXTERNAL_LIMIT:
+        raise ModelError(
+            f"The model holds {_size(standard) / 1e9:.1f} GB of weights,"
+            " more than fits one protobuf; save it to a file instead."
+        )
+    return bytes(ir.to_proto(standard).SerializeToString())
+
+
+def _size(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _write_external(model: ir.Model, path: Path, weights: Path, location: str) -> None:
+    """Write graph and weights to two files; the graph calls the second ``location``."""
+    ir.save(model, path, format="protobuf", external_data=weights.name)
+    proto = onnx.load_model(path, format="protobuf", load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(proto.SerializeToString())
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    """The protobuf of a file that holds an ONNX graph."""
+    if not path.exists():
+        raise ModelError(f"Model {path} does not exist.")
+    if not path.is_file():
+        raise ModelError(f"Model {path} is not a file; give the .onnx file itself.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"Model {path} cannot be read: {error.strerror}.") from error
+    if not content:
+        raise ModelError(f"Model {path} is empty (0 bytes); export it again.")
+    try:
+        proto = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's own, which need not be imported for this
+        raise ModelError(
+            f"Model {path} is not an ONNX file, or is cut off ({len(content)} bytes);"
+            " export or copy it again."
+        ) from error
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ModelError(f"Model {path} is not an ONNX model: it holds no graph.")
+    return proto
+
+
+def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    """Read weights kept in other files, which must lie in the model's folder."""
+    folder = path.parent.resolve()
+    for tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        where = f"Model {path}: tensor '{tensor.name}'"
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        target = (folder / location).resolve()
+        if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+            raise ModelError(
+                f"{where}: its data file '{location}' is outside the model's folder;"
+                " keep both in one folder."
+            )
+        if not target.is_file():
+            raise ModelError(
+                f"{where}: its data file '{location}' is missing; put it beside the model."
+            )
+        try:
+            load_external_data_for_tensor(tensor, str(folder))
+        except Exception as error:
+            raise ModelError(
+                f"{where}: its data file '{location}' cannot be read: {one_line(error)}."
+            ) from error
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Initializers and the tensors in node attributes, of the graph and its functions."""
+    yield from proto.graph.initializer
+    for sparse in proto.graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for nodes in (proto.graph.node, *(f.node for f in proto.functions)):
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+
+
+def _check(proto: onnx.ModelProto, path: Path) -> None:
+    """onnx's own checker, where the model is small enough for it to read."""
+    try:
+        if proto.ByteSize() <= EXTERNAL_LIMIT:
+            onnx.checker.check_model(proto)
+        else:
+            onnx.checker.check_model(skeleton(ir.from_proto(proto)))
+    except Exception as error:
+        raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error

@@ -1,0 +1,136 @@
+"""Folders, array files and iterables of images as streams of model input batches.
+
+:func:`open_images` gives an :class:`ImageSource`. Whatever it reads from, memory holds a batch or
+two, never the set: files are decoded when their turn comes, arrays on disk are mapped image by
+image, and what a generator yields is kept in a temporary file.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq_onnx import image_arrays
+from ptq_onnx.errors import ImageError
+from ptq_onnx.image_source import ImageSource, Item, evenly
+from ptq_onnx.preprocess import METADATA_KEY, Preprocess, load_image
+
+__all__ = ["METADATA_KEY", "FolderSource", "ImageSource", "Preprocess", "load_image", "open_images"]
+
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+)
+
+_log = logging.getLogger(__name__)
+
+
+def open_images(
+    source: str | Path | Iterable[Any], preprocess: Preprocess, limit: int | None = None
+) -> ImageSource:
+    """Open a folder, a ``.npy`` or ``.npz`` file, an array, or an iterable of arrays.
+
+    A folder is read with its sub-folders. Arrays are floats [N, C, H, W] (model inputs) or uint8
+    [N, H, W, C] (pixels, to be preprocessed); an iterable yields [C, H, W] or [B, C, H, W].
+    ``limit`` spreads its choice evenly, but takes the first images of an iterable.
+    Raises ImageError, ConfigError.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.is_dir():
+            return FolderSource(path, preprocess, limit)
+        if not path.exists():
+            raise ImageError(f"'{path}' does not exist: expected a folder of images or an array.")
+        if path.suffix.lower() in (".npy", ".npz"):
+            return image_arrays.from_file(path, preprocess, limit)
+        raise ImageError(f"'{path}' is neither a folder of images nor a .npy or .npz file.")
+    if hasattr(source, "__array__"):
+        return image_arrays.from_array(np.asarray(source), preprocess, limit)
+    if isinstance(source, Iterable):
+        return image_arrays.from_iterable(source, preprocess, limit)
+    raise ImageError(
+        "Images come from a folder, a .npy or .npz file, an array or an iterable of arrays, "
+        f"got {type(source).__name__}."
+    )
+
+
+class FolderSource(ImageSource):
+    """The image files below ``root``, sorted by relative path.
+
+    An unreadable file gives its place to one that ``limit`` left out, if there is any.
+    """
+
+    def __init__(self, root: Path, preprocess: Preprocess, limit: int | None = None) -> None:
+        self.root, self.preprocess, self.skipped = root, preprocess, []
+        self.files = _image_files(root)
+        if not self.files:
+            raise ImageError(
+                f"Folder '{root}' holds no images (looked for {', '.join(sorted(EXTENSIONS))}, "
+                "sub-folders included)."
+            )
+        self._chosen: list[int | None] = list(evenly(len(self.files), limit))
+        self._used = {index for index in self._chosen if index is not None}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.files[index] for index in self._chosen if index is not None]
+
+    def _slots(self) -> Sequence[int]:
+        return [slot for slot, index in enumerate(self._chosen) if index is not None]
+
+    def _read(self, slot: int) -> Item:
+        index = self._chosen[slot]
+        if index is None:
+            raise ImageError(f"Folder '{self.root}': place {slot} is empty.")
+        name = self.files[index]
+        return name, load_image(self.root / name, self.preprocess)
+
+    def _retry(self, slot: int, error: ImageError) -> Item | None:
+        with self._lock:  # two passes at a time may meet the same file
+            while self._chosen[slot] is not None:
+                try:
+                    return self._read(slot)
+                except ImageError as again:
+                    self._replace(slot, again)
+            if not self.names:
+                raise ImageError(
+                    f"None of the {len(self.files)} images in '{self.root}' can be read; the "
+                    f"first was '{self.skipped[0]}'."
+                ) from error
+            return None
+
+    def _replace(self, slot: int, error: ImageError) -> None:
+        """Give the place of an unreadable file to the next unused one."""
+        index = self._chosen[slot]
+        assert index is not None
+        _log.warning("skipped: %s", error)
+        self.skipped.append(self.files[index])
+        count = len(self.files)
+        others = ((index + step) % count for step in range(1, count))
+        spare = next((other for other in others if other not in self._used), None)
+        if spare is not None:
+            self._used.add(spare)
+        self._chosen[slot] = spare
+
+
+def _image_files(root: Path) -> list[str]:
+    """Relative paths of the image files below ``root``; links to folders are followed once."""
+    files: list[str] = []
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files += [
+            (Path(folder) / name).relative_to(root).as_posix()
+            for name in names
+            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+        ]
+    return sorted(files)

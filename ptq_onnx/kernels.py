@@ -1,0 +1,100 @@
+"""Runs single nodes of a fused graph in ONNX Runtime, in the very form they are exported in.
+
+The exact simulator computes every op with these kernels: the node is cut out of the graph,
+lowered by the exporter's own function with the specs that are active, and run with ONNX
+Runtime's default optimizations, so that the same kernels do the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.blocks import is_constant, name_of
+from ptq_onnx.export.lowering import lower
+from ptq_onnx.spec import TensorSpec
+
+
+class NodeKernels:
+    """ONNX Runtime sessions of single nodes, built when first needed.
+
+    A node's session depends on which of the tensors around it are quantized at the moment
+    (``active``), so analysis can switch any of them off.
+    """
+
+    def __init__(
+        self, model: ir.Model, specs: Mapping[str, TensorSpec], threads: int = 0
+    ) -> None:
+        self._model = model
+        self._specs = specs
+        self._threads = threads
+        self._nodes = {name_of(node): node for node in model.graph}
+        self._sessions: dict[tuple[str, frozenset[str]], ort.InferenceSession] = {}
+
+    def inputs(self, name: str) -> list[str]:
+        """Names of the node's inputs that are not constants, each once, in order."""
+        node = self._nodes[name]
+        read = (v.name for v in node.inputs if v is not None and not is_constant(v))
+        return list(dict.fromkeys(str(n) for n in read))
+
+    def run(
+        self, name: str, active: frozenset[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> Sequence[NDArray[Any]]:
+        """Outputs of the node for float inputs; inputs, weights and outputs whose names are
+        ``active`` are quantized and dequantized on the way."""
+        key = (name, active)
+        if key not in self._sessions:
+            self._sessions[key] = self._build(name, active)
+        contiguous = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in feeds.items()}
+        outputs: Sequence[NDArray[Any]] = self._sessions[key].run(None, contiguous)
+        return outputs
+
+    def model_of(self, name: str, active: frozenset[str]) -> ir.Model:
+        """The node alone, lowered, as a model in standard ONNX."""
+        node = self._nodes[name]
+        copies: dict[str, ir.Value] = {}
+        inputs: list[ir.Value] = []
+        constants: list[ir.Value] = []
+        for value in node.inputs:
+            if value is None or str(value.name) in copies:
+                continue
+            copy = ir.Value(name=value.name, shape=value.shape, type=value.type)
+            copies[str(value.name)] = copy
+            if is_constant(value):
+                copy.const_value = value.const_value
+                constants.append(copy)
+            else:
+                inputs.append(copy)
+        clone = ir.Node(
+            node.domain,
+            node.op_type,
+            [None if v is None else copies[str(v.name)] for v in node.inputs],
+            node.attributes.values(),
+            num_outputs=len(node.outputs),
+            name=node.name,
+        )
+        for mine, original in zip(clone.outputs, node.outputs, strict=True):
+            mine.name, mine.shape, mine.type = original.name, original.shape, original.type
+        single = ir.Graph(
+            inputs,
+            [v for v in clone.outputs if v.name],
+            nodes=[clone],
+            initializers=constants,
+            opset_imports=self._model.graph.opset_imports,
+            name=node.name,
+        )
+        model = ir.Model(single, ir_version=self._model.ir_version)
+        return graphs.to_standard(lower(model, {t: self._specs[t] for t in active}))
+
+    def _build(self, name: str, active: frozenset[str]) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        data = ir.to_proto(self.model_of(name, active)).SerializeToString()
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,74 @@
+"""The classes of images: from a file of ``name label`` lines, or from the folders they lie in."""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_onnx.errors import ImageError
+from ptq_onnx.image_source import ImageSource
+from ptq_onnx.images import FolderSource
+
+
+def read_labels(path: str | Path) -> dict[str, int]:
+    """Class by image name from lines ``name label``; blank lines and ``#`` comments are ignored.
+
+    Raises ImageError with the line number.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"Labels file '{path}' cannot be read: {error}.") from None
+    labels: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        name = name.rstrip()
+        if not (name and label.isascii() and label.isdigit()):
+            raise ImageError(
+                f"Labels file '{path}', line {number}: expected 'name label' with a class index "
+                f"from 0, got {line.strip()[:60]!r}."
+            )
+        if labels.setdefault(name, int(label)) != int(label):
+            raise ImageError(
+                f"Labels file '{path}', line {number}: '{name}' is {label} here and "
+                f"{labels[name]} further up."
+            )
+    if not labels:
+        raise ImageError(f"Labels file '{path}' holds no 'name label' lines.")
+    return labels
+
+
+def labels_for(source: ImageSource, labels_file: str | Path | None = None) -> NDArray[np.int64]:
+    """Class index of each of ``source.names``, int64 [N].
+
+    From ``labels_file`` (a name there is a relative path, a file name, or an index into an array);
+    without one, from the folders as torchvision's ImageFolder does: the sub-folders of the first
+    level, sorted, are the classes 0, 1, …. Raises ImageError.
+    """
+    if labels_file is None:
+        return _from_folders(source)
+    labels, names = read_labels(labels_file), source.names
+    found = [labels.get(name, labels.get(PurePosixPath(name).name)) for name in names]
+    missing = [name for name, label in zip(names, found, strict=True) if label is None]
+    if missing:
+        raise ImageError(
+            f"Labels file '{labels_file}': no line for '{missing[0]}' "
+            f"({len(missing)} of {len(names)} images have none)."
+        )
+    return np.array(found, dtype=np.int64)
+
+
+def _from_folders(source: ImageSource) -> NDArray[np.int64]:
+    if not isinstance(source, FolderSource):
+        raise ImageError("Images in an array have no folders to take classes from: give labels.")
+    loose = [name for name in source.files if "/" not in name]
+    if loose:
+        raise ImageError(
+            f"Folder '{source.root}': '{loose[0]}' lies in no class folder; give a labels file "
+            "or one sub-folder per class."
+        )
+    classes = sorted({name.split("/")[0] for name in source.files})
+    index = {name: number for number, name in enumerate(classes)}
+    return np.array([index[name.split("/")[0]] for name in source.names], dtype=np.int64)

@@ -1,0 +1,208 @@
+"""From a picture to the numbers a Vision Transformer was trained on.
+
+The evaluation transform of timm: resize the shorter side to ``size / crop_pct``, cut out the
+centre, then ``(x / 255 - mean) / std``. One exception: a picture at or just above the input size
+(both sides at most 10 % larger) was prepared by somebody already and is only cropped, an odd
+margin losing its extra line at the right and bottom.
+"""
+
+import json
+import math
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ptq_onnx.errors import ConfigError, ImageError
+
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos"]
+FloatArray = NDArray[np.float32]
+
+#: Key of a model's ``metadata_props`` that holds :meth:`Preprocess.to_json`.
+METADATA_KEY = "ptq_onnx.preprocess"
+#: A picture whose sides are between the input size and this multiple of it is never resized.
+CROP_ONLY = 1.1
+
+_NAMED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# What Pillow raises on files that are cut short, forged, empty or absurdly large.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes a model input.
+
+    ``mean`` and ``std`` are per channel on the scale 0…1, ``size`` is (height, width) in pixels,
+    ``crop_pct`` in (0, 1] is the part of the resized picture that the crop keeps, ``channels`` is
+    3 (RGB) or 1 (grayscale). Raises ConfigError.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+    crop_pct: float = 0.875
+    interpolation: Interpolation = "bicubic"
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ConfigError(f"Preprocessing: channels must be 1 or 3, got {self.channels!r}.")
+        for field, values in (("mean", self.mean), ("std", self.std)):
+            if not _finite(values, self.channels):
+                raise ConfigError(
+                    f"Preprocessing: {field} needs one finite number for each of the "
+                    f"{self.channels} channels, got {values!r}."
+                )
+            object.__setattr__(self, field, tuple(float(value) for value in values))
+        if min(self.std) <= 0:
+            raise ConfigError(f"Preprocessing: std must be positive, got {self.std}.")
+        if not _sides(self.size):
+            raise ConfigError(
+                "Preprocessing: size must be (height, width), two positive whole numbers, "
+                f"got {self.size!r}."
+            )
+        object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
+        if not (_number(self.crop_pct) and 0 < self.crop_pct <= 1):
+            raise ConfigError(f"Preprocessing: crop_pct must be in (0, 1], got {self.crop_pct!r}.")
+        if self.interpolation not in _RESAMPLING:
+            raise ConfigError(
+                f"Preprocessing: interpolation must be one of {', '.join(_RESAMPLING)}, "
+                f"got {self.interpolation!r}."
+            )
+
+    @classmethod
+    def named(cls, name: str, size: int | tuple[int, int] = 224) -> "Preprocess":
+        """``'imagenet'`` or ``'inception'`` (0.5 everywhere) at ``size``. Raises ConfigError."""
+        if name not in _NAMED:
+            raise ConfigError(
+                f"Unknown normalisation {name!r}: expected one of {', '.join(_NAMED)}."
+            )
+        mean, std = _NAMED[name]
+        return cls(mean, std, (size, size) if isinstance(size, int) else size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one preprocessed picture."""
+        return self.channels, *self.size
+
+    def to_json(self) -> str:
+        """One line of JSON, for ``metadata_props[METADATA_KEY]``."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Preprocess":
+        """The inverse of :meth:`to_json`. Raises ConfigError."""
+        try:
+            values: Any = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"Preprocessing: not valid JSON ({error}): {text[:60]!r}.") from None
+        known = set(cls.__dataclass_fields__)
+        required = {"mean", "std", "size"}
+        if not isinstance(values, dict) or not required <= set(values) <= known:
+            raise ConfigError(
+                f"Preprocessing: expected a JSON object with {', '.join(sorted(required))} and "
+                f"optionally {', '.join(sorted(known - required))}, got {text[:80]!r}."
+            )
+        return cls(**values)
+
+
+def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
+    """Decode one image file to float32 [C, H, W]. Raises ImageError if it cannot be read.
+
+    The orientation tag is ignored and an alpha channel dropped, both as in timm.
+    """
+    try:
+        with Image.open(path) as image:
+            return from_image(image, preprocess)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
+
+
+def from_image(image: Image.Image, preprocess: Preprocess) -> FloatArray:
+    """A decoded picture as float32 [C, H, W]: resized (or not), cropped and normalised."""
+    image = _crop(_convert(image, preprocess.channels), preprocess)
+    height, width = preprocess.size
+    pixels = np.asarray(image, dtype=np.float32)
+    pixels = pixels.reshape(height, width, preprocess.channels)
+    mean = np.array(preprocess.mean, dtype=np.float32)
+    std = np.array(preprocess.std, dtype=np.float32)
+    values = (pixels / np.float32(255) - mean) / std
+    return np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)
+
+
+def from_pixels(pixels: NDArray[np.uint8], preprocess: Preprocess) -> FloatArray:
+    """Raw pixels uint8 [H, W, 1 | 3 | 4] as float32 [C, H, W]."""
+    plain = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    return from_image(Image.fromarray(np.ascontiguousarray(plain)), preprocess)
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """Any mode as 8-bit RGB or gray."""
+    if image.mode.startswith("I"):  # 16-bit gray; Pillow would clip it at 255
+        deep = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).clip(0, 255).astype("u1"))
+    if image.mode == "P":  # the palette's transparency would raise a warning on the direct way
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """The centre of the picture at ``preprocess.size``, after resizing it unless it is near."""
+    height, width = preprocess.size
+    sides, size = (image.height, image.width), (height, width)
+    if all(s <= side <= CROP_ONLY * s for side, s in zip(sides, size, strict=True)):
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+    else:
+        image = _resize(image, preprocess)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """The picture just large enough to cover ``size / crop_pct``, rounded as torchvision does."""
+    sides = (image.height, image.width)
+    target = [math.floor(s / preprocess.crop_pct) for s in preprocess.size]
+    ratio = min(side / t for side, t in zip(sides, target, strict=True))
+    # The side that sets the ratio lands on its target exactly, whatever int() makes of it
+    height, width = (
+        max(t, int(side / ratio + 1e-6)) for side, t in zip(sides, target, strict=True)
+    )
+    return image.resize((width, height), _RESAMPLING[preprocess.interpolation])
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _finite(values: object, count: int) -> bool:
+    return (
+        isinstance(values, tuple | list)
+        and len(values) == count
+        and all(_number(value) and math.isfinite(value) for value in values)
+    )
+
+
+def _sides(size: object) -> bool:
+    return (
+        isinstance(size, tuple | list)
+        and len(size) == 2
+        and all(isinstance(side, int | np.integer) and side > 0 for side in size)
+    )

@@ -1,0 +1,263 @@
+"""What the quantizers share: sites → rules → statistics → specs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks import Blocks, is_linear, name_of
+from ptq_onnx.calibration import FROM_HISTOGRAM, Statistics, add_histograms, collect, ranges
+from ptq_onnx.config import ALL, QuantizeConfig, Selector
+from ptq_onnx.engine import VitQuantizer
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.quantizers.ptf import needed_step, zero_points
+from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
+from ptq_onnx.quantizers.weights import weight_scale
+from ptq_onnx.spec import Rule, Site, TensorSpec
+
+Array = NDArray[np.float32]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantizer works on: the fused float model, its blocks and sites, the options."""
+
+    model: ir.Model
+    blocks: Blocks
+    sites: dict[str, Site]
+    config: QuantizeConfig
+    progress: Callable[[str], Progress] | None = None
+    """Given the name of a stage, returns what is called with the number of images done."""
+
+
+class SiteQuantizer(VitQuantizer):
+    """Gives each site a rule by role; solves the rules' numbers from statistics."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.notes: list[str] = []
+        self.nodes = {name_of(node): node for node in plan.model.graph}
+        self.floats: dict[str, str] = {}
+        self.rules = self._dispatch()
+        super().__init__(plan.model)
+
+    # --- dispatch -----------------------------------------------------------------------
+
+    @abstractmethod
+    def rule(self, site: Site) -> Rule | str:
+        """The rule of a site, or the reason why it stays in float."""
+
+    def per_channel(self) -> tuple[Selector, ...]:
+        """Selectors of what is quantized per channel, on top of the rules."""
+        return tuple(Selector.parse(t) for t in self.plan.config.per_channel)
+
+    def _dispatch(self) -> dict[str, Rule]:
+        config = self.plan.config
+        floats = [Selector.parse(t) for t in config.keep_float]
+        channels = self.per_channel()
+        self._check(floats, "--keep-float")
+        self._check(channels, "--per-channel")
+        rules: dict[str, Rule] = {}
+        for site in self.plan.sites.values():
+            if any(self._concerns(s, site) for s in floats):
+                self.floats[site.tensor] = "kept in float by request"
+                continue
+            rule = self.rule(site)
+            if isinstance(rule, str):
+                self.floats[site.tensor] = rule
+                continue
+            wide = any(self._concerns(s, site) for s in channels)
+            if wide and site.channel_axes and rule.granularity == "tensor":
+                rule = replace(rule, granularity="channel")
+            rules[site.tensor] = rule
+        return rules
+
+    def _concerns(self, selector: Selector, site: Site) -> bool:
+        """True for the outputs, weights and own inputs of the selected ops.
+
+        An input that other ops read too is not theirs alone, and is left out.
+        """
+        role = site.role.removesuffix(".weight")
+        if selector.matches(role, site.block):
+            return True
+        if selector.role == ALL or site.is_parameter or not site.consumers:
+            return False
+        roles = self.plan.blocks.roles
+        readers = [roles.get(name) for name in site.consumers]
+        linear = [self.nodes[n].op_type in ("Linear", "MatMul", "Conv") for n in site.consumers]
+        return all(linear) and all(
+            r is not None and selector.matches(r.name, r.block) for r in readers
+        )
+
+    def _check(self, selectors: Iterable[Selector], option: str) -> None:
+        """A selector must select something. Raises ConfigError, which names the roles."""
+        known = {r.name for r in self.plan.blocks.roles.values()} - {"layout", "other"}
+        known |= {s.role.removesuffix(".weight") for s in self.plan.sites.values()}
+        for selector in selectors:
+            if selector.role != ALL and selector.role not in known:
+                raise ConfigError(
+                    f"{option} {selector}: the model has no role '{selector.role}';"
+                    f" it has {', '.join(sorted(known))}."
+                )
+            beyond = [b for b in selector.blocks or () if b >= self.plan.blocks.count]
+            if beyond:
+                raise ConfigError(
+                    f"{option} {selector}: there is no block {beyond[0]};"
+                    f" the model has {self.plan.blocks.count} (0 to {self.plan.blocks.count - 1})."
+                )
+
+    # --- calibration --------------------------------------------------------------------
+
+    def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
+        """Specs of all sites with a rule, from batches [B, C, H, W] that can be run twice."""
+        return self.solve(self.measure(batches))
+
+    def measure(self, batches: Iterable[Any]) -> Statistics:
+        """Statistics of all activations with a rule."""
+        plan = self.plan
+        sites = [s for s in plan.sites.values() if not s.is_parameter and s.tensor in self.rules]
+        report = plan.progress or (lambda _: lambda __: None)
+        threads = plan.config.threads
+        stats = collect(
+            plan.model, sites, batches, threads=threads, progress=report("Calibrating")
+        )
+        rows = [s for s in sites if self.rules[s.tensor].method in FROM_HISTOGRAM]
+        if rows:
+            wide = {s.tensor for s in rows if self.rules[s.tensor].granularity != "tensor"}
+            add_histograms(
+                plan.model,
+                stats,
+                rows,
+                wide,
+                batches,
+                threads=threads,
+                progress=report("Histograms"),
+            )
+        return stats
+
+    def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
+        """Specs from statistics; activations first, then weights."""
+        specs: dict[str, TensorSpec] = {}
+        for site in self.plan.sites.values():
+            rule = self.rules.get(site.tensor)
+            if rule is None:
+                continue
+            if site.is_parameter:
+                specs[site.tensor] = self.parameter(site, rule)
+            else:
+                specs[site.tensor] = self.activation(site, rule, stats)
+        return specs
+
+    def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
+        """Lower and upper bound by the rule's method: [C] per channel, else [1]."""
+        return ranges(
+            stats,
+            site.tensor,
+            rule.method,
+            rule.limits,
+            symmetric=rule.symmetric,
+            per_channel=rule.granularity != "tensor",
+        )
+
+    def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
+        """One scale per tensor, or a scale and a ratio per channel."""
+        low, high = self.bounds(site, rule, stats)
+        if rule.granularity == "tensor":
+            return tensor_spec(site, rule, float(low.min()), float(high.max()))
+        return channel_spec(site, rule, low, high, stats.channels[site.tensor].shape)
+
+    def parameter(
+        self, site: Site, rule: Rule, factor: Array | None = None
+    ) -> TensorSpec:
+        """Symmetric scale of a weight; ``factor`` is divided out before (rows of a linear)."""
+        weight = self.constant(site.tensor)
+        if factor is not None:
+            weight = weight / factor
+        axis = site.channel_axes[0] if rule.granularity != "tensor" else None
+        scale = weight_scale(weight, axis, rule.bits)
+        return TensorSpec(
+            tensor=site.tensor,
+            rule=rule,
+            scale=np.asarray(scale, np.float32),
+            zero_point=np.zeros(scale.shape, np.int32),
+            axis=axis,
+            factor=factor,
+            clip=(float(weight.min(initial=0)), float(weight.max(initial=0))),
+        )
+
+    def constant(self, name: str) -> Array:
+        """The float value of an initializer."""
+        value = self.plan.model.graph.initializers[name].const_value
+        if value is None:
+            raise ConfigError(f"Initializer '{name}' has no value.")
+        return np.asarray(value.numpy(), np.float32)
+
+    def linear_behind(self, site: Site) -> ir.Node | None:
+        """The one linear that reads the site, or None where there are others."""
+        if len(site.consumers) != 1:
+            return None
+        node = self.nodes[site.consumers[0]]
+        return node if is_linear(node) else None
+
+
+def tensor_spec(
+    site: Site, rule: Rule, low: float, high: float, factor: Array | None = None
+) -> TensorSpec:
+    """One scale and zero point that cover [low, high] (of the tensor divided by ``factor``)."""
+    lows, highs = np.array([low], np.float32), np.array([high], np.float32)
+    if rule.symmetric:
+        scale, zero = symmetric_scale(lows, highs, rule.limits), np.zeros(1, np.int32)
+    else:
+        scale, zero = asymmetric_scale(lows, highs, rule.limits)
+    return TensorSpec(
+        tensor=site.tensor,
+        rule=rule,
+        scale=scale[0],
+        zero_point=zero[0],
+        factor=factor,
+        clip=clip_range(float(scale[0]), int(zero[0]), rule),
+    )
+
+
+def clip_range(scale: float, zero: int, rule: Rule) -> tuple[float, float]:
+    """The values of the smallest and the largest code, without any factor."""
+    smallest, largest = rule.limits
+    return (smallest - zero) * scale, (largest - zero) * scale
+
+
+def channel_spec(
+    site: Site, rule: Rule, low: Array, high: Array, shape: tuple[int, ...]
+) -> TensorSpec:
+    """A step of its own for every channel [C]: the largest as scale, ratios as factor."""
+    low64, high64 = low.astype(np.float64), high.astype(np.float64)
+    candidates = {
+        zero: needed_step(low64, high64, zero, rule.limits)
+        for zero in zero_points(low64, high64, rule.limits, rule.symmetric)
+    }
+    zero = min(candidates, key=lambda z: float(np.sum(candidates[z] ** 2)))
+    step = candidates[zero]
+    scale = float(step.max())
+    # A channel that is constantly zero must not get a ratio that underflows.
+    ratio = np.maximum(step / scale, 2.0**-20).astype(np.float32)
+    return TensorSpec(
+        tensor=site.tensor,
+        rule=rule,
+        scale=np.float32(scale).reshape(()),
+        zero_point=np.array(zero, np.int32),
+        factor=trim(ratio.reshape(shape)),
+        clip=clip_range(scale, zero, rule),
+    )
+
+
+def trim(factor: Array) -> Array:
+    """Drop leading axes of size 1: the factor broadcasts from the right."""
+    while factor.ndim > 1 and factor.shape[0] == 1:
+        factor = factor[0]
+    return factor

@@ -1,0 +1,240 @@
+"""FQ-ViT: everything in integers, with Power-of-Two Factors and Log-Int-Softmax.
+
+Source: Lin et al., arXiv 2111.13824. Weights per output channel, activations asymmetric
+uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps. Beyond the paper:
+
+* K grows where the channels need it (AugReg ViTs need 7, not 3), and ranges are estimated
+  to hold on unseen images (calibration/robust.py);
+* PTF also wherever its factor moves at no run-time cost: LayerNorm's γ, β → the next
+  weight; GELU's requantization → fc2; v → A·V → proj; q ↔ k;
+* the outputs of proj and fc2 are not rounded by themselves: an integer machine adds the
+  linear's 32-bit accumulator to the residual and requantizes once;
+* the rows of a log2 attention map, which do not sum to one, are divided by their sum after
+  A·V.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from ptq_onnx.calibration import Statistics
+from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
+from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
+from ptq_onnx.spec import Rule, Site, TensorSpec
+
+PER_TENSOR = frozenset({"input", "qk", "mask", "softmax", "head", "other"})
+"""Roles that keep one scale for the whole tensor."""
+BRANCHES = frozenset({"proj", "fc2"})
+BALANCE = np.linspace(0, 1, 9)
+
+
+class FqVit(SiteQuantizer):
+    """Fully quantized; see the module's text."""
+
+    name: ClassVar[str] = "fqvit"
+
+    def rule(self, site: Site) -> Rule | str:
+        config = self.plan.config
+        widths, method = config.widths, config.effective_method
+        if site.role in BRANCHES and self._only_added(site):
+            return (
+                "the 32-bit accumulator is added to the residual, which is then requantized"
+                " once: no rounding of its own"
+            )
+        if site.is_parameter:
+            grain = "ptf" if site.role == "pos_embed" and config.ptf else "channel"
+            if site.role == "pos_embed" and not config.ptf:
+                grain = "tensor"
+            return Rule(widths.weights, True, True, grain, method="minmax")  # type: ignore[arg-type]
+        if site.role == "softmax":
+            code = "log2" if config.lis else "uniform"
+            return Rule(
+                widths.attention, False, False, "tensor", code, "fixed", renormalize=config.lis  # type: ignore[arg-type]
+            )
+        wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
+        grain = "ptf" if wide else "tensor"
+        return Rule(widths.activations, False, False, grain, method=method)  # type: ignore[arg-type]
+
+    def _only_added(self, site: Site) -> bool:
+        roles = self.plan.blocks.roles
+        return all(roles[n].name in ("residual1", "residual2") for n in site.consumers)
+
+    def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
+        specs: dict[str, TensorSpec] = {}
+        rows: dict[str, Array] = {}
+        """Factor of the input per weight, [K, 1], to be divided out of the weight's rows."""
+        places = {(s.role, s.block): s for s in self.plan.sites.values() if s.tensor in self.rules}
+        for site in self.plan.sites.values():
+            rule = self.rules.get(site.tensor)
+            if rule is None or site.tensor in specs:
+                continue
+            if site.is_parameter:
+                specs[site.tensor] = self._parameter(site, rule, rows.get(site.tensor))
+            elif rule.code == "log2" or site.role == "softmax":
+                specs[site.tensor] = attention_spec(site, rule)
+            elif rule.granularity != "ptf":
+                specs[site.tensor] = self.activation(site, rule, stats)
+            elif site.role in ("q", "k"):
+                pair = places.get(("q", site.block)), places.get(("k", site.block))
+                specs.update(self._pair(site, pair, stats))
+            elif site.role in ("v", "av"):
+                pair = places.get(("v", site.block)), places.get(("av", site.block))
+                specs.update(self._value(site, pair, stats, rows))
+            else:
+                specs[site.tensor] = self._ptf(site, rule, stats, rows)
+        return specs
+
+    def _parameter(self, site: Site, rule: Rule, rows: Array | None) -> TensorSpec:
+        if rule.granularity == "ptf":
+            value = self.constant(site.tensor)
+            others = tuple(a for a in range(value.ndim) if a != site.channel_axes[0])
+            low, high = value.min(axis=others), value.max(axis=others)
+            found = find_factors(
+                low, high, rule.limits, symmetric=True, max_k=self.plan.config.ptf_k
+            )
+            return ptf_spec(site, rule, found, found.alpha.shape)
+        factor = None if rows is None else (1 / rows).astype(np.float32)
+        return self.parameter(site, rule, factor)
+
+    def _reader(self, site: Site, stats: Statistics) -> tuple[str, Reader] | None:
+        """The weight behind the site into whose rows its factor moves, if there is one."""
+        linear = self.linear_behind(site)
+        weight = None if linear is None else linear.inputs[1]
+        if weight is None or str(weight.name) not in self.rules:
+            return None
+        moment = stats.channels[site.tensor].second_moment
+        bits = self.rules[str(weight.name)].bits
+        value = self.constant(str(weight.name))
+        if value.shape[0] != len(moment):
+            return None
+        return str(weight.name), Reader.of(value, moment, bits)
+
+    def _ptf(
+        self, site: Site, rule: Rule, stats: Statistics, rows: dict[str, Array]
+    ) -> TensorSpec:
+        """PTF of one tensor; through the weight that reads it where one alone does."""
+        low, high = self.bounds(site, rule, stats)
+        reader = self._reader(site, stats)
+        found = find_factors(
+            low,
+            high,
+            rule.limits,
+            max_k=self.plan.config.ptf_k,
+            reader=None if reader is None else reader[1],
+        )
+        if reader is not None:
+            rows[reader[0]] = np.exp2(found.alpha.astype(np.float32))[:, None]
+        return ptf_spec(site, rule, found, stats.channels[site.tensor].shape)
+
+    def _pair(
+        self, site: Site, pair: tuple[Site | None, Site | None], stats: Statistics
+    ) -> dict[str, TensorSpec]:
+        """q and k: opposite exponents per channel, which cancel in QKᵀ.
+
+        The exponents make the expected squared error of the product small: Σ_c s_q² 4^a_c
+        E[k_c²] + s_k² 4^-a_c E[q_c²], the balance between the ranges being searched.
+        """
+        q, k = pair
+        if q is None or k is None:
+            return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}
+        bounds = {s.tensor: self.bounds(s, self.rules[s.tensor], stats) for s in (q, k)}
+        moments = {s.tensor: stats.channels[s.tensor].second_moment for s in (q, k)}
+        limits = self.rules[q.tensor].limits
+        middle = (limits[0] + limits[1] + 1) // 2
+        need_q, need_k = (
+            needed_step(*(b.astype(np.float64) for b in bounds[s.tensor]), middle, limits)
+            for s in (q, k)
+        )
+        if need_q.shape != need_k.shape:
+            return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}
+        bound = MAX_K if self.plan.config.ptf_k is None else self.plan.config.ptf_k
+        best, best_noise = np.zeros(len(need_q)), np.inf
+        for strength in BALANCE:
+            a = np.clip(np.round(strength / 2 * np.log2(need_q / need_k)), -bound, bound)
+            step_q = (need_q * 2.0**-a).max() * 2.0**a
+            step_k = (need_k * 2.0**a).max() * 2.0**-a
+            noise = float(
+                np.sum(step_q**2 * moments[k.tensor] + step_k**2 * moments[q.tensor])
+            )
+            if noise < best_noise:
+                best, best_noise = a, noise
+        out: dict[str, TensorSpec] = {}
+        for one, sign in ((q, 1.0), (k, -1.0)):
+            factor = np.exp2(sign * best).astype(np.float32)
+            low, high = bounds[one.tensor]
+            shape = stats.channels[one.tensor].shape
+            out[one.tensor] = tensor_spec(
+                one,
+                self.rules[one.tensor],
+                float((low / factor).min()),
+                float((high / factor).max()),
+                trim(factor.reshape(shape)),
+            )
+        return out
+
+    def _value(
+        self,
+        site: Site,
+        pair: tuple[Site | None, Site | None],
+        stats: Statistics,
+        rows: dict[str, Array],
+    ) -> dict[str, TensorSpec]:
+        """v and A·V: one factor for both, which then passes into the rows of proj."""
+        v, av = pair
+        if v is None or av is None:
+            return {site.tensor: self._ptf(site, self.rules[site.tensor], stats, {})}
+        shapes = {stats.channels[s.tensor].shape for s in (v, av)}
+        if len(shapes) != 1:
+            return {site.tensor: self._ptf(site, self.rules[site.tensor], stats, {})}
+        bounds = {s.tensor: self.bounds(s, self.rules[s.tensor], stats) for s in (v, av)}
+        low = np.minimum(bounds[v.tensor][0], bounds[av.tensor][0])
+        high = np.maximum(bounds[v.tensor][1], bounds[av.tensor][1])
+        reader = self._reader(av, stats)
+        found = find_factors(
+            low,
+            high,
+            self.rules[v.tensor].limits,
+            max_k=self.plan.config.ptf_k,
+            reader=None if reader is None else reader[1],
+        )
+        factor = np.exp2(found.alpha.astype(np.float32))
+        if reader is not None:
+            rows[reader[0]] = factor[:, None]
+        shape = shapes.pop()
+        return {
+            one.tensor: tensor_spec(
+                one,
+                self.rules[one.tensor],
+                float((bounds[one.tensor][0] / factor).min()),
+                float((bounds[one.tensor][1] / factor).max()),
+                trim(factor.reshape(shape)),
+            )
+            for one in (v, av)
+        }
+
+
+def attention_spec(site: Site, rule: Rule) -> TensorSpec:
+    """The fixed range of a softmax: log2 codes, or 2^b - 1 levels on [0, 1]."""
+    if rule.code == "log2":
+        return TensorSpec(
+            site.tensor, rule, np.float32(1).reshape(()), np.array(0, np.int32), clip=(0.0, 1.0)
+        )
+    return tensor_spec(site, rule, 0.0, 1.0)
+
+
+def ptf_spec(site: Site, rule: Rule, found: Factors, shape: tuple[int, ...]) -> TensorSpec:
+    """The spec of found factors; channels broadcast by ``shape``."""
+    factor = np.exp2(found.alpha.astype(np.float32)).reshape(shape)
+    scale = np.float32(found.scale)
+    return TensorSpec(
+        tensor=site.tensor,
+        rule=rule,
+        scale=scale.reshape(()),
+        zero_point=np.array(found.zero_point, np.int32),
+        factor=trim(factor),
+        clip=clip_range(float(scale), found.zero_point, rule),
+    )
+
+

@@ -1,0 +1,151 @@
+"""ONNX Runtime sessions of classifiers: on the GPU where one really works, else on the CPU."""
+
+import ctypes
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from ptq_onnx.errors import ImageError, ModelError
+from ptq_onnx.preprocess import FloatArray
+
+Model = str | Path | bytes
+
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's severities
+
+
+def session(
+    model: Model, threads: int = 0, *, optimize: bool = True, cpu: bool = False
+) -> ort.InferenceSession:
+    """Open a model file, or its bytes, on ``threads`` CPU threads (0: all).
+
+    The GPU is used where CUDA really loads (``cpu=True`` forbids it), in full float32 precision.
+    ``optimize=False`` runs the graph as it is written. Raises ModelError.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERROR
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if not cpu and cuda_works():
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    where = "The model" if isinstance(model, bytes) else f"Model '{model}'"
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise ModelError(f"{where} does not exist: expected an .onnx file.")
+    try:
+        source = model if isinstance(model, bytes) else str(model)
+        return ort.InferenceSession(source, options, providers=providers)
+    except Exception as error:  # its exceptions share no base class
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{where} is refused by ONNX Runtime: {reason[:300]}") from error
+
+
+@lru_cache(maxsize=1)
+def cuda_works() -> bool:
+    """Whether ONNX Runtime can run a node with CUDA: a driver, a device and the libraries."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers() or not _cuda_devices():
+        return False
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", [value], [result])
+    probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        opened = ort.InferenceSession(
+            probe.SerializeToString(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+        )
+        opened.run(None, {"x": np.ones(1, dtype=np.float32)})
+        return bool(opened.get_providers()[0] == "CUDAExecutionProvider")
+    except Exception:  # whatever is missing: the CPU it is
+        return False
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+
+
+def _cuda_devices() -> int:
+    """Number of devices the CUDA driver sees; 0 without a driver. Prints nothing."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value
+    return 0
+
+
+class Classifier:
+    """A model with one image input whose logits are one output.
+
+    The logits are the only output, or the first of rank 2. A model with a fixed batch size gets
+    just that many images at a time, the last batch padded. Raises ModelError.
+    """
+
+    def __init__(self, model: Model, threads: int = 0) -> None:
+        self.name = "The model" if isinstance(model, bytes) else f"Model '{model}'"
+        self._session = session(model, threads)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if len(inputs) != 1 or inputs[0].type not in _FLOATS or len(inputs[0].shape) != 4:
+            found = ", ".join(f"{i.name}: {i.type}{list(i.shape)}" for i in inputs)
+            raise ModelError(
+                f"{self.name}: expected one float input [batch, C, H, W], got {found or 'none'}."
+            )
+        ranked = [output for output in outputs if len(output.shape) == 2]
+        if len(outputs) > 1 and not ranked:
+            found = ", ".join(f"{o.name}{list(o.shape)}" for o in outputs)
+            raise ModelError(f"{self.name}: none of its outputs is [batch, classes]: {found}.")
+        self._input, self._output = inputs[0], (ranked or outputs)[0].name
+        self._dtype = _FLOATS[self._input.type]
+        batch = self._input.shape[0]
+        self._batch: int | None = batch if isinstance(batch, int) else None
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Refuse images [C, H, W] that do not fit the input. Raises ImageError."""
+        wanted = self._input.shape[1:]
+        if any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
+            raise ImageError(
+                f"{self.name} expects images {list(wanted)} (channels, height, width), got "
+                f"{list(shape)}: set the preprocessing to the model's input size."
+            )
+
+    def __call__(self, images: FloatArray) -> FloatArray:
+        """Logits float32 [B, classes] of images [B, C, H, W]. Raises ModelError."""
+        parts = [self._run(part) for part in self._parts(images)]
+        logits = np.concatenate(parts)[: len(images)]
+        return logits.reshape(len(images), -1)
+
+    def _parts(self, images: FloatArray) -> Iterator[FloatArray]:
+        if self._batch is None:
+            yield images
+            return
+        for start in range(0, len(images), self._batch):
+            part = images[start : start + self._batch]
+            missing = self._batch - len(part)
+            # Copies of the last image: zeros could raise a warning, or an error, inside the model
+            yield np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+
+    def _run(self, images: FloatArray) -> FloatArray:
+        try:
+            result: NDArray[Any]
+            (result,) = self._session.run(
+                [self._output], {self._input.name: images.astype(self._dtype, copy=False)}
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{self.name} fails in ONNX Runtime: {reason[:300]}") from error
+        if result.ndim < 2 or len(result) != len(images):
+            raise ModelError(
+                f"{self.name}: expected logits [{len(images)}, classes] in '{self._output}', "
+                f"got {list(result.shape)}."
+            )
+        return result.astype(np.float32, copy=False)

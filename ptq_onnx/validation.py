@@ -1,0 +1,151 @@
+"""What a model must be to be quantized: known ops, one image input, finite weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from ptq_onnx.errors import ModelError
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+CONTROL_FLOW = frozenset(("If", "Loop", "Scan"))
+RUNTIME_DOMAIN = "com.microsoft"
+
+MASK_OPS = frozenset(
+    (
+        "Add",
+        "Where",
+        "Identity",
+        "Cast",
+        "Reshape",
+        "Transpose",
+        "Expand",
+        "Unsqueeze",
+        "Squeeze",
+        "Slice",
+        "Gather",
+        "Concat",
+    )
+)
+"""Ops on the way from a mask constant to its softmax."""
+
+
+def validate(model: ir.Model, path: Path) -> None:
+    """Raise :class:`ModelError` with the first thing that stands against quantization."""
+    _check_ops(model, path)
+    if any(node.domain == RUNTIME_DOMAIN for node in model.graph):
+        _check_runtime(model, path)
+    _check_inputs(model.graph, path)
+    _check_weights(model.graph, path)
+
+
+def one_line(error: Exception) -> str:
+    """The error's text on one line, without its full stop, cut to a readable length."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _check_ops(model: ir.Model, path: Path) -> None:
+    """No control flow, and no op that only a plug-in knows."""
+    local = {(f.domain, f.name) for f in model.functions.values()}
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for node in (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)):
+        where = f"Model {path}: node '{node.name or node.outputs[0].name}'"
+        if node.domain == "" and node.op_type in CONTROL_FLOW:
+            raise ModelError(
+                f"{where}: {node.op_type} is control flow, which cannot be quantized."
+                " Export the model with fixed branches and loops unrolled."
+            )
+        known = node.domain in ("", RUNTIME_DOMAIN) or (node.domain, node.op_type) in local
+        if not known:
+            raise ModelError(
+                f"{where}: op {node.op_type} of the domain '{node.domain}' is unknown."
+                " Export the model with standard ONNX ops only."
+            )
+
+
+def _check_runtime(model: ir.Model, path: Path) -> None:
+    """ONNX Runtime must load a model that uses its own ops."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise ModelError(
+            f"Model {path}: ONNX Runtime cannot load its {RUNTIME_DOMAIN} ops: {one_line(error)}."
+        ) from error
+
+
+def _check_inputs(graph: ir.Graph, path: Path) -> None:
+    """One input, a batch of images."""
+    inputs = [v for v in graph.inputs if v.name not in graph.initializers]
+    if len(inputs) == 1 and _is_image(inputs[0]):
+        return
+    found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
+    raise ModelError(
+        f"Model {path}: expected one image input (float, [batch, channels, height, width]),"
+        f" found {found}. Export the image encoder alone."
+    )
+
+
+def _is_image(value: ir.Value) -> bool:
+    return value.dtype in FLOATS and value.shape is not None and len(value.shape) == 4
+
+
+def _describe(value: ir.Value) -> str:
+    dtype = "untyped" if value.dtype is None else value.dtype.name.lower()
+    dims = "?" if value.shape is None else ", ".join(str(d) for d in value.shape)
+    return f"({dtype} [{dims}])"
+
+
+def _check_weights(graph: ir.Graph, path: Path) -> None:
+    """No NaN anywhere; an infinity only below, in a mask in front of a softmax."""
+    for value, tensor in _constants(graph):
+        try:
+            array = tensor.numpy()
+        except Exception as error:
+            raise ModelError(
+                f"Model {path}: tensor '{value.name}' cannot be read: {one_line(error)}."
+            ) from error
+        if tensor.dtype not in FLOATS or np.isfinite(array).all():
+            continue
+        if np.isnan(array).any():
+            what = "NaN"
+        elif np.isposinf(array).any() or not _is_mask(value):
+            what = "infinity"
+        else:
+            continue
+        raise ModelError(
+            f"Model {path}: tensor '{value.name}' holds {what}; weights must be finite."
+            " Check the checkpoint that was exported."
+        )
+
+
+def _constants(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Initializers and the outputs of Constant nodes, with their tensors."""
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            yield value, value.const_value
+    for node in graph:
+        if node.op_type == "Constant" and node.domain == "":
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is not None:
+                yield node.outputs[0], tensor
+
+
+def _is_mask(value: ir.Value) -> bool:
+    """True where every way from the value leads into a softmax, by an Add or a Where."""
+    uses = list(value.uses())
+    for use in uses:
+        if use.node.op_type == "Softmax":
+            continue
+        if use.node.op_type not in MASK_OPS or not _is_mask(use.node.outputs[0]):
+            return False
+    return bool(uses)
