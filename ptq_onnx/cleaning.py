@@ -65,7 +65,8 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         notes.append(f"converted {', '.join(converted)} to float32")
     _name_batch(model.graph)
     _convert_opset(model, opset, notes)
-    model.ir_version = IR_VERSION
+    if model.graph.opset_imports[""] <= opset:
+        model.ir_version = IR_VERSION
     _infer_shapes(model)
     simplify_layout(model.graph)
     _tidy(model)
@@ -128,12 +129,11 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 def _name_batch(graph: ir.Graph) -> None:
     """An unnamed first dimension of an input is called ``batch``, so that shapes can be tied."""
     for value in graph.inputs:
-        if value.shape is not None and len(value.shape) and value.shape[0] in (None, ""):
-            value.shape[0] = "batch"
-        elif value.shape is not None and len(value.shape):
-            dim = value.shape[0]
-            if isinstance(dim, ir.SymbolicDim) and dim.value is None:
-                value.shape[0] = "batch"
+        if value.shape is None or len(value.shape) == 0:
+            continue
+        first, *others = value.shape
+        if isinstance(first, ir.SymbolicDim) and not first.value:
+            value.shape = ir.Shape(["batch", *others])
 
 
 def skeleton(model: ir.Model) -> onnx.ModelProto:
@@ -160,7 +160,8 @@ def _convert_opset(model: ir.Model, opset: int, notes: list[str]) -> None:
         proto = onnx.version_converter.convert_version(skeleton(model), opset)
     except Exception as error:
         if current > opset:
-            notes.append(f"kept opset {current}: {one_line(error)}")
+            logger.debug("opset %d is kept: %s", current, one_line(error))
+            notes.append(f"kept opset {current}: some of its ops do not exist in opset {opset}")
             return
         raise ModelError(
             f"Model of opset {current} cannot be converted to opset {opset}: {one_line(error)}."

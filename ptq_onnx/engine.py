@@ -296,6 +296,11 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
         found: dict[str, list[TensorQuantizationConfig]] = self.__dict__.setdefault("_shared", {})
         return found
 
+    def is_active(self, tensor: str) -> bool:
+        """True where the tensor is quantized now."""
+        config = self._configs.get(tensor)
+        return config is not None and is_active(config)
+
     def activate(self) -> None:
         """Write the specs into the configs."""
         for tensor, spec in self.specs.items():
@@ -435,13 +440,18 @@ class Simulator:
 
     def _active(self, operation: Operation) -> frozenset[str]:
         """Tensors around the op that are quantized at the moment."""
-        if not isinstance(operation, QuantableOperation):
+        if not isinstance(operation, QuantableOperation) or self._quantizer is None:
             return frozenset()
-        return frozenset(
+        own = {
             self._origin.get(variable.name, variable.name)
             for config, variable in operation.config_with_variable
             if SPEC in config.dominated_by.detail and is_active(config)
-        )
+        }
+        for variable in operation.inputs:
+            before = self._kernels.carried.get(variable.name)
+            if before is not None and self._quantizer.is_active(before[0]):
+                own.add(variable.name)
+        return frozenset(own)
 
     def run(
         self, batch: np.ndarray[Any, Any], names: Iterable[str] | None = None

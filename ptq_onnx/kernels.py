@@ -8,6 +8,7 @@ Runtime's default optimizations, so that the same kernels do the same arithmetic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
-from ptq_onnx.blocks import is_constant, name_of
-from ptq_onnx.export.lowering import lower
+from ptq_onnx.blocks import is_constant, is_layout, name_of
+from ptq_onnx.export.lowering import lower, rows_of
 from ptq_onnx.spec import TensorSpec
 
 
@@ -32,7 +33,9 @@ class NodeKernels:
         self, model: ir.Model, specs: Mapping[str, TensorSpec], threads: int = 0
     ) -> None:
         self._model = model
-        self._specs = specs
+        self.carried = carried_specs(model, specs)
+        """Tensors that layout ops make of a quantized one: (its name, the spec they carry)."""
+        self._specs = {**specs, **{t: spec for t, (_, spec) in self.carried.items()}}
         self._threads = threads
         self._nodes = {name_of(node): node for node in model.graph}
         self._sessions: dict[tuple[str, frozenset[str]], ort.InferenceSession] = {}
@@ -98,3 +101,45 @@ class NodeKernels:
         options.log_severity_level = 3
         data = ir.to_proto(self.model_of(name, active)).SerializeToString()
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def carried_specs(
+    model: ir.Model, specs: Mapping[str, TensorSpec]
+) -> dict[str, tuple[str, TensorSpec]]:
+    """Specs that quantized tensors keep on their way through layout ops to a compute op.
+
+    By the name of the tensor that the compute op reads: the quantized tensor's name, and its
+    spec with the factor moved to the last axis. A tensor whose factor does not fit the last
+    axis is left out: it is read as floats.
+    """
+    found: dict[str, tuple[str, TensorSpec]] = {}
+    for node in model.graph:
+        if is_layout(node):
+            continue
+        for value in node.inputs:
+            if value is None or str(value.name) in specs or is_constant(value):
+                continue
+            start = _quantized_before(value, specs)
+            if start is None:
+                continue
+            spec = specs[str(start.name)]
+            if spec.factor is not None:
+                factor = rows_of(start, value, spec.factor)
+                if factor is None:
+                    continue
+                spec = spec.with_factor(factor)
+            found[str(value.name)] = (str(start.name), replace(spec, tensor=str(value.name)))
+    return found
+
+
+def _quantized_before(value: ir.Value, specs: Mapping[str, TensorSpec]) -> ir.Value | None:
+    """The tensor with a spec that ``value`` is a layout of, or None."""
+    node = value.producer()
+    while node is not None and is_layout(node) and node.op_type not in ("Concat", "Shape"):
+        before = node.inputs[0]
+        if before is None or is_constant(before):
+            return None
+        if str(before.name) in specs:
+            return before
+        node = before.producer()
+    return None

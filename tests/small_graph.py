@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from ptq_onnx.graph import serialize
 
@@ -24,6 +24,7 @@ class SmallGraph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.dtype, self.opset = dtype, opset
+        self.output_shape: tuple[int | str, ...] | None = None
         self.inputs = [helper.make_tensor_value_info("x", dtype, shape)]
 
     def const(self, array: Any, name: str = "") -> str:
@@ -51,7 +52,10 @@ class SmallGraph:
             self.nodes,
             "small",
             self.inputs,
-            [helper.make_tensor_value_info(name, self.dtype, None) for name in outputs],
+            [
+                helper.make_tensor_value_info(name, self.dtype, self.output_shape)
+                for name in outputs
+            ],
             self.constants,
         )
         opsets = [helper.make_opsetid("", self.opset)]

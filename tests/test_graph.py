@@ -138,6 +138,7 @@ def test_external_data_outside_the_folder(tmp_path: Path, kind: str) -> None:
 
 def test_invalid_graph(tmp_path: Path) -> None:
     g = SmallGraph(SHAPE)
+    g.output_shape = SHAPE
     refused(saved(tmp_path, g, g("Relu", "nowhere")), "not valid ONNX", "nowhere")
 
 
@@ -209,14 +210,21 @@ def test_control_flow(tmp_path: Path) -> None:
 
 def test_custom_domain(tmp_path: Path) -> None:
     g = SmallGraph(SHAPE)
+    g.output_shape = SHAPE
     refused(saved(tmp_path, g, g("Wavelet", "x", domain="my.ops")), "Wavelet", "my.ops")
 
 
 def test_runtime_domain(tmp_path: Path) -> None:
+    g = SmallGraph(SHAPE, opset=17)
+    g.output_shape = SHAPE
+    y = g("Relu", g("Gelu", "x", domain="com.microsoft"))
+    model, reference = load(saved(tmp_path, g, y)), g.proto(y)
+    clean(model)
+    assert ops(model) == ["Gelu", "Relu"]
+    assert shapes_are_known(model)
+    assert_same(model, reference, X)
     g = SmallGraph(SHAPE)
-    model = load(saved(tmp_path, g, g("Gelu", "x", domain="com.microsoft")))
-    assert len(model.graph) == 1
-    g = SmallGraph(SHAPE)
+    g.output_shape = SHAPE
     refused(saved(tmp_path, g, g("Wavelet", "x", domain="com.microsoft")), "ONNX Runtime")
 
 
@@ -246,7 +254,7 @@ def test_clean_folds_shape_arithmetic(batch: str | int, opset: int) -> None:
     assert "unused" not in model.graph.initializers
     assert model.graph.outputs[0].name == y
     add = next(n for n in model.graph if n.op_type == "Add")
-    assert not add.inputs[0].is_initializer() and add.inputs[1].is_initializer()
+    assert [v.is_initializer() for v in add.inputs] == [False, True]
     assert shapes_are_known(model)
     first = model.graph.outputs[0].shape[0]
     assert first == batch or first.value == batch
@@ -254,6 +262,27 @@ def test_clean_folds_shape_arithmetic(batch: str | int, opset: int) -> None:
     before = text(model)
     clean(model)
     assert text(model) == before
+
+
+@pytest.mark.parametrize("opset", [9, 24])
+def test_older_and_newer_opsets(opset: int) -> None:
+    g = SmallGraph(SHAPE, opset)
+    y = g("Add", g("MatMul", "x", sample(8, 4)), sample(4))
+    model = g.model(y)
+    assert clean(model).opset == 21
+    assert model.ir_version == 10
+    assert_same(model, g.proto(y), X)
+
+
+def test_an_op_newer_than_the_opset_keeps_it(tmp_path: Path) -> None:
+    g = SmallGraph(SHAPE, 23)
+    y = g("Relu", g("Attention", "x", "x", "x"))
+    model = g.model(y)
+    report = clean(model)
+    assert (report.opset, len(report.notes)) == (23, 1)
+    assert shapes_are_known(model)
+    save(model, tmp_path / "model.onnx")
+    assert_same(model, g.proto(y), X)
 
 
 def test_unnamed_batch_gets_a_name() -> None:
@@ -271,13 +300,13 @@ def test_names_and_metadata_survive_the_conversion() -> None:
     for node in model.graph:
         node.metadata_props["namespace"] = f"of {node.name}"
     model.graph.initializers["w"].metadata_props["kind"] = "weight"
-    weight = model.graph.initializers["w"].const_value
+    weight = model.graph.initializers["w"].const_value.numpy()
     clean(model)
     conv = next(n for n in model.graph if n.op_type == "Conv")
     assert conv.name == "/conv0"
     assert conv.metadata_props["namespace"] == "of /conv0"
     assert model.graph.initializers["w"].metadata_props["kind"] == "weight"
-    assert model.graph.initializers["w"].const_value is weight
+    np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), weight)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +340,8 @@ def test_a_double_beyond_float32_stays_finite() -> None:
     model = g.model(g("Softmax", g("Add", "x", mask)))
     clean(model)
     (y,) = run(model, X)
-    assert np.isfinite(y).all() and (y[..., 6:] == 0).all()
+    assert np.isfinite(y).all()
+    assert not y[..., 6:].any()
 
 
 def test_slices_become_a_split() -> None:
@@ -367,13 +397,15 @@ def test_clean_of_local_functions(tmp_path: Path) -> None:
         [helper.make_opsetid("", 21)],
     )
     g = SmallGraph(SHAPE)
+    g.output_shape = SHAPE
     proto = g.proto(g("Twice", "x", domain="local"))
     proto.functions.append(function)
     path = tmp_path / "model.onnx"
     onnx.save(proto, path)
     model = load(path)
     clean(model)
-    assert ops(model) == ["Add"] and not model.functions
+    assert ops(model) == ["Add"]
+    assert not model.functions
 
 
 # Save -----------------------------------------------------------------------------------
@@ -411,8 +443,8 @@ def test_save_with_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(run(path, X)[0], run(g.proto(y), X)[0], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("ptq_onnx.graph.EXTERNAL_LIMIT", 10**9)
     np.testing.assert_allclose(run(load(path), X)[0], run(path, X)[0])
+    monkeypatch.setattr("ptq_onnx.graph.EXTERNAL_LIMIT", 100)
     with pytest.raises(ModelError, match="GB of weights"):
-        monkeypatch.setattr("ptq_onnx.graph.EXTERNAL_LIMIT", 100)
         serialize(model)
 
 
@@ -429,7 +461,8 @@ def test_nothing_is_written_on_failure(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="Transmogrify") as caught:
         save(model, path)
     assert "\n" not in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"] and path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+    assert path.read_bytes() == b"old"
 
 
 def test_failure_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,7 +545,7 @@ def test_sample_models(
     assert (counts["Linear"], counts["AttentionScale"], counts["PatchEmbed"]) == (49, 12, 1)
     assert dict(Counter(n.op_type for n in model.graph)) == HISTOGRAM
     assert shapes_are_known(model)
-    assert cleaned < 5 and fused < 1  # twice what it takes on a busy machine
+    assert (cleaned < 5, fused < 1) == (True, True)  # twice the target: the machine may be busy
 
     before = text(model)
     assert sum(fuse(model).values()) == 1  # the patch embedding, which is only counted

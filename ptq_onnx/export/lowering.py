@@ -47,8 +47,10 @@ class _Lowering:
     names: set[str] = field(default_factory=set)
     absorbed: set[ir.Node] = field(default_factory=set)
     """Linears whose weight rows take the factor of their input."""
-    renormalized: dict[str, ir.Value] = field(default_factory=dict)
-    """A·V outputs that are divided by row sums: the quotient, by the product's output name."""
+    renormalized: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    """A·V outputs that are divided by row sums: the quotient, by the product's output."""
+    original: dict[ir.Value, TensorSpec] = field(default_factory=dict)
+    """Specs by value: names of graph outputs change hands while nodes are put in."""
 
     # --- small builders -----------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class _Lowering:
 
     def activation(self, value: ir.Value, spec: TensorSpec) -> None:
         """Quantize and dequantize one activation; point its readers at the result."""
-        uses = list(consumers(value))
+        uses = [(node, i) for node, i in consumers(value) if node.op_type != "Shape"]
         if spec.rule.code == "log2":
             out = self.log2(value, spec)
             self.redirect(value, uses, out)
@@ -254,7 +256,7 @@ class _Lowering:
         mine, other = specs[index], specs[1 - index]
         if mine is None or mine.factor is None:
             return False
-        out = self.specs.get(str(node.outputs[0].name))
+        out = self.original.get(node.outputs[0])
         if index == 1 and out is not None and out.factor is not None:
             return bool(np.array_equal(out.factor, mine.factor))
         if other is None or other.factor is None:
@@ -266,7 +268,7 @@ class _Lowering:
     def spec_behind(self, value: ir.Value | None) -> TensorSpec | None:
         """The spec of the tensor that a product's input was before quantization."""
         while value is not None:
-            spec = self.specs.get(str(value.name))
+            spec = self.original.get(value)
             if spec is not None:
                 return spec
             node = value.producer()
@@ -349,7 +351,7 @@ class _Lowering:
 
     def undo(self, value: ir.Value) -> ir.Value:
         """The tensor before the Q/DQ that was put behind it."""
-        while value.name not in self.specs:
+        while value not in self.original:
             node = value.producer()
             if node is None or node.op_type not in ("DequantizeLinear", "QuantizeLinear", "Mul"):
                 return value
@@ -423,17 +425,19 @@ class _Lowering:
             total = self.add(node, "ReduceSum", [attention, axes], out, "row_sum")
             total.shape = None
             quotient = self.add(total.producer(), "Div", [out, total], out, "renormalized")
-            self.renormalized[str(out.name)] = quotient
+            self.renormalized[out] = quotient
             self.redirect(out, uses, quotient)
 
     def run(self) -> None:
         nodes = list(self.graph)
         values = [*self.graph.inputs, *(v for node in nodes for v in node.outputs)]
         self.names.update(str(v.name) for v in [*values, *self.graph.initializers.values()])
-        places = [(v, self.specs.get(str(v.name))) for v in values if not is_constant(v)]
-        for value, spec in places:
-            if spec is not None:
-                self.activation(self.renormalized.get(str(value.name), value), spec)
+        for value in values:
+            spec = self.specs.get(str(value.name))
+            if spec is not None and not is_constant(value):
+                self.original[value] = spec
+        for value, spec in self.original.items():
+            self.activation(self.renormalized.get(value, value), spec)
         for node in nodes:
             if is_linear(node):
                 self.linear(node)

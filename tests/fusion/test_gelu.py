@@ -86,7 +86,7 @@ def check(g: SmallGraph, y: str, approximate: str) -> None:
     (node,) = model.graph
     assert node.op_type == "Gelu"
     assert node.attributes.get_string("approximate", "none") == approximate
-    assert node.name == f"/{y}" and node.outputs[0].name == y
+    assert (node.name, node.outputs[0].name) == (f"/{y}", y)
     assert not model.graph.initializers
     assert_same(model, g.proto(y), X)
     before = text(model)

@@ -74,7 +74,7 @@ def test_every_spelling_fuses(square: str, root: str, swap: bool, twice: bool) -
     assert fuse(model)["LayerNormalization"] == 1
     assert ops(model) == ["LayerNormalization"]
     (node,) = model.graph
-    assert node.name == f"/{y}" and node.outputs[0].name == y
+    assert (node.name, node.outputs[0].name) == (f"/{y}", y)
     assert len(model.graph.initializers) == 2
     assert_same(model, reference, X)
     before = text(model)
@@ -99,7 +99,7 @@ def test_gamma_with_leading_ones_and_positive_axis() -> None:
     model = g.model(y)
     fuse(model)
     assert ops(model) == ["LayerNormalization"]
-    assert [len(v.shape) for v in list(model.graph)[0].inputs] == [3, 1, 1]
+    assert [len(v.shape) for v in next(iter(model.graph)).inputs] == [3, 1, 1]
     assert_same(model, g.proto(y), X)
 
 

@@ -67,7 +67,7 @@ def test_gemm(trans_b: int, bias: bool) -> None:
     model = g.model(y)
     assert fuse(model)["Linear"] == 1
     (node,) = model.graph
-    assert len(node.inputs) == 2 + bias and node.name == f"/{y}"
+    assert (node.name, len(node.inputs)) == (f"/{y}", 2 + bias)
     assert list(node.inputs[1].shape) == [K, N]
     assert ("weight" in model.graph.initializers) == (not trans_b)
     assert_same(model, g.proto(y), X[:, 0])
@@ -143,7 +143,7 @@ def test_conv_bias(shape: tuple[int, ...]) -> None:
     counts = fuse(model)
     assert (counts["ConvBias"], counts["PatchEmbed"]) == (1, 1)
     (node,) = model.graph
-    assert node.op_type == "Conv" and len(node.inputs) == 3 and node.name == f"/{y}"
+    assert (node.op_type, len(node.inputs), node.name) == ("Conv", 3, f"/{y}")
     assert_same(model, g.proto(y), sample(2, 3, 8, 8))
     assert fuse(model)["ConvBias"] == 0
 
