@@ -162,16 +162,12 @@ class _Lowering:
             ]
             anchor = current.producer()
             current = self.add(anchor, "Clip", [current, *bounds], value, "clipped")
-        code_type = np.int8 if spec.rule.signed else np.uint8
         scale = self.constant(f"{value.name}_scale", np.asarray(spec.scale, np.float32))
-        zero_point = self.constant(
-            f"{value.name}_zero_point", np.asarray(spec.zero_point).astype(code_type)
-        )
-        dtype = ir.DataType.INT8 if spec.rule.signed else ir.DataType.UINT8
+        zero_point = self.constant(f"{value.name}_zero_point", stored_zero_point(spec))
         return self.chain(
             current,
             [
-                ("QuantizeLinear", [scale, zero_point], "quantized", dtype),
+                ("QuantizeLinear", [scale, zero_point], "quantized", ir.DataType.UINT8),
                 ("DequantizeLinear", [scale, zero_point], "dequantized", None),
             ],
             value,
@@ -457,6 +453,18 @@ class _Lowering:
                 factor = self.constant(f"{value.name}_factor", spec.factor)
                 real = self.add(real.producer(), "Mul", [real, factor], value, "rescaled")
             node.replace_input_with(index, real)
+
+
+def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8]:
+    """The zero point of an activation in the file, where codes are uint8.
+
+    Signed codes are stored 128 higher, zero point included: the same numbers, in the type
+    that ONNX Runtime's x86 kernels want. It would convert int8 by itself, but then rejects
+    its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it moves over
+    a Transpose keeps output_dtype INT8).
+    """
+    shift = 128 if spec.rule.signed else 0
+    return np.asarray(spec.zero_point + shift).astype(np.uint8)
 
 
 def is_power_of_two(factor: Factor) -> bool:
