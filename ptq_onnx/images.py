@@ -79,6 +79,16 @@ class FolderSource(ImageSource):
     def names(self) -> list[str]:
         return [self.files[index] for index in self._chosen if index is not None]
 
+    def others(self, limit: int) -> "FolderSource | None":
+        """Up to ``limit`` images of the folder that this source does not use; None if none."""
+        left = [index for index in range(len(self.files)) if index not in self._used]
+        if not left:
+            return None
+        rest = FolderSource(self.root, self.preprocess)
+        rest._chosen = [left[i] for i in evenly(len(left), limit)]
+        rest._used = set(range(len(self.files)))
+        return rest
+
     def _slots(self) -> Sequence[int]:
         return [slot for slot, index in enumerate(self._chosen) if index is not None]
 

@@ -45,6 +45,7 @@ class SiteQuantizer(VitQuantizer):
         self.notes: list[str] = []
         self.nodes = {name_of(node): node for node in plan.model.graph}
         self.floats: dict[str, str] = {}
+        self._given: dict[str, TensorSpec] | None = None
         self.rules = self._dispatch()
         super().__init__(plan.model)
 
@@ -117,7 +118,27 @@ class SiteQuantizer(VitQuantizer):
 
     def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
         """Specs of all sites with a rule, from batches [B, C, H, W] that can be run twice."""
+        if self._given is not None:
+            return {t: self._given[t] for t in self.rules}
         return self.solve(self.measure(batches))
+
+    def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
+        """Take the specs of an earlier run instead of calibrating.
+
+        Raises ConfigError unless they are of the same tensors under the same rules.
+        """
+        for tensor, rule in self.rules.items():
+            if tensor not in specs:
+                raise ConfigError(
+                    f"--scales {where} has no numbers for tensor '{tensor}': it is of another"
+                    " model or other options; calibrate anew."
+                )
+            if specs[tensor].rule != rule:
+                raise ConfigError(
+                    f"--scales {where}: tensor '{tensor}' was {specs[tensor].rule}, now it is"
+                    f" {rule}; use the options of that run, or calibrate anew."
+                )
+        self._given = specs
 
     def measure(self, batches: Iterable[Any]) -> Statistics:
         """Statistics of all activations with a rule."""

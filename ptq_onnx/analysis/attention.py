@@ -1,0 +1,107 @@
+"""Attention maps of the float model and of quantized ones, on one image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.analysis.graphwise import Sums
+from ptq_onnx.analysis.results import AttentionMap, decibels
+from ptq_onnx.blocks import Blocks, name_of
+from ptq_onnx.engine import Simulator
+from ptq_onnx.preprocess import Preprocess
+
+Array = NDArray[np.float32]
+
+
+def attention_maps(
+    model: ir.Model,
+    blocks: Blocks,
+    simulators: Mapping[str, Simulator],
+    image: Array,
+    image_name: str,
+    preprocess: Preprocess,
+    chosen: Sequence[int] | None = None,
+) -> list[AttentionMap]:
+    """Maps of the chosen blocks (the last by default) on one model input [C, H, W].
+
+    The first simulator is the reference for the SNR of the others. Blocks whose attention is
+    not over the patches of the whole image (windows) are left out.
+    """
+    wanted = {
+        role.block: name_of(node)
+        for node in model.graph
+        if (role := blocks.roles[name_of(node)]).name == "softmax" and role.block is not None
+    }
+    if not wanted:
+        return []
+    picked = [max(wanted)] if chosen is None else [b for b in chosen if b in wanted]
+    outputs = {name_of(n): str(n.outputs[0].name) for n in model.graph}
+    names = {block: outputs[wanted[block]] for block in picked}
+    found = {
+        label: simulator.run(image[None], names.values()) for label, simulator in simulators.items()
+    }
+    picture = _picture(image, preprocess)
+    out: list[AttentionMap] = []
+    for block, name in names.items():
+        values = {label: result[name] for label, result in found.items()}
+        first = next(iter(values.values()))
+        layout = patch_layout(first.shape, image.shape)
+        if layout is None:
+            continue
+        rows, columns, extra = layout
+        reference = next(iter(values))
+        snr: dict[str, float | None] = {}
+        for label, value in values.items():
+            sums = Sums()
+            sums.add(values[reference], value)
+            snr[label] = None if label == reference else decibels(sums.snr)
+        out.append(
+            AttentionMap(
+                block=block,
+                image=picture,
+                image_name=image_name,
+                query="class token" if extra else "mean over queries",
+                maps={k: _on_patches(v, rows, columns, extra) for k, v in values.items()},
+                snr_db=snr,
+            )
+        )
+    return out
+
+
+def patch_layout(
+    attention: tuple[int, ...], image: tuple[int, ...]
+) -> tuple[int, int, int] | None:
+    """Rows, columns and number of extra tokens (class, registers) of attention [1, H, N, N].
+
+    The patch grid has the picture's aspect ratio; None where no such grid fits, or the
+    attention is not square over one image.
+    """
+    if len(attention) != 4 or attention[0] != 1 or attention[2] != attention[3]:
+        return None
+    tokens, height, width = attention[3], image[1], image[2]
+    for extra in range(0, 6):
+        patches = tokens - extra
+        rows = round(float(np.sqrt(patches * height / width)))
+        if rows and patches % rows == 0 and rows * width == (patches // rows) * height:
+            return rows, patches // rows, extra
+    return None
+
+
+def _on_patches(attention: Array, rows: int, columns: int, extra: int) -> Array:
+    """[heads, rows, columns]: what the class token, or the average query, attends to."""
+    query = attention[0, :, 0, :] if extra else attention[0].mean(axis=1)
+    return np.asarray(query[:, extra:].reshape(-1, rows, columns), np.float32)
+
+
+def _picture(image: Array, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """The model input as the picture it came from, uint8 [H, W, 3]."""
+    mean = np.array(preprocess.mean, np.float32)[:, None, None]
+    std = np.array(preprocess.std, np.float32)[:, None, None]
+    pixels = np.clip(np.rint((image * std + mean) * 255), 0, 255).astype(np.uint8)
+    if len(pixels) == 1:
+        pixels = np.repeat(pixels, 3, axis=0)
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0))

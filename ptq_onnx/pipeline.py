@@ -1,0 +1,523 @@
+"""The whole job: a float ONNX file and images in, a quantized file with its report out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.config import AUTO, QuantizeConfig
+from ptq_onnx.errors import ConfigError, ImageError, ModelError
+from ptq_onnx.image_source import ImageSource
+from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
+from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.spec import Site, TensorSpec
+
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Called with (stage, images in all); returns what is called with images done."""
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
+"""The images that come with the project, for when none are given."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`quantize` made: the report (also in report.json) and the files."""
+
+    report: dict[str, Any]
+    output: Path
+    files: tuple[Path, ...]
+
+
+class Batches:
+    """Batches of an image source that can be run over again."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.source.batches(self.size)
+
+
+def quantize(
+    model: str | Path,
+    *,
+    config: QuantizeConfig | None = None,
+    output: str | Path = "output",
+    calib: str | Path | Iterable[Any] | None = None,
+    val: str | Path | None = None,
+    labels: str | Path | None = None,
+    scales: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize ``model`` with calibration images and write everything to ``output``.
+
+    ``calib``: folder, .npy/.npz or iterable of arrays; None: the embedded images. ``val``
+    and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
+    run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
+    ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
+    is written beside and renamed, so a failure leaves nothing. Raises PtqError.
+    """
+    config = config or QuantizeConfig()
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; name a folder.")
+    prepared = prepare(model, config.opset)
+    notes = list(prepared.cleaned.notes)
+    _check_blocks(prepared, config)
+    preprocess = resolve_preprocess(prepared.model, config)
+    images = _calibration_images(calib, preprocess, config, notes)
+    tested = None if val is None else open_images(val, preprocess)
+    if labels is not None and val is None:
+        raise ConfigError("--labels without --val: name the folder of the labelled images too.")
+    truth = None
+    if tested is not None and (labels is not None or _has_class_folders(tested)):
+        from ptq_onnx.labels import labels_for
+
+        truth = labels_for(tested, labels)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        report = _Run(prepared, config, preprocess, images, notes, work, progress).run(
+            tested, truth, scales
+        )
+        files = _publish(work, output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Result(report, output, files)
+
+
+def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
+    if prepared.blocks.count == 0 and config.quantizer != "vanilla":
+        raise ModelError(
+            f"Model {prepared.path} has no transformer block (softmax between two products);"
+            f" {config.quantizer} needs one, --quantizer vanilla works without."
+        )
+
+
+def _has_class_folders(source: ImageSource) -> bool:
+    return isinstance(source, FolderSource) and all("/" in name for name in source.names)
+
+
+def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> Preprocess:
+    """Preprocessing by the options, else by the model's metadata, else imagenet's.
+
+    Size and channels come from the model's input where it states them. Raises ConfigError
+    where option and model contradict each other.
+    """
+    if not isinstance(model, ir.Model):
+        model = graphs.load(model)
+    from ptq_onnx.sites import image_input
+
+    shape = image_input(model).shape
+    sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
+    if len(sides) != 4:
+        raise ModelError("The model's input is no batch of images [batch, channels, H, W].")
+    channels, height, width = sides[1:]
+    stored = model.metadata_props.get(METADATA_KEY)
+    if config.preprocess is None and stored is not None:
+        base = Preprocess.from_json(stored)
+    else:
+        base = Preprocess.named(config.preprocess or "imagenet")
+    size = config.size or (base.size if height is None or width is None else (height, width))
+    if height is not None and width is not None and tuple(size) != (height, width):
+        raise ConfigError(
+            f"--size {size[0]}x{size[1]}: the model takes {height}x{width} images only."
+        )
+    mean, std = config.mean or base.mean, config.std or base.std
+    if channels == 1 and len(mean) == 3:
+        mean, std = (float(np.mean(mean)),), (float(np.mean(std)),)
+    if channels not in (None, 1, 3):
+        raise ModelError(f"The model's input has {channels} channels; images have 1 or 3.")
+    changes: dict[str, Any] = {"mean": mean, "std": std, "size": tuple(size)}
+    if channels is not None:
+        changes["channels"] = channels
+    if config.crop_pct is not None:
+        changes["crop_pct"] = config.crop_pct
+    if config.interpolation is not None:
+        changes["interpolation"] = config.interpolation
+    return replace(base, **changes)
+
+
+def _calibration_images(
+    calib: str | Path | Iterable[Any] | None,
+    preprocess: Preprocess,
+    config: QuantizeConfig,
+    notes: list[str],
+) -> ImageSource:
+    if calib is None:
+        if not EMBEDDED.is_dir():
+            raise ImageError(
+                "The embedded images are not here; name calibration images with --calib."
+            )
+        notes.append(
+            "No --calib: calibrated with the embedded images of digits. Give images like those"
+            " that the model will see for a model of your own."
+        )
+        calib = EMBEDDED
+    return open_images(calib, preprocess, limit=config.images)
+
+
+def _publish(work: Path, output: Path) -> tuple[Path, ...]:
+    """Move the finished files into place; the folder as a whole where it is new."""
+    names = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
+    if not output.exists():
+        os.replace(work, output)
+        os.chmod(output, 0o755)
+    else:
+        for name in names:
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(work / name, output / name)
+    return tuple(output / name for name in names)
+
+
+def read_scales(path: str | Path) -> dict[str, TensorSpec]:
+    """Specs by tensor from the report.json of an earlier run. Raises ConfigError."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = data["tensors"]
+        return {e["tensor"]: TensorSpec.from_json(e["tensor"], e) for e in entries}
+    except OSError as error:
+        raise ConfigError(f"--scales {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--scales {path} is no report.json of this tool ({type(error).__name__}: {error})."
+        ) from error
+
+
+@dataclass
+class _Run:
+    """One quantization, stage by stage; files go to ``work``."""
+
+    prepared: Prepared
+    config: QuantizeConfig
+    preprocess: Preprocess
+    images: ImageSource
+    notes: list[str]
+    work: Path
+    progress: Progress | None
+
+    def stage(self, name: str, total: int | None = None) -> Callable[[int], None]:
+        if self.progress is None:
+            return lambda _: None
+        return self.progress(name, len(self.images) if total is None else total)
+
+    def run(
+        self, tested: ImageSource | None, truth: Any, scales: str | Path | None
+    ) -> dict[str, Any]:
+        import torch
+
+        from ptq_onnx.export.lowering import lower
+        from ptq_onnx.quantizers import make_quantizer
+        from ptq_onnx.quantizers.base import Plan
+
+        prepared = self.prepared
+        config = self._resolve_auto()
+        plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
+        quantizer = make_quantizer(plan)
+        if scales is not None:
+            quantizer.reuse(read_scales(scales), str(scales))
+        channels, height, width = self.preprocess.shape
+        batches = Batches(self.images, config.batch)
+        quantizer.run(torch.zeros(1, channels, height, width), batches)
+        self.notes.extend(quantizer.notes)
+        if self.images.skipped:
+            self.notes.append(
+                f"{len(self.images.skipped)} calibration images could not be read and were"
+                f" skipped, the first: {self.images.skipped[0]}."
+            )
+        quantized = self.work / "quantized.onnx"
+        lowered = lower(prepared.model, quantizer.specs)
+        graphs.save(lowered, quantized)
+        graphs.save(prepared.model, self.work / "fused.onnx")
+        (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        report = self._describe(config, quantizer, scales is not None)
+        analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
+        pictures: list[tuple[str, Path]] = []
+        if config.report:
+            analysed, pictures = self._analyse(quantizer, tested)
+        analysed.update(self._measure(tested, truth))
+        report.update(analysed)
+        report["notes"] = self.notes
+        self._write(report, analysed, pictures)
+        return report
+
+    def _resolve_auto(self) -> QuantizeConfig:
+        """Replace ``--per-channel auto`` by the blocks that calibration picks."""
+        config = self.config
+        if AUTO not in config.per_channel:
+            return config
+        from ptq_onnx.calibration import collect
+        from ptq_onnx.quantizers.channelwise import widest_blocks
+
+        sites = [s for s in self.prepared.sites.values() if s.role in ("gelu", "fc2")]
+        if not sites:
+            raise ConfigError("--per-channel auto: the model has no fc2 to choose from.")
+        stats = collect(
+            self.prepared.model,
+            sites,
+            Batches(self.images, config.batch),
+            threads=config.threads,
+            progress=self.stage("Channel ranges"),
+        )
+        selector, text = widest_blocks(stats, self.prepared.sites, self.prepared.blocks)
+        self.notes.append(text)
+        others = tuple(t for t in config.per_channel if t != AUTO)
+        return replace(config, per_channel=(*others, str(selector)))
+
+    def _describe(self, config: QuantizeConfig, quantizer: Any, reused: bool) -> dict[str, Any]:
+        """All of the report that does not need running the model."""
+        prepared, sites = self.prepared, self.prepared.sites
+        model = prepared.model
+        return {
+            "ptq_onnx": _version(),
+            "model": {
+                "path": prepared.path.name,
+                "bytes": prepared.path.stat().st_size,
+                "opset": prepared.cleaned.opset_before,
+                "producer": model.producer_name,
+                "inputs": [_value(v) for v in model.graph.inputs if not v.is_initializer()],
+                "outputs": [_value(v) for v in model.graph.outputs],
+            },
+            "config": json.loads(json.dumps(asdict(config))),
+            "preprocess": json.loads(self.preprocess.to_json()),
+            "cleaned": asdict(prepared.cleaned),
+            "fusions": prepared.fusions,
+            "blocks": prepared.blocks.count,
+            "roles": {n: {"role": r.name, "block": r.block} for n, r in prepared.blocks.roles.items()},
+            "unrecognised": list(prepared.blocks.unrecognised),
+            "calibration": {
+                "source": "scales of an earlier run" if reused else _source_name(self.images),
+                "images": 0 if reused else len(self.images),
+                "skipped": list(self.images.skipped),
+                "method": config.effective_method,
+            },
+            "arithmetic": config.arithmetic,
+            "tensors": [
+                {
+                    "tensor": tensor,
+                    "role": sites[tensor].role,
+                    "block": sites[tensor].block,
+                    "parameter": sites[tensor].is_parameter,
+                    **spec.to_json(),
+                }
+                for tensor, spec in quantizer.specs.items()
+            ],
+            "floats": _floats(prepared, quantizer),
+            "sizes": {
+                "float": (self.work / "fused.onnx").stat().st_size,
+                "quantized": (self.work / "quantized.onnx").stat().st_size,
+            },
+        }
+
+    def _analyse(
+        self, quantizer: Any, tested: ImageSource | None
+    ) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
+        """SNR of all ops on images held apart from calibration, and attention pictures."""
+        from ptq_onnx.analysis.graphwise import graphwise
+        from ptq_onnx.engine import Simulator
+
+        prepared, config = self.prepared, self.config
+        source, apart = self._held_apart(tested)
+        simulator = self.simulator(quantizer)
+        found = graphwise(
+            prepared.model,
+            quantizer,
+            prepared.blocks,
+            Batches(source, 2),
+            held_apart=apart,
+            simulator=simulator,
+            threads=config.threads,
+            progress=self.stage("Analysing", len(source)),
+        )
+        pictures: list[tuple[str, Path]] = []
+        if config.pictures and prepared.blocks.count:
+            reference = Simulator(prepared.model, None, threads=config.threads)
+            pictures = self._draw(quantizer, simulator, reference, source)
+        return {"analysis": asdict(found)}, pictures
+
+    def simulator(self, quantizer: Any) -> Any:
+        """The exact simulator, with integer LayerNorm and softmax where asked for."""
+        from ptq_onnx.engine import Simulator
+        from ptq_onnx.integer_ops import integer_overrides
+
+        overrides, left = {}, []
+        if self.config.arithmetic == "integer":
+            overrides, left = integer_overrides(self.prepared.model, quantizer.specs)
+        if left:
+            self.notes.append(
+                f"{len(left)} LayerNorm or softmax nodes stay in float arithmetic, because a"
+                f" tensor around them does; the first: {left[0]}."
+            )
+        return Simulator(
+            self.prepared.model, quantizer, threads=self.config.threads, overrides=overrides
+        )
+
+    def _held_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:
+        """Images that calibration did not see: the folder's others, else ``--val``'s."""
+        limit = self.config.analysis_images
+        if isinstance(self.images, FolderSource):
+            others = self.images.others(limit)
+            if others is not None:
+                return others, True
+        if isinstance(tested, FolderSource):
+            return open_images(tested.root, self.preprocess, limit=limit), True
+        self.notes.append(
+            "All images were used for calibration, so the analysis runs on some of the same;"
+            " give more images than --images, or --val, to hold some apart."
+        )
+        if isinstance(self.images, FolderSource):
+            return open_images(self.images.root, self.preprocess, limit=limit), False
+        return self.images, False
+
+    def _draw(
+        self, quantizer: Any, simulator: Any, reference: Any, source: ImageSource
+    ) -> list[tuple[str, Path]]:
+        """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
+        import torch
+
+        from ptq_onnx.analysis.attention import attention_maps
+        from ptq_onnx.analysis.attention_map import draw_attention
+        from ptq_onnx.engine import Simulator
+        from ptq_onnx.quantizers import make_quantizer
+        from ptq_onnx.quantizers.base import Plan
+
+        prepared, config = self.prepared, self.config
+        simulators = {"float": reference}
+        if config.quantizer != "vanilla":
+            plain = QuantizeConfig(quantizer="vanilla", bits=config.bits, threads=config.threads)
+            plan = Plan(prepared.model, prepared.blocks, prepared.sites, plain, self.stage)
+            vanilla = make_quantizer(plan)
+            few = self.images
+            if isinstance(few, FolderSource):
+                few = open_images(few.root, self.preprocess, limit=min(32, config.images))
+            channels, height, width = self.preprocess.shape
+            vanilla.run(torch.zeros(1, channels, height, width), Batches(few, config.batch))
+            simulators["vanilla"] = Simulator(prepared.model, vanilla, threads=config.threads)
+        simulators[config.quantizer] = simulator
+        names, batch = next(source.named_batches(1))
+        maps = attention_maps(
+            prepared.model, prepared.blocks, simulators, batch[0], names[0], self.preprocess
+        )
+        if not maps:
+            self.notes.append("No attention pictures: no attention over all patches of an image.")
+            return []
+        folder = self.work / "attention"
+        folder.mkdir()
+        pictures = []
+        for found in maps:
+            path = folder / f"block_{found.block:02d}_{Path(found.image_name).stem}.png"
+            draw_attention(found, path)
+            pictures.append((f"Block {found.block}, {found.image_name}", path))
+        return pictures
+
+    def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
+        """Accuracy of the files in ONNX Runtime, where there are images to measure on."""
+        from ptq_onnx.evaluation import evaluate
+
+        if tested is None:
+            return {"accuracy": None, "fidelity": None}
+        bar = self.stage("Evaluating", len(tested))
+        done = 0
+
+        def advance(now: int, _: int) -> None:
+            nonlocal done
+            bar(now - done)
+            done = now
+
+        found = evaluate(
+            self.work / "quantized.onnx",
+            tested,
+            truth,
+            threads=self.config.threads,
+            reference=self.work / "fused.onnx",
+            progress=advance,
+        )
+        fidelity = {
+            "images": found.count,
+            "sqnr_db": found.sqnr_db,
+            "agreement": found.agreement,
+        }
+        if truth is None:
+            return {"accuracy": None, "fidelity": fidelity}
+        plain = evaluate(
+            self.work / "fused.onnx", tested, truth, threads=self.config.threads
+        )
+        accuracy = {
+            "count": found.count,
+            "float": {"top1": plain.top1, "top5": plain.top5},
+            "quantized": {
+                "top1": found.top1,
+                "top5": found.top5,
+                "sqnr_db": found.sqnr_db,
+                "agreement": found.agreement,
+            },
+        }
+        return {"accuracy": accuracy, "fidelity": fidelity}
+
+    def _write(
+        self, report: dict[str, Any], analysed: dict[str, Any], pictures: list[tuple[str, Path]]
+    ) -> None:
+        text = json.dumps(report, indent=1, allow_nan=False, default=float)
+        (self.work / "report.json").write_text(text, encoding="utf-8")
+        if not self.config.report:
+            return
+        from ptq_onnx.analysis.plots import snr_over_blocks
+        from ptq_onnx.analysis.report import render
+        from ptq_onnx.analysis.results import OpError
+
+        ops = [OpError(**op) for op in analysed["analysis"]["ops"]]
+        page = render(report, snr_over_blocks(ops), pictures)
+        (self.work / "report.html").write_text(page, encoding="utf-8")
+
+
+def _floats(prepared: Prepared, quantizer: Any) -> list[dict[str, Any]]:
+    """Every tensor that stays in float, with the reason."""
+    listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
+    for node in prepared.model.graph:
+        role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
+        reasons: list[tuple[int, str]] = []
+        if node.op_type in ("Linear", "Conv"):
+            reasons = [(2, "bias: float here, int32 at scale s_x·s_w on integer hardware")]
+        elif node.op_type == "LayerNormalization":
+            reasons = [(1, "LayerNorm γ: folded into integer M/2^N on integer hardware")]
+            reasons.append((2, "LayerNorm β: folded into an integer offset on integer hardware"))
+        for index, reason in reasons:
+            value = node.inputs[index] if len(node.inputs) > index else None
+            if value is not None and value.name:
+                listed.append(
+                    {"tensor": value.name, "role": role.name, "block": role.block, "reason": reason}
+                )
+    return listed
+
+
+def _float(site: Site, reason: str) -> dict[str, Any]:
+    return {"tensor": site.tensor, "role": site.role, "block": site.block, "reason": reason}
+
+
+def _value(value: ir.Value) -> dict[str, Any]:
+    shape = [] if value.shape is None else [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    return {"name": value.name, "shape": shape}
+
+
+def _source_name(images: ImageSource) -> str:
+    return str(images.root.name) if isinstance(images, FolderSource) else "arrays"
+
+
+def _version() -> str:
+    try:
+        return version("ptq-onnx")
+    except PackageNotFoundError:
+        from ptq_onnx import __version__
+
+        return __version__
