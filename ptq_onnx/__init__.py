@@ -1,3 +1,68 @@
-"""Post-training quantization of Vision Transformers, from ONNX to ONNX."""
+"""Post-training quantization of Vision Transformers, from ONNX to ONNX.
+
+The names below are imported when they are first asked for: torch and PPQ take seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptq_onnx.config import QuantizeConfig
+    from ptq_onnx.console import one_line_errors, progress_bars, show
+    from ptq_onnx.errors import PtqError
+    from ptq_onnx.evaluation import Evaluation, evaluate
+    from ptq_onnx.images import open_images
+    from ptq_onnx.labels import labels_for
+    from ptq_onnx.model_path import find_model
+    from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
+    from ptq_onnx.preparation import prepare
+    from ptq_onnx.preprocess import Preprocess
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Evaluation": "evaluation",
+    "Preprocess": "preprocess",
+    "PtqError": "errors",
+    "QuantizeConfig": "config",
+    "Result": "pipeline",
+    "evaluate": "evaluation",
+    "find_model": "model_path",
+    "labels_for": "labels",
+    "one_line_errors": "console",
+    "open_images": "images",
+    "prepare": "preparation",
+    "progress_bars": "console",
+    "quantize": "pipeline",
+    "resolve_preprocess": "pipeline",
+    "show": "console",
+}
+"""The public names, and the module of each."""
+
+__all__ = [
+    "Evaluation",
+    "Preprocess",
+    "PtqError",
+    "QuantizeConfig",
+    "Result",
+    "evaluate",
+    "find_model",
+    "labels_for",
+    "one_line_errors",
+    "open_images",
+    "prepare",
+    "progress_bars",
+    "quantize",
+    "resolve_preprocess",
+    "show",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ptq_onnx' has no attribute '{name}'")
+    return getattr(import_module(f"ptq_onnx.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -126,6 +126,10 @@ class QuantizeConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        for name in ("keep_float", "per_channel"):
+            value = getattr(self, name)
+            if isinstance(value, str):  # one selector, not one per letter
+                object.__setattr__(self, name, (value,))
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         if self.method is not None:
             _choice("method", self.method, METHOD_NAMES)

@@ -150,7 +150,7 @@ class SoftmaxOverride:
     def codes(self, codes: Tensor) -> Tensor:
         """Codes of the attention map from codes of the logits [..., N], int64."""
         c = self.constants
-        unit = c.scale / (1 << EXP_FRACTION_BITS)
+        unit = c.unit
         ln2 = max(math.floor(math.log(2) / unit), 1)
         b, constant = math.floor(EXP_B / unit), math.floor(EXP_C / unit**2)
         x = (codes - codes.amax(-1, keepdim=True)) << EXP_FRACTION_BITS

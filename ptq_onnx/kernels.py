@@ -99,6 +99,9 @@ class NodeKernels:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        # Hundreds of sessions live side by side: no arena each, no threads that spin.
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = ir.to_proto(self.model_of(name, active)).SerializeToString()
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 

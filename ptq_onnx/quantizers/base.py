@@ -74,11 +74,17 @@ class SiteQuantizer(VitQuantizer):
             if isinstance(rule, str):
                 self.floats[site.tensor] = rule
                 continue
-            wide = any(self._concerns(s, site) for s in channels)
+            wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
             if wide and site.channel_axes and rule.granularity == "tensor":
                 rule = replace(rule, granularity="channel")
             rules[site.tensor] = rule
         return rules
+
+    @staticmethod
+    def _by_channel(selector: Selector, site: Site) -> bool:
+        """``all`` leaves the logits one scale: calibration images do not show every class, and
+        a class that they do not show would be clipped just where it is right."""
+        return selector.role != ALL or site.is_parameter or site.role != "head"
 
     def _concerns(self, selector: Selector, site: Site) -> bool:
         """True for the outputs, weights and own inputs of the selected ops.

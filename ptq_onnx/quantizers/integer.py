@@ -94,9 +94,18 @@ class IntegerSoftmax:
     log2: bool
     """Log2 codes (LIS); else uniform codes on [0, 1] with 2^bits - 1 levels."""
 
+    @property
+    def unit(self) -> float:
+        """s', held where ⌊c/s'²⌋ is at least 2 and fits int64.
+
+        Beyond either end nothing changes that could be seen: 255 steps of 2^-20 are 0.0002,
+        and one step of 256 leaves nothing but the maximum.
+        """
+        return min(max(self.scale / (1 << EXP_FRACTION_BITS), 2.0**-28), 1.0)
+
     def exponentials(self, codes: Ints) -> Ints:
         """exp(x - max) as integers below 2^(EXP_SHIFT + 1), [..., N]."""
-        unit = self.scale / (1 << EXP_FRACTION_BITS)
+        unit = self.unit
         ln2 = max(math.floor(math.log(2) / unit), 1)
         b, c = math.floor(EXP_B / unit), math.floor(EXP_C / unit**2)
         x = (codes - codes.max(axis=-1, keepdims=True)) << EXP_FRACTION_BITS

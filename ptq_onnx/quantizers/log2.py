@@ -27,7 +27,7 @@ def top_code(bits: int) -> int:
 
 def log2_codes(attention: Array, bits: int) -> NDArray[np.int32]:
     """Codes in [0, top_code] of attention values in [0, 1] (any shape, same shape back)."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         t = np.rint(np.float32(1) / attention.astype(np.float32))
         code = np.floor(np.log2(t.astype(np.float64) * THRESHOLD))
     return np.clip(code, 0, top_code(bits)).astype(np.int32)

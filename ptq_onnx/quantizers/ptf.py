@@ -11,6 +11,7 @@ reads the tensor, in that product's output, the weight's own rounding included.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +68,11 @@ def needed_step(low: Double, high: Double, zero: int, limits: tuple[int, int]) -
 
 
 def zero_points(low: Double, high: Double, limits: tuple[int, int], symmetric: bool) -> list[int]:
-    """Candidate zero points: the one of the whole tensor, of the median channel, the middle."""
+    """Candidate zero points: the one of the whole tensor, of the median channel, the middle.
+
+    Each rounded down and up: nothing may clip, so where one side of the range is a few levels
+    only, a level less there would widen every step.
+    """
     smallest, largest = limits
     if symmetric:
         return [0 if smallest < 0 else smallest]
@@ -76,7 +81,8 @@ def zero_points(low: Double, high: Double, limits: tuple[int, int], symmetric: b
     ideal = smallest - low / span * (largest - smallest)
     whole = smallest - low.min() / max(high.max() - low.min(), TINY) * (largest - smallest)
     picks = (whole, float(np.median(ideal)), (smallest + largest + 1) / 2)
-    return sorted({int(np.clip(round(pick), smallest, largest)) for pick in picks})
+    ends = {end for pick in picks for end in (math.floor(pick), math.ceil(pick))}
+    return sorted({min(max(end, smallest), largest) for end in ends})
 
 
 def exponents(step: Double, strength: float, offset: float, max_k: int) -> NDArray[np.int32]:

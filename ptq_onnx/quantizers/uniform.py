@@ -68,7 +68,8 @@ def asymmetric_scale(
     to hold zero.
     """
     smallest, largest = limits
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    # In float64: the width of a range may be beyond float32.
+    low, high = np.minimum(low, np.float64(0)), np.maximum(high, np.float64(0))
     scale = np.maximum((high - low) / (largest - smallest), TINY).astype(np.float32)
     zero = np.clip(np.rint(smallest - low / scale), smallest, largest).astype(np.int32)
     return scale, zero

@@ -1,0 +1,131 @@
+"""Top-1, SQNR and agreement of every quantizer on the sample models: one table.
+
+    python benchmarks/accuracy.py --data ../shared [--models vit,deit] [--rows fqvit,…]
+
+Each row quantizes the model with 128 calibration images and runs the exported file in ONNX
+Runtime, optimizations on, on all validation images. Rows marked (simulated) run the integer
+LayerNorm and softmax of ``--arithmetic integer`` in the simulator, which no file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.evaluation import evaluate, logits
+from ptq_onnx.images import open_images
+from ptq_onnx.labels import labels_for
+from ptq_onnx.pipeline import quantize, resolve_preprocess
+
+MODELS = {
+    "vit": ("vit_tiny_patch16_224.opset14.onnx", "inception"),
+    "vit-dynamo": ("vit_tiny_patch16_224.dynamo.onnx", "inception"),
+    "deit": ("deit_tiny_patch16_224.opset17.onnx", "imagenet"),
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "vanilla 8/8/8": {"quantizer": "vanilla"},
+    "channelwise 8/8/8": {"quantizer": "channelwise"},
+    "channelwise 8/8/8, all roles": {"quantizer": "channelwise", "per_channel": ("all",)},
+    "fqvit 8/8/8": {"quantizer": "fqvit"},
+    "fqvit 8/8/8, no LIS": {"quantizer": "fqvit", "lis": False},
+    "fqvit 8/8/4": {"quantizer": "fqvit", "bits": "8/8/4"},
+    "fqvit 8/8/8, integer (simulated)": {"quantizer": "fqvit", "arithmetic": "integer"},
+    "fqvit 8/8/4, integer (simulated)": {
+        "quantizer": "fqvit",
+        "bits": "8/8/4",
+        "arithmetic": "integer",
+    },
+}
+
+
+def simulated(
+    path: Path, config: QuantizeConfig, report: Path, source: Any, float_model: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the simulator with integer arithmetic, and of the float model."""
+    import torch
+
+    from ptq_onnx.engine import Simulator
+    from ptq_onnx.integer_ops import integer_overrides
+    from ptq_onnx.pipeline import read_scales
+    from ptq_onnx.preparation import prepare
+    from ptq_onnx.quantizers import make_quantizer
+    from ptq_onnx.quantizers.base import Plan
+
+    prepared = prepare(path)
+    plan = Plan(prepared.model, prepared.blocks, prepared.sites, config)
+    quantizer = make_quantizer(plan)
+    quantizer.reuse(read_scales(report), str(report))
+    quantizer.run(torch.zeros(1, *source.preprocess.shape), [])
+    overrides, _ = integer_overrides(prepared.model, quantizer.specs)
+    simulator = Simulator(prepared.model, quantizer, overrides=overrides)
+    output = prepared.model.graph.outputs[0].name
+    found = [simulator.run(batch)[output] for batch in source.batches(8)]
+    return np.concatenate(found), logits(float_model, source)
+
+
+def row(path: Path, options: dict[str, Any], data: Path, images: int) -> dict[str, float | None]:
+    """Quantize and measure once."""
+    config = QuantizeConfig(**options, images=images, report=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        quantize(path, config=config, output=out, calib=data / "imagenet/calib")
+        source = open_images(data / "imagenet/val", resolve_preprocess(path, config))
+        truth = labels_for(source, data / "imagenet/val.txt")
+        if config.arithmetic == "integer":
+            q, f = simulated(path, config, out / "report.json", source, path)
+            return {
+                "top1": 100 * float(np.mean(q.argmax(1) == truth)),
+                "sqnr_db": 10 * float(np.log10((f**2).sum() / ((f - q) ** 2).sum())),
+                "agreement": 100 * float(np.mean(q.argmax(1) == f.argmax(1))),
+            }
+        found = evaluate(out / "quantized.onnx", source, truth, reference=path)
+    return {"top1": found.top1, "sqnr_db": found.sqnr_db, "agreement": found.agreement}
+
+
+def main() -> None:
+    """Print the table; with --json also write it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared"))
+    parser.add_argument("--models", default="vit,deit")
+    parser.add_argument("--rows", default=None, help="only rows that contain this text")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results: dict[str, dict[str, Any]] = {}
+    print("| model | quantizer | arithmetic | top-1 % | SQNR dB | agreement % |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for name in options.models.split(","):
+        file, preprocess = MODELS[name]
+        path = options.data / "models" / file
+        source = open_images(
+            options.data / "imagenet/val",
+            resolve_preprocess(path, QuantizeConfig(preprocess=preprocess)),
+        )
+        plain = evaluate(path, source, labels_for(source, options.data / "imagenet/val.txt"))
+        print(f"| {name} | FP32 | float | {plain.top1:.1f} | | |", flush=True)
+        results[name] = {"FP32": {"top1": plain.top1}}
+        for title, extra in ROWS.items():
+            if options.rows and options.rows not in title:
+                continue
+            started = time.time()
+            found = row(path, {**extra, "preprocess": preprocess}, options.data, options.images)
+            arithmetic = extra.get("arithmetic", "float")
+            print(
+                f"| {name} | {title} | {arithmetic} | {found['top1']:.1f} |"
+                f" {found['sqnr_db']:.1f} | {found['agreement']:.1f} |",
+                flush=True,
+            )
+            results[name][title] = {**found, "seconds": time.time() - started}
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Quantize a Vision Transformer: the embedded one, or any ONNX file.
+
+python example.py
+python example.py --model vit_base.onnx --calib images/ --quantizer fqvit --bits 8/8/4
+"""
+
+import argparse
+from pathlib import Path
+
+from ptq_onnx import QuantizeConfig, find_model, one_line_errors, progress_bars, quantize, show
+
+ROOT = Path(__file__).resolve().parent
+MODEL = ROOT / "models" / "digits_vit.onnx"
+DIGITS = ROOT / "img" / "digits"
+
+
+def options() -> argparse.Namespace:
+    """The command line; ``ptq-onnx quantize`` has all the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="float ONNX file (default: models/digits_vit.onnx)")
+    add("--calib", help="calibration images (default: the embedded digits)")
+    add("--val", help="images to measure on (default: the embedded ones for the embedded model)")
+    add("--labels", help="lines 'name label' for --val (default: its class folders, if any)")
+    add("--quantizer", default="fqvit", help="vanilla, channelwise or fqvit (default: fqvit)")
+    add("--bits", default="8/8/8", help="weights/activations/attention (default: 8/8/8)")
+    add("--output", default="output", help="folder of the results (default: output)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Quantize, and show what it cost and where."""
+    args = options()
+    with one_line_errors():
+        if args.model is None:
+            args.model = MODEL
+            args.calib = args.calib or DIGITS / "calib"
+            if args.val is None and args.labels is None:
+                args.val, args.labels = DIGITS / "val", DIGITS / "val.txt"
+        config = QuantizeConfig(quantizer=args.quantizer, bits=args.bits)
+        with progress_bars() as progress:
+            result = quantize(
+                find_model(args.model),
+                config=config,
+                calib=args.calib,
+                val=args.val,
+                labels=args.labels,
+                output=args.output,
+                progress=progress,
+            )
+        show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The report as one self-contained page: what was done to every tensor and what it cost.
+
+Takes the dictionary that report.json holds. Parts that were not measured are None or
+absent; the page says so instead of failing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from PIL import Image
+
+Entry = Mapping[str, Any]
+
+WORST = 10
+"""Ops that the page marks as the worst."""
+EMBEDDED_BYTES = 90_000
+"""Larger pictures go into the page as WebP, so that twelve of them fit in about 1 MB."""
+
+ARITHMETIC = {
+    "float": (
+        "float between codes: LayerNorm, softmax and GELU compute in float on dequantized"
+        " values, as the runtime of the quantized file does"
+    ),
+    "integer": (
+        "integer: LayerNorm and softmax compute in integers in the error analysis below;"
+        " the written file computes them in float between codes"
+    ),
+}
+
+
+def render(report: Entry, svg: str, pictures: Sequence[tuple[str, Path]]) -> str:
+    """The HTML page. ``svg``: the figure of error over blocks, trusted, inlined as it is.
+
+    ``pictures``: caption and file of each attention map; they are embedded. The page asks
+    for nothing from outside. All other text is escaped.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, size=size, cell=cell)
+    analysis = report.get("analysis")
+    return environment.get_template("report.html").render(
+        report=report,
+        model=report.get("model") or {},
+        config=report.get("config") or {},
+        calibration=report.get("calibration") or {},
+        arithmetic=ARITHMETIC.get(report.get("arithmetic") or "", "not stated"),
+        verdict=verdict(report),
+        cards=_cards(report),
+        svg=Markup(svg[max(svg.find("<svg"), 0) :]),
+        analysis=analysis,
+        ops=_ops((analysis or {}).get("ops") or []),
+        tensors=[_tensor(t) for t in report.get("tensors") or []],
+        floats=_by_reason(report.get("floats") or []),
+        pictures=[(caption, _embedded(path)) for caption, path in pictures],
+        yaml=yaml.safe_dump(dict(report.get("config") or {}), sort_keys=False),
+        command=_command(report),
+    )
+
+
+def verdict(report: Entry) -> tuple[str, str]:
+    """A word for the colour (good, fair, bad, none) and one line that says how it went."""
+    accuracy, fidelity = report.get("accuracy"), report.get("fidelity")
+    if accuracy is not None and _top1(accuracy) is not None:
+        before, after = accuracy["float"]["top1"], accuracy["quantized"]["top1"]
+        lost, count = before - after, accuracy["count"]
+        grade = "good" if lost <= 1 else "fair" if lost <= 3 else "bad"
+        word = {
+            "good": "The accuracy holds",
+            "fair": "Some accuracy is lost",
+            "bad": "Too much accuracy is lost",
+        }[grade]
+        text = f"{word}: top-1 {before:.2f} % → {after:.2f} % on {count} images"
+        return grade, f"{text} (one image is {100 / count:.2g} points)."
+    if fidelity is not None and fidelity.get("agreement") is not None:
+        same = fidelity["agreement"]
+        grade = "good" if same >= 98 else "fair" if same >= 93 else "bad"
+        word = {"good": "close to", "fair": "near", "bad": "far from"}[grade]
+        return grade, (
+            f"The quantized file is {word} the float model: the same top class on {same:.1f} %"
+            f" of {fidelity['images']} images without labels. Accuracy was not measured."
+        )
+    blocks = (report.get("analysis") or {}).get("blocks") or []
+    if blocks:
+        last = blocks[-1]["snr_db"]
+        grade = "good" if last >= 20 else "fair" if last >= 12 else "bad"
+        word = {"good": "small", "fair": "noticeable", "bad": "large"}[grade]
+        return grade, (
+            f"The error of the last block is {word}, {last:.1f} dB. Accuracy was not measured:"
+            " give --val, and --labels, to know it."
+        )
+    return "none", "Nothing was measured on images: the quality of this model is not known."
+
+
+def _top1(accuracy: Entry) -> float | None:
+    if accuracy["float"].get("top1") is None or not accuracy.get("count"):
+        return None
+    found: float | None = accuracy["quantized"].get("top1")
+    return found
+
+
+def _cards(report: Entry) -> list[tuple[str, str, str]]:
+    """Title, figure and small print of the boxes on top."""
+    config = report.get("config") or {}
+    cards: list[tuple[str, str, str]] = []
+    accuracy, fidelity = report.get("accuracy"), report.get("fidelity")
+    if accuracy is not None:
+        before, after = accuracy["float"], accuracy["quantized"]
+        for key, title in (("top1", "Top-1"), ("top5", "Top-5")):
+            if before.get(key) is not None and after.get(key) is not None:
+                change = after[key] - before[key]
+                text = f"{before[key]:.2f} → {after[key]:.2f} %"
+                cards.append((title, text, f"{change:+.2f} points, {accuracy['count']} images"))
+    else:
+        cards.append(("Accuracy", "not measured", "needs --val and labels"))
+    close = fidelity or (accuracy or {}).get("quantized") or {}
+    if close.get("sqnr_db") is not None:
+        cards.append(("SQNR of the logits", f"{close['sqnr_db']:.1f} dB", "higher is better"))
+    if close.get("agreement") is not None:
+        cards.append(("Same top class", f"{close['agreement']:.1f} %", "as the float model"))
+    sizes = report.get("sizes") or {}
+    if sizes.get("float") and sizes.get("quantized"):
+        ratio = f"{sizes['float'] / sizes['quantized']:.2f} times smaller"
+        text = f"{size(sizes['float'])} → {size(sizes['quantized'])}"
+        cards.append(("File", text, ratio))
+    if config:
+        bits = f"bits {config.get('bits')} (weights/activations/attention)"
+        cards.append(("Quantizer", str(config.get("quantizer")), bits))
+    return cards
+
+
+def _ops(ops: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The ops in graph order, each with ``rank``: 1…10 for the worst, else None."""
+    noisy = [i for i, op in enumerate(ops) if _order(op["snr"]) > 0]
+    worst = sorted(noisy, key=lambda i: -_order(ops[i]["snr"]))[:WORST]
+    rank = {index: place for place, index in enumerate(worst, start=1)}
+    return [{**op, "index": i, "rank": rank.get(i)} for i, op in enumerate(ops)]
+
+
+def _order(snr: float | None) -> float:
+    """What to sort an error by; an error without a number is the worst."""
+    return math.inf if snr is None or math.isnan(snr) else snr
+
+
+def _tensor(entry: Entry) -> dict[str, Any]:
+    """One row of the table of tensors, ready to print."""
+    alpha, factor = entry.get("alpha"), entry.get("factor")
+    values: Sequence[Any] = () if alpha is None else alpha["values"]
+    counts = Counter(values)
+    channels = ""
+    if alpha is not None:
+        channels = " ".join(f"{a}:{n}" for a, n in sorted(counts.items()))
+    elif factor is not None:
+        channels = f"factor {_spread(factor['values'])}"
+    log2 = entry.get("code") == "log2"
+    return {
+        **entry,
+        "kind": "parameter" if entry.get("parameter") else "activation",
+        "numbers": f"{'signed' if entry.get('signed') else 'unsigned'}"
+        f" {'symmetric' if entry.get('symmetric') else 'asymmetric'}",
+        "scale_text": "2^−code" if log2 else _spread(entry.get("scale")),
+        "scale_value": None if log2 else _largest(entry.get("scale")),
+        "zero_text": "" if log2 else _spread(entry.get("zero_point")),
+        "zero_value": None if log2 else _largest(entry.get("zero_point")),
+        "k": max(values, default=None),
+        "channels": channels,
+    }
+
+
+def _spread(values: Any) -> str:
+    """A number, or smallest…largest and the count of several, as in ``0.001…0.02 (192)``."""
+    if not isinstance(values, list):
+        return number(values)
+    flat = _flat(values)
+    if not flat:
+        return ""
+    low, high = number(min(flat)), number(max(flat))
+    text = low if low == high else f"{low}…{high}"
+    return f"{text} ({len(flat)})" if len(flat) > 1 else text
+
+
+def _largest(values: Any) -> float | None:
+    flat = _flat(values) if isinstance(values, list) else [values]
+    return max((v for v in flat if v is not None), default=None)
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    return [v for part in values for v in (_flat(part) if isinstance(part, list) else [part])]
+
+
+def _by_reason(floats: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
+    """The tensors that stay in float, by reason, in the order of the reasons."""
+    found: dict[str, list[Entry]] = {}
+    for entry in floats:
+        found.setdefault(str(entry["reason"]), []).append(entry)
+    return list(found.items())
+
+
+def _command(report: Entry) -> str:
+    """The command line that repeats the run with the config.yaml beside the report."""
+    calibration = report.get("calibration") or {}
+    model = (report.get("model") or {}).get("path") or "model.onnx"
+    parts = ["ptq-onnx", "quantize", str(model), "--config", "config.yaml"]
+    if calibration.get("images") == 0:
+        parts += ["--scales", "report.json"]
+    else:
+        parts += ["--calib", str(calibration.get("source") or "calib")]
+    return shlex.join(parts)
+
+
+def _embedded(path: Path) -> str:
+    """A data address of the picture; WebP where the file is large and that is smaller."""
+    data, kind = path.read_bytes(), "png"
+    if len(data) > EMBEDDED_BYTES:
+        buffer = io.BytesIO()
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(buffer, "webp", quality=80, method=4)
+        if buffer.tell() < len(data):
+            data, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def number(value: Any) -> str:
+    """Four significant digits; whole numbers as they are; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and value < 1e6):
+        return str(int(value))
+    return f"{value:.4g}" if math.isfinite(value) else "∞" if value == math.inf else str(value)
+
+
+def cell(value: Any) -> str:
+    """What a column sorts by: the number in full, or nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return "1e999" if value == math.inf else repr(float(value))
+
+
+def size(count: int) -> str:
+    """Bytes in kB or MB (powers of ten)."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,107 @@
+"""Specs and rules: limits, labels, and a round trip through JSON that loses nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from ptq_onnx.spec import Rule, Site, TensorSpec
+
+FLOATS = st.floats(2.0**-90, 2.0**90, width=32)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> TensorSpec:
+    """Scalar or per-axis scales, no factor, ratios or powers of two, all codes."""
+    granularity = draw(st.sampled_from(["tensor", "channel", "ptf"]))
+    signed = draw(st.booleans())
+    rule = Rule(
+        bits=draw(st.integers(2, 8)),
+        signed=signed,
+        symmetric=draw(st.booleans()),
+        granularity=granularity,
+        code=draw(st.sampled_from(["uniform", "log2"])),
+        method=draw(st.sampled_from(["minmax", "robust", "fixed"])),
+        renormalize=draw(st.booleans()),
+    )
+    shape = draw(st.sampled_from([(), (1,), (5,)]))
+    scale = draw(npst.arrays(np.float32, shape, elements=FLOATS))
+    zero = draw(npst.arrays(np.int32, shape, elements=st.integers(*rule.limits)))
+    factor = None
+    if granularity != "tensor":
+        sizes = draw(st.sampled_from([(4,), (3, 1, 4), (3, 4, 1)]))
+        alpha = draw(npst.arrays(np.int32, sizes, elements=st.integers(-12, 12)))
+        factor = np.exp2(alpha.astype(np.float32))
+        if granularity == "channel":
+            factor = draw(npst.arrays(np.float32, sizes, elements=FLOATS))
+    clip = draw(st.tuples(st.floats(-1e9, 0), st.floats(0, 1e9)))
+    return TensorSpec("x/y:0", rule, scale, zero, 0 if shape == (5,) else None, factor, clip)
+
+
+@given(specs())
+def test_json_loses_nothing(spec: TensorSpec) -> None:
+    data = json.loads(json.dumps(spec.to_json()))
+    found = TensorSpec.from_json(spec.tensor, data)
+    assert (found.tensor, found.rule, found.axis, found.clip) == (
+        spec.tensor,
+        spec.rule,
+        spec.axis,
+        spec.clip,
+    )
+    for name in ("scale", "zero_point", "factor", "alpha"):
+        mine, theirs = getattr(spec, name), getattr(found, name)
+        if mine is None:
+            assert theirs is None
+        else:
+            assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+            assert mine.tobytes() == theirs.tobytes()
+    assert found.to_json() == spec.to_json()
+
+
+def test_alpha_and_factor_in_json() -> None:
+    """Exponents are written for PTF, ratios for channels, nothing for one scale."""
+    alpha = np.array([[[0], [3], [7]]], np.int32)
+    scale, zero = np.array(0.1, np.float32), np.array(3, np.int32)
+    ptf = TensorSpec("x", Rule(granularity="ptf"), scale, zero, factor=np.exp2(alpha, dtype="f4"))
+    assert ptf.to_json()["alpha"] == {"shape": [1, 3, 1], "values": [0, 3, 7]}
+    assert "factor" not in ptf.to_json()
+    np.testing.assert_array_equal(ptf.alpha, alpha)
+    ratio = TensorSpec("x", Rule(granularity="channel"), scale, zero, factor=np.float32([0.5, 1]))
+    assert ratio.to_json()["factor"] == {"shape": [2], "values": [0.5, 1.0]}
+    assert ratio.alpha is None
+    plain = ratio.with_factor(None)
+    assert not {"alpha", "factor"} & set(plain.to_json())
+    assert plain.scale is ratio.scale
+    assert ratio.factor is not None
+
+
+@pytest.mark.parametrize("key", ["bits", "scale", "clip", "renormalize"])
+def test_missing_keys_are_refused(key: str) -> None:
+    spec = TensorSpec("x", Rule(), np.array(1, np.float32), np.array(0, np.int32))
+    data = spec.to_json()
+    del data[key]
+    with pytest.raises(KeyError, match=key):
+        TensorSpec.from_json("x", data)
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "limits"),
+    [
+        (8, True, (-128, 127)),
+        (8, False, (0, 255)),
+        (4, True, (-8, 7)),
+        (4, False, (0, 15)),
+        (2, True, (-2, 1)),
+    ],
+)
+def test_limits(bits: int, signed: bool, limits: tuple[int, int]) -> None:
+    assert Rule(bits, signed).limits == limits
+
+
+def test_labels() -> None:
+    site = Site("t", "fc2", 3, (2,), ("batch", 4, 8), None, ())
+    assert site.label == "blocks.3.fc2"
+    assert Site("t", "head", None, (1,), ("batch", 4), None, ()).label == "head"
