@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich import box
 from rich.console import Console
@@ -49,7 +49,7 @@ def one_line_errors() -> Iterator[None]:
         fail(f"{error.filename}: {error.strerror}.")
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)

@@ -399,17 +399,22 @@ class Simulator:
         specs = {} if quantizer is None else quantizer.specs
         self._kernels = NodeKernels(model, specs, threads)
         self._overrides = dict(overrides or {})
-        fallback = {name for name in self._types() if name not in OPERATION_FORWARD_TABLE[FAKE]}
-        for operation in self.graph.operations.values():
-            operation.set_extension_attrib(KERNEL, self._run)
-            exact = mode == "exact" or operation.name in self._overrides
-            exact = exact or operation.type in fallback
-            operation.platform = EXACT if exact else FAKE
+        self._mode = mode
         for kind in self._types():
             register_operation_handler(_exact, kind, EXACT)
+        self._bind()
         self._normalize_rows(specs)
         self.executor = Executor(self.graph, device=device, mode=mode)
         self._device = device
+
+    def _bind(self) -> None:
+        """Point the graph's ops at this simulator: several may share one quantizer's graph."""
+        fallback = {kind for kind in self._types() if kind not in OPERATION_FORWARD_TABLE[FAKE]}
+        for operation in self.graph.operations.values():
+            operation.set_extension_attrib(KERNEL, self._run)
+            exact = self._mode == "exact" or operation.name in self._overrides
+            exact = exact or operation.type in fallback
+            operation.platform = EXACT if exact else FAKE
 
     def _types(self) -> set[str]:
         return {op.type for op in self.graph.operations.values()}
@@ -470,6 +475,7 @@ class Simulator:
                 raise ModelError(f"The graph has no tensor '{name}' that an op makes.")
             operation = variable.source_op
             catchers.setdefault(operation.name, _Catch(operation, caught, set(wanted)))
+        self._bind()
         feed = next(iter(self.graph.inputs))
         self.executor.forward(
             inputs={feed: torch.from_numpy(np.ascontiguousarray(batch)).to(self._device)},
@@ -481,6 +487,7 @@ class Simulator:
     def walk(self, batch: np.ndarray[Any, Any], visit: Callable[[str, Any], None]) -> None:
         """Run one batch and hand every float tensor, as it is made, to ``visit(name, array)``."""
         hooks = {op.name: _Visit(op, visit) for op in self.graph.operations.values()}
+        self._bind()
         feed = next(iter(self.graph.inputs))
         self.executor.forward(
             inputs={feed: torch.from_numpy(np.ascontiguousarray(batch)).to(self._device)},

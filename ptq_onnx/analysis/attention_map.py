@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ptq_onnx.analysis.plots import save_png
-from ptq_onnx.analysis.results import AttentionMap
+from ptq_onnx.analysis.results import AttentionMap, decibels
 
 Array = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -47,7 +47,8 @@ def overlay(picture: Picture, weights: Array) -> Picture:
     colors = mpl.colormaps[COLORS](smooth)[..., :3] * 255
     grey = picture @ np.array([0.299, 0.587, 0.114])
     cover = (0.35 + 0.35 * smooth)[..., None]
-    return np.rint((1 - cover) * grey[..., None] + cover * colors).astype(np.uint8)
+    mixed = np.rint((1 - cover) * grey[..., None] + cover * colors)
+    return np.asarray(mixed, np.uint8)
 
 
 def draw_attention(found: AttentionMap, path: Path) -> None:
@@ -131,7 +132,7 @@ class _Sheet:
             axes = self.panel(left, self.below, PANEL, tall)
             axes.imshow(mean, cmap=COLORS, norm=norm, aspect="auto")
             snr = self.found.snr_db.get(label)
-            axes.set_xlabel("reference" if snr is None else f"SNR {snr:.1f} dB")
+            axes.set_xlabel(_told(snr))
         self.scale(norm)
 
     def scale(self, norm: Normalize) -> None:
@@ -158,6 +159,12 @@ class _Sheet:
                 axes.set_title(f"head {head}", fontsize=8)
             if head % self.per_line == 0:
                 axes.set_ylabel(label, fontsize=8, parse_math=False)
+
+
+def _told(snr: float | None) -> str:
+    if snr is None:
+        return "reference"
+    return "identical" if snr >= decibels(0.0) else f"SNR {snr:.1f} dB"
 
 
 def _top(*maps: Array) -> float:

@@ -124,7 +124,8 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
             if before.get(key) is not None and after.get(key) is not None:
                 change = after[key] - before[key]
                 text = f"{before[key]:.2f} → {after[key]:.2f} %"
-                cards.append((title, text, f"{change:+.2f} points, {accuracy['count']} images"))
+                small = f"{change:+.2f} points, {accuracy['count']} images".replace("-", "−")
+                cards.append((title, text, small))
     else:
         cards.append(("Accuracy", "not measured", "needs --val and labels"))
     close = fidelity or (accuracy or {}).get("quantized") or {}
@@ -138,7 +139,7 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
         text = f"{size(sizes['float'])} → {size(sizes['quantized'])}"
         cards.append(("File", text, ratio))
     if config:
-        bits = f"bits {config.get('bits')} (weights/activations/attention)"
+        bits = f"bits {config.get('bits')}: weights, activations, attention"
         cards.append(("Quantizer", str(config.get("quantizer")), bits))
     return cards
 
@@ -169,9 +170,8 @@ def _tensor(entry: Entry) -> dict[str, Any]:
     log2 = entry.get("code") == "log2"
     return {
         **entry,
-        "kind": "parameter" if entry.get("parameter") else "activation",
-        "numbers": f"{'signed' if entry.get('signed') else 'unsigned'}"
-        f" {'symmetric' if entry.get('symmetric') else 'asymmetric'}",
+        "numbers": f"{'int' if entry.get('signed') else 'uint'}"
+        f" {'sym.' if entry.get('symmetric') else 'asym.'}",
         "scale_text": "2^−code" if log2 else _spread(entry.get("scale")),
         "scale_value": None if log2 else _largest(entry.get("scale")),
         "zero_text": "" if log2 else _spread(entry.get("zero_point")),
@@ -228,7 +228,7 @@ def _embedded(path: Path) -> str:
     if len(data) > EMBEDDED_BYTES:
         buffer = io.BytesIO()
         with Image.open(path) as picture:
-            picture.convert("RGB").save(buffer, "webp", quality=80, method=4)
+            picture.convert("RGB").save(buffer, "webp", quality=70, method=4)
         if buffer.tell() < len(data):
             data, kind = buffer.getvalue(), "webp"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
@@ -252,4 +252,4 @@ def cell(value: Any) -> str:
 
 def size(count: int) -> str:
     """Bytes in kB or MB (powers of ten)."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -108,14 +108,14 @@ class Histogram:
     def over(cls, low: Array, high: Array) -> Histogram:
         """Empty, over a range that is known beforehand."""
         low64, high64 = low.astype(np.float64), high.astype(np.float64)
-        high64 = np.maximum(high64, low64 + 1e-12)
+        high64 = np.maximum(high64, low64 + np.maximum(1e-8 * np.abs(low64), 1e-12))
         return cls(low64, high64, np.zeros((len(low), BINS), np.int64))
 
     def add(self, rows: Array) -> None:
         """Count values [R, n]; those outside the range go to the edge bins."""
         scale = (BINS / (self.high - self.low)).astype(np.float32)
-        index = ((rows - self.low.astype(np.float32)[:, None]) * scale[:, None]).astype(np.int32)
-        np.clip(index, 0, BINS - 1, out=index)
+        place = (rows - self.low.astype(np.float32)[:, None]) * scale[:, None]
+        index = np.clip(place, 0, BINS - 1, out=place).astype(np.int32)
         index += (np.arange(len(rows), dtype=np.int32) * BINS)[:, None]
         self.counts += np.bincount(index.ravel(), minlength=self.counts.size).reshape(-1, BINS)
 
@@ -210,7 +210,9 @@ def collect(
         size = len(batch)
         for site in sites:
             low, high, power = (found[name] for name in names[site.tensor])
-            if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            # ONNX Runtime's ReduceMin and ReduceMax over inner axes pass NaN by; the sum does not.
+            finite = np.isfinite(low).all() and np.isfinite(high).all()
+            if not finite or np.isnan(power).any():
                 raise ModelError(
                     f"Tensor '{site.tensor}' ({site.label}) is NaN or infinite on a calibration"
                     " image; check the model and its preprocessing."

@@ -1,0 +1,236 @@
+"""The options of the command line: their text, their defaults, and how they become a config.
+
+An option that decides a number has the name of its field in QuantizeConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from ptq_onnx.config import (
+    METHOD_NAMES,
+    OPSETS,
+    QUANTIZER_NAMES,
+    TARGETS,
+    QuantizeConfig,
+    read_yaml,
+)
+from ptq_onnx.errors import ConfigError
+
+DEFAULT = QuantizeConfig()
+PATHS = ("calib", "val", "labels", "scales", "output")
+"""Options that decide no numbers; a config file may hold them too."""
+FIELDS = tuple(field.name for field in fields(QuantizeConfig))
+
+
+def option(names: str, metavar: str | None, default: object, text: str) -> Any:
+    """An option that is None unless given; its help says what None means."""
+    return typer.Option(names, metavar=metavar, help=f"{text} Default: {default}.")
+
+
+def switch(name: str, default: bool, text: str) -> Any:
+    """``--name`` and ``--no-name``, None unless one of them is given."""
+    return option(f"--{name}/--no-{name}", None, "on" if default else "off", text)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL.onnx", help="The ONNX file.")]
+Config = Annotated[
+    str | None,
+    option(
+        "--config", "FILE", "none", "YAML file of options (name: value); the command line wins."
+    ),
+]
+
+# Files and folders
+Calib = Annotated[
+    str | None,
+    option("--calib", "DIR", "the embedded digits", "Calibration images: a folder, .npy or .npz."),
+]
+Val = Annotated[
+    str | None, option("--val", "DIR", "none", "Images to measure on: a folder, .npy or .npz.")
+]
+Labels = Annotated[
+    str | None,
+    option("--labels", "FILE", "the class folders of --val", "Lines 'name label' for --val."),
+]
+Output = Annotated[str | None, option("--output", "DIR", "output", "Folder of the results.")]
+Scales = Annotated[
+    str | None,
+    option("--scales", "FILE", "none", "report.json of an earlier run, whose scales to re-use."),
+]
+Reference = Annotated[
+    str | None,
+    option("--reference", "FLOAT.onnx", "none", "A float model to compare the logits with."),
+]
+Json = Annotated[bool, option("--json", None, "a table", "One line of JSON on stdout.")]
+
+# What numbers
+Quantizer = Annotated[
+    str | None,
+    option("--quantizer", "NAME", DEFAULT.quantizer, f"One of {', '.join(QUANTIZER_NAMES)}."),
+]
+Bits = Annotated[
+    str | None,
+    option("--bits", "W/A/ATTN", DEFAULT.bits, "Of weights/activations/attention, 2 to 8 each."),
+]
+KeepFloat = Annotated[
+    list[str] | None,
+    option(
+        "--keep-float",
+        "ROLE[@BLOCKS]",
+        "none",
+        "Leave a role in float, as in fc2 or fc2@5,6; repeatable.",
+    ),
+]
+PerChannel = Annotated[
+    list[str] | None,
+    option(
+        "--per-channel",
+        "ROLE[@BLOCKS]",
+        "what the quantizer does by itself",
+        "A scale per channel for a role, as in fc2@0-3; 'all'; or 'auto': fc2 of the blocks"
+        " with the widest channel ranges; repeatable.",
+    ),
+]
+Ptf = Annotated[bool | None, switch("ptf", DEFAULT.ptf, "fqvit: power-of-two factors per channel.")]
+PtfK = Annotated[
+    int | None,
+    option("--ptf-k", "K", "as large as the channels need", "fqvit: largest exponent, 0 to 12."),
+]
+Lis = Annotated[bool | None, switch("lis", DEFAULT.lis, "fqvit: log2 codes for attention maps.")]
+Arithmetic = Annotated[
+    str | None,
+    option(
+        "--arithmetic",
+        "NAME",
+        DEFAULT.arithmetic,
+        "fqvit: float or integer, inside LayerNorm and softmax of the simulation.",
+    ),
+]
+Target = Annotated[
+    str | None,
+    option("--target", "NAME", DEFAULT.target, f"What the file is for: {', '.join(TARGETS)}."),
+]
+Opset = Annotated[
+    int | None,
+    option("--opset", "N", DEFAULT.opset, f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}."),
+]
+
+# Calibration
+Method = Annotated[
+    str | None,
+    option(
+        "--method",
+        "NAME",
+        "percentile for vanilla, robust for the others",
+        f"One of {', '.join(METHOD_NAMES)}.",
+    ),
+]
+Images = Annotated[
+    int | None, option("--images", "N", DEFAULT.images, "Calibration images to use.")
+]
+Batch = Annotated[int | None, option("--batch", "N", DEFAULT.batch, "Images per batch.")]
+Threads = Annotated[
+    int | None,
+    option("--threads", "N", DEFAULT.threads, "Threads to compute with; 0: the runtime decides."),
+]
+
+# From a picture to the model's input
+PreprocessName = Annotated[
+    str | None,
+    option(
+        "--preprocess",
+        "NAME",
+        "the model's metadata, else imagenet",
+        "imagenet or inception (0.5 everywhere).",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    option("--mean", "R,G,B", "that of the preprocessing", "0 to 1, as in 0.485,0.456,0.406."),
+]
+Std = Annotated[str | None, option("--std", "R,G,B", "that of the preprocessing", "As --mean.")]
+Size = Annotated[
+    str | None, option("--size", "N|HxW", "the model's input, else 224", "Pixels of the input.")
+]
+CropPct = Annotated[
+    float | None,
+    option(
+        "--crop-pct",
+        "0..1",
+        "the model's metadata, else 0.875",
+        "Part of the resized picture that the crop keeps.",
+    ),
+]
+Interpolation = Annotated[
+    str | None,
+    option(
+        "--interpolation",
+        "NAME",
+        "the model's metadata, else bicubic",
+        "bicubic, bilinear, nearest or lanczos.",
+    ),
+]
+
+# What is shown
+Report = Annotated[
+    bool | None, switch("report", DEFAULT.report, "Analyse every op and write report.html.")
+]
+Pictures = Annotated[
+    bool | None, switch("pictures", DEFAULT.pictures, "Draw attention maps into the report.")
+]
+AnalysisImages = Annotated[
+    int | None,
+    option(
+        "--analysis-images", "N", DEFAULT.analysis_images, "Images of the analysis, held apart."
+    ),
+]
+
+
+def settings(config: str | None, given: Mapping[str, Any]) -> tuple[QuantizeConfig, dict[str, Any]]:
+    """The config, and the path options: the YAML file's, overruled by what is ``given``.
+
+    ``given`` may hold more than options, and None for options that were not used.
+    Raises ConfigError.
+    """
+    values = {} if config is None else read_yaml(config)
+    values.update((k, v) for k, v in given.items() if k in (*FIELDS, *PATHS) and v is not None)
+    paths = {k: str(v) for k in PATHS if (v := values.pop(k, None)) is not None}
+    for name, parse in PARSERS.items():
+        if isinstance(values.get(name), str | int | float):
+            values[name] = parse(name, str(values[name]))
+    return QuantizeConfig.from_mapping(values, str(config or "options")), paths
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    """``0.5,0.5,0.5``. Raises ConfigError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--{name} {text}: expected numbers, as in 0.5,0.5,0.5.") from None
+
+
+def _sides(name: str, text: str) -> tuple[int, int]:
+    """``224`` or ``224x192``, height first. Raises ConfigError."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ConfigError(f"--{name} {text}: expected pixels, as in 224 or 224x192.")
+    return int(sides[0]), int(sides[-1])
+
+
+def _one(_: str, text: str) -> tuple[str, ...]:
+    return (text,)
+
+
+PARSERS: dict[str, Callable[[str, str], tuple[Any, ...]]] = {
+    "mean": _numbers,
+    "std": _numbers,
+    "size": _sides,
+    "keep_float": _one,
+    "per_channel": _one,
+}
+"""Options whose text is not their value yet."""
