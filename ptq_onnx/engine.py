@@ -104,7 +104,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
     def variable(value: ir.Value, reader: str) -> Variable:
         name = str(value.name)
         constant = is_constant(value)
-        if constant and len(list(value.uses())) > 1:
+        if constant and len(value.uses()) > 1:
             origin[f"{name}@{reader}"] = name
             name = f"{name}@{reader}"
         if name not in variables:
@@ -129,7 +129,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
                 graph.append_variable(empty)
                 _read(operation, empty)
             else:
-                _read(operation, variable(value, operation.name))
+                _read(operation, variable(value, f"{operation.name}:{index}"))
         for value in node.outputs:
             made = variable(value, operation.name)
             made.source_op = operation

@@ -40,13 +40,21 @@ class Result:
 
 
 class Batches:
-    """Batches of an image source that can be run over again."""
+    """Batches of an image source that can be run over again.
 
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source, self.size = source, size
+    For a model with a fixed batch size every batch has that size: the last is filled up
+    with its last image, which changes no extreme.
+    """
+
+    def __init__(self, source: ImageSource, size: int, fixed: int | None = None) -> None:
+        self.source, self.size, self.fixed = source, fixed or size, fixed
 
     def __iter__(self) -> Iterator[Any]:
-        return self.source.batches(self.size)
+        for batch in self.source.batches(self.size):
+            missing = 0 if self.fixed is None else self.fixed - len(batch)
+            if missing:
+                batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+            yield batch
 
 
 def quantize(
@@ -207,6 +215,18 @@ class _Run:
     work: Path
     progress: Progress | None
 
+    @property
+    def fixed(self) -> int | None:
+        """The model's batch size where it is fixed."""
+        from ptq_onnx.sites import image_input
+
+        shape = image_input(self.prepared.model).shape
+        return shape[0] if shape is not None and isinstance(shape[0], int) else None
+
+    def batches(self, source: ImageSource, size: int | None = None) -> Batches:
+        """Batches of the size that config or model ask for."""
+        return Batches(source, size or self.config.batch, self.fixed)
+
     def stage(self, name: str, total: int | None = None) -> Callable[[int], None]:
         if self.progress is None:
             return lambda _: None
@@ -228,8 +248,8 @@ class _Run:
         if scales is not None:
             quantizer.reuse(read_scales(scales), str(scales))
         channels, height, width = self.preprocess.shape
-        batches = Batches(self.images, config.batch)
-        quantizer.run(torch.zeros(1, channels, height, width), batches)
+        example = torch.zeros(self.fixed or 1, channels, height, width)
+        quantizer.run(example, self.batches(self.images))
         self.notes.extend(quantizer.notes)
         if self.images.skipped:
             self.notes.append(
@@ -266,7 +286,7 @@ class _Run:
         stats = collect(
             self.prepared.model,
             sites,
-            Batches(self.images, config.batch),
+            self.batches(self.images),
             threads=config.threads,
             progress=self.stage("Channel ranges"),
         )
@@ -334,7 +354,7 @@ class _Run:
             prepared.model,
             quantizer,
             prepared.blocks,
-            Batches(source, 2),
+            self.batches(source, 2),
             held_apart=apart,
             simulator=simulator,
             threads=config.threads,
@@ -354,6 +374,10 @@ class _Run:
         overrides, left = {}, []
         if self.config.arithmetic == "integer":
             overrides, left = integer_overrides(self.prepared.model, quantizer.specs)
+            self.notes.append(
+                "The analysis simulates integer LayerNorm and softmax; quantized.onnx, as any"
+                " file for onnxruntime, computes them in float between quantized codes."
+            )
         if left:
             self.notes.append(
                 f"{len(left)} LayerNorm or softmax nodes stay in float arithmetic, because a"
@@ -402,12 +426,14 @@ class _Run:
             if isinstance(few, FolderSource):
                 few = open_images(few.root, self.preprocess, limit=min(32, config.images))
             channels, height, width = self.preprocess.shape
-            vanilla.run(torch.zeros(1, channels, height, width), Batches(few, config.batch))
+            example = torch.zeros(self.fixed or 1, channels, height, width)
+            vanilla.run(example, self.batches(few))
             simulators["vanilla"] = Simulator(prepared.model, vanilla, threads=config.threads)
         simulators[config.quantizer] = simulator
         names, batch = next(source.named_batches(1))
+        repeated = np.repeat(batch, self.fixed or 1, axis=0)
         maps = attention_maps(
-            prepared.model, prepared.blocks, simulators, batch[0], names[0], self.preprocess
+            prepared.model, prepared.blocks, simulators, repeated, names[0], self.preprocess
         )
         if not maps:
             self.notes.append("No attention pictures: no attention over all patches of an image.")

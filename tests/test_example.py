@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ import ptq_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "example.py"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -77,3 +81,37 @@ def test_public_names() -> None:
         assert name in dir(ptq_onnx)
     with pytest.raises(AttributeError, match="no attribute 'nix'"):
         _ = ptq_onnx.nix  # type: ignore[attr-defined]
+
+
+def test_readme_snippet(tmp_path: Path) -> None:
+    """The Python in the README runs as it stands, from the project's folder."""
+    snippet = README.partition("```python\n")[2].partition("```")[0]
+    for name in ("models/digits_vit.onnx", "img/digits"):
+        source, place = ROOT / name, tmp_path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, place) if source.is_dir() else shutil.copy(source, place)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "quantized.onnx" in done.stdout
+    assert "agreement" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "export"])
+def test_readme_names_every_option(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ptq_onnx", command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    options = set(re.findall(r"--[a-z-]+", done.stdout.partition("Options:")[2])) - {"--help"}
+    missing = {option for option in options if f"`{option}" not in README}
+    assert not missing

@@ -21,12 +21,13 @@ def attention_maps(
     model: ir.Model,
     blocks: Blocks,
     simulators: Mapping[str, Simulator],
-    image: Array,
+    batch: Array,
     image_name: str,
     preprocess: Preprocess,
     chosen: Sequence[int] | None = None,
 ) -> list[AttentionMap]:
-    """Maps of the chosen blocks (the last by default) on one model input [C, H, W].
+    """Maps of the chosen blocks (the last by default) on one picture,
+    given as the model's input batch [B, C, H, W] of which the first is shown.
 
     The first simulator is the reference for the SNR of the others. Blocks whose attention is
     not over the patches of the whole image (windows) are left out.
@@ -42,14 +43,14 @@ def attention_maps(
     outputs = {name_of(n): str(n.outputs[0].name) for n in model.graph}
     names = {block: outputs[wanted[block]] for block in picked}
     found = {
-        label: simulator.run(image[None], names.values()) for label, simulator in simulators.items()
+        label: simulator.run(batch, names.values()) for label, simulator in simulators.items()
     }
-    picture = _picture(image, preprocess)
+    picture = _picture(batch[0], preprocess)
     out: list[AttentionMap] = []
     for block, name in names.items():
-        values = {label: result[name] for label, result in found.items()}
+        values = {label: result[name][:1] for label, result in found.items()}
         first = next(iter(values.values()))
-        layout = patch_layout(first.shape, image.shape)
+        layout = patch_layout(first.shape, batch[0].shape)
         if layout is None:
             continue
         rows, columns, extra = layout

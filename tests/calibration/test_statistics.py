@@ -191,7 +191,8 @@ def test_every_value_is_counted_once_and_in_its_place(seed: int, shift: float, w
     for part in np.split(rows, 4, axis=1):
         histogram.add(part)
     np.testing.assert_array_equal(histogram.counts.sum(axis=1), 200)
-    assert np.all(histogram.counts[:, [0, -1]] >= 1)
+    assert np.all(histogram.counts[:, 0] >= 1)
+    assert np.all((histogram.counts[:, -1] >= 1) | (rows.min(axis=1) == rows.max(axis=1)))
     bin_width = (histogram.high - histogram.low) / BINS
     mean = (histogram.counts * histogram.centres).sum(axis=1) / 200
     fuzz = 1e-6 * np.abs(rows).max()
