@@ -405,7 +405,9 @@ def test_unreadable_images_are_counted(command: Command, tmp_path: Path) -> None
     assert (outcome.code, outcome.err) == (0, "")
     assert "2 calibration images could not be read" in outcome.out
     outcome = command("evaluate", MODEL, "--val", folder, "--reference", MODEL, "--json")
-    assert json.loads(outcome.out)["skipped"] == 2
+    found = json.loads(outcome.out)
+    assert (found["count"], found["skipped"], found["agreement"]) == (4, 2, 100)
+    assert (found["top1"], found["sqnr_db"]) == (None, None)  # no labels; no noise: infinite
 
 
 @pytest.mark.parametrize("verb", ["quantize", "evaluate"])

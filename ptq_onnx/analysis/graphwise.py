@@ -23,6 +23,9 @@ from ptq_onnx.errors import ModelError
 
 Array = NDArray[np.float32]
 
+WORST = 1e20
+"""The noise-to-signal ratio that stands for noise without any signal (-200 dB)."""
+
 
 @dataclass
 class Sums:
@@ -49,10 +52,10 @@ class Sums:
 
     @property
     def snr(self) -> float:
-        """Σ(q - f)² / Σf²; 0 where both are zero, infinite where only the signal is."""
-        if self.signal == 0:
-            return 0.0 if self.noise == 0 else math.inf
-        return self.noise / self.signal
+        """Σ(q - f)² / Σf², at most ``WORST``; 0 where both sums are zero."""
+        if self.noise == 0:
+            return 0.0
+        return min(self.noise / max(self.signal, 1e-30), WORST)
 
     @property
     def cosine(self) -> float:
