@@ -32,7 +32,9 @@ class Bits:
         for name in ("weights", "activations", "attention"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-                raise ConfigError(f"bits: {name} must be a whole number from 2 to 8, got {value!r}.")
+                raise ConfigError(
+                    f"bits: {name} must be a whole number from 2 to 8, got {value!r}."
+                )
 
     @classmethod
     def parse(cls, text: str) -> Bits:
@@ -156,7 +158,9 @@ class QuantizeConfig:
                 ("--arithmetic integer", self.arithmetic == "integer"),
             ):
                 if used:
-                    raise ConfigError(f"{option} belongs to the quantizer fqvit, not {self.quantizer}.")
+                    raise ConfigError(
+                        f"{option} belongs to the quantizer fqvit, not {self.quantizer}."
+                    )
         if not self.ptf and self.ptf_k:
             raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
         for text in (*self.keep_float, *self.per_channel):
@@ -177,9 +181,7 @@ class QuantizeConfig:
 
     def to_yaml(self) -> str:
         """YAML that :meth:`load` reads back to an equal config."""
-        plain = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
-        }
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return yaml.safe_dump(plain, sort_keys=False)
 
     @classmethod

@@ -42,7 +42,7 @@ def _install_stand_ins() -> None:
             if kind not in (onnx.TensorProto.UNDEFINED,)
         }
         sys.modules["onnx.mapping"] = mapping
-        onnx.mapping = mapping
+        onnx.mapping = mapping  # type: ignore[attr-defined]
     name = "ppq.parser.caffe.ppl_caffe_pb2"
     if name not in sys.modules:
         caffe = types.ModuleType(name)
@@ -58,6 +58,7 @@ def _install_stand_ins() -> None:
 
 _install_stand_ins()
 with contextlib.redirect_stdout(io.StringIO()):  # PPQ prints a banner on import.
+    from ppq.api.setting import QuantizationSetting
     from ppq.core import (
         OperationQuantizationConfig,
         QuantizationPolicy,
@@ -67,7 +68,6 @@ with contextlib.redirect_stdout(io.StringIO()):  # PPQ prints a banner on import
         TargetPlatform,
         TensorQuantizationConfig,
     )
-    from ppq.api.setting import QuantizationSetting
     from ppq.executor import TorchExecutor
     from ppq.executor.base import OPERATION_FORWARD_TABLE, RuntimeHook, register_operation_handler
     from ppq.IR import BaseGraph, Operation, QuantableOperation, Variable
@@ -172,7 +172,11 @@ def config_for(rule: Rule) -> TensorQuantizationConfig:
     channelwise = rule.granularity != "tensor"
     policy = QuantizationPolicy(
         QuantizationProperty.LINEAR
-        + (QuantizationProperty.SYMMETRICAL if rule.symmetric else QuantizationProperty.ASYMMETRICAL)
+        + (
+            QuantizationProperty.SYMMETRICAL
+            if rule.symmetric
+            else QuantizationProperty.ASYMMETRICAL
+        )
         + (QuantizationProperty.PER_CHANNEL if channelwise else QuantizationProperty.PER_TENSOR)
     )
     return TensorQuantizationConfig(
@@ -253,7 +257,7 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
     def tensor_of(self, variable: Variable) -> str:
         """The tensor that a PPQ variable stands for."""
         origin: dict[str, str] = self._graph.extension_attrib[ORIGIN]
-        return origin.get(variable.name, variable.name)
+        return str(origin.get(variable.name, variable.name))
 
     @property
     def quant_operation_types(self) -> set[str]:
@@ -308,7 +312,9 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
                 if config is not None:
                     calibrate_config(config, spec)
 
-    def build_quant_pipeline(self, setting: QuantizationSetting) -> QuantizationOptimizationPipeline:
+    def build_quant_pipeline(
+        self, setting: QuantizationSetting
+    ) -> QuantizationOptimizationPipeline:
         """Calibration only: PPQ's own passes know nothing of these configs."""
         return QuantizationOptimizationPipeline([CalibrationPass(self)])
 
@@ -351,7 +357,8 @@ class Executor(TorchExecutor):  # type: ignore[misc]
         spec: TensorSpec | None = config.detail.get(SPEC)
         if spec is not None and (spec.factor is not None or spec.rule.code == "log2"):
             return fake_quantize(tensor, spec)
-        return super().quantize_function(tensor, config)
+        quantized: torch.Tensor = super().quantize_function(tensor, config)
+        return quantized
 
 
 def _exact(op: Operation, values: list[torch.Tensor], ctx: Any = None, **_: Any) -> Any:

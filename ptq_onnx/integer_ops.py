@@ -123,9 +123,7 @@ class LayerNormOverride:
         total = x.sum(-1, keepdim=True)
         spread = channels * (x * x).sum(-1, keepdim=True) - total * total
         mean = total.double() / channels
-        sigma = torch.sqrt(
-            spread.double() / (channels * channels) + c.epsilon / c.in_scale**2
-        )
+        sigma = torch.sqrt(spread.double() / (channels * channels) + c.epsilon / c.in_scale**2)
         a = gamma / (sigma * out_scale)
         magnitude = a.abs()
         exponent = torch.frexp(magnitude).exponent.to(torch.int64)

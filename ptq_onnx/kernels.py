@@ -29,9 +29,7 @@ class NodeKernels:
     (``active``), so analysis can switch any of them off.
     """
 
-    def __init__(
-        self, model: ir.Model, specs: Mapping[str, TensorSpec], threads: int = 0
-    ) -> None:
+    def __init__(self, model: ir.Model, specs: Mapping[str, TensorSpec], threads: int = 0) -> None:
         self._model = model
         self.carried = carried_specs(model, specs)
         """Tensors that layout ops make of a quantized one: (its name, the spec they carry)."""

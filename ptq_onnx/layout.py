@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -27,8 +29,8 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     graph = onnx.helper.make_graph(
         [ir.to_proto(node) for node in nodes],
         "layout",
-        [onnx.helper.make_tensor_value_info(start.name, onnx.TensorProto.INT64, shape)],
-        [onnx.helper.make_tensor_value_info(end.name, onnx.TensorProto.INT64, None)],
+        [onnx.helper.make_tensor_value_info(str(start.name), onnx.TensorProto.INT64, shape)],
+        [onnx.helper.make_tensor_value_info(str(end.name), onnx.TensorProto.INT64, None)],
         [
             onnx.numpy_helper.from_array(value.const_value.numpy(), name)
             for name, value in constants.items()
@@ -38,8 +40,8 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     opset = 21 if start.graph is None else start.graph.opset_imports.get("", 21)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     indices = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
-    result = ReferenceEvaluator(model).run(None, {str(start.name): indices})[0]
-    return np.asarray(result, dtype=np.int64)
+    found: list[Any] = list(ReferenceEvaluator(model).run(None, {str(start.name): indices}))
+    return np.asarray(found[0], dtype=np.int64)
 
 
 def channel_map(start: ir.Value, end: ir.Value, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
@@ -58,7 +60,7 @@ def channel_map(start: ir.Value, end: ir.Value, shape: tuple[int, ...]) -> NDArr
     low, high = column.min(axis=shared, keepdims=True), column.max(axis=shared, keepdims=True)
     if low.shape != padded or not np.array_equal(low, high):
         return None
-    return low.reshape(shape)
+    return np.asarray(low.reshape(shape), np.int64)
 
 
 def _static_shape(value: ir.Value) -> list[int] | None:

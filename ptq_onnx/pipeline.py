@@ -84,6 +84,7 @@ def quantize(
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     preprocess = resolve_preprocess(prepared.model, config)
+    prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
     images = _calibration_images(calib, preprocess, config, notes)
     tested = None if val is None else open_images(val, preprocess)
     if labels is not None and val is None:
@@ -314,7 +315,9 @@ class _Run:
             "cleaned": asdict(prepared.cleaned),
             "fusions": prepared.fusions,
             "blocks": prepared.blocks.count,
-            "roles": {n: {"role": r.name, "block": r.block} for n, r in prepared.blocks.roles.items()},
+            "roles": {
+                n: {"role": r.name, "block": r.block} for n, r in prepared.blocks.roles.items()
+            },
             "unrecognised": list(prepared.blocks.unrecognised),
             "calibration": {
                 "source": "scales of an earlier run" if reused else _source_name(self.images),
@@ -371,7 +374,8 @@ class _Run:
         from ptq_onnx.engine import Simulator
         from ptq_onnx.integer_ops import integer_overrides
 
-        overrides, left = {}, []
+        overrides: dict[str, Any] = {}
+        left: list[str] = []
         if self.config.arithmetic == "integer":
             overrides, left = integer_overrides(self.prepared.model, quantizer.specs)
             self.notes.append(
@@ -476,9 +480,7 @@ class _Run:
         }
         if truth is None:
             return {"accuracy": None, "fidelity": fidelity}
-        plain = evaluate(
-            self.work / "fused.onnx", tested, truth, threads=self.config.threads
-        )
+        plain = evaluate(self.work / "fused.onnx", tested, truth, threads=self.config.threads)
         accuracy = {
             "count": found.count,
             "float": {"top1": plain.top1, "top5": plain.top5},
@@ -532,7 +534,11 @@ def _float(site: Site, reason: str) -> dict[str, Any]:
 
 
 def _value(value: ir.Value) -> dict[str, Any]:
-    shape = [] if value.shape is None else [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    shape = (
+        []
+        if value.shape is None
+        else [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    )
     return {"name": value.name, "shape": shape}
 
 

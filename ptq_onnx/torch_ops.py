@@ -18,6 +18,12 @@ from ptq_onnx.spec import TensorSpec
 Tensor = torch.Tensor
 Handler = Callable[[Mapping[str, Any], Sequence[Tensor]], Any]
 
+TYPES = {
+    1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32,
+    7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
+}  # fmt: skip
+"""Torch's types by the number of ONNX's TensorProto.DataType."""
+
 
 def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
     """Quantize and dequantize ``x`` by a spec with a factor or log2 codes."""
@@ -164,9 +170,14 @@ def _concat(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     return torch.cat([v for v in values if v is not None], dim=int(attributes["axis"]))
 
 
+def _cast(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    return values[0].to(TYPES[int(attributes["to"])])
+
+
 def _reduce(reduction: Callable[..., Tensor]) -> Handler:
     def run(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
-        x, axes = values[0], _axes(attributes, values)
+        # ONNX takes an empty list of axes for none given.
+        x, axes = values[0], _axes(attributes, values) or None
         if axes is None and attributes.get("noop_with_empty_axes", 0):
             return x
         dims = list(range(x.ndim)) if axes is None else axes
@@ -180,6 +191,7 @@ def _round(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
 
 
 HANDLERS: dict[str, Handler] = {
+    "Cast": _cast,
     "Concat": _concat,
     "Expand": _expand,
     "Gather": _gather,

@@ -98,7 +98,7 @@ def test_every_quantized_node_of_the_file_gives_the_simulators_codes(
     for tensor, expected in codes.items():
         output = renamed(f"{tensor}_quantized", model)
         part, needed = between(model, output, {k: v.dtype for k, v in feeds.items()})
-        given = {name: feeds[name] if name in feeds else images for name in needed}
+        given = {name: feeds.get(name, images) for name in needed}
         found = session(part.SerializeToString()).run(None, given)[0]
         difference = np.abs(found.astype(int) - expected.astype(int))
         assert difference.max() <= 1, tensor

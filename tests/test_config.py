@@ -20,7 +20,8 @@ def test_bits_round_trip(widths: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "8", "8/8", "8/8/8/8", "x/8/8", "8/8/", "8/-8/8", "8/8/4.5", "8 8 8", "½/8/8", "²/8/8"]
+    "text",
+    ["", "8", "8/8", "8/8/8/8", "x/8/8", "8/8/", "8/-8/8", "8/8/4.5", "8 8 8", "½/8/8", "²/8/8"],
 )
 def test_bits_that_are_no_bits(text: str) -> None:
     with pytest.raises(ConfigError, match="expected weights/activations/attention"):
@@ -35,7 +36,9 @@ def test_bits_out_of_range(width: int, place: int) -> None:
     widths = [8, 8, 8]
     widths[place] = width
     name = ("weights", "activations", "attention")[place]
-    with pytest.raises(ConfigError, match=f"{name} must be a whole number from 2 to 8, got {width}"):
+    with pytest.raises(
+        ConfigError, match=f"{name} must be a whole number from 2 to 8, got {width}"
+    ):
         Bits.parse("/".join(map(str, widths)))
 
 

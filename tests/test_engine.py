@@ -333,7 +333,9 @@ def test_torch_products_of_channel_scales_are_float() -> None:
         value = simulator.executor.partial_graph_forward(
             [op], {read.name: torch.from_numpy(exact[read.name])}, [made]
         )[0].numpy()
-        spec = quantizer.specs[simulator.graph.extension_attrib[ORIGIN].get(weight.name, weight.name)]
+        spec = quantizer.specs[
+            simulator.graph.extension_attrib[ORIGIN].get(weight.name, weight.name)
+        ]
         rounded = weight.value.numpy()
         rounded = dequantize(quantize(rounded, spec), spec)
         expected = exact[read.name] @ rounded + bias.value.numpy()

@@ -39,9 +39,7 @@ CASES: dict[str, tuple[Callable[[SmallGraph], str], Ints]] = {
     "reshape -1": (lambda g: g("Reshape", "x", np.array([-1, 48])), FLAT.reshape(1, 48)),
     "transpose": (lambda g: g("Transpose", "x", perm=[0, 2, 1]), FLAT.transpose(0, 2, 1)),
     "heads": (
-        lambda g: g(
-            "Transpose", g("Reshape", "x", np.array([0, 6, 2, 4])), perm=[0, 2, 3, 1]
-        ),
+        lambda g: g("Transpose", g("Reshape", "x", np.array([0, 6, 2, 4])), perm=[0, 2, 3, 1]),
         FLAT.reshape(1, 6, 2, 4).transpose(0, 2, 3, 1),
     ),
     "slice": (
@@ -63,7 +61,10 @@ CASES: dict[str, tuple[Callable[[SmallGraph], str], Ints]] = {
         FLAT[:, 2],
     ),
     "flatten": (lambda g: g("Flatten", "x", axis=1), FLAT.reshape(1, 48)),
-    "split, first": (lambda g: g("Split", "x", np.array([3, 5]), axis=2, outputs=2), FLAT[:, :, :3]),
+    "split, first": (
+        lambda g: g("Split", "x", np.array([3, 5]), axis=2, outputs=2),
+        FLAT[:, :, :3],
+    ),
     "split, second": (
         lambda g: g("Split", "x", np.array([3, 5]), axis=2, outputs=2) + "_1",
         FLAT[:, :, 3:],
@@ -84,9 +85,7 @@ def test_indices_are_numpys(case: str) -> None:
 @given(st.permutations([1, 2, 3]), st.sampled_from([(2, 4), (4, 2), (8, 1), (1, 8)]))
 def test_any_order_of_heads(order: list[int], heads: tuple[int, int]) -> None:
     start, end = traced(
-        lambda g: g(
-            "Transpose", g("Reshape", "x", np.array([0, 6, *heads])), perm=[0, *order]
-        )
+        lambda g: g("Transpose", g("Reshape", "x", np.array([0, 6, *heads])), perm=[0, *order])
     )
     expected = FLAT.reshape(1, 6, *heads).transpose(0, *order)
     np.testing.assert_array_equal(layout_indices(start, end), expected)

@@ -343,14 +343,20 @@ def small(packed: bool, layer_scale: bool = False) -> Small:
     return model, {s.role: s for s in sites.values()}
 
 
-def compare(model: ir.Model, specs: list[TensorSpec], least: float = 90) -> ir.Model:
-    """The lowered graph computes the reference; both differ from the float model."""
+def compare(
+    model: ir.Model, specs: list[TensorSpec], least: float = 90, optimize: bool = True
+) -> ir.Model:
+    """The lowered graph computes the reference; both differ from the float model.
+
+    Without ``optimize`` where an int8 weight meets a float input: ONNX Runtime's optimizer makes
+    that MatMulNBits, which rounds the input too.
+    """
     by_name = {s.tensor: s for s in specs}
     x = sample(4, 6, 8, seed=9)
     result = lower(model, by_name)
     found, expected = run(result, x)[0], reference(model, by_name, x)
     assert decibels(found, expected) >= least
-    optimized = session(serialize(result), 1, cpu=True).run(None, {"x": x})[0]
+    optimized = session(serialize(result), 1, optimize=optimize, cpu=True).run(None, {"x": x})[0]
     assert decibels(optimized, expected) >= least
     assert decibels(found, run(model, x)[0]) < least - 10
     return result
@@ -391,7 +397,9 @@ def test_a_factor_moves_into_the_rows_behind(role: str, weight: str, kind: str) 
     ]
     result = compare(model, specs)
     linear = next(
-        n for n in result.graph if is_linear(n) and str(n.inputs[1].name).startswith(behind.tensor)  # type: ignore[union-attr]
+        n
+        for n in result.graph
+        if is_linear(n) and str(n.inputs[1].name).startswith(behind.tensor)  # type: ignore[union-attr]
     )
     read = linear.inputs[0]
     assert read is not None
@@ -413,7 +421,7 @@ def test_factors_of_q_and_k_cancel(packed: bool) -> None:
     other = factor_of(sites["k"], "ptf", seed=3)
     compare(model, [pair[0], activation_spec(sites["k"], other)])
     weight = sites["qkv.weight" if packed else "q.weight"]
-    compare(model, [*pair, weight_spec(weight, weights_of(model, weight))])
+    compare(model, [*pair, weight_spec(weight, weights_of(model, weight))], optimize=False)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -550,9 +558,7 @@ def test_codes_in_the_file_fit_their_bits(name: str) -> None:
 
 def test_layout_and_constants_are_not_touched() -> None:
     """No Q/DQ on shapes and integers: all readers of a Q/DQ pair are of the original graph."""
-    original = Counter(
-        n.op_type for n in to_standard(prepared(DIGITS).model).graph if is_layout(n)
-    )
+    original = Counter(n.op_type for n in to_standard(prepared(DIGITS).model).graph if is_layout(n))
     found = Counter(n.op_type for n in lowered("vanilla")[1].graph if is_layout(n))
     assert found == original
     for node in lowered("vanilla")[1].graph:

@@ -42,9 +42,7 @@ def attention_maps(
     picked = [max(wanted)] if chosen is None else [b for b in chosen if b in wanted]
     outputs = {name_of(n): str(n.outputs[0].name) for n in model.graph}
     names = {block: outputs[wanted[block]] for block in picked}
-    found = {
-        label: simulator.run(batch, names.values()) for label, simulator in simulators.items()
-    }
+    found = {label: simulator.run(batch, names.values()) for label, simulator in simulators.items()}
     picture = _picture(batch[0], preprocess)
     out: list[AttentionMap] = []
     for block, name in names.items():
@@ -73,9 +71,7 @@ def attention_maps(
     return out
 
 
-def patch_layout(
-    attention: tuple[int, ...], image: tuple[int, ...]
-) -> tuple[int, int, int] | None:
+def patch_layout(attention: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, int, int] | None:
     """Rows, columns and number of extra tokens (class, registers) of attention [1, H, N, N].
 
     The patch grid has the picture's aspect ratio; None where no such grid fits, or the
@@ -84,7 +80,7 @@ def patch_layout(
     if len(attention) != 4 or attention[0] != 1 or attention[2] != attention[3]:
         return None
     tokens, height, width = attention[3], image[1], image[2]
-    for extra in range(0, 6):
+    for extra in range(6):
         patches = tokens - extra
         rows = round(float(np.sqrt(patches * height / width)))
         if rows and patches % rows == 0 and rows * width == (patches // rows) * height:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.results import BlockError, Graphwise, OpError, decibels
-from ptq_onnx.blocks import Blocks, is_layout, name_of
+from ptq_onnx.blocks import Blocks, is_layout, is_product, name_of, through_layout
 from ptq_onnx.engine import Simulator, VitQuantizer
 from ptq_onnx.errors import ModelError
 
@@ -99,11 +99,29 @@ def graphwise(
     if not images:
         raise ModelError("There are no images to analyse the quantized model on.")
     ops = [
-        _op_error(node, sums[name], blocks, name in quantizer.specs)
+        _op_error(node, sums[name], blocks, _is_quantized(node, quantizer))
         for name, node in nodes.items()
         if sums[name].count
     ]
     return Graphwise(images, held_apart, tuple(ops), tuple(_block_errors(ops)))
+
+
+def _is_quantized(node: ir.Node, quantizer: VitQuantizer) -> bool:
+    """True where the op's output is rounded to codes: at once, or wherever it is read, behind
+    layout ops or behind the scalar that scales QKᵀ."""
+    output = node.outputs[0]
+    if str(output.name) in quantizer.specs:
+        return True
+    read = [reader.inputs[index] for reader, index in through_layout(output)]
+    if read and all(v is not None and str(v.name) in quantizer.specs for v in read):
+        return True
+    readers = [reader for reader, _ in through_layout(output)]
+    return (
+        is_product(node)
+        and len(readers) == 1
+        and readers[0].op_type == "Mul"
+        and _is_quantized(readers[0], quantizer)
+    )
 
 
 def _op_error(node: ir.Node, found: Sums, blocks: Blocks, quantized: bool) -> OpError:

@@ -29,9 +29,7 @@ FROM_EXTREMES: dict[str, Callable[[ChannelStatistics], tuple[Array, Array]]] = {
     "ema": ema_range,
     "robust": robust_range,
 }
-FROM_HISTOGRAM: dict[
-    str, Callable[[Histogram, tuple[int, int], bool], tuple[Array, Array]]
-] = {
+FROM_HISTOGRAM: dict[str, Callable[[Histogram, tuple[int, int], bool], tuple[Array, Array]]] = {
     "percentile": percentile_range,
     "omse": omse_range,
     "mse": mse_range,

@@ -15,9 +15,7 @@ from ptq_onnx.calibration.statistics import Array, Histogram
 SHRINK = np.linspace(1.0, 0.1, 46)
 
 
-def kl_range(
-    histogram: Histogram, limits: tuple[int, int], symmetric: bool
-) -> tuple[Array, Array]:
+def kl_range(histogram: Histogram, limits: tuple[int, int], symmetric: bool) -> tuple[Array, Array]:
     """Lower and upper bound per row, [R] each; all rows are searched at once."""
     levels = limits[1] - limits[0] + 1
     values, counts = histogram.centres, histogram.counts.astype(np.float64)

@@ -32,7 +32,8 @@ def tail_bound(extremes: Array, images: int, horizon: float = HORIZON) -> Array:
         return np.asarray(largest, np.float32)
     base = extremes[k - 1]
     width = extremes[: k - 1].mean(axis=0) - base
-    return np.maximum(largest, base + width * np.float32(np.log(k * horizon)))
+    bound = np.maximum(largest, base + width * np.float32(np.log(k * horizon)))
+    return np.asarray(bound, np.float32)
 
 
 def robust_range(stats: ChannelStatistics, horizon: float = HORIZON) -> tuple[Array, Array]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +33,7 @@ from ptq_onnx.blocks import (
 )
 from ptq_onnx.layout import channel_map, layout_indices
 from ptq_onnx.quantizers.log2 import THRESHOLD, log2_values, top_code
-from ptq_onnx.quantizers.uniform import along, quantize
+from ptq_onnx.quantizers.uniform import quantize
 from ptq_onnx.spec import TensorSpec
 
 Factor = NDArray[np.float32]
@@ -61,9 +62,9 @@ class _Lowering:
         self.names.add(candidate)
         return candidate
 
-    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+    def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         name = self.unique(name)
-        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
         value = ir.Value(
             name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
         )
@@ -84,7 +85,8 @@ class _Lowering:
         name = self.unique(f"{like.name}_{suffix}")
         node = ir.node(op, inputs, attributes or {}, name=f"{name}_node", num_outputs=1)
         output = node.outputs[0]
-        output.name, output.shape, output.dtype = name, like.shape, dtype or like.dtype
+        output.name, output.shape = name, like.shape
+        output.type = like.type if dtype is None else ir.TensorType(dtype)
         if anchor is None:
             first = next(iter(self.graph), None)
             if first is None:
@@ -222,13 +224,13 @@ class _Lowering:
 
     def takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
         """True where a reader computes the right result from the tensor divided by f."""
-        node, index = use
-        leaves = [use] if not is_layout(node) else [
-            leaf for out in node.outputs for leaf in through_layout(out)
-        ]
-        return bool(leaves) and all(
-            self.leaf_takes_scaled(value, leaf, factor) for leaf in leaves
+        node, _ = use
+        leaves = (
+            [use]
+            if not is_layout(node)
+            else [leaf for out in node.outputs for leaf in through_layout(out)]
         )
+        return bool(leaves) and all(self.leaf_takes_scaled(value, leaf, factor) for leaf in leaves)
 
     def leaf_takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
         node, index = use
@@ -314,15 +316,11 @@ class _Lowering:
         columns = channel_map(linear.outputs[0], value, factor.shape)
         if columns is None or not self.only_reader_of(linear, value, columns):
             return False
-        scale = linear.meta.setdefault(
-            "column_factor", np.ones(int(weight.shape[1]), np.float32)
-        )
+        scale = linear.meta.setdefault("column_factor", np.ones(weight.const_value.shape.numpy()[1], np.float32))
         scale[columns.ravel()] = factor.ravel()
         return True
 
-    def only_reader_of(
-        self, linear: ir.Node, value: ir.Value, columns: NDArray[np.int64]
-    ) -> bool:
+    def only_reader_of(self, linear: ir.Node, value: ir.Value, columns: NDArray[np.int64]) -> bool:
         """True where nothing but ``value`` reads those columns of the linear's output."""
         output = linear.outputs[0]
         if value is output:
@@ -337,8 +335,10 @@ class _Lowering:
             start = self.undo(read)
             if start is value:
                 continue
-            shape = () if start.shape is None else tuple(
-                1 if not isinstance(d, int) else d for d in list(start.shape)[1:]
+            shape = (
+                ()
+                if start.shape is None
+                else tuple(1 if not isinstance(d, int) else d for d in list(start.shape)[1:])
             )
             other = channel_map(output, start, shape)
             if other is None or mine & set(other.ravel().tolist()):
@@ -406,7 +406,7 @@ class _Lowering:
         )
         output = previous.outputs[0]
         output.name = self.unique(f"{weight.name}_dequantized")
-        output.shape, output.dtype = weight.shape, weight.dtype
+        output.shape, output.type = weight.shape, weight.type
         self.graph.insert_before(node, previous)
         return output
 

@@ -152,9 +152,7 @@ class SiteQuantizer(VitQuantizer):
         sites = [s for s in plan.sites.values() if not s.is_parameter and s.tensor in self.rules]
         report = plan.progress or (lambda _: lambda __: None)
         threads = plan.config.threads
-        stats = collect(
-            plan.model, sites, batches, threads=threads, progress=report("Calibrating")
-        )
+        stats = collect(plan.model, sites, batches, threads=threads, progress=report("Calibrating"))
         rows = [s for s in sites if self.rules[s.tensor].method in FROM_HISTOGRAM]
         if rows:
             wide = {s.tensor for s in rows if self.rules[s.tensor].granularity != "tensor"}
@@ -200,9 +198,7 @@ class SiteQuantizer(VitQuantizer):
             return tensor_spec(site, rule, float(low.min()), float(high.max()))
         return channel_spec(site, rule, low, high, stats.channels[site.tensor].shape)
 
-    def parameter(
-        self, site: Site, rule: Rule, factor: Array | None = None
-    ) -> TensorSpec:
+    def parameter(self, site: Site, rule: Rule, factor: Array | None = None) -> TensorSpec:
         """Symmetric scale of a weight; ``factor`` is divided out before (rows of a linear)."""
         weight = self.constant(site.tensor)
         if factor is not None:
@@ -246,8 +242,8 @@ def tensor_spec(
     return TensorSpec(
         tensor=site.tensor,
         rule=rule,
-        scale=scale[0],
-        zero_point=zero[0],
+        scale=np.asarray(scale[0]),
+        zero_point=np.asarray(zero[0]),
         factor=factor,
         clip=clip_range(float(scale[0]), int(zero[0]), rule),
     )
@@ -276,7 +272,7 @@ def channel_spec(
     return TensorSpec(
         tensor=site.tensor,
         rule=rule,
-        scale=np.float32(scale).reshape(()),
+        scale=np.array(scale, np.float32),
         zero_point=np.array(zero, np.int32),
         factor=trim(ratio.reshape(shape)),
         clip=clip_range(scale, zero, rule),

@@ -22,7 +22,7 @@ import numpy as np
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
 from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
-from ptq_onnx.spec import Rule, Site, TensorSpec
+from ptq_onnx.spec import Code, Granularity, Rule, Site, TensorSpec
 
 PER_TENSOR = frozenset({"input", "qk", "mask", "softmax", "head", "other"})
 """Roles that keep one scale for the whole tensor."""
@@ -44,18 +44,25 @@ class FqVit(SiteQuantizer):
                 " once: no rounding of its own"
             )
         if site.is_parameter:
-            grain = "ptf" if site.role == "pos_embed" and config.ptf else "channel"
-            if site.role == "pos_embed" and not config.ptf:
-                grain = "tensor"
-            return Rule(widths.weights, True, True, grain, method="minmax")  # type: ignore[arg-type]
+            if site.role == "pos_embed":
+                grain: Granularity = "ptf" if config.ptf else "tensor"
+            else:
+                grain = "channel"
+            return Rule(widths.weights, True, True, grain, method="minmax")
         if site.role == "softmax":
-            code = "log2" if config.lis else "uniform"
+            code: Code = "log2" if config.lis else "uniform"
             return Rule(
-                widths.attention, False, False, "tensor", code, "fixed", renormalize=config.lis  # type: ignore[arg-type]
+                widths.attention,
+                False,
+                False,
+                "tensor",
+                code,
+                "fixed",
+                renormalize=config.lis,
             )
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
         grain = "ptf" if wide else "tensor"
-        return Rule(widths.activations, False, False, grain, method=method)  # type: ignore[arg-type]
+        return Rule(widths.activations, False, False, grain, method=method)
 
     def _only_added(self, site: Site) -> bool:
         roles = self.plan.blocks.roles
@@ -111,9 +118,7 @@ class FqVit(SiteQuantizer):
             return None
         return str(weight.name), Reader.of(value, moment, bits)
 
-    def _ptf(
-        self, site: Site, rule: Rule, stats: Statistics, rows: dict[str, Array]
-    ) -> TensorSpec:
+    def _ptf(self, site: Site, rule: Rule, stats: Statistics, rows: dict[str, Array]) -> TensorSpec:
         """PTF of one tensor; through the weight that reads it where one alone does."""
         low, high = self.bounds(site, rule, stats)
         reader = self._reader(site, stats)
@@ -144,7 +149,12 @@ class FqVit(SiteQuantizer):
         limits = self.rules[q.tensor].limits
         middle = (limits[0] + limits[1] + 1) // 2
         need_q, need_k = (
-            needed_step(*(b.astype(np.float64) for b in bounds[s.tensor]), middle, limits)
+            needed_step(
+                bounds[s.tensor][0].astype(np.float64),
+                bounds[s.tensor][1].astype(np.float64),
+                middle,
+                limits,
+            )
             for s in (q, k)
         )
         if need_q.shape != need_k.shape:
@@ -155,9 +165,7 @@ class FqVit(SiteQuantizer):
             a = np.clip(np.round(strength / 2 * np.log2(need_q / need_k)), -bound, bound)
             step_q = (need_q * 2.0**-a).max() * 2.0**a
             step_k = (need_k * 2.0**a).max() * 2.0**-a
-            noise = float(
-                np.sum(step_q**2 * moments[k.tensor] + step_k**2 * moments[q.tensor])
-            )
+            noise = float(np.sum(step_q**2 * moments[k.tensor] + step_k**2 * moments[q.tensor]))
             if noise < best_noise:
                 best, best_noise = a, noise
         out: dict[str, TensorSpec] = {}
@@ -219,7 +227,7 @@ def attention_spec(site: Site, rule: Rule) -> TensorSpec:
     """The fixed range of a softmax: log2 codes, or 2^b - 1 levels on [0, 1]."""
     if rule.code == "log2":
         return TensorSpec(
-            site.tensor, rule, np.float32(1).reshape(()), np.array(0, np.int32), clip=(0.0, 1.0)
+            site.tensor, rule, np.array(1, np.float32), np.array(0, np.int32), clip=(0.0, 1.0)
         )
     return tensor_spec(site, rule, 0.0, 1.0)
 
@@ -231,10 +239,8 @@ def ptf_spec(site: Site, rule: Rule, found: Factors, shape: tuple[int, ...]) -> 
     return TensorSpec(
         tensor=site.tensor,
         rule=rule,
-        scale=scale.reshape(()),
+        scale=np.array(scale),
         zero_point=np.array(found.zero_point, np.int32),
         factor=trim(factor),
         clip=clip_range(float(scale), found.zero_point, rule),
     )
-
-

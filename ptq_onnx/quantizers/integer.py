@@ -68,7 +68,7 @@ class IntegerLayerNorm:
         value = np.sign(a).astype(np.int64) * m * x + b.astype(np.int64)
         half = np.where(n > 0, np.int64(1) << np.maximum(n - 1, 0), 0)
         rounded = (value + half) >> n
-        return np.clip(rounded + self.out_zero_point, *self.limits)
+        return np.asarray(np.clip(rounded + self.out_zero_point, *self.limits), np.int64)
 
 
 def multiplier(a: Double, bits: int) -> tuple[Ints, Ints]:
@@ -130,10 +130,10 @@ class IntegerSoftmax:
         k = floor_log2(t)
         code = k + (2 * t >= 3 * (np.int64(1) << k))
         limit = min(top, 126)
-        return np.where(e == 0, limit, np.minimum(code, limit))
+        return np.asarray(np.where(e == 0, limit, np.minimum(code, limit)), np.int64)
 
 
 def floor_log2(t: Ints) -> Ints:
     """⌊log2 t⌋ of positive integers below 2^53, exactly."""
     _, exponent = np.frexp(t.astype(np.float64))
-    return exponent.astype(np.int64) - 1
+    return np.asarray(exponent.astype(np.int64) - 1, np.int64)

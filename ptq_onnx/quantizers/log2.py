@@ -30,7 +30,7 @@ def log2_codes(attention: Array, bits: int) -> NDArray[np.int32]:
     with np.errstate(divide="ignore", over="ignore"):
         t = np.rint(np.float32(1) / attention.astype(np.float32))
         code = np.floor(np.log2(t.astype(np.float64) * THRESHOLD))
-    return np.clip(code, 0, top_code(bits)).astype(np.int32)
+    return np.asarray(np.clip(code, 0, top_code(bits)), np.int32)
 
 
 def log2_values(codes: NDArray[np.int32], bits: int) -> Array:

@@ -9,6 +9,8 @@ section 3.1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +22,7 @@ TINY = float(np.finfo(np.float32).tiny) * 2**32
 """The smallest scale: division by it stays finite for every activation below 2^30."""
 
 
-def along(vector: NDArray[np.generic], axis: int | None, ndim: int) -> NDArray[np.generic]:
+def along(vector: NDArray[Any], axis: int | None, ndim: int) -> NDArray[Any]:
     """Reshape a vector so that it broadcasts along ``axis`` of an ``ndim``-d tensor."""
     if axis is None or vector.ndim == 0:
         return vector
@@ -36,7 +38,7 @@ def quantize(x: Array, spec: TensorSpec) -> NDArray[np.int32]:
     step = along(spec.scale, spec.axis, x.ndim)
     zero = along(spec.zero_point, spec.axis, x.ndim)
     codes = np.rint(scaled / step) + zero
-    return np.clip(codes, low, high).astype(np.int32)
+    return np.asarray(np.clip(codes, low, high), np.int32)
 
 
 def dequantize(codes: NDArray[np.int32], spec: TensorSpec) -> Array:
@@ -44,7 +46,7 @@ def dequantize(codes: NDArray[np.int32], spec: TensorSpec) -> Array:
     step = along(spec.scale, spec.axis, codes.ndim)
     zero = along(spec.zero_point, spec.axis, codes.ndim)
     value = (codes - zero).astype(np.float32) * step.astype(np.float32)
-    return value if spec.factor is None else value * spec.factor
+    return np.asarray(value if spec.factor is None else value * spec.factor, np.float32)
 
 
 def symmetric_scale(low: Array, high: Array, limits: tuple[int, int]) -> Array:

@@ -31,5 +31,4 @@ def weight_scale(weight: Array, axis: int | None, bits: int) -> Array:
             error = ((codes * step - rows) ** 2).sum(axis=1)
             scale = np.where(error < least, full * shrink, scale)
             least = np.minimum(error, least)
-    result = scale.astype(np.float32)
-    return result[0] if axis is None else result
+    return np.asarray(scale[0] if axis is None else scale, np.float32)

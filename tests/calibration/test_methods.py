@@ -89,9 +89,7 @@ def test_order_of_batches(method: str) -> None:
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-30, 1e6, -1e30])
-def test_constant_tensors_stay_finite(
-    method: str, limits: tuple[int, int], value: float
-) -> None:
+def test_constant_tensors_stay_finite(method: str, limits: tuple[int, int], value: float) -> None:
     low, high = both(method, np.full((4, 3, 2), value, np.float32), limits)
     assert np.isfinite(low).all()
     assert np.isfinite(high).all()
@@ -227,9 +225,7 @@ def true_error(x: Array, low: float, high: float, limits: tuple[int, int]) -> fl
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("method", ["omse", "mse"])
 @pytest.mark.parametrize("kind", ["laplace", "outlier", "positive", "uniform", "far"])
-def test_searches_are_no_worse_than_minmax(
-    method: str, kind: str, limits: tuple[int, int]
-) -> None:
+def test_searches_are_no_worse_than_minmax(method: str, kind: str, limits: tuple[int, int]) -> None:
     """On the histogram exactly; on the values themselves within what bins can tell."""
     x = laplace(20_000)
     if kind == "outlier":
@@ -280,9 +276,7 @@ def test_squared_error_is_that_of_the_quantizer(symmetric: bool) -> None:
 # --- KL ---------------------------------------------------------------------------------------
 
 
-def slow_divergence(
-    values: Array, counts: Array, low: float, high: float, levels: int
-) -> float:
+def slow_divergence(values: Array, counts: Array, low: float, high: float, levels: int) -> float:
     """D(P‖Q) of one histogram, bin by bin, from Migacz's text."""
     inside = [i for i, v in enumerate(values) if low <= v <= high]
     p = {i: float(counts[i]) for i in inside}

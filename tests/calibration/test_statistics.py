@@ -20,10 +20,10 @@ from ptq_onnx.calibration import (
 )
 from ptq_onnx.calibration.statistics import BINS, TOP, reduced_shape
 from ptq_onnx.errors import ModelError
+from ptq_onnx.graph import serialize
 from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.runtime import session
-from ptq_onnx.graph import serialize
 from ptq_onnx.spec import Site
 
 Array = NDArray[np.float32]
@@ -174,7 +174,9 @@ def test_histograms_count_every_value(model: ir.Model) -> None:
             np.testing.assert_array_equal(found.counts.sum(axis=1), rows.shape[1])
             np.testing.assert_allclose(found.low, rows.min(axis=1), rtol=1e-6, atol=1e-7)
             np.testing.assert_allclose(found.high, rows.max(axis=1), rtol=1e-6, atol=1e-7)
-            for row, counts, low, high in zip(rows, found.counts, found.low, found.high, strict=True):
+            for row, counts, low, high in zip(
+                rows, found.counts, found.low, found.high, strict=True
+            ):
                 # A value may fall in the bin beside: float32 against float64 at an edge.
                 exact = np.sort(np.clip((row - low) / (high - low) * BINS, 0, BINS - 1).astype(int))
                 mine = np.repeat(np.arange(BINS), counts)
@@ -184,7 +186,9 @@ def test_histograms_count_every_value(model: ir.Model) -> None:
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_every_value_is_counted_once_and_in_its_place(seed: int, shift: float, width: float) -> None:
+def test_every_value_is_counted_once_and_in_its_place(
+    seed: int, shift: float, width: float
+) -> None:
     rng = np.random.default_rng(seed)
     rows = (rng.uniform(0, width, (3, 200)) + shift).astype(np.float32)
     histogram = Histogram.over(rows.min(axis=1), rows.max(axis=1))
@@ -276,7 +280,9 @@ def test_batches_do_not_matter(digits: Prepared, images: list[Array]) -> None:
     one = collect(digits.model, sites, images, threads=1).channels
     other = collect(digits.model, sites, single(), threads=1).channels
     for name, stats in one.items():
-        fuzz = 1e-5 * max(float(np.abs(stats.highest[0]).max()), float(np.abs(stats.lowest[0]).max()))
+        fuzz = 1e-5 * max(
+            float(np.abs(stats.highest[0]).max()), float(np.abs(stats.lowest[0]).max())
+        )
         np.testing.assert_allclose(stats.highest[:12], other[name].highest[:12], atol=fuzz)
         np.testing.assert_allclose(stats.lowest[:12], other[name].lowest[:12], atol=fuzz)
         np.testing.assert_allclose(stats.power, other[name].power, rtol=1e-3, atol=1e-6)

@@ -21,7 +21,9 @@ Ints = NDArray[np.int64]
 Double = NDArray[np.float64]
 
 
-def layer_norm(channels: int, max_alpha: int, bits: int, seed: int) -> tuple[IntegerLayerNorm, Ints]:
+def layer_norm(
+    channels: int, max_alpha: int, bits: int, seed: int
+) -> tuple[IntegerLayerNorm, Ints]:
     """A LayerNorm with random constants, and codes [64, channels] for it."""
     rng = np.random.default_rng(seed)
     zero = int(rng.integers(100, 156))

@@ -56,7 +56,9 @@ def test_beyond_the_bound_codes_are_at_most_one_off_and_only_beside_the_tie() ->
     off = found != expected
     assert np.all(np.abs(found - expected) <= 1)
     beside = [abs(Fraction(2 * i, 3 << (i.bit_length() - 1)) - 1) for i in t]
-    assert all(distance <= Fraction(11, 10**6) for distance, o in zip(beside, off, strict=True) if o)
+    assert all(
+        distance <= Fraction(11, 10**6) for distance, o in zip(beside, off, strict=True) if o
+    )
     assert off[: near.size].any(), "the bound is real: without it the docstring says too little"
 
 
@@ -70,7 +72,9 @@ def test_ties_round_up(k: int) -> None:
 
 
 def test_known_codes() -> None:
-    np.testing.assert_array_equal(of(1, 0.7, 0.5, 0.4, 1 / 3, 0.25, 0.2, 1 / 6), [0, 0, 1, 1, 2, 2, 2, 3])
+    np.testing.assert_array_equal(
+        of(1, 0.7, 0.5, 0.4, 1 / 3, 0.25, 0.2, 1 / 6), [0, 0, 1, 1, 2, 2, 2, 3]
+    )
     # t = round(1.5) = 2 and round(2.5) = 2: half to even.
     np.testing.assert_array_equal(of(2 / 3, 0.4), [1, 1])
 

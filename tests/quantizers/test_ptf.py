@@ -47,9 +47,7 @@ RULES = pytest.mark.parametrize("rule", [UINT8, INT8], ids=["uint8", "int8"])
 
 @RULES
 @given(bounds(), st.sampled_from([None, 0, 1, 3, 12]))
-def test_nothing_in_range_clips(
-    rule: Rule, ends: tuple[Array, Array], max_k: int | None
-) -> None:
+def test_nothing_in_range_clips(rule: Rule, ends: tuple[Array, Array], max_k: int | None) -> None:
     low, high = ends
     found = find_factors(low, high, rule.limits, symmetric=rule.symmetric, max_k=max_k)
     assert found.alpha.dtype == np.int32
@@ -69,9 +67,7 @@ def test_nothing_in_range_clips(
 def test_noise_falls_with_k(rule: Rule, ends: tuple[Array, Array]) -> None:
     """Never worse than per tensor (K = 0), whatever the channels."""
     symmetric = rule.symmetric
-    found = [
-        find_factors(*ends, rule.limits, symmetric=symmetric, max_k=k) for k in (0, 3, None)
-    ]
+    found = [find_factors(*ends, rule.limits, symmetric=symmetric, max_k=k) for k in (0, 3, None)]
     plain, three, free = (one.noise for one in found)
     assert three <= plain
     assert free <= plain

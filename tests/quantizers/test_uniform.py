@@ -147,7 +147,9 @@ def test_per_axis_is_each_slice_alone(x: Array) -> None:
     codes = quantize(x, spec)
     for column in range(x.shape[1]):
         alone = x[:, column : column + 1]
-        np.testing.assert_array_equal(codes[:, column : column + 1], quantize(alone, spec_of(alone, rule)))
+        np.testing.assert_array_equal(
+            codes[:, column : column + 1], quantize(alone, spec_of(alone, rule))
+        )
 
 
 @settings(max_examples=50)

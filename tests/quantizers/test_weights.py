@@ -30,8 +30,8 @@ def squared_error(weight: Array, scale: Array, axis: int | None, bits: int) -> A
 @given(WEIGHTS, st.sampled_from([None, 0, 1, -1]))
 def test_eight_bits_cover_the_largest(weight: Array, axis: int | None) -> None:
     scale = weight_scale(weight, axis, 8)
-    others = None if axis is None else tuple(
-        a for a in range(weight.ndim) if a != axis % weight.ndim
+    others = (
+        None if axis is None else tuple(a for a in range(weight.ndim) if a != axis % weight.ndim)
     )
     largest = np.abs(weight).max(axis=others)
     assert scale.dtype == np.float32
