@@ -14,11 +14,31 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 LAYOUT_OPS = frozenset(
-    ["Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Flatten", "Expand", "Identity", "Concat", "Tile", "Pad", "Shape", "Cast", "DepthToSpace", "SpaceToDepth"]
+    [
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Split",
+        "Gather",
+        "Flatten",
+        "Expand",
+        "Identity",
+        "Concat",
+        "Tile",
+        "Pad",
+        "Shape",
+        "Cast",
+        "DepthToSpace",
+        "SpaceToDepth",
+    ]
 )
 """Ops that move elements and compute nothing."""
 
-ACTIVATIONS = frozenset(["Gelu", "QuickGelu", "Relu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Swish", "Mish"])
+ACTIVATIONS = frozenset(
+    ["Gelu", "QuickGelu", "Relu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Swish", "Mish"]
+)
 """Ops that may stand between fc1 and fc2."""
 
 

@@ -78,6 +78,7 @@ def quantize(
     opset: o.Opset = None,
     report: o.Report = None,
     pictures: o.Pictures = None,
+    attention_blocks: o.AttentionBlocks = None,
     analysis_images: o.AnalysisImages = None,
     threads: o.Threads = None,
 ) -> None:

@@ -183,6 +183,10 @@ Report = Annotated[
 Pictures = Annotated[
     bool | None, switch("pictures", DEFAULT.pictures, "Draw attention maps into the report.")
 ]
+AttentionBlocks = Annotated[
+    list[int] | None,
+    option("--attention-blocks", "BLOCK", "the last", "Block whose attention to draw; repeatable."),
+]
 AnalysisImages = Annotated[
     int | None,
     option(

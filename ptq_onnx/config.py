@@ -94,7 +94,8 @@ class QuantizeConfig:
 
     ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
     as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
-    blocks with the widest channel ranges). ``mean`` … ``interpolation`` None: those of
+    blocks with the widest channel ranges). ``attention_blocks`` are drawn; none: the last.
+    ``mean`` … ``interpolation`` None: those of
     ``preprocess``, which None means: the model's own, else imagenet.
     """
 
@@ -119,12 +120,13 @@ class QuantizeConfig:
     opset: int = 21
     report: bool = True
     pictures: bool = True
+    attention_blocks: tuple[int, ...] = ()
     analysis_images: int = 32
     threads: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError, one line, for values that make no sense alone or together."""
-        for name in ("mean", "std", "size", "keep_float", "per_channel"):
+        for name in ("mean", "std", "size", "keep_float", "per_channel", "attention_blocks"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -148,6 +150,8 @@ class QuantizeConfig:
             raise ConfigError(
                 f"--opset {self.opset}: onnxruntime targets take {OPSETS[0]} to {OPSETS[-1]}."
             )
+        for block in self.attention_blocks:
+            _at_least("attention_blocks", block, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
             raise ConfigError(f"--ptf-k {self.ptf_k}: must be from 0 to 12.")
         if self.quantizer != "fqvit":

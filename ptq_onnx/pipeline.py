@@ -83,6 +83,7 @@ def quantize(
     prepared = prepare(model, config.opset)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
+    _check_attention_blocks(prepared, config)
     preprocess = resolve_preprocess(prepared.model, config)
     prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
     images = _calibration_images(calib, preprocess, config, notes)
@@ -111,6 +112,15 @@ def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
         raise ModelError(
             f"Model {prepared.path} has no transformer block (softmax between two products);"
             f" {config.quantizer} needs one, --quantizer vanilla works without."
+        )
+
+
+def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
+    beyond = [b for b in config.attention_blocks if b >= prepared.blocks.count]
+    if beyond:
+        raise ConfigError(
+            f"--attention-blocks {beyond[0]}: the model has {prepared.blocks.count} blocks,"
+            " counted from 0."
         )
 
 
@@ -437,7 +447,13 @@ class _Run:
         names, batch = next(source.named_batches(1))
         repeated = np.repeat(batch, self.fixed or 1, axis=0)
         maps = attention_maps(
-            prepared.model, prepared.blocks, simulators, repeated, names[0], self.preprocess
+            prepared.model,
+            prepared.blocks,
+            simulators,
+            repeated,
+            names[0],
+            self.preprocess,
+            config.attention_blocks or None,
         )
         if not maps:
             self.notes.append("No attention pictures: no attention over all patches of an image.")

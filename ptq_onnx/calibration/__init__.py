@@ -35,7 +35,6 @@ FROM_HISTOGRAM: dict[str, Callable[[Histogram, tuple[int, int], bool], tuple[Arr
     "mse": mse_range,
     "kl": kl_range,
 }
-METHODS = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
 
 
 def ranges(
@@ -58,7 +57,6 @@ def ranges(
 __all__ = [
     "FROM_EXTREMES",
     "FROM_HISTOGRAM",
-    "METHODS",
     "ChannelStatistics",
     "Histogram",
     "Statistics",

@@ -316,7 +316,9 @@ class _Lowering:
         columns = channel_map(linear.outputs[0], value, factor.shape)
         if columns is None or not self.only_reader_of(linear, value, columns):
             return False
-        scale = linear.meta.setdefault("column_factor", np.ones(weight.const_value.shape.numpy()[1], np.float32))
+        scale = linear.meta.setdefault(
+            "column_factor", np.ones(weight.const_value.shape.numpy()[1], np.float32)
+        )
         scale[columns.ravel()] = factor.ravel()
         return True
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ptq_onnx.calibration import (
     FROM_EXTREMES,
     FROM_HISTOGRAM,
-    METHODS,
     ChannelStatistics,
     Histogram,
     Statistics,
@@ -23,6 +22,7 @@ from ptq_onnx.calibration.percentile import PERCENTILE
 from ptq_onnx.calibration.robust import HORIZON, tail_bound
 from ptq_onnx.calibration.search import squared_error
 from ptq_onnx.calibration.statistics import BINS, TOP
+from ptq_onnx.config import METHOD_NAMES
 
 Array = NDArray[np.float32]
 LIMITS = [(-128, 127), (0, 255), (-8, 7), (0, 15)]
@@ -61,12 +61,12 @@ def both(method: str, data: Array, limits: tuple[int, int]) -> tuple[Array, Arra
 
 
 def test_every_method_has_one_home() -> None:
-    assert set(METHODS) == set(FROM_EXTREMES) | set(FROM_HISTOGRAM)
+    assert set(METHOD_NAMES) == set(FROM_EXTREMES) | set(FROM_HISTOGRAM)
     assert not set(FROM_EXTREMES) & set(FROM_HISTOGRAM)
 
 
 @pytest.mark.parametrize("limits", LIMITS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_per_channel_is_each_channel_alone(method: str, limits: tuple[int, int]) -> None:
     data = laplace(16, 50, 5) * np.float32([0.01, 1, 3, 100, 1]) + np.float32([0, 0, 2, 0, -40])
     low, high = both(method, data, limits)
@@ -77,7 +77,7 @@ def test_per_channel_is_each_channel_alone(method: str, limits: tuple[int, int])
         np.testing.assert_allclose(high[channel], alone[1][0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_order_of_batches(method: str) -> None:
     """Matters to the moving average alone."""
     data = laplace(16, 50, 3) * np.arange(1, 17, dtype=np.float32)[:, None, None]
@@ -87,7 +87,7 @@ def test_order_of_batches(method: str) -> None:
 
 
 @pytest.mark.parametrize("limits", LIMITS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-30, 1e6, -1e30])
 def test_constant_tensors_stay_finite(method: str, limits: tuple[int, int], value: float) -> None:
     low, high = both(method, np.full((4, 3, 2), value, np.float32), limits)
@@ -98,7 +98,7 @@ def test_constant_tensors_stay_finite(method: str, limits: tuple[int, int], valu
     assert covered >= 0.999 * abs(np.float32(value))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("robust",)])
+@pytest.mark.parametrize("method", [m for m in METHOD_NAMES if m not in ("robust",)])
 def test_no_method_but_robust_leaves_the_data(method: str) -> None:
     """The others clip or cover; a symmetric KL range is as wide as the farther side."""
     data = laplace(16, 50, 3)
