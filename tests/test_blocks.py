@@ -173,3 +173,13 @@ def test_walking_through_layout_ops() -> None:
     assert is_constant(None)
     assert is_constant(packed.inputs[1])
     assert not is_constant(packed.inputs[0])
+
+
+def test_a_shape_does_not_carry_the_data() -> None:
+    """x gives its shape to a reshape of something else: that one's readers are not x's."""
+    g = SmallGraph(("batch", 4, 8))
+    flat = g("Relu", np.ones((2, 32)))
+    g("Sigmoid", g("Reshape", flat, g("Shape", "x")))
+    g("Tanh", g("Transpose", "x", perm=[0, 2, 1]))
+    model = g.model(f"sigmoid{len(g.nodes) - 3}", f"tanh{len(g.nodes) - 1}")
+    assert [n.op_type for n, _ in through_layout(model.graph.inputs[0])] == ["Tanh"]

@@ -107,7 +107,11 @@ def test_overrides_of_a_graph() -> None:
     """Both ops between quantized tensors; one whose output stays in float is told."""
     model, names = small()
     log2 = Rule(4, False, False, code="log2")
-    specs = {"x": spec(0.1, 128), names["norm"]: spec(0.05, 128), names["softmax"]: spec(1, 0, log2)}
+    specs = {
+        "x": spec(0.1, 128),
+        names["norm"]: spec(0.05, 128),
+        names["softmax"]: spec(1, 0, log2),
+    }
     found, left = integer_overrides(model, specs)
     assert sorted(type(v).__name__ for v in found.values()) == [
         "LayerNormOverride",

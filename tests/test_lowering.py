@@ -15,6 +15,7 @@ from small_transformer import Choices, transformer
 
 from ptq_onnx.blocks import consumers, find_blocks, is_constant, is_layout, is_linear
 from ptq_onnx.export.lowering import cancels, is_power_of_two, lower, rows_of, stored_zero_point
+from ptq_onnx.fusion import fuse
 from ptq_onnx.graph import serialize, to_standard
 from ptq_onnx.kernels import NodeKernels
 from ptq_onnx.quantizers.log2 import log2_codes, log2_values
@@ -74,7 +75,7 @@ def test_one_pair_for_every_spec(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_activations_have_scalar_scales(name: str) -> None:
     """No Q/DQ per axis around Add and MatMul, which ONNX Runtime's optimizer breaks."""
-    specs, model = lowered(name)
+    model = lowered(name)[1]
     for node in model.graph:
         if node.op_type == "QuantizeLinear":
             assert constant(node.inputs[1]).shape == ()
@@ -478,8 +479,6 @@ def test_a_tensor_read_twice_is_rounded_once_for_both() -> None:
     norm = g("LayerNormalization", "x", np.full(8, 1.5), np.full(8, 0.1), axis=-1)
     product = g("Add", g("MatMul", norm, sample(8, 8, seed=1)), sample(8, seed=2))
     model = g.model(g("Add", product, norm))
-    from ptq_onnx.fusion import fuse
-
     fuse(model)
     sites = {s.tensor: s for s in find_sites(model, find_blocks(model)).values()}
     factor = factor_of(sites[norm], "ptf")
@@ -492,6 +491,60 @@ def test_a_tensor_read_twice_is_rounded_once_for_both() -> None:
             weight_spec(weight, weights_of(model, weight), factor),
         ],
     )
+
+
+def test_columns_that_others_read_are_not_scaled() -> None:
+    """One linear, read as heads by a quantized tensor and as it is by another op."""
+    g = SmallGraph(("batch", 6, 8))
+    linear = g("Add", g("MatMul", "x", sample(8, 8, seed=1)), sample(8, seed=2))
+    heads = g("Transpose", g("Reshape", linear, np.array([0, 6, 2, 4])), perm=[0, 2, 1, 3])
+    back = g("Reshape", g("Transpose", g("Relu", heads), perm=[0, 2, 1, 3]), np.array([0, 6, 8]))
+    model = g.model(g("Add", back, g("Tanh", linear)))
+    fuse(model)
+    site = Site(heads, "other", None, (1, 3), ("batch", 2, 6, 4), None, ())
+    compare(model, [activation_spec(site, factor_of(site, "ptf"))])
+
+
+@pytest.mark.parametrize("role", ["fc1", "q", "v"])
+def test_columns_of_a_weight_with_one_scale(role: str) -> None:
+    """The factor of a linear's output cannot go into one scale for all columns."""
+    model, sites = small(True)
+    weight = sites["fc1.weight" if role == "fc1" else "qkv.weight"]
+    value = weights_of(model, weight)
+    scale, zero = np.array(np.abs(value).max() / 127, np.float32), np.array(0, np.int32)
+    specs = [
+        activation_spec(sites[role], factor_of(sites[role], "ptf")),
+        activation_spec(sites["norm2" if role == "fc1" else "norm1"], None),
+        TensorSpec(weight.tensor, Rule(), scale, zero),
+    ]
+    compare(model, specs)
+
+
+def test_a_weight_takes_only_the_factor_that_it_was_made_for() -> None:
+    model, sites = small(True)
+    factor, other = (factor_of(sites["norm2"], "ptf", seed) for seed in (0, 1))
+    assert other is not None
+    weight = sites["fc1.weight"]
+    compare(
+        model,
+        [
+            activation_spec(sites["norm2"], factor),
+            weight_spec(weight, weights_of(model, weight), other),
+        ],
+    )
+
+
+@pytest.mark.parametrize("kind", ["ptf", "ratio"])
+def test_only_exact_factors_move_into_the_norm(kind: str) -> None:
+    model, sites = small(True)
+    factor = factor_of(sites["norm1"], kind)
+    assert factor is not None
+    result = lower(model, {sites["norm1"].tensor: activation_spec(sites["norm1"], factor)})
+    before, after = (
+        constant(next(n for n in m.graph if n.op_type == "LayerNormalization").inputs[1])
+        for m in (model, result)
+    )
+    np.testing.assert_array_equal(after, before / factor if kind == "ptf" else before)
 
 
 def test_convolutions_and_positions() -> None:
@@ -564,3 +617,16 @@ def test_layout_and_constants_are_not_touched() -> None:
     for node in lowered("vanilla")[1].graph:
         if node.op_type == "QuantizeLinear":
             assert not is_constant(node.inputs[0])
+
+
+def test_float_products_are_not_made_block_quantized() -> None:
+    """ONNX Runtime turns DequantizeLinear(weight) → MatMul of a float input into MatMulNBits,
+    which rounds that input to 8 bits; a Mul in between keeps the product in float."""
+    _, model = lowered("channelwise all")
+    for node in model.graph:
+        if node.op_type != "MatMul":
+            continue
+        before = [v.producer() for v in node.inputs if v is not None]
+        made = [None if n is None else n.op_type for n in before]
+        if made[1] == "DequantizeLinear":
+            assert reads_codes(node.inputs[0])

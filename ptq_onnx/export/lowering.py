@@ -378,27 +378,37 @@ class _Lowering:
                 scaled = weight.const_value.numpy() / columns
                 node.replace_input_with(1, self.constant(f"{weight.name}_scaled", scaled))
             return
-        real = self.weight(node, weight, spec, columns)
+        scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
         if spec.factor is not None and node not in self.absorbed:
+            real = self.weight(node, weight, spec, scale)
             factor = self.constant(f"{weight.name}_factor", spec.factor)
             real = self.add(real.producer(), "Mul", [real, factor], weight, "rescaled")
+        elif reads_codes(node.inputs[0]):
+            real = self.weight(node, weight, spec, scale)
+        else:
+            # A float product: the scale goes into a Mul, or ONNX Runtime would make a
+            # MatMulNBits of it, which rounds the float input to 8 bits (measured, 1.31).
+            by = self.constant(f"{weight.name}_scale", scale)
+            real = self.weight(node, weight, spec, np.array(1, np.float32))
+            real = self.add(real.producer(), "Mul", [real, by], weight, "rescaled")
         node.replace_input_with(1, real)
 
     def weight(
-        self, node: ir.Node, weight: ir.Value, spec: TensorSpec, columns: Factor | None = None
+        self, node: ir.Node, weight: ir.Value, spec: TensorSpec, scale: Factor | None = None
     ) -> ir.Value:
-        """DequantizeLinear of the weight's codes, before ``node``."""
+        """DequantizeLinear of the weight's codes, before ``node``, by the spec's scale or by
+        ``scale`` ([] or along the spec's axis). Weights are symmetric: zero point 0."""
         if weight.const_value is None:
             return weight
         codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)
-        scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
-        zero = np.asarray(spec.zero_point).astype(np.int8 if spec.rule.signed else np.uint8)
+        scale = np.asarray(spec.scale, np.float32) if scale is None else scale
+        zero = np.zeros(scale.shape, np.int8)
         inputs: list[ir.Value | None] = [
             self.constant(f"{weight.name}_quantized", codes.astype(zero.dtype)),
             self.constant(f"{weight.name}_scale", scale),
             self.constant(f"{weight.name}_zero_point", zero),
         ]
-        attributes = {} if spec.axis is None else {"axis": spec.axis}
+        attributes = {} if scale.ndim == 0 or spec.axis is None else {"axis": spec.axis}
         previous = ir.node(
             "DequantizeLinear",
             inputs,
@@ -467,6 +477,15 @@ def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8]:
     """
     shift = 128 if spec.rule.signed else 0
     return np.asarray(spec.zero_point + shift).astype(np.uint8)
+
+
+def reads_codes(value: ir.Value | None) -> bool:
+    """True where a product's input comes straight from DequantizeLinear, but for layout ops."""
+    node = None if value is None else value.producer()
+    while node is not None and is_layout(node):
+        before = node.inputs[0]
+        node = None if before is None else before.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def is_power_of_two(factor: Factor) -> bool:

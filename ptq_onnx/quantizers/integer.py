@@ -124,7 +124,7 @@ class IntegerSoftmax:
         total = e.sum(axis=-1, keepdims=True)
         top = (1 << self.bits) - 1
         if not self.log2:
-            return np.minimum((2 * e * top + total) // (2 * total), top)
+            return np.asarray(np.minimum((2 * e * top + total) // (2 * total), top), np.int64)
         safe = np.maximum(e, 1)
         t = (2 * total + safe) // (2 * safe)
         k = floor_log2(t)

@@ -140,7 +140,7 @@ def test_memory_does_not_grow(model: ir.Model) -> None:
 def test_a_number_that_is_none_is_refused(model: ir.Model, bad: float) -> None:
     x = sample(4, 5, 8)
     x[2, 1, 3] = bad
-    with pytest.raises(ModelError, match="Tensor 'x'.*NaN or infinite") as error:
+    with pytest.raises(ModelError, match=r"Tensor 'x'.*NaN or infinite") as error:
         collect(model, SITES, [x], threads=1)
     assert "\n" not in str(error.value)
 

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ptq_onnx.quantizers.integer import (
+    EXP_B,
+    EXP_C,
+    EXP_FRACTION_BITS,
     EXP_SHIFT,
     IntegerLayerNorm,
     IntegerSoftmax,
@@ -203,6 +206,25 @@ def test_exponential_is_within_its_bound(scale: float) -> None:
     assert np.all(relative <= 0.0025 * (1 + depth[near]))
     assert 1 << (EXP_SHIFT - 1) <= e.max() < 1 << (EXP_SHIFT + 1)
     assert e.min() >= 0
+
+
+@pytest.mark.parametrize("scale", [1e-7, 0.003, 0.2, 3.0])
+def test_exponential_in_pythons_integers(scale: float) -> None:
+    """The formula of the class, one number at a time, without a width."""
+    codes = logits(0.05, rows=4)
+    softmax = IntegerSoftmax(scale, 8, log2=True)
+    unit = softmax.unit
+    ln2, b = math.floor(math.log(2) / unit), math.floor(EXP_B / unit)
+    c = math.floor(EXP_C / unit**2)
+    for row, found in zip(codes.tolist(), softmax.exponentials(codes), strict=True):
+        for code, e in zip(row, found, strict=True):
+            x = (code - max(row)) * 2**EXP_FRACTION_BITS
+            q = -x // max(ln2, 1)
+            r = x + q * max(ln2, 1)
+            value = max(r * (r + b) + c, 0)
+            shift = EXP_SHIFT - c.bit_length()
+            value = value << shift if shift > 0 else value >> -shift
+            assert e == value >> q
 
 
 @pytest.mark.parametrize("bits", [4, 8])
