@@ -12,7 +12,7 @@ import yaml
 
 from ptq_onnx.errors import ConfigError
 
-QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit")
+QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
 TARGETS = ("onnxruntime",)
 OPSETS = range(21, 24)
@@ -154,17 +154,17 @@ class QuantizeConfig:
             _at_least("attention_blocks", block, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
             raise ConfigError(f"--ptf-k {self.ptf_k}: must be from 0 to 12.")
-        if self.quantizer != "fqvit":
-            for option, used in (
-                ("--no-ptf", not self.ptf),
-                ("--ptf-k", self.ptf_k is not None),
-                ("--no-lis", not self.lis),
-                ("--arithmetic integer", self.arithmetic == "integer"),
-            ):
-                if used:
-                    raise ConfigError(
-                        f"{option} belongs to the quantizer fqvit, not {self.quantizer}."
-                    )
+        for option, used, owners in (
+            ("--no-ptf", not self.ptf, ("fqvit", "deploy")),
+            ("--ptf-k", self.ptf_k is not None, ("fqvit", "deploy")),
+            ("--no-lis", not self.lis, ("fqvit",)),
+            ("--arithmetic integer", self.arithmetic == "integer", ("fqvit",)),
+        ):
+            if used and self.quantizer not in owners:
+                raise ConfigError(
+                    f"{option} belongs to the quantizer {' or '.join(owners)},"
+                    f" not {self.quantizer}."
+                )
         if not self.ptf and self.ptf_k:
             raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
         for text in (*self.keep_float, *self.per_channel):

@@ -6,6 +6,7 @@ own codes. The two exports of the same weights must calibrate to the same number
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ OPTIONS = {
     "channelwise": {"quantizer": "channelwise", "per_channel": ("all",)},
     "fqvit": {"quantizer": "fqvit"},
     "fqvit 8/8/4": {"quantizer": "fqvit", "bits": "8/8/4"},
+    "deploy": {"quantizer": "deploy"},
 }
 
 
@@ -77,6 +79,20 @@ def test_the_simulator_computes_what_the_file_computes(
     simulated = Simulator(vit.model, quantizer).run(images)["logits"]
     assert decibels(in_file, simulated) >= 100
     assert path.stat().st_size < 0.35 * vit.path.stat().st_size
+
+
+def test_deploy_runs_its_products_in_integers(vit: Prepared, shared: Path, tmp_path: Path) -> None:
+    """What ONNX Runtime makes of the file: 48 linears and 24 attention products in int8."""
+    quantizer = quantized(vit, shared / "imagenet/calib", quantizer="deploy")
+    data = graphs.serialize(lower(vit.model, quantizer.specs))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx")
+    ops = Counter(node.op_type for node in optimized.graph.node)
+    assert ops["MatMulIntegerToFloat"] + ops["QLinearMatMul"] == 72
+    assert ops["MatMul"] == ops["FusedMatMul"] == ops["MatMulNBits"] == 0
 
 
 def test_every_quantized_node_of_the_file_gives_the_simulators_codes(

@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "channelwise all": {"quantizer": "channelwise", "per_channel": ("all",)},
     "fqvit": {},
     "fqvit 8/8/4": {"bits": "8/8/4"},
+    "deploy": {"quantizer": "deploy"},
 }
 MODES: tuple[Mode, ...] = ("exact", "torch")
 
@@ -367,7 +368,7 @@ def test_quantized_tensors_lie_on_their_grid(name: str) -> None:
             step = spec.scale * (1 if spec.factor is None else spec.factor)
             assert np.abs(dequantize(codes, spec) - value).max() <= 1e-5 * np.max(step) * 256
         checked += 1
-    assert checked >= 70
+    assert checked >= (45 if name == "deploy" else 70)
 
 
 def test_switched_off_it_is_the_float_model() -> None:

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 def make_quantizer(plan: Plan) -> SiteQuantizer:
     """The quantizer that the plan's config names. Raises ConfigError for an unknown one."""
     from ptq_onnx.quantizers.channelwise import Channelwise
+    from ptq_onnx.quantizers.deploy import Deploy
     from ptq_onnx.quantizers.fqvit import FqVit
     from ptq_onnx.quantizers.vanilla import Vanilla
 
-    known = {kind.name: kind for kind in (Vanilla, Channelwise, FqVit)}
+    known = {kind.name: kind for kind in (Vanilla, Channelwise, FqVit, Deploy)}
     name = plan.config.quantizer
     if name not in known:
         raise ConfigError(f"There is no quantizer '{name}'; choose one of {', '.join(known)}.")

@@ -34,8 +34,9 @@ class Deploy(FqVit):
         if site.is_parameter:
             return Rule(widths.weights, True, True, "channel", method="minmax")
         if site.role == "softmax":
-            return Rule(widths.attention, False, False, "tensor", method="fixed")
-        plain = site.role == "input" or not site.channel_axes
+            method = self.plan.config.effective_method
+            return Rule(widths.attention, False, False, "tensor", method=method)
+        plain = site.role == "input" or not site.channel_axes or not self.plan.config.ptf
         grain: Granularity = "tensor" if plain else "ptf"
         method = self.plan.config.effective_method
         return Rule(widths.activations, False, False, grain, method=method)

@@ -28,6 +28,8 @@ PER_TENSOR = frozenset({"input", "qk", "mask", "softmax", "head", "other"})
 """Roles that keep one scale for the whole tensor."""
 BRANCHES = frozenset({"proj", "fc2"})
 BALANCE = np.linspace(0, 1, 9)
+FIXED = "fixed"
+"""The method of an attention map: its range is [0, 1] by nature."""
 
 
 class FqVit(SiteQuantizer):
@@ -57,7 +59,7 @@ class FqVit(SiteQuantizer):
                 False,
                 "tensor",
                 code,
-                "fixed",
+                FIXED,
                 renormalize=config.lis,
             )
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
@@ -79,7 +81,7 @@ class FqVit(SiteQuantizer):
                 continue
             if site.is_parameter:
                 specs[site.tensor] = self._parameter(site, rule, rows.get(site.tensor))
-            elif rule.code == "log2" or site.role == "softmax":
+            elif rule.method == FIXED:
                 specs[site.tensor] = attention_spec(site, rule)
             elif rule.granularity != "ptf":
                 specs[site.tensor] = self.activation(site, rule, stats)
