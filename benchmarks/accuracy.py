@@ -33,6 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "vanilla 8/8/8": {"quantizer": "vanilla"},
     "channelwise 8/8/8": {"quantizer": "channelwise"},
     "channelwise 8/8/8, all roles": {"quantizer": "channelwise", "per_channel": ("all",)},
+    "deploy 8/8/8": {"quantizer": "deploy"},
     "fqvit 8/8/8": {"quantizer": "fqvit"},
     "fqvit 8/8/8, no LIS": {"quantizer": "fqvit", "lis": False},
     "fqvit 8/8/4": {"quantizer": "fqvit", "bits": "8/8/4"},
