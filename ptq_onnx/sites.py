@@ -144,10 +144,13 @@ def _shape(value: ir.Value) -> tuple[int | str, ...]:
 def _channel_axes(
     role: str, shape: tuple[int | str, ...], producer: ir.Node | None
 ) -> tuple[int, ...]:
-    """Axes that tell channels apart: the last; heads too for q, k, v; k's rows are channels."""
+    """Axes that tell channels apart: the last; heads too for q, k, v; k's rows are channels.
+
+    Attention logits and maps have heads, which are their channels, and no others.
+    """
     rank = len(shape)
     if role in ("qk", "softmax", "mask") or rank < 2:
-        return ()
+        return (1,) if rank == 4 and isinstance(shape[1], int) else ()
     if role in ("q", "k", "v", "av"):
         channel = rank - 2 if role == "k" else rank - 1
         heads = (1,) if rank == 4 and isinstance(shape[1], int) else ()

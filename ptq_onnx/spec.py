@@ -23,9 +23,9 @@ Code = Literal["uniform", "log2"]
 class Site:
     """A tensor of the fused graph that can be quantized.
 
-    ``channel_axes`` are the axes that tell channels apart, non-negative, empty for a
-    tensor without channels (attention logits and maps). ``consumers`` are the compute
-    nodes that read the tensor, also through layout ops.
+    ``channel_axes`` are the axes that tell channels apart, non-negative, empty for a tensor
+    without channels; the channels of attention logits and maps are the heads. ``consumers``
+    are the compute nodes that read the tensor, also through layout ops.
     """
 
     tensor: str

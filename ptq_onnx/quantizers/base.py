@@ -182,7 +182,7 @@ class SiteQuantizer(VitQuantizer):
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """Lower and upper bound by the rule's method: [C] per channel, else [1]."""
-        return ranges(
+        low, high = ranges(
             stats,
             site.tensor,
             rule.method,
@@ -190,6 +190,9 @@ class SiteQuantizer(VitQuantizer):
             symmetric=rule.symmetric,
             per_channel=rule.granularity != "tensor",
         )
+        if site.role == "softmax":
+            return np.maximum(low, 0), np.minimum(high, 1)
+        return low, high
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""

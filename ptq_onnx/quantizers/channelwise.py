@@ -1,13 +1,16 @@
 """Channelwise: vanilla, with per-channel scales where the channels differ most.
 
 Source: PTQ2TheMoon: LayerNorm inputs and outputs, residual adds, and fc2 (activations and
-weights), whose outlier channels in a few blocks cost the most. A per-channel scale on the
+weights), whose outlier channels in a few blocks cost the most. Attention maps are uint8 with
+zero point 0: as int8 they would leave half of the codes unused. Their channels, under
+``--per-channel softmax`` or ``all``, are the heads. A per-channel scale on the
 inner axis of a product cannot leave an integer product as it is: ONNX Runtime computes such
 a product in float, between quantized values.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +19,7 @@ from ptq_onnx.blocks import Blocks
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.config import AUTO, Selector
 from ptq_onnx.quantizers.vanilla import Vanilla
-from ptq_onnx.spec import Site
+from ptq_onnx.spec import Rule, Site
 
 ROLES = ("embed", "pre_norm", "norm1", "norm2", "norm", "residual1", "residual2")
 AUTO_RATIO = 3.0
@@ -27,6 +30,13 @@ class Channelwise(Vanilla):
     """Per-channel scales on ``ROLES`` and on fc2, or on what ``--per-channel`` names."""
 
     name: ClassVar[str] = "channelwise"
+
+    def rule(self, site: Site) -> Rule | str:
+        """Vanilla's rule; attention maps, which are never negative, without a sign."""
+        rule = super().rule(site)
+        if site.role == "softmax" and isinstance(rule, Rule):
+            return replace(rule, signed=False)
+        return rule
 
     def per_channel(self) -> tuple[Selector, ...]:
         asked = super().per_channel()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ptq_onnx.quantizers.fqvit import FqVit
+from ptq_onnx.quantizers.fqvit import PER_TENSOR, FqVit
 from ptq_onnx.spec import Granularity, Rule, Site
 
 PRODUCTS = ("Linear", "Conv", "MatMul")
@@ -36,8 +36,8 @@ class Deploy(FqVit):
         if site.role == "softmax":
             method = self.plan.config.effective_method
             return Rule(widths.attention, False, False, "tensor", method=method)
-        plain = site.role == "input" or not site.channel_axes or not self.plan.config.ptf
-        grain: Granularity = "tensor" if plain else "ptf"
+        wide = self.plan.config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
+        grain: Granularity = "ptf" if wide else "tensor"
         method = self.plan.config.effective_method
         return Rule(widths.activations, False, False, grain, method=method)
 
