@@ -244,6 +244,7 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
         super().__init__(build_graph(model), verbose=False)
         self.specs = {}
         self._configs: dict[str, TensorQuantizationConfig] = {}
+        self._copies: dict[str, list[TensorQuantizationConfig]] = {}
 
     @abstractmethod
     def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
@@ -288,17 +289,13 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
             return _idle()
         config = config_for(rule)
         if variable.is_parameter or tensor not in self._configs:
-            self._configs.setdefault(tensor, config)
-            if variable.is_parameter and self._configs[tensor] is not config:
+            if tensor in self._configs:  # a shared weight, of which PPQ has a copy per reader
                 self._copies.setdefault(tensor, []).append(config)
+            else:
+                self._configs[tensor] = config
             return config
         config.dominated_by = self._configs[tensor]
         return config
-
-    @property
-    def _copies(self) -> dict[str, list[TensorQuantizationConfig]]:
-        found: dict[str, list[TensorQuantizationConfig]] = self.__dict__.setdefault("_shared", {})
-        return found
 
     def is_active(self, tensor: str) -> bool:
         """True where the tensor is quantized now."""

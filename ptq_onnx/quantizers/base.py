@@ -34,7 +34,7 @@ class Plan:
     sites: dict[str, Site]
     config: QuantizeConfig
     progress: Callable[[str], Progress] | None = None
-    """Given the name of a stage, returns what is called with the number of images done."""
+    """Given the name of a stage: what to call with the number of images done."""
 
 
 class SiteQuantizer(VitQuantizer):
