@@ -363,6 +363,7 @@ class _Run:
         prepared, config = self.prepared, self.config
         source, apart = self._held_apart(tested)
         simulator = self.simulator(quantizer)
+        reference = Simulator(prepared.model, None, threads=config.threads)
         found = graphwise(
             prepared.model,
             quantizer,
@@ -370,12 +371,12 @@ class _Run:
             self.batches(source, 2),
             held_apart=apart,
             simulator=simulator,
+            reference=reference,
             threads=config.threads,
             progress=self.stage("Analysing", len(source)),
         )
         pictures: list[tuple[str, Path]] = []
         if config.pictures and prepared.blocks.count:
-            reference = Simulator(prepared.model, None, threads=config.threads)
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": asdict(found)}, pictures
 

@@ -72,6 +72,7 @@ def graphwise(
     *,
     held_apart: bool,
     simulator: Simulator | None = None,
+    reference: Simulator | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Graphwise:
@@ -80,7 +81,7 @@ def graphwise(
     Raises ModelError where there is not a single image.
     """
     quantized = simulator or Simulator(model, quantizer, threads=threads)
-    reference = Simulator(model, None, threads=threads)
+    reference = reference or Simulator(model, None, threads=threads)
     nodes = {str(n.outputs[0].name): n for n in model.graph if not is_layout(n)}
     sums = {name: Sums() for name in nodes}
     images = 0
