@@ -169,7 +169,7 @@ def config_for(rule: Rule) -> TensorQuantizationConfig:
     """PPQ's description of a rule, not calibrated yet. Log2 codes have no policy of their
     own in PPQ: they are marked by their spec, which ``quantize_function`` obeys."""
     low, high = rule.limits
-    channelwise = rule.granularity != "tensor"
+    channelwise = rule.granularity in ("channel", "ptf")
     policy = QuantizationPolicy(
         QuantizationProperty.LINEAR
         + (
@@ -204,7 +204,7 @@ def calibrate_config(config: TensorQuantizationConfig, spec: TensorSpec) -> None
     if spec.factor is not None and spec.axis is None and spec.factor.ndim == 1:
         scale = scale * torch.from_numpy(spec.factor)
         offset = offset.expand_as(scale).clone()
-    if spec.rule.granularity == "tensor":
+    if spec.rule.granularity in ("tensor", "row"):
         scale, offset = scale.reshape(()), offset.reshape(())
     config.scale, config.offset = scale, offset
     if spec.axis is not None:
@@ -352,7 +352,11 @@ class Executor(TorchExecutor):  # type: ignore[misc]
         if not QuantizationStates.is_activated(config.state):
             return tensor
         spec: TensorSpec | None = config.detail.get(SPEC)
-        if spec is not None and (spec.factor is not None or spec.rule.code == "log2"):
+        if spec is not None and (
+            spec.factor is not None
+            or spec.rule.code == "log2"
+            or spec.rule.granularity == "row"
+        ):
             return fake_quantize(tensor, spec)
         quantized: torch.Tensor = super().quantize_function(tensor, config)
         return quantized

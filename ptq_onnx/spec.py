@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Granularity = Literal["tensor", "channel", "ptf"]
+Granularity = Literal["tensor", "channel", "ptf", "row"]
 Code = Literal["uniform", "log2"]
 
 
@@ -48,7 +48,8 @@ class Rule:
     """What numbers a site is to hold: bits, sign, symmetry, granularity and code.
 
     ``granularity``: one scale per ``tensor``, one per ``channel``, or ``ptf``: one scale
-    and a power-of-two factor per channel (FQ-ViT). ``code``: ``uniform``, or ``log2``
+    and a power-of-two factor per channel (FQ-ViT), or ``row``: one scale, on every row (last
+    axis) divided by its largest value, which is found at run time. ``code``: ``uniform``, or ``log2``
     for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
     """
 

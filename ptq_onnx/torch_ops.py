@@ -26,9 +26,13 @@ TYPES = {
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
-    """Quantize and dequantize ``x`` by a spec with a factor or log2 codes."""
+    """Quantize and dequantize ``x`` by a spec with a factor, rows of their own or log2
+    codes."""
     if spec.rule.code == "log2":
         return log2_fake_quantize(x, spec.rule.bits)
+    if spec.rule.granularity == "row":
+        top = x.amax(dim=-1, keepdim=True)
+        return dequantize(quantize(x / top, spec), spec) * top
     return dequantize(quantize(x, spec), spec)
 
 

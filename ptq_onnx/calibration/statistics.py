@@ -8,7 +8,7 @@ methods that need histograms or samples. Memory does not grow with the number of
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -33,8 +33,8 @@ class ChannelStatistics:
     ``shape``: how the rows broadcast against the tensor without its batch axis.
     ``highest`` [TOP, C]: the largest per-image maxima, descending; ``lowest``: the smallest
     per-image minima, ascending. ``ema_low``, ``ema_high`` [C]: moving averages of the
-    extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` [C]: sum of squares over
-    ``count`` values per channel.
+    extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` and ``total`` [C]: sum of
+    squares and sum over ``count`` values per channel.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +43,7 @@ class ChannelStatistics:
     ema_low: Array
     ema_high: Array
     power: NDArray[np.float64]
+    total: NDArray[np.float64]
     count: int = 0
     images: int = 0
 
@@ -57,10 +58,12 @@ class ChannelStatistics:
             ema_low=np.zeros(size, np.float32),
             ema_high=np.zeros(size, np.float32),
             power=np.zeros(size, np.float64),
+            total=np.zeros(size, np.float64),
         )
 
-    def update(self, low: Array, high: Array, power: Array, values: int) -> None:
-        """Fold in one batch: ``low``, ``high`` [B, C], ``power`` [C], values per channel."""
+    def update(self, low: Array, high: Array, power: Array, total: Array, values: int) -> None:
+        """Fold in one batch: ``low``, ``high`` [B, C], ``power``, ``total`` [C], values per
+        channel."""
         first = self.images == 0
         self.images += len(low)
         joined = np.concatenate([self.highest, high])
@@ -71,6 +74,7 @@ class ChannelStatistics:
         self.ema_low = keep * self.ema_low + (1 - keep) * low.min(axis=0)
         self.ema_high = keep * self.ema_high + (1 - keep) * high.max(axis=0)
         self.power += power.astype(np.float64)
+        self.total += total.astype(np.float64)
         self.count += values
 
     def pooled(self) -> ChannelStatistics:
@@ -86,6 +90,7 @@ class ChannelStatistics:
             ema_low=self.ema_low.min(keepdims=True),
             ema_high=self.ema_high.max(keepdims=True),
             power=self.power.sum(keepdims=True),
+            total=self.total.sum(keepdims=True),
             count=self.count * len(self.power),
             images=self.images,
         )
@@ -94,6 +99,36 @@ class ChannelStatistics:
     def second_moment(self) -> NDArray[np.float64]:
         """E[x²] per channel, [C]."""
         return self.power / max(self.count, 1)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """E[x] per channel, [C]."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def variance(self) -> NDArray[np.float64]:
+        """E[x²] - E[x]² per channel, [C]."""
+        return np.maximum(self.second_moment - self.mean**2, 0)
+
+    def moved(
+        self, shift: NDArray[np.float64], factor: NDArray[np.float64]
+    ) -> ChannelStatistics:
+        """The statistics of (x - shift) / factor, [C] each, factor positive."""
+
+        def move(rows: Array) -> Array:
+            return np.asarray((rows.astype(np.float64) - shift) / factor, np.float32)
+
+        total = (self.total - self.count * shift) / factor
+        power = (self.power - 2 * shift * self.total + self.count * shift**2) / factor**2
+        return replace(
+            self,
+            highest=move(self.highest),
+            lowest=move(self.lowest),
+            ema_low=move(self.ema_low),
+            ema_high=move(self.ema_high),
+            power=np.maximum(power, 0),
+            total=total,
+        )
 
 
 @dataclass
@@ -144,22 +179,28 @@ def reduced_shape(site: Site) -> tuple[int, ...]:
     )
 
 
-def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[str, str, str]]]:
-    """The model with three reductions per site as extra outputs, serialized.
+def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[str, ...]]]:
+    """The model with four reductions per site as extra outputs, serialized.
 
-    Returns the names of (minimum [B, C…], maximum [B, C…], sum of squares [C…]) by tensor.
+    Returns the names of (minimum [B, C…], maximum [B, C…], sum of squares [C…], sum [C…]) by
+    tensor.
     """
     copy = graphs.to_standard(model)
     graph = copy.graph
     values = {v.name: v for node in graph for v in node.outputs}
     values.update({v.name: v for v in graph.inputs})
-    names: dict[str, tuple[str, str, str]] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for site in sites:
         value = values[site.tensor]
         rank = len(site.shape)
         shared = [a for a in range(1, rank) if a not in site.channel_axes]
         outputs = []
-        taps = (("ReduceMin", shared), ("ReduceMax", shared), ("ReduceSumSquare", [0, *shared]))
+        taps = (
+            ("ReduceMin", shared),
+            ("ReduceMax", shared),
+            ("ReduceSumSquare", [0, *shared]),
+            ("ReduceSum", [0, *shared]),
+        )
         for op, axes in taps:
             name = f"tap/{op}/{site.tensor}"
             if not axes:
@@ -176,7 +217,7 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[
             graph.append(node)
             graph.outputs.append(node.outputs[0])
             outputs.append(name)
-        names[site.tensor] = (outputs[0], outputs[1], outputs[2])
+        names[site.tensor] = tuple(outputs)
     return ir.to_proto(copy).SerializeToString(), names
 
 
@@ -209,7 +250,7 @@ def collect(
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
         size = len(batch)
         for site in sites:
-            low, high, power = (found[name] for name in names[site.tensor])
+            low, high, power, total = (found[name] for name in names[site.tensor])
             # ONNX Runtime's ReduceMin and ReduceMax over inner axes pass NaN by; the sum does not.
             finite = np.isfinite(low).all() and np.isfinite(high).all()
             if not finite or np.isnan(power).any():
@@ -220,7 +261,11 @@ def collect(
             values = int(np.prod([d for d in site.shape[1:] if isinstance(d, int)]))
             per_channel = values // power.size
             result.channels[site.tensor].update(
-                low.reshape(size, -1), high.reshape(size, -1), power.ravel(), size * per_channel
+                low.reshape(size, -1),
+                high.reshape(size, -1),
+                power.ravel(),
+                total.ravel(),
+                size * per_channel,
             )
         result.images += size
         if progress is not None:

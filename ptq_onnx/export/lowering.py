@@ -120,6 +120,9 @@ class _Lowering:
             if spec.rule.renormalize:
                 self.renormalize(out)
             return
+        if spec.rule.granularity == "row":
+            self.rows(value, spec, uses)
+            return
         out = self.uniform(value, spec)
         if spec.factor is None:
             self.redirect(value, uses, out)
@@ -131,6 +134,27 @@ class _Lowering:
         if plain or value.is_graph_output():
             shape = self.constant(f"{value.name}_factor", factor)
             real = self.add(out.producer(), "Mul", [out, shape], value, "rescaled")
+            self.redirect(value, plain, real)
+
+    def rows(self, value: ir.Value, spec: TensorSpec, uses: list[tuple[ir.Node, int]]) -> None:
+        """Every row divided by its largest value, quantized; A·V is multiplied by it."""
+        axes = self.constant(f"{value.name}_row", np.array([-1], np.int64))
+        top = self.add(value.producer(), "ReduceMax", [value, axes], value, "row_max")
+        if value.shape is not None:
+            top.shape = ir.Shape([*list(value.shape)[:-1], 1])
+        part = self.add(top.producer(), "Div", [value, top], value, "row_scaled")
+        out = self.codes(self.clipped(part, value, spec), value, spec)
+        products = [use for use in uses if is_product(use[0]) and use[1] == 0]
+        plain = [use for use in uses if use not in products]
+        for node, _ in products:
+            result = node.outputs[0]
+            readers = list(consumers(result))
+            back = self.add(node, "Mul", [result, top], result, "row_rescaled")
+            self.renormalized[result] = back
+            self.redirect(result, readers, back)
+        self.redirect(value, products, out, outputs=False)
+        if plain or value.is_graph_output():
+            real = self.add(out.producer(), "Mul", [out, top], value, "rescaled")
             self.redirect(value, plain, real)
 
     def redirect(
@@ -155,6 +179,11 @@ class _Lowering:
         if spec.factor is not None and not self.fold_into_producer(value, spec.factor):
             inverse = self.constant(f"{value.name}_inverse_factor", 1 / spec.factor)
             current = self.add(value.producer(), "Mul", [value, inverse], value, "scaled")
+        current = self.clipped(current, value, spec)
+        return self.codes(current, value, spec)
+
+    def clipped(self, current: ir.Value, value: ir.Value, spec: TensorSpec) -> ir.Value:
+        """A Clip to the codes' range where they have less bits than their type."""
         low, high = spec.rule.limits
         if spec.rule.bits < 8:
             zero, step = int(spec.zero_point), float(spec.scale)
@@ -164,6 +193,10 @@ class _Lowering:
             ]
             anchor = current.producer()
             current = self.add(anchor, "Clip", [current, *bounds], value, "clipped")
+        return current
+
+    def codes(self, current: ir.Value, value: ir.Value, spec: TensorSpec) -> ir.Value:
+        """QuantizeLinear → DequantizeLinear behind ``current``, named after ``value``."""
         scale = self.constant(f"{value.name}_scale", np.asarray(spec.scale, np.float32))
         zero_point = self.constant(f"{value.name}_zero_point", stored_zero_point(spec))
         return self.chain(

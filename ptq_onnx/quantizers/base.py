@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,16 @@ class Plan:
     config: QuantizeConfig
     progress: Callable[[str], Progress] | None = None
     """Given the name of a stage: what to call with the number of images done."""
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and std of the normalisation, where the images are 8-bit pictures."""
+    statistics: Statistics | None = None
+    """Statistics of the sites, where an earlier step has collected them."""
+    fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Ranges that are known and not to be calibrated, by tensor."""
+    moves: tuple[Any, ...] = ()
+    """What equalisation moved (``equalization.Move``)."""
+    forms: Mapping[str, int] = field(default_factory=dict)
+    """How often the model was brought into another form."""
 
 
 class SiteQuantizer(VitQuantizer):
@@ -155,7 +165,7 @@ class SiteQuantizer(VitQuantizer):
         stats = collect(plan.model, sites, batches, threads=threads, progress=report("Calibrating"))
         rows = [s for s in sites if self.rules[s.tensor].method in FROM_HISTOGRAM]
         if rows:
-            wide = {s.tensor for s in rows if self.rules[s.tensor].granularity != "tensor"}
+            wide = {s.tensor for s in rows if self.rules[s.tensor].granularity not in ("tensor", "row")}
             add_histograms(
                 plan.model,
                 stats,
@@ -196,6 +206,10 @@ class SiteQuantizer(VitQuantizer):
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""
+        if rule.granularity == "row":
+            return tensor_spec(site, rule, 0.0, 1.0)
+        if site.tensor in self.plan.fixed:
+            return tensor_spec(site, rule, *self.plan.fixed[site.tensor])
         low, high = self.bounds(site, rule, stats)
         if rule.granularity == "tensor":
             return tensor_spec(site, rule, float(low.min()), float(high.max()))

@@ -1,0 +1,334 @@
+"""Equalisation: the same float model, in a form and with factors that 8 bits can hold.
+
+Only what is equal in float is done (``forms.py``: other ops for the same function;
+``moves.py``: shifts and factors per channel). How far each factor goes is chosen per site by
+the expected error of the products that read it (``strength.py``), from the statistics of one
+calibration run, which are carried over to the new graph.
+
+* LayerNorm's γ, β → the linears behind it; GELU → fc2 (one Mul, where it pays);
+* q → k, and the mean of every key channel, which no softmax sees;
+* v → proj, and the mean of every value channel, which A·V passes on because A's rows sum to
+  one: the rounding of A then multiplies values without their common part;
+* the image in the units of its pixels, so that 8 bits hold it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks import (
+    Blocks,
+    Role,
+    find_blocks,
+    is_linear,
+    is_product,
+    name_of,
+    through_layout,
+)
+from ptq_onnx.calibration import ChannelStatistics, Statistics, collect
+from ptq_onnx.calibration.robust import robust_range
+from ptq_onnx.equalization import forms
+from ptq_onnx.equalization.moves import (
+    columns_behind,
+    insert_affine,
+    keys_may_shift,
+    norm_before,
+    readers_of,
+    value_path,
+)
+from ptq_onnx.equalization.strength import Choice, Product, balance, choose_factor
+from ptq_onnx.export.lowering import rows_of
+from ptq_onnx.fusion.formula import constant
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.ptf import needed_step, zero_points
+from ptq_onnx.sites import find_sites, image_input
+from ptq_onnx.spec import Site
+
+Double = NDArray[np.float64]
+
+WORTH_A_MUL = 0.5
+"""dB of expected noise that a factor must save where it costs a Mul at run time."""
+AVERAGED = 0.2
+"""Weight of v's own rounding beside that of A·V: the rows of A average over tokens."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """What was moved at one site: how much of the expected noise of its readers it saves."""
+
+    tensor: str
+    role: str
+    block: int | None
+    into: str
+    gain_db: float
+    largest: float
+    """The largest factor over the smallest."""
+
+
+@dataclass
+class _Equalizer:
+    """The state of equalising one model, changed in place."""
+
+    model: ir.Model
+    blocks: Blocks
+    sites: dict[str, Site]
+    stats: Statistics
+    levels: int
+    symmetric: bool
+    weight_bits: int
+    moves: list[Move] = field(default_factory=list)
+    roles: dict[str, Role] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.values = {str(v.name): v for n in self.model.graph for v in n.outputs}
+
+    def run(self) -> None:
+        places = {(s.role, s.block): s for s in self.sites.values() if not s.is_parameter}
+        for site in self.sites.values():
+            if site.tensor not in self.stats.channels:
+                continue
+            if site.role == "q":
+                self.queries(site, places.get(("k", site.block)))
+            elif site.role == "v":
+                self.attended(site, places.get(("av", site.block)))
+            elif site.role not in ("k", "av", "softmax", "input"):
+                self.linear_input(site)
+
+    # --- pieces -------------------------------------------------------------------------
+
+    def bounds(self, tensor: str) -> tuple[Double, Double]:
+        low, high = robust_range(self.stats.channels[tensor])
+        return low.astype(np.float64), high.astype(np.float64)
+
+    def products(self, linears: Iterable[ir.Node]) -> list[Product]:
+        found = [constant(node.inputs[1]) for node in linears]
+        return [Product(np.abs(w).astype(np.float32), self.weight_bits) for w in found if w is not None]
+
+    def move_statistics(self, tensor: str, shift: Double, factor: Double, name: str = "") -> None:
+        self.stats.channels[name or tensor] = self.stats.channels[tensor].moved(shift, factor)
+
+    def note(self, site: Site, into: str, choice: Choice) -> None:
+        ratio = float(choice.factor.max() / choice.factor.min())
+        self.moves.append(Move(site.tensor, site.role, site.block, into, choice.gain_db, ratio))
+
+    def unshifted(self, low: Double, high: Double) -> Double:
+        """Half of the range that a channel takes up where all share one zero point."""
+        limits = (-(self.levels // 2), self.levels // 2 - 1) if self.symmetric else (0, self.levels - 1)
+        steps = [
+            needed_step(low, high, zero, limits)
+            for zero in zero_points(low, high, limits, self.symmetric)
+        ]
+        least = min(steps, key=lambda step: float(np.sum(step**2)))
+        return least * (self.levels - 1) / 2
+
+    # --- sites --------------------------------------------------------------------------
+
+    def linear_input(self, site: Site) -> None:
+        """A norm's output, or any other tensor that only linears read."""
+        value = self.values[site.tensor]
+        norm = norm_before(value)
+        low, high = self.bounds(site.tensor)
+        variance = self.stats.channels[site.tensor].variance
+        if norm is not None:
+            shift = (low + high) / 2
+            choice = choose_factor((high - low) / 2, variance, self.products(norm.linears), self.levels)
+            norm.apply(self.model.graph, shift, choice.factor)
+            self.note(site, "LayerNormalization", choice)
+            for other in self.same_norm(site, norm.linears):
+                self.move_statistics(other, shift, choice.factor)
+            return
+        linears = readers_of(value)
+        if linears is None or len(site.channel_axes) != 1 or len(low) < 2:
+            return
+        half = self.unshifted(low, high)
+        choice = choose_factor(half, variance, self.products(linears), self.levels)
+        if choice.gain_db < WORTH_A_MUL:
+            return
+        zero = np.zeros(len(low))
+        made = insert_affine(self.model.graph, value, zero, choice.factor, "equalized")
+        for linear in linears:
+            forms.move_rows(self.model.graph, linear, choice.factor, zero)
+        node = made.producer()
+        if node is not None:
+            self.roles[name_of(node)] = Role(site.block, site.role)
+        self.note(site, "Mul", choice)
+        self.move_statistics(site.tensor, zero, choice.factor, str(made.name))
+
+    def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
+        """Tensors with statistics that the same norm makes (all that those linears read)."""
+        read = {str(n.inputs[0].name) for n in linears if n.inputs[0] is not None}
+        return [t for t in {site.tensor, *read} if t in self.stats.channels]
+
+    def queries(self, q: Site, k: Site | None) -> None:
+        """q / f and (k - t) f."""
+        if k is None or k.tensor not in self.stats.channels:
+            return
+        stats_q, stats_k = self.stats.channels[q.tensor], self.stats.channels[k.tensor]
+        left = columns_behind(self.values[q.tensor], stats_q.shape)
+        right = columns_behind(self.values[k.tensor], stats_k.shape)
+        if left is None or right is None or len(stats_q.power) != len(stats_k.power):
+            return
+        uses = {use.node for use in self.values[k.tensor].uses()}
+        reads = {use.node for use in self.values[q.tensor].uses()}
+        if len(uses) != 1 or uses != reads or not is_product(next(iter(uses))):
+            return
+        low, high = self.bounds(k.tensor)
+        shift = np.zeros(len(low))
+        shared = len(np.unique(right.columns)) != right.columns.size
+        if keys_may_shift(next(iter(uses))) and not shared:
+            shift = (low + high) / 2
+        half_k = self.unshifted(low - shift, high - shift)
+        half_q = self.unshifted(*self.bounds(q.tensor))
+        factor = np.ones(len(low))
+        choice = Choice(factor, 1.0, 1.0)
+        if not shared:
+            moved = stats_k.moved(shift, factor)
+            choice = balance(
+                half_q, half_k, stats_q.second_moment, moved.second_moment, self.levels
+            )
+        zero = np.zeros(len(low))
+        left.apply(self.model.graph, zero, choice.factor)
+        right.apply(self.model.graph, shift, 1 / choice.factor)
+        self.move_statistics(q.tensor, zero, choice.factor)
+        self.move_statistics(k.tensor, shift, 1 / choice.factor)
+        self.note(q, "k", choice)
+
+    def attended(self, v: Site, av: Site | None) -> None:
+        """(v - t) / f, which A·V passes on, into the rows of proj."""
+        value = self.values[v.tensor]
+        path = value_path(value)
+        if av is None or path is None or av.tensor not in self.stats.channels:
+            return
+        product, linear = path
+        stats, behind = self.stats.channels[v.tensor], self.stats.channels[av.tensor]
+        columns = columns_behind(value, stats.shape)
+        read = linear.inputs[0]
+        if columns is None or stats.shape != behind.shape or read is None:
+            return
+        if str(product.outputs[0].name) != av.tensor:
+            return
+        index = np.arange(stats.power.size, dtype=np.float32).reshape(stats.shape)
+        rows = rows_of(product.outputs[0], read, index)
+        if rows is None or not np.array_equal(np.sort(rows), index.ravel()):
+            return
+        if len(np.unique(columns.columns)) != columns.columns.size:
+            return
+        order = rows.astype(np.int64)
+        mean = stats.mean
+        low, high = self.bounds(v.tensor)
+        own = self.unshifted(low - mean, high - mean)
+        low, high = self.bounds(av.tensor)
+        attended = self.unshifted(low - mean, high - mean)
+        weight = self.products([linear])[0].magnitude
+        inverse = np.argsort(order)
+        ordered = Product(weight[inverse], self.weight_bits)
+        choice = choose_factor(
+            attended, behind.variance, [ordered], self.levels, [(own, AVERAGED)]
+        )
+        columns.apply(self.model.graph, mean, choice.factor)
+        forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
+        self.move_statistics(v.tensor, mean, choice.factor)
+        self.move_statistics(av.tensor, mean, choice.factor)
+        self.note(v, "proj", choice)
+
+
+def restructure(model: ir.Model) -> dict[str, int]:
+    """Bring a fused model into the forms of ``forms.py``, in place; how often each fired."""
+    return {
+        "PatchesAsLinear": forms.patches_as_linear(model),
+        "UnpackedAttention": forms.unpack_attention(model),
+        "FoldedScale": forms.fold_attention_scales(model),
+        "KeptRank": forms.keep_rank(model),
+    }
+
+
+def reads_only_products(site: Site, nodes: dict[str, ir.Node]) -> bool:
+    """True for an activation that products alone read."""
+    readers = [nodes[name] for name in site.consumers]
+    return bool(readers) and all(n.op_type in ("Linear", "Conv", "MatMul") for n in readers)
+
+
+def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
+    """A plan for the equalised copy of the plan's model, with its statistics.
+
+    The plan's own model is left as it is. ``batches`` [B, C, H, W] are run once.
+    """
+    model = plan.model.clone()
+    counts = restructure(model)
+    blocks = find_blocks(model)
+    fixed: dict[str, tuple[float, float]] = {}
+    if plan.pixels is not None:
+        roles, fixed = image_in_pixels(model, *plan.pixels)
+        blocks = replace(blocks, roles={**blocks.roles, **roles})
+    sites = find_sites(model, blocks)
+    nodes = {name_of(node): node for node in model.graph}
+    wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
+    report = plan.progress or (lambda _: lambda __: None)
+    stats = collect(
+        model, wanted, batches, threads=plan.config.threads, progress=report("Calibrating")
+    )
+    widths = plan.config.widths
+    state = _Equalizer(
+        model, blocks, sites, stats, 1 << widths.activations, False, widths.weights
+    )
+    state.run()
+    blocks = replace(blocks, roles={**blocks.roles, **state.roles})
+    return replace(
+        plan,
+        model=model,
+        blocks=blocks,
+        sites=find_sites(model, blocks),
+        statistics=stats,
+        moves=tuple(state.moves),
+        forms=counts,
+        fixed=fixed,
+    )
+
+
+def image_in_pixels(
+    model: ir.Model, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[dict[str, Role], dict[str, tuple[float, float]]]:
+    """Let the patch embedding read the image in units that 8-bit pixels fill exactly.
+
+    A normalised pixel is (p / 255 - mean) / std. Where all channels share a std, an Add that
+    makes black zero is enough, else a Mul brings all to one unit. Returns the roles of the
+    new nodes and the exact range of the tensor that the patch embedding reads; both are
+    empty, and the model as it was, where the image is read by anything else.
+    """
+    image = image_input(model)
+    leaves = [leaf for leaf in through_layout(image) if leaf[0].op_type != "Shape"]
+    if len(leaves) != 1 or leaves[0][1] != 0:
+        return {}, {}
+    node = leaves[0][0]
+    weight, read = constant(node.inputs[1]) if len(node.inputs) > 1 else None, node.inputs[0]
+    if weight is None or read is None or image.shape is None:
+        return {}, {}
+    channels = image.shape[1]
+    if channels != len(mean) or not (is_linear(node) or (node.op_type == "Conv" and read is image)):
+        return {}, {}
+    unit = 1 / (255 * np.array(std, np.float64))
+    shared = bool(np.all(unit == unit[0]))
+    factor = np.ones(len(unit)) if shared else unit
+    shift = -np.array(mean, np.float64) / np.array(std, np.float64)
+    if is_linear(node):
+        index = np.arange(channels, dtype=np.float32).reshape(channels, 1, 1)
+        rows = rows_of(image, read, index)
+        if rows is None:
+            return {}, {}
+        order = rows.astype(np.int64)
+        forms.move_rows(model.graph, node, factor[order], shift[order])
+    else:
+        forms.move_input_channels(model.graph, node, factor, shift)
+    spread = (channels, 1, 1)
+    before = {name_of(n) for n in model.graph}
+    made = insert_affine(model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels")
+    new = [n for n in model.graph if name_of(n) not in before]
+    top = 255.0 * (unit[0] if shared else 1.0)
+    tensor = str(made.name) if read is image else str(read.name)
+    return {name_of(n): Role(None, "input") for n in new}, {tensor: (0.0, float(top))}

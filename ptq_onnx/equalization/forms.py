@@ -1,0 +1,402 @@
+"""Equal graphs that a runtime computes faster in integers; nothing here depends on data.
+
+* a patch embedding as Reshape → Transpose → Linear: ONNX Runtime leaves a Conv without a
+  quantized output in float, a matrix product it does not;
+* q, k and v as linears of their own: the packed result would be transposed and split as floats;
+* the scale of QKᵀ in the weights of q;
+* a linear on [batch, C] as one on [batch, 1, C]: ONNX Runtime makes a float Gemm of the other.
+
+Each function returns how often it fired, leaves alone what it does not recognise, and does
+nothing on a second run. Weights are new initializers; the old ones are left as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks import (
+    consumers,
+    is_constant,
+    is_layout,
+    is_linear,
+    is_product,
+    name_of,
+    source,
+    through_layout,
+)
+from ptq_onnx.fusion.formula import constant, new_constant, scalar, unique_name
+from ptq_onnx.fusion.patch_embed import is_patch_embed
+from ptq_onnx.layout import layout_indices
+
+Array = NDArray[np.float32]
+QUERY_COLUMNS = "query_columns"
+
+
+class _Writer:
+    """Puts new nodes in front of an old one; they take over its metadata."""
+
+    def __init__(self, graph: ir.Graph, anchor: ir.Node) -> None:
+        self.graph, self.anchor = graph, anchor
+
+    def node(
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        shape: list[int | ir.SymbolicDim | str | None],
+        like: ir.Value,
+        suffix: str,
+        domain: str = "",
+        **attributes: int | tuple[int, ...],
+    ) -> ir.Value:
+        name = unique_name(self.graph, f"{like.name}_{suffix}")
+        made = ir.node(op, inputs, attributes, domain=domain, name=f"{name}_node")
+        output = made.outputs[0]
+        output.name, output.type, output.shape = name, like.type, ir.Shape(shape)
+        made.metadata_props.update(self.anchor.metadata_props)
+        self.graph.insert_before(self.anchor, made)
+        return output
+
+    def reshape(
+        self, value: ir.Value, sizes: list[int], shape: list[int | ir.SymbolicDim | None], suffix: str
+    ) -> ir.Value:
+        target = new_constant(self.graph, f"{value.name}_{suffix}_shape", np.array(sizes, np.int64))
+        return self.node("Reshape", [value, target], list(shape), value, suffix)
+
+
+def patches_as_linear(model: ir.Model) -> int:
+    """Write convolutions whose kernel is their stride as products; returns how many."""
+    return sum(_patches_as_linear(model.graph, node) for node in list(model.graph))
+
+
+def _patches_as_linear(graph: ir.Graph, conv: ir.Node) -> bool:
+    image = conv.inputs[0]
+    weight = constant(conv.inputs[1]) if conv.op_type == "Conv" else None
+    if weight is None or image is None or not is_patch_embed(conv) or weight.ndim != 4:
+        return False
+    tokens = _tokens(conv.outputs[0])
+    sides = [] if image.shape is None else list(image.shape)[1:]
+    if tokens is None or not all(isinstance(d, int) for d in sides):
+        return False
+    outputs, channels, kernel_h, kernel_w = weight.shape
+    rows, columns = int(sides[1]) // kernel_h, int(sides[2]) // kernel_w
+    if (rows * kernel_h, columns * kernel_w) != (sides[1], sides[2]):
+        return False
+    assert image.shape is not None
+    batch = image.shape[0]
+    write = _Writer(graph, conv)
+    split = [channels, rows, kernel_h, columns, kernel_w]
+    grid = write.reshape(image, [0, *split], [batch, *split], "grid")
+    order = (0, 2, 4, 1, 3, 5)
+    moved = [batch, *([channels, rows, kernel_h, columns, kernel_w][a - 1] for a in order[1:])]
+    turned = write.node("Transpose", [grid], list(moved), image, "turned", perm=order)
+    flat = [rows * columns, channels * kernel_h * kernel_w]
+    patches = write.reshape(turned, [0, *flat], [batch, *flat], "patches")
+    matrix = np.ascontiguousarray(weight.reshape(outputs, -1).T)
+    inputs = [patches, new_constant(graph, f"{conv.inputs[1].name}_matrix", matrix)]  # type: ignore[union-attr]
+    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
+        inputs.append(conv.inputs[2])
+    shape = [batch, rows * columns, outputs]
+    result = write.node("Linear", inputs, list(shape), tokens, "linear", "ptq_onnx")
+    _describe_node(result, conv)
+    wanted = [] if tokens.shape is None else list(tokens.shape)
+    if [str(d) for d in wanted[1:]] != [str(d) for d in shape[1:]]:
+        sizes = [0, *(int(d) for d in wanted[1:] if isinstance(d, int))]
+        result = write.reshape(result, sizes, wanted, "shaped")
+    _take_over(graph, tokens, result)
+    return True
+
+
+def _tokens(value: ir.Value) -> ir.Value | None:
+    """The first tensor behind a convolution's output that holds it with channels last.
+
+    None unless a chain of layout ops without side branches leads there.
+    """
+    if value.shape is None or not all(isinstance(d, int) for d in list(value.shape)[1:]):
+        return None
+    channels = int(value.shape[1])  # type: ignore[arg-type]
+    size = math.prod(int(d) for d in list(value.shape)[1:])  # type: ignore[arg-type]
+    expected = np.arange(size).reshape(channels, -1).T.ravel()
+    current = value
+    while True:
+        uses = list(consumers(current))
+        if len(uses) != 1 or current.is_graph_output() or not is_layout(uses[0][0]):
+            return None
+        node = uses[0][0]
+        if node.op_type in ("Concat", "Shape") or len(node.outputs) != 1:
+            return None
+        current = node.outputs[0]
+        found = layout_indices(value, current)
+        if found is None or current.shape is None:
+            return None
+        last = current.shape[-1]
+        if last == channels and np.array_equal(found.ravel(), expected):
+            return current
+
+
+def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let the readers of ``old`` read ``new``, and drop what nobody reads any more."""
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    node = old.producer()
+    while node is not None and not any(v.uses() or v.is_graph_output() for v in node.outputs):
+        before = next((v for v in node.inputs if v is not None and not is_constant(v)), None)
+        graph.remove(node, safe=True)
+        node = None if before is None else before.producer()
+
+
+def _describe_node(value: ir.Value, like: ir.Node) -> None:
+    node = value.producer()
+    if node is not None:
+        node.name = like.name or node.name
+        like.name = f"{like.name}_replaced"
+
+
+def fold_attention_scales(model: ir.Model) -> int:
+    """Move the scalar behind QKᵀ into the weights of q; returns how many."""
+    return sum(_fold_scale(model.graph, node) for node in list(model.graph))
+
+
+def _fold_scale(graph: ir.Graph, mul: ir.Node) -> bool:
+    if mul.op_type != "Mul" or None in mul.inputs:
+        return False
+    data, number = mul.inputs
+    factor = scalar(number)
+    product = None if data is None else data.producer()
+    if factor is None or product is None or data is None or not is_product(product):
+        return False
+    if len(data.uses()) != 1 or data.is_graph_output():
+        return False
+    query = product.inputs[0]
+    linear = None if query is None else source(query)
+    if query is None or linear is None or not is_linear(linear):
+        return False
+    columns = own_columns(linear, query)
+    if columns is None:
+        return False
+    scale_columns(graph, linear, columns, np.float64(1 / factor))
+    output = mul.outputs[0]
+    data.shape, data.type = output.shape, output.type
+    name = output.name
+    output.replace_all_uses_with(data, replace_graph_outputs=True)
+    graph.remove(mul, safe=True)
+    data.name = name
+    return True
+
+
+def own_columns(linear: ir.Node, value: ir.Value) -> NDArray[np.int64] | None:
+    """The columns of a linear that end up in ``value`` and are read nowhere else."""
+    output = linear.outputs[0]
+    if output.is_graph_output() or output.shape is None:
+        return None
+    width = output.shape[-1]
+    if not isinstance(width, int):
+        return None
+    mine = columns_of(output, value, width)
+    if mine is None:
+        return None
+    for node, index in through_layout(output):
+        read = node.inputs[index]
+        if read is value or read is None:
+            continue
+        other = columns_of(output, read, width)
+        if other is None or np.intersect1d(mine, other).size:
+            return None
+    return mine
+
+
+def columns_of(start: ir.Value, end: ir.Value, width: int) -> NDArray[np.int64] | None:
+    """Sorted last-axis indices of ``start`` that ``end`` holds, or None where unknown."""
+    indices = layout_indices(start, end)
+    return None if indices is None else np.unique(indices % width)
+
+
+def scale_columns(
+    graph: ir.Graph,
+    linear: ir.Node,
+    columns: NDArray[np.int64],
+    factor: NDArray[np.float64] | np.float64,
+    shift: NDArray[np.float64] | np.float64 | None = None,
+) -> None:
+    """Columns of the linear's output become (y - shift) / factor ([columns] each)."""
+    weight = constant(linear.inputs[1])
+    if weight is None:
+        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+    new = weight.astype(np.float64)
+    new[:, columns] /= factor
+    bias = _bias(linear, weight.shape[1])
+    bias[columns] = (bias[columns] - (0 if shift is None else shift)) / factor
+    set_linear(graph, linear, new, bias)
+
+
+def move_rows(
+    graph: ir.Graph,
+    linear: ir.Node,
+    factor: NDArray[np.float64],
+    shift: NDArray[np.float64],
+) -> None:
+    """The linear for inputs that have become (x - shift) / factor ([K] each)."""
+    weight = constant(linear.inputs[1])
+    if weight is None:
+        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+    old = weight.astype(np.float64)
+    bias = _bias(linear, weight.shape[1]) + shift @ old
+    set_linear(graph, linear, old * factor[:, None], bias)
+
+
+def move_input_channels(
+    graph: ir.Graph, conv: ir.Node, factor: NDArray[np.float64], shift: NDArray[np.float64]
+) -> None:
+    """The convolution for images that have become (x - shift) / factor ([channels] each)."""
+    weight = constant(conv.inputs[1])
+    if weight is None:
+        raise ValueError(f"The weight of '{name_of(conv)}' is no constant.")
+    old = weight.astype(np.float64)
+    bias = np.zeros(len(old))
+    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
+        bias = np.array(constant(conv.inputs[2]), np.float64)
+    bias = bias + np.einsum("ockl,c->o", old, shift)
+    set_linear(graph, conv, old * factor[:, None, None], bias)
+
+
+def _bias(linear: ir.Node, width: int) -> NDArray[np.float64]:
+    found = constant(linear.inputs[2]) if len(linear.inputs) > 2 else None
+    return np.zeros(width) if found is None else np.array(found, np.float64)
+
+
+def set_linear(
+    graph: ir.Graph, linear: ir.Node, weight: NDArray[np.float64], bias: NDArray[np.float64]
+) -> None:
+    """Give a linear a weight and a bias of its own, float32."""
+    values = [weight.astype(np.float32), bias.astype(np.float32)]
+    for index, (array, suffix) in enumerate(zip(values, ("weight", "bias"), strict=True), 1):
+        old = linear.inputs[index] if len(linear.inputs) > index else None
+        name = f"{name_of(linear)}_{suffix}" if old is None else str(old.name)
+        if old is not None and len(old.uses()) == 1:
+            old.const_value = ir.tensor(array, name=old.name)
+            old.shape = ir.Shape(array.shape)
+            continue
+        value = new_constant(graph, name, array)
+        if old is None and len(linear.inputs) <= index:
+            linear.resize_inputs(index + 1)
+        linear.replace_input_with(index, value)
+
+
+def unpack_attention(model: ir.Model) -> int:
+    """Split packed q, k, v linears into one linear each; returns how many were packed."""
+    return sum(_unpack(model.graph, n) for n in list(model.graph) if is_linear(n))
+
+
+def _unpack(graph: ir.Graph, linear: ir.Node) -> bool:
+    output, weight = linear.outputs[0], constant(linear.inputs[1])
+    leaves = list(through_layout(output))
+    if weight is None or output.is_graph_output() or len(leaves) < 2:
+        return False
+    if output.shape is None or len(output.shape) != 3 or not isinstance(output.shape[1], int):
+        return False
+    reads: list[ir.Value] = []
+    for node, index in leaves:
+        value = node.inputs[index]
+        if not is_product(node) or value is None:
+            return False
+        if all(value is not other for other in reads):
+            reads.append(value)
+    plans = [_part(output, value) for value in reads]
+    if len(reads) < 2 or any(plan is None for plan in plans):
+        return False
+    bias = constant(linear.inputs[2]) if len(linear.inputs) > 2 else None
+    batch, tokens = output.shape[0], int(output.shape[1])
+    for number, (value, plan) in enumerate(zip(reads, plans, strict=True)):
+        assert plan is not None
+        columns, order = plan
+        heads, width = columns.shape
+        write = _Writer(graph, linear)
+        flat = columns.ravel()
+        name = str(linear.inputs[1].name)  # type: ignore[union-attr]
+        data = linear.inputs[0]
+        assert data is not None
+        part = np.ascontiguousarray(weight[:, flat])
+        inputs = [data, new_constant(graph, f"{name}_{number}", part)]
+        if bias is not None:
+            inputs.append(new_constant(graph, f"{name}_bias_{number}", bias[flat]))
+        shape = [batch, tokens, heads * width]
+        made = write.node("Linear", inputs, list(shape), output, f"part{number}", "ptq_onnx")
+        split = [tokens, heads, width]
+        apart = write.reshape(made, [0, *split], [batch, *split], "heads")
+        dims = [batch, *split]
+        turned = write.node(
+            "Transpose", [apart], [dims[a] for a in order], value, "turned", perm=order
+        )
+        old = value.name
+        value.replace_all_uses_with(turned)
+        value.name = f"{old}_packed"
+        turned.name = old
+    _drop_unread(graph, linear)
+    return True
+
+
+def _part(
+    output: ir.Value, value: ir.Value
+) -> tuple[NDArray[np.int64], tuple[int, int, int, int]] | None:
+    """Columns [heads, width] of a packed output in ``value``, and its order of axes.
+
+    ``value`` must be [batch, heads, tokens, width] or [batch, heads, width, tokens].
+    """
+    if value.shape is None or len(value.shape) != 4 or output.shape is None:
+        return None
+    indices = layout_indices(output, value)
+    if indices is None or indices.shape[0] != 1:
+        return None
+    tokens, columns = int(output.shape[1]), int(output.shape[2])  # type: ignore[arg-type]
+    for order in ((0, 2, 1, 3), (0, 2, 3, 1)):
+        # As [heads, tokens, width], whichever way round the last two are.
+        found = indices[0] if order[2] == 1 else indices[0].transpose(0, 2, 1)
+        if found.shape[1] != tokens:
+            continue
+        part = found[:, 0] % columns
+        expected = np.arange(tokens)[None, :, None] * columns + part[:, None]
+        if np.array_equal(found, expected):
+            return part, order  # type: ignore[return-value]
+    return None
+
+
+def _drop_unread(graph: ir.Graph, start: ir.Node) -> None:
+    """Remove a node and the layout ops behind it, none of which is read any more."""
+    behind: list[ir.Node] = []
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node not in behind:
+            behind.append(node)
+            pending.extend(use.node for v in node.outputs for use in v.uses())
+    order = {node: i for i, node in enumerate(graph)}
+    for node in sorted(behind, key=lambda n: -order[n]):
+        graph.remove(node, safe=True)
+
+
+def keep_rank(model: ir.Model) -> int:
+    """Write linears on [batch, C] with an axis of one token; returns how many."""
+    return sum(_keep_rank(model.graph, n) for n in list(model.graph) if is_linear(n))
+
+
+def _keep_rank(graph: ir.Graph, linear: ir.Node) -> bool:
+    data, output = linear.inputs[0], linear.outputs[0]
+    if data is None or data.shape is None or len(data.shape) != 2 or output.shape is None:
+        return False
+    write = _Writer(graph, linear)
+    axes = new_constant(graph, f"{data.name}_token_axis", np.array([1], np.int64))
+    batch, width = data.shape
+    token = write.node("Unsqueeze", [data, axes], [batch, 1, width], data, "token")
+    linear.replace_input_with(0, token)
+    flat = ir.node("Squeeze", [output, axes], name=f"{name_of(linear)}_flat")
+    result = flat.outputs[0]
+    result.type, result.shape = output.type, output.shape
+    name = str(output.name)
+    output.shape = ir.Shape([output.shape[0], 1, output.shape[1]])
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    flat.replace_input_with(0, output)
+    output.name, result.name = f"{name}_token", name
+    graph.insert_after(linear, flat)
+    return True

@@ -1,0 +1,205 @@
+"""Moves (x - t) / f into what makes a tensor and what reads it: equal in float, free at run time.
+
+Into LayerNormalization: γ / f, (β - t) / f. Into the columns of the linear that makes it:
+W / f, (b - t) / f. Into the rows of the linears that read it: f W, b + t W. Where nothing
+takes it in (GELU): one Mul, or Mul and Add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks import is_layout, is_linear, is_product, name_of, source, through_layout
+from ptq_onnx.equalization.forms import move_rows, own_columns, scale_columns
+from ptq_onnx.export.lowering import rows_of
+from ptq_onnx.fusion.formula import constant, new_constant, unique_name
+from ptq_onnx.layout import channel_map
+
+Double = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNormalization whose output only ``linears`` read, perhaps through layout ops."""
+
+    node: ir.Node
+    linears: tuple[ir.Node, ...]
+
+    def apply(self, graph: ir.Graph, shift: Double, factor: Double) -> None:
+        """Move shift and factor [C] from the norm into the linears."""
+        width = len(factor)
+        for index, neutral in ((1, 1.0), (2, 0.0)):
+            old = constant(self.node.inputs[index]) if len(self.node.inputs) > index else None
+            values = np.full(width, neutral) if old is None else np.array(old, np.float64)
+            new = values / factor if index == 1 else (values - shift) / factor
+            suffix = "scale" if index == 1 else "bias"
+            value = new_constant(
+                graph, f"{name_of(self.node)}_{suffix}", new.astype(np.float32)
+            )
+            if len(self.node.inputs) <= index:
+                self.node.resize_inputs(index + 1)
+            self.node.replace_input_with(index, value)
+        for linear in self.linears:
+            move_rows(graph, linear, factor, shift)
+
+
+def norm_before(value: ir.Value) -> Norm | None:
+    """The norm whose output ``value`` is, if it takes factors of the last axis.
+
+    None where the norm's output is read by anything but linears (as data), on any way.
+    """
+    node = source(value)
+    if node is None or node.op_type != "LayerNormalization":
+        return None
+    start = node.outputs[0]
+    if start.is_graph_output() or any(v.uses() for v in node.outputs[1:]):
+        return None
+    rank = None if start.shape is None else len(start.shape)
+    if node.attributes.get_int("axis", -1) not in (-1, (rank or 0) - 1):
+        return None
+    leaves = list(through_layout(start))
+    width = None if start.shape is None else start.shape[-1]
+    linears: list[ir.Node] = []
+    for reader, index in leaves:
+        read = reader.inputs[index]
+        if not is_linear(reader) or index != 0 or read is None:
+            return None
+        if read is not start and not _keeps_channels(start, read, width):
+            return None
+        if reader not in linears:
+            linears.append(reader)
+    return Norm(node, tuple(linears)) if linears else None
+
+
+def _keeps_channels(start: ir.Value, read: ir.Value, width: object) -> bool:
+    """True where the last axis of ``read`` is that of ``start``."""
+    if not isinstance(width, int):
+        return False
+    node = read.producer()
+    while node is not None and is_layout(node) and node.outputs[0] is not start:
+        if node.op_type == "Concat":
+            return False
+        before = node.inputs[0]
+        node = None if before is None else before.producer()
+    found = rows_of(start, read, np.arange(width, dtype=np.float32))
+    return found is not None and np.array_equal(found, np.arange(width))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a linear that make a tensor, in the shape of its channels."""
+
+    linear: ir.Node
+    columns: NDArray[np.int64]
+
+    def pooled(self, values: Double) -> Double:
+        """The largest of the values [C] that share a column, for each of them."""
+        flat = self.columns.ravel()
+        largest = np.full(flat.max() + 1, -np.inf)
+        np.maximum.at(largest, flat, values)
+        return np.asarray(largest[flat], np.float64)
+
+    def apply(self, graph: ir.Graph, shift: Double, factor: Double) -> None:
+        """Divide the columns; entries [C] that share one must agree."""
+        flat, first = np.unique(self.columns.ravel(), return_index=True)
+        scale_columns(graph, self.linear, flat, factor[first], shift[first])
+
+
+def columns_behind(value: ir.Value, shape: tuple[int, ...]) -> Columns | None:
+    """The linear's columns that ``value`` is, through layout ops alone, read nowhere else."""
+    linear = source(value)
+    if linear is None or not is_linear(linear) or own_columns(linear, value) is None:
+        return None
+    columns = channel_map(linear.outputs[0], value, shape)
+    return None if columns is None else Columns(linear, columns)
+
+
+def readers_of(value: ir.Value) -> tuple[ir.Node, ...] | None:
+    """The linears that alone read ``value``, directly; None where something else does."""
+    found = [use.node for use in value.uses()]
+    alone = all(is_linear(n) and n.inputs[0] is value for n in found)
+    return tuple(found) if found and alone and not value.is_graph_output() else None
+
+
+def insert_affine(
+    graph: ir.Graph,
+    value: ir.Value,
+    shift: NDArray[np.generic],
+    factor: NDArray[np.generic],
+    suffix: str,
+) -> ir.Value:
+    """(value - shift) / factor behind a value, as Mul and Add; its data readers get the result.
+
+    Shift and factor broadcast against the value. A Mul by one or an Add of zero is left out.
+    """
+    readers = [(u.node, u.idx) for u in value.uses() if u.node.op_type != "Shape"]
+    current, last = value, value.producer()
+    parts = [("Mul", 1 / factor.astype(np.float64), 1.0)]
+    parts.append(("Add", -shift.astype(np.float64) / factor.astype(np.float64), 0.0))
+    for op, number, neutral in parts:
+        if np.all(number == neutral):
+            continue
+        name = unique_name(graph, f"{value.name}_{suffix}" + ("" if op == "Mul" else "_shifted"))
+        array = new_constant(graph, f"{name}_constant", number.astype(np.float32))
+        node = ir.node(op, [current, array], name=f"{name}_node")
+        output = node.outputs[0]
+        output.name, output.type, output.shape = name, value.type, value.shape
+        if last is None:
+            graph.insert_before(next(iter(graph)), node)
+        else:
+            graph.insert_after(last, node)
+        current, last = output, node
+    for node, index in readers:
+        node.replace_input_with(index, current)
+    return current
+
+
+def value_path(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
+    """The A·V product that reads ``value`` as V behind a softmax, and the linear behind it.
+
+    None unless the rows of A sum to one and the product feeds that linear alone.
+    """
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    product = uses[0].node
+    if not is_product(product) or uses[0].idx != 1:
+        return None
+    attention = product.inputs[0]
+    softmax = None if attention is None else attention.producer()
+    if softmax is None or softmax.op_type != "Softmax" or attention is None:
+        return None
+    rank = 0 if attention.shape is None else len(attention.shape)
+    if softmax.attributes.get_int("axis", -1) not in (-1, rank - 1):
+        return None
+    leaves = list(through_layout(product.outputs[0]))
+    if len(leaves) != 1 or not is_linear(leaves[0][0]) or leaves[0][1] != 0:
+        return None
+    return product, leaves[0][0]
+
+
+def keys_may_shift(product: ir.Node) -> bool:
+    """True where a constant added to every key changes no softmax: only scales and added
+    masks stand between QKᵀ and a softmax over the last axis."""
+    value = product.outputs[0]
+    for _ in range(8):
+        uses = list(value.uses())
+        if len(uses) != 1 or value.is_graph_output():
+            return False
+        node = uses[0].node
+        if node.op_type == "Softmax":
+            rank = 0 if value.shape is None else len(value.shape)
+            return node.attributes.get_int("axis", -1) in (-1, rank - 1)
+        if node.op_type not in ("Mul", "Div", "Add"):
+            return False
+        others = [v for v in node.inputs if v is not value]
+        if node.op_type != "Add":
+            array = constant(others[0]) if others else None
+            if array is None or array.size != 1:
+                return False
+        value = node.outputs[0]
+    return False

@@ -1,0 +1,148 @@
+"""How far a per-channel factor goes: the one with the least expected error of the product.
+
+x W is computed as ((x - t) / f) Q (f W), both parts quantized: the activation per tensor,
+step s = max_c r_c / f_c / (levels - 1) · 2, the weight per output column, step s_n = max_c
+f_c |W_cn| / (2^(b-1) - 1). A rounding error is uniform, of variance step² / 12, so that the
+error of the product has the power
+
+    (Σ_c s² f_c² Σ_n W_cn²  +  Σ_n s_n² Σ_c Var[x_c] / f_c²) / 12
+
+per token; the variance stands where SmoothQuant (arXiv 2211.10438) has one global strength
+α, because the mean's part is corrected in the bias. Candidates are f = r^a / w^(1-b), w_c the
+largest weight of row c: RepQ-ViT (arXiv 2212.08254) is a = 1, b = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Double = NDArray[np.float64]
+
+RANGE_POWERS = np.linspace(0, 1, 11)
+WEIGHT_POWERS = (0.0, 0.25, 0.5)
+WIDEST = 2.0**12
+"""The largest ratio between two factors of a tensor."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear that reads the tensor: |W| [C, N] and its powers per row and bits."""
+
+    magnitude: NDArray[np.float32]
+    bits: int = 8
+
+    @property
+    def row_power(self) -> Double:
+        """Σ_n W² per row, [C]."""
+        return np.asarray(np.einsum("cn,cn->c", self.magnitude, self.magnitude, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Factors [C] (geometric mean 1), and the expected noise with and without them."""
+
+    factor: Double
+    noise: float
+    plain: float
+
+    @property
+    def gain_db(self) -> float:
+        """By how much the factors lower the expected noise."""
+        return float(10 * np.log10(max(self.plain, 1e-300) / max(self.noise, 1e-300)))
+
+
+def output_noise(
+    factor: Double,
+    half: Double,
+    variance: Double,
+    products: list[Product],
+    levels: int,
+    others: list[tuple[Double, float]] | None = None,
+) -> float:
+    """Expected noise power of the products for a factor [C]; see the module's text.
+
+    ``half`` [C] is half the range of each channel, ``levels`` the number of codes. ``others``
+    are half ranges of further tensors that carry the same factor and reach the same
+    products, each with the weight of its noise (v, averaged by the attention).
+    """
+    power = np.sum([p.row_power for p in products], axis=0)
+    spread = float(np.sum(factor**2 * power))
+    steps = [(half, 1.0), *(others or [])]
+    total = sum(
+        share * (2 * float(np.max(one / factor)) / (levels - 1)) ** 2 * spread
+        for one, share in steps
+    )
+    rest = float(np.sum(variance / factor**2))
+    single = factor.astype(np.float32)[:, None]
+    for product in products:
+        largest = (product.magnitude * single).max(axis=0) / ((1 << (product.bits - 1)) - 1)
+        total += float(np.sum(largest.astype(np.float64) ** 2)) * rest
+    return total / 12
+
+
+def choose_factor(
+    half: Double,
+    variance: Double,
+    products: list[Product],
+    levels: int,
+    others: list[tuple[Double, float]] | None = None,
+) -> Choice:
+    """The candidate factor with the least expected noise; all ones is among them.
+
+    A channel that never varies takes the part of the median channel.
+    """
+    ranges = _positive(np.max([half, *(o for o, _ in others or [])], axis=0))
+    weights = _positive(np.max([p.magnitude.max(axis=1) for p in products], axis=0))
+    ones = np.ones(len(half))
+    plain = output_noise(ones, half, variance, products, levels, others)
+    best = Choice(ones, plain, plain)
+    for a in RANGE_POWERS:
+        for b in WEIGHT_POWERS:
+            factor = normalized(ranges**a / weights**b)
+            noise = output_noise(factor, half, variance, products, levels, others)
+            if noise < best.noise:
+                best = Choice(factor, noise, plain)
+    return best
+
+
+def balance(
+    half_q: Double, half_k: Double, power_q: Double, power_k: Double, levels: int
+) -> Choice:
+    """The factor that q is divided and k multiplied by, for the least noise in QKᵀ.
+
+    Noise per logit: Σ_c s_q² f_c² E[k_c²] + s_k² E[q_c²] / f_c², up to 1/12. Sources as above.
+    """
+    ones = np.ones(len(half_q))
+
+    def noise(f: Double) -> float:
+        s_q, s_k = (half_q / f).max(), (half_k * f).max()
+        both = s_q**2 * np.sum(f**2 * power_k) + s_k**2 * np.sum(power_q / f**2)
+        return float(both) * (2 / (levels - 1)) ** 2 / 12
+
+    plain = noise(ones)
+    best = Choice(ones, plain, plain)
+    ratio = _positive(half_q) / _positive(half_k)
+    for a in RANGE_POWERS:
+        factor = normalized(ratio ** (a / 2))
+        found = noise(factor)
+        if found < best.noise:
+            best = Choice(factor, found, plain)
+    return best
+
+
+def normalized(factor: Double) -> Double:
+    """Geometric mean 1, and no channel further than ``WIDEST`` from another."""
+    logs = np.log2(factor)
+    logs = np.maximum(logs, logs.max() - np.log2(WIDEST))
+    return np.asarray(np.exp2(logs - logs.mean()), np.float64)
+
+
+def _positive(values: Double) -> Double:
+    """Zeros replaced by the median of what is positive (1 where nothing is)."""
+    usable = values[values > 0]
+    middle = float(np.median(usable)) if usable.size else 1.0
+    floor = middle / WIDEST
+    return np.where(values > floor, values, np.where(values > 0, floor, middle))
