@@ -115,6 +115,9 @@ class QuantizeConfig:
     ptf: bool = True
     ptf_k: int | None = None
     lis: bool = True
+    equalize: bool = True
+    bias_correction: bool = True
+    rounding: str = "nearest"
     arithmetic: Literal["float", "integer"] = "float"
     target: str = "onnxruntime"
     opset: int = 21

@@ -260,6 +260,13 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
         origin: dict[str, str] = self._graph.extension_attrib[ORIGIN]
         return str(origin.get(variable.name, variable.name))
 
+    def replace_parameters(self, values: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Give PPQ's copies of the named initializers new values of the same shape."""
+        for variable in self._graph.variables.values():
+            tensor = self.tensor_of(variable)
+            if variable.is_parameter and tensor in values:
+                variable.value = torch.from_numpy(np.array(values[tensor]))
+
     @property
     def quant_operation_types(self) -> set[str]:
         """Every type of op that touches a tensor with a rule."""

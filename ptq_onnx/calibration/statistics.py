@@ -77,6 +77,19 @@ class ChannelStatistics:
         self.total += total.astype(np.float64)
         self.count += values
 
+    def take(self, index: NDArray[np.int64]) -> ChannelStatistics:
+        """The statistics of a tensor whose last axis is these channels of this one's."""
+        return replace(
+            self,
+            shape=(*self.shape[:-1], len(index)),
+            highest=self.highest[:, index],
+            lowest=self.lowest[:, index],
+            ema_low=self.ema_low[index],
+            ema_high=self.ema_high[index],
+            power=self.power[index],
+            total=self.total[index],
+        )
+
     def pooled(self) -> ChannelStatistics:
         """The statistics of the whole tensor: one row.
 

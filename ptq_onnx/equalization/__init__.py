@@ -36,6 +36,7 @@ from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.moves import (
     columns_behind,
+    hidden_channels,
     insert_affine,
     keys_may_shift,
     norm_before,
@@ -54,6 +55,10 @@ Double = NDArray[np.float64]
 
 WORTH_A_MUL = 0.5
 """dB of expected noise that a factor must save where it costs a Mul at run time."""
+COPIES = (16, 32, 64)
+"""Numbers of channels that splitting may add to the hidden ones of an MLP …"""
+MOST_COPIES = 1 / 8
+"""… up to this part of them."""
 AVERAGED = 0.2
 """Weight of v's own rounding beside that of A·V: the rows of A average over tokens."""
 
@@ -69,6 +74,8 @@ class Move:
     gain_db: float
     largest: float
     """The largest factor over the smallest."""
+    copies: int = 0
+    """Channels added by splitting."""
 
 
 @dataclass
@@ -115,7 +122,10 @@ class _Equalizer:
 
     def note(self, site: Site, into: str, choice: Choice) -> None:
         ratio = float(choice.factor.max() / choice.factor.min())
-        self.moves.append(Move(site.tensor, site.role, site.block, into, choice.gain_db, ratio))
+        more = 0 if choice.copies is None else int(choice.copies.sum() - len(choice.copies))
+        self.moves.append(
+            Move(site.tensor, site.role, site.block, into, choice.gain_db, ratio, more)
+        )
 
     def unshifted(self, low: Double, high: Double) -> Double:
         """Half of the range that a channel takes up where all share one zero point."""
@@ -147,18 +157,32 @@ class _Equalizer:
         if linears is None or len(site.channel_axes) != 1 or len(low) < 2:
             return
         half = self.unshifted(low, high)
-        choice = choose_factor(half, variance, self.products(linears), self.levels)
+        hidden = hidden_channels(value, linears)
+        choice = choose_factor(
+            half,
+            variance,
+            self.products(linears),
+            self.levels,
+            extra=() if hidden is None else tuple(n for n in COPIES if n <= len(low) * MOST_COPIES),
+        )
         if choice.gain_db < WORTH_A_MUL:
             return
-        zero = np.zeros(len(low))
-        made = insert_affine(self.model.graph, value, zero, choice.factor, "equalized")
+        factor = choice.factor
+        if hidden is not None and choice.copies is not None:
+            hidden.repeat(self.model.graph, choice.copies)
+            index = np.repeat(np.arange(len(factor)), choice.copies)
+            self.stats.channels[site.tensor] = self.stats.channels[site.tensor].take(index)
+            # Each copy holds the whole value: its part is taken with the factor.
+            factor = (factor * choice.copies)[index]
+        zero = np.zeros(len(factor))
+        made = insert_affine(self.model.graph, value, zero, factor, "equalized")
         for linear in linears:
-            forms.move_rows(self.model.graph, linear, choice.factor, zero)
+            forms.move_rows(self.model.graph, linear, factor, zero)
         node = made.producer()
         if node is not None:
             self.roles[name_of(node)] = Role(site.block, site.role)
         self.note(site, "Mul", choice)
-        self.move_statistics(site.tensor, zero, choice.factor, str(made.name))
+        self.move_statistics(site.tensor, zero, factor, str(made.name))
 
     def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
         """Tensors with statistics that the same norm makes (all that those linears read)."""

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import is_layout, is_linear, is_product, name_of, source, through_layout
-from ptq_onnx.equalization.forms import move_rows, own_columns, scale_columns
+from ptq_onnx.blocks import ACTIVATIONS, is_layout, is_linear, is_product, name_of, source, through_layout
+from ptq_onnx.equalization.forms import move_rows, own_columns, scale_columns, set_linear
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant, new_constant, unique_name
 from ptq_onnx.layout import channel_map
@@ -123,6 +123,53 @@ def readers_of(value: ir.Value) -> tuple[ir.Node, ...] | None:
     found = [use.node for use in value.uses()]
     alone = all(is_linear(n) and n.inputs[0] is value for n in found)
     return tuple(found) if found and alone and not value.is_graph_output() else None
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The channels between a linear, one elementwise activation, and the linears behind it."""
+
+    before: ir.Node
+    activation: ir.Node
+    after: tuple[ir.Node, ...]
+
+    def repeat(self, graph: ir.Graph, copies: NDArray[np.int64]) -> None:
+        """Copy channel c ``copies[c]`` times; each copy counts 1 / copies[c] behind."""
+        index = np.repeat(np.arange(len(copies)), copies)
+        weight, bias = constant(self.before.inputs[1]), None
+        assert weight is not None
+        if len(self.before.inputs) > 2:
+            bias = constant(self.before.inputs[2])
+        wide = np.zeros(len(index)) if bias is None else np.array(bias, np.float64)[index]
+        set_linear(graph, self.before, weight.astype(np.float64)[:, index], wide)
+        for linear in self.after:
+            matrix, old = constant(linear.inputs[1]), None
+            assert matrix is not None
+            if len(linear.inputs) > 2:
+                old = constant(linear.inputs[2])
+            rows = matrix.astype(np.float64)[index] / copies[index][:, None]
+            width = matrix.shape[1]
+            set_linear(
+                graph, linear, rows, np.zeros(width) if old is None else np.array(old, np.float64)
+            )
+        for node in (self.before, self.activation):
+            value = node.outputs[0]
+            assert value.shape is not None
+            value.shape = ir.Shape([*list(value.shape)[:-1], len(index)])
+
+
+def hidden_channels(value: ir.Value, linears: tuple[ir.Node, ...]) -> Hidden | None:
+    """The hidden channels that ``value``, an activation's output, holds; None for others."""
+    node = value.producer()
+    if node is None or node.op_type not in ACTIVATIONS or len(node.inputs) != 1:
+        return None
+    data = node.inputs[0]
+    linear = None if data is None else data.producer()
+    if data is None or linear is None or not is_linear(linear):
+        return None
+    if len(data.uses()) != 1 or data.is_graph_output() or value.shape is None:
+        return None
+    return Hidden(linear, node, linears)
 
 
 def insert_affine(

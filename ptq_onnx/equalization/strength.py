@@ -5,9 +5,12 @@ step s = max_c r_c / f_c / (levels - 1) · 2, the weight per output column, step
 f_c |W_cn| / (2^(b-1) - 1). A rounding error is uniform, of variance step² / 12, so that the
 error of the product has the power
 
-    (Σ_c s² f_c² Σ_n W_cn²  +  Σ_n s_n² Σ_c Var[x_c] / f_c²) / 12
+    (Σ_c s² k_c² f_c² Σ_n W_cn²  +  Σ_n s_n² Σ_c Var[x_c] / f_c²) / 12
 
-per token; the variance stands where SmoothQuant (arXiv 2211.10438) has one global strength
+per token, where k_c is the number of equal parts that channel c is split into (1 if it is
+not; s = max_c r_c / (k_c f_c) then): x W = Σ_k (x / k) W, so that a channel far above the others
+stops stretching their step without a large row in the weight (outlier channel splitting, Zhao
+et al., arXiv 1901.09504); the variance stands where SmoothQuant (arXiv 2211.10438) has one global strength
 α, because the mean's part is corrected in the bias. Candidates are f = r^a / w^(1-b), w_c the
 largest weight of row c: RepQ-ViT (arXiv 2212.08254) is a = 1, b = 1.
 """
@@ -23,6 +26,8 @@ Double = NDArray[np.float64]
 
 RANGE_POWERS = np.linspace(0, 1, 11)
 WEIGHT_POWERS = (0.0, 0.25, 0.5)
+WORTH_COPIES = 1.0
+"""dB of expected noise that further copies of channels must save."""
 WIDEST = 2.0**12
 """The largest ratio between two factors of a tensor."""
 
@@ -42,11 +47,12 @@ class Product:
 
 @dataclass(frozen=True)
 class Choice:
-    """Factors [C] (geometric mean 1), and the expected noise with and without them."""
+    """Factors [C] (geometric mean 1), copies [C], and the expected noise with and without."""
 
     factor: Double
     noise: float
     plain: float
+    copies: NDArray[np.int64] | None = None
 
     @property
     def gain_db(self) -> float:
@@ -61,6 +67,7 @@ def output_noise(
     products: list[Product],
     levels: int,
     others: list[tuple[Double, float]] | None = None,
+    copies: NDArray[np.int64] | None = None,
 ) -> float:
     """Expected noise power of the products for a factor [C]; see the module's text.
 
@@ -68,11 +75,12 @@ def output_noise(
     are half ranges of further tensors that carry the same factor and reach the same
     products, each with the weight of its noise (v, averaged by the attention).
     """
+    whole = factor if copies is None else factor * copies
     power = np.sum([p.row_power for p in products], axis=0)
-    spread = float(np.sum(factor**2 * power))
+    spread = float(np.sum(whole**2 * power))
     steps = [(half, 1.0), *(others or [])]
     total = sum(
-        share * (2 * float(np.max(one / factor)) / (levels - 1)) ** 2 * spread
+        share * (2 * float(np.max(one / whole)) / (levels - 1)) ** 2 * spread
         for one, share in steps
     )
     rest = float(np.sum(variance / factor**2))
@@ -89,23 +97,48 @@ def choose_factor(
     products: list[Product],
     levels: int,
     others: list[tuple[Double, float]] | None = None,
+    extra: tuple[int, ...] = (),
 ) -> Choice:
     """The candidate factor with the least expected noise; all ones is among them.
 
-    A channel that never varies takes the part of the median channel.
+    A channel that never varies takes the part of the median channel. ``extra``: numbers of
+    additional channels that may be spent on copies; each must lower the noise by
+    ``WORTH_COPIES`` dB against the number before.
     """
     ranges = _positive(np.max([half, *(o for o, _ in others or [])], axis=0))
     weights = _positive(np.max([p.magnitude.max(axis=1) for p in products], axis=0))
     ones = np.ones(len(half))
     plain = output_noise(ones, half, variance, products, levels, others)
     best = Choice(ones, plain, plain)
-    for a in RANGE_POWERS:
-        for b in WEIGHT_POWERS:
-            factor = normalized(ranges**a / weights**b)
-            noise = output_noise(factor, half, variance, products, levels, others)
-            if noise < best.noise:
-                best = Choice(factor, noise, plain)
+    for number in (0, *extra):
+        copies = spend(ranges, number) if number else None
+        parts = ranges if copies is None else ranges / copies
+        found = best
+        for a in RANGE_POWERS:
+            for b in WEIGHT_POWERS:
+                factor = normalized(parts**a / weights**b)
+                noise = output_noise(factor, half, variance, products, levels, others, copies)
+                if noise < found.noise:
+                    found = Choice(factor, noise, plain, copies)
+        if not number or found.gain_db - best.gain_db >= WORTH_COPIES:
+            best = found
     return best
+
+
+def spend(ranges: Double, extra: int) -> NDArray[np.int64]:
+    """Copies per channel [C], ``extra`` more than channels: the widest part is always split."""
+    copies = np.ones(len(ranges), np.int64)
+    level = np.sort(ranges)[::-1]
+    low, high = 0.0, float(level[0])
+    for _ in range(60):  # the width w at which Σ ceil(r / w) - C just fits
+        middle = (low + high) / 2
+        wanted = np.maximum(np.ceil(ranges / max(middle, 1e-300)), 1).sum() - len(ranges)
+        low, high = (middle, high) if wanted > extra else (low, middle)
+    copies = np.maximum(np.ceil(ranges / high), 1).astype(np.int64)
+    rest = extra - int(copies.sum() - len(ranges))
+    if rest > 0:
+        copies[np.argmax(ranges / copies)] += rest
+    return copies
 
 
 def balance(

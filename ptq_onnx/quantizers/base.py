@@ -52,6 +52,8 @@ class SiteQuantizer(VitQuantizer):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.model = plan.model
+        """The model whose products are quantized: the plan's, or a copy with new constants."""
         self.notes: list[str] = []
         self.nodes = {name_of(node): node for node in plan.model.graph}
         self.floats: dict[str, str] = {}
@@ -238,6 +240,16 @@ class SiteQuantizer(VitQuantizer):
         if value is None:
             raise ConfigError(f"Initializer '{name}' has no value.")
         return np.asarray(value.numpy(), np.float32)
+
+    def set_constants(self, values: Mapping[str, Array]) -> None:
+        """Give initializers new values, in a copy of the model and in PPQ's graph."""
+        if not values:
+            return
+        if self.model is self.plan.model:
+            self.model = self.plan.model.clone()
+        for name, array in values.items():
+            self.model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        self.replace_parameters(values)
 
     def linear_behind(self, site: Site) -> ir.Node | None:
         """The one linear that reads the site, or None where there are others."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ptq_onnx.calibration import Statistics
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.spec import Rule, Site
+from ptq_onnx.quantizers.correction import corrected_biases
+from ptq_onnx.spec import Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "Conv", "MatMul")
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
@@ -35,6 +37,13 @@ class Deploy(SiteQuantizer):
         if site.role == "softmax":
             return Rule(widths.attention, False, False, "row", method="fixed")
         return Rule(widths.activations, False, False, "tensor", method=method)
+
+    def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
+        specs = super().solve(stats)
+        if self.plan.config.bias_correction:
+            biases = corrected_biases(self.model, self.plan.sites, specs, stats)
+            self.set_constants(biases)
+        return specs
 
     def _read_by_product(self, site: Site) -> bool:
         kinds = [self.nodes[name].op_type for name in site.consumers]

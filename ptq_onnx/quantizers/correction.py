@@ -1,0 +1,84 @@
+"""Bias correction: takes the mean error of quantized weights out of the bias.
+
+E[x Ŵ] - E[x W] = E[x] (Ŵ - W) is known from the mean of the linear's input over the
+calibration images, and subtracted from the bias. Source of the idea: Nagel et al., "Data-Free
+Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721), section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks import is_linear, name_of
+from ptq_onnx.calibration import Statistics
+from ptq_onnx.export.lowering import rows_of
+from ptq_onnx.fusion.formula import constant
+from ptq_onnx.quantizers.uniform import dequantize, quantize
+from ptq_onnx.spec import Site, TensorSpec
+
+Double = NDArray[np.float64]
+
+
+def corrected_biases(
+    model: ir.Model,
+    sites: Mapping[str, Site],
+    specs: Mapping[str, TensorSpec],
+    statistics: Statistics,
+) -> dict[str, NDArray[np.float32]]:
+    """New biases [N] of all linears with quantized weight and a known input mean, by name of
+    the bias. A linear without a bias, or with one that others share, is left alone."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for node in model.graph:
+        if not is_linear(node) or len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        weight, bias = node.inputs[1], node.inputs[2]
+        spec = None if weight is None else specs.get(str(weight.name))
+        mean = input_mean(node, sites, statistics)
+        value, old = constant(weight), constant(bias)
+        if spec is None or mean is None or value is None or old is None or len(bias.uses()) != 1:
+            continue
+        found[str(bias.name)] = corrected_bias(
+            np.asarray(value, np.float32), np.asarray(old, np.float32), spec, mean
+        )
+    return found
+
+
+def corrected_bias(
+    weight: NDArray[np.float32], bias: NDArray[np.float32], spec: TensorSpec, mean: Double
+) -> NDArray[np.float32]:
+    """b - E[x] (Ŵ - W) for weight [K, N], bias [N] and input mean [K]."""
+    error = dequantize(quantize(weight, spec), spec).astype(np.float64) - weight
+    return np.asarray(bias - mean @ error, np.float32)
+
+
+def input_mean(
+    linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics
+) -> Double | None:
+    """E[x] of a linear's input, [K], or None where it was not measured."""
+    read, name = linear.inputs[0], name_of(linear)
+    if read is None:
+        return None
+    for site in sites.values():
+        stats = statistics.channels.get(site.tensor)
+        if site.is_parameter or name not in site.consumers or stats is None:
+            continue
+        start = _before(read, site.tensor)
+        mean = stats.mean
+        if start is None or mean.size < 2:
+            return None
+        rows = rows_of(start, read, mean.astype(np.float32).reshape(stats.shape))
+        return None if rows is None else rows.astype(np.float64)
+    return None
+
+
+def _before(value: ir.Value, tensor: str) -> ir.Value | None:
+    """The tensor of that name which ``value`` is a layout of."""
+    current: ir.Value | None = value
+    while current is not None and current.name != tensor:
+        node = current.producer()
+        current = None if node is None else node.inputs[0]
+    return current
