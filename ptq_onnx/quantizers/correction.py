@@ -66,7 +66,7 @@ def input_mean(
         stats = statistics.channels.get(site.tensor)
         if site.is_parameter or name not in site.consumers or stats is None:
             continue
-        start = _before(read, site.tensor)
+        start = start_of(read, site.tensor)
         mean = stats.mean
         if start is None or mean.size < 2:
             return None
@@ -75,8 +75,8 @@ def input_mean(
     return None
 
 
-def _before(value: ir.Value, tensor: str) -> ir.Value | None:
-    """The tensor of that name which ``value`` is a layout of."""
+def start_of(value: ir.Value, tensor: str) -> ir.Value | None:
+    """The tensor of that name that ``value`` is a layout of."""
     current: ir.Value | None = value
     while current is not None and current.name != tensor:
         node = current.producer()

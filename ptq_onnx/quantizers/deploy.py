@@ -11,9 +11,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ptq_onnx.calibration import Statistics
-from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.quantizers.correction import corrected_biases
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_onnx.calibration import ChannelStatistics, Statistics
+from ptq_onnx.calibration.robust import shared_range
+from ptq_onnx.export.lowering import rows_of
+from ptq_onnx.fusion.formula import constant
+from ptq_onnx.quantizers.base import Array, SiteQuantizer
+from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "Conv", "MatMul")
@@ -37,6 +43,35 @@ class Deploy(SiteQuantizer):
         if site.role == "softmax":
             return Rule(widths.attention, False, False, "row", method="fixed")
         return Rule(widths.activations, False, False, "tensor", method=method)
+
+    def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
+        """With ``robust``: one range for all channels, by the weights that read them."""
+        if rule.method != "robust" or rule.granularity != "tensor":
+            return super().bounds(site, rule, stats)
+        found = stats.channels[site.tensor]
+        power = self._row_power(site, found)
+        smallest, largest = rule.limits
+        low, high = shared_range(
+            found, power, largest - smallest + 1, symmetric=rule.symmetric
+        )
+        return np.array([low], np.float32), np.array([high], np.float32)
+
+    def _row_power(self, site: Site, stats: ChannelStatistics) -> NDArray[np.float64]:
+        """Σ_n W² of the weights behind each channel; ones where channels are not their rows."""
+        total = np.zeros(stats.power.size)
+        for name in site.consumers:
+            node = self.nodes[name]
+            weight, read = constant(node.inputs[1]), node.inputs[0]
+            if node.op_type != "Linear" or weight is None or read is None:
+                return np.ones(stats.power.size)
+            start = start_of(read, site.tensor)
+            index = np.arange(stats.power.size, dtype=np.float32).reshape(stats.shape)
+            rows = None if start is None else rows_of(start, read, index)
+            if rows is None or len(rows) != len(weight):
+                return np.ones(stats.power.size)
+            power = np.sum(weight.astype(np.float64) ** 2, axis=1)
+            np.add.at(total, rows.astype(np.int64), power)
+        return total
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         specs = super().solve(stats)
