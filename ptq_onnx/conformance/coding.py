@@ -136,6 +136,9 @@ MOVES = frozenset(
 
 
 def is_move(node: ir.Node) -> bool:
+    """True for those ops; a Gather by computed indices looks values up in a table."""
+    if node.op_type == "Gather" and constant(node.inputs[1]) is None:
+        return False
     return node.op_type in MOVES and node.domain == ""
 
 
