@@ -209,6 +209,31 @@ def foreign_ops(
             )
 
 
+def names(product: Product) -> set[str]:
+    """Those of the product and of the Q/DQ nodes on its inputs."""
+    found = (c for o in product.operands for c in (o.dequantize, o.quantize))
+    return {product.name, *(c.name for c in found if c is not None)}
+
+
+FUSED = ("Add", "Mul", "Div", "Sub")
+"""Ops behind a product that runtimes merge into it, beside activations."""
+
+
+def product_behind(
+    value: ir.Value | None, model: QuantizedModel, ops: Container[str] | None = None
+) -> Product | None:
+    """The product that makes a value: by itself, or before a few other ops (``ops``, or any)."""
+    products = {p.node: p for p in model.products}
+    for _ in range(8):
+        node = None if value is None else value.producer()
+        if node is None or node in products:
+            return None if node is None else products[node]
+        if ops is not None and node.op_type not in ops:
+            return None
+        value = next((v for v in node.inputs if not is_constant(v)), None)
+    return None
+
+
 def dtype_name(coding: Coding) -> str:
     """The type of the codes in lower case."""
     return _name(coding.dtype)

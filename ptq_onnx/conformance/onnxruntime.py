@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-import onnx_ir as ir
-
-from ptq_onnx.blocks import consumers, is_constant, name_of, through_layout
+from ptq_onnx.blocks import consumers, name_of, through_layout
 from ptq_onnx.conformance import common
 from ptq_onnx.conformance.coding import (
     FOUR_BITS,
@@ -23,7 +21,7 @@ from ptq_onnx.conformance.coding import (
     back_through_moves,
     constant,
 )
-from ptq_onnx.conformance.optimised import optimise
+from ptq_onnx.conformance.optimised import OptimisedNode, optimise
 from ptq_onnx.conformance.product import Product, inner_axis
 from ptq_onnx.conformance.quantized_model import QuantizedModel
 from ptq_onnx.conformance.result import Finding
@@ -257,14 +255,13 @@ def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
     """After optimisation no product that has Q/DQ in the file multiplies floats (the optimised
     graph of this very file)."""
     explained = _explained(model)
-    values = {v.name: v for node in model.graph for v in node.outputs}
-    products = {p.node: p for p in model.products}
     for left in model.derived(optimise).float_products:
-        product = _product_behind(values.get(left.output), products)
+        product = _product_of(left, model)
         found = f"{left.op_type} on floats in the optimised graph"
         if product is None:
-            yield Finding(left.name, f"found {found}, of no product of the file; see its inputs.")
-        elif product.touched and not explained & {product.name, *_coding_names(product)}:
+            text = f"found {found}, which is no product of the file; see its inputs."
+            yield Finding(left.name, text, "warning")
+        elif product.touched and not explained & common.names(product):
             advice = "put Q/DQ with one scale directly on both inputs"
             if left.op_type == "Gemm" and product.node.op_type == "MatMul":
                 advice = (
@@ -273,12 +270,6 @@ def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
                 )
             text = f"expected an integer product, found {found}; {advice}."
             yield Finding(product.name, text)
-
-
-def _coding_names(product: Product) -> Iterator[str]:
-    """The Q and DQ nodes on the inputs of a product."""
-    for operand in product.operands:
-        yield from (c.name for c in (operand.dequantize, operand.quantize) if c is not None)
 
 
 def _left_over(model: QuantizedModel, op: str, whole: str, advice: str) -> Iterator[Finding]:
@@ -297,16 +288,18 @@ def _explained(model: QuantizedModel) -> set[str]:
     return {f.node for rule in STATIC for f in rule(model) if f.severity == "error"}
 
 
-def _product_behind(value: ir.Value | None, products: Mapping[ir.Node, Product]) -> Product | None:
-    """The product whose result a fused node hands on: itself, or before bias and activation."""
-    for _ in range(8):
-        node = None if value is None else value.producer()
-        if node is None:
-            return None
-        if node in products:
-            return products[node]
-        value = next((v for v in node.inputs if not is_constant(v)), None)
-    return None
+def _product_of(left: OptimisedNode, model: QuantizedModel) -> Product | None:
+    """The product of the file that an optimised node stands for.
+
+    Its output is the product's, or that of a bias, a scale or an activation fused into it;
+    where layouts were changed only the beginning of its name is left.
+    """
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    product = common.product_behind(values.get(left.output), model)
+    if product is not None:
+        return product
+    names = {str(n): p for p in model.products for n in (p.name, p.node.outputs[0].name)}
+    return names.get(max(filter(left.name.startswith, names), key=len, default=""))
 
 
 def _facts(model: QuantizedModel) -> Mapping[str, Mapping[str, int]]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from ptq_onnx.blocks import name_of
 from ptq_onnx.conformance import common
 from ptq_onnx.conformance.coding import FOUR_BITS, INT8, INT32, UINT8
-from ptq_onnx.conformance.precisions import CompiledGraph, compile_graph
+from ptq_onnx.conformance.precisions import CompiledGraph, CompiledProduct, compile_graph
+from ptq_onnx.conformance.product import Product
 from ptq_onnx.conformance.quantized_model import QuantizedModel
 from ptq_onnx.conformance.result import Finding, Skipped
 from ptq_onnx.conformance.target import Rule, Target
@@ -105,29 +107,37 @@ def weight_symmetric(model: QuantizedModel) -> Iterator[Finding]:
             )
 
 
+def no_integer_ops(model: QuantizedModel) -> Iterator[Finding]:
+    """MatMulInteger and ConvInteger are imported as products of floats (measured, 2026.4)."""
+    for node in model.graph:
+        if node.op_type in ("MatMulInteger", "ConvInteger"):
+            yield Finding(
+                name_of(node),
+                f"expected Q/DQ around a float op, found {node.op_type}; write the file in "
+                "QDQ format.",
+            )
+
+
 def attention_symmetric(model: QuantizedModel) -> Iterator[Finding]:
-    """A product of two activations runs in int8 only with zero point 0 on both and int8 codes on
-    the second; uint8 on the first, as behind softmax, is allowed (measured, 2026.4)."""
+    """A product of two activations runs in int8 only with zero point 0 on the first (int8, or
+    uint8 as behind softmax) and symmetric codes on the second: int8 with zero point 0 or uint8
+    with 128 (measured, 2026.4)."""
     for product in model.products:
         if product.linear or not product.quantized:
             continue
         for operand in product.operands:
             coding = operand.dequantize
-            if coding is None or coding.zero_point is None:
+            if coding is None or coding.zero_point is None or coding.dtype is None:
                 continue
-            point = coding.zero_point.flat[0]
-            if coding.dtype == UINT8 and operand.index == 1:
-                found = "uint8 codes"
-            elif point != 0:
-                found = f"zero point {point:g}"
-            else:
-                continue
-            yield Finding(
-                coding.name,
-                f"expected int8 codes with zero point 0 on input {operand.index} of "
-                f"'{product.name}', found {found}: the product runs in float; quantize "
-                "symmetrically.",
-            )
+            expected = 128 if operand.index == 1 and coding.dtype == UINT8 else 0
+            found = coding.zero_point.flat[0]
+            if found != expected:
+                yield Finding(
+                    coding.name,
+                    f"expected {common.dtype_name(coding)} codes with zero point {expected} on "
+                    f"input {operand.index} of '{product.name}', found {found:g}: the product "
+                    "runs in float; quantize symmetrically.",
+                )
 
 
 def inputs_quantized(model: QuantizedModel) -> Iterator[Finding]:
@@ -161,20 +171,33 @@ def runtime_precision(model: QuantizedModel) -> Iterator[Finding]:
     """In the compiled graph every product that has Q/DQ in the file runs in i8 or u8
     (runtimePrecision of this very file's products, inference precision f32)."""
     explained = _explained(model)
-    by_name = {name: p for p in model.products for name in (p.name, p.node.outputs[0].name)}
     for compiled in _compiled(model).products:
-        product = next((by_name[n] for n in compiled.originals if n in by_name), None)
+        product = _product_of(compiled, model)
         if product is None:
             continue
         if not product.quantized or compiled.precision in ("i8", "u8"):
             continue
-        names = {product.name, *(o.dequantize.name for o in product.operands if o.dequantize)}
-        if not explained & names:
+        if not explained & common.names(product):
             yield Finding(
                 product.name,
                 f"expected {compiled.op_type} in i8 or u8, found {compiled.precision}; put Q/DQ "
                 "with one scale directly on both inputs.",
             )
+
+
+def _product_of(compiled: CompiledProduct, model: QuantizedModel) -> Product | None:
+    """The product of the file: by its own name, or by that of a scale or bias merged into it."""
+    own = {name: p for p in model.products for name in (p.name, p.node.outputs[0].name)}
+    for name in compiled.originals:
+        if name in own:
+            return own[name]
+    nodes = {name: n for n in model.graph for name in (name_of(n), n.outputs[0].name)}
+    for name in compiled.originals:
+        if name in nodes and nodes[name].op_type in common.FUSED:
+            product = common.product_behind(nodes[name].outputs[0], model, common.FUSED)
+            if product is not None:
+                return product
+    return None
 
 
 def _compiled(model: QuantizedModel) -> CompiledGraph:
@@ -209,6 +232,7 @@ STATIC: tuple[Rule, ...] = (
     activation_per_tensor,
     weight_axis,
     weight_symmetric,
+    no_integer_ops,
     attention_symmetric,
     inputs_quantized,
     stray_pair,

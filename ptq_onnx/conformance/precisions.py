@@ -11,6 +11,7 @@ from ptq_onnx.validation import one_line
 
 PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 """Types of product in the compiled graph."""
+FLOATS = ("f32", "f16", "bf16")
 OPTIONS = {
     "INFERENCE_PRECISION_HINT": "f32",  # bf16 is the default on some CPUs
     "INFERENCE_NUM_THREADS": "1",
@@ -67,10 +68,14 @@ def compile_graph(source: str | bytes) -> CompiledGraph | None:
 
 def _product(node: Any) -> CompiledProduct:
     info = node.get_rt_info()
-    kind, precision, names = (
+    kind, precision, kernel, names = (
         str(info[key].value) if key in info else ""
-        for key in ("layerType", "runtimePrecision", "originalLayersNames")
+        for key in ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
     )
+    # With weights that are decompressed first, the precision is that of the stored weights and
+    # only the kernel says that floats are multiplied
+    computed = kernel.rpartition("_")[2].lower()
+    precision = computed if computed in FLOATS else precision
     originals = (*names.split(","), node.get_friendly_name())
     return CompiledProduct(kind, precision, tuple(map(_original, originals)))
 

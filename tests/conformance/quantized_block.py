@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-TOKENS, WIDTH = 8, 32
+TOKENS, WIDTH = 8, 64
 SYMMETRIC = np.int8(0)
 ACTIVATION = {"tensorrt": SYMMETRIC, "onnxruntime": np.uint8(120), "openvino": np.uint8(120)}
 ATTENTION = {"tensorrt": SYMMETRIC, "onnxruntime": np.uint8(120), "openvino": SYMMETRIC}
@@ -130,10 +130,6 @@ def later_opset(block: Block) -> None:
     block.opset = 29
 
 
-def earlier_opset(block: Block) -> None:
-    block.opset = 12
-
-
 def foreign_op(block: Block) -> None:
     block.node("gelu").domain = "com.example"
 
@@ -165,11 +161,12 @@ def coded_bias(block: Block) -> None:
 
 
 def early_fp8(block: Block) -> None:
-    """All codes FP8, in an opset that has none."""
-    all_fp8(block)
+    """fc2 in FP8, in an opset that has none."""
+    mixed_types(block)
+    kind = ml_dtypes.float8_e4m3fn
+    block.const("gelu_zero_point", block.array("gelu_zero_point").astype(kind))
     block.opset = 18
-    # Gelu came with opset 20
-    block.node("gelu").op_type = "Relu"
+    block.node("gelu").op_type = "Relu"  # Gelu came with opset 20
 
 
 def all_fp8(block: Block) -> None:
@@ -271,6 +268,11 @@ def small_blocks(block: Block) -> None:
     narrow_weight(block, size=16)
 
 
+def large_blocks(block: Block) -> None:
+    """An int4 weight in blocks of 64."""
+    narrow_weight(block, size=64)
+
+
 def blocks_along_outputs(block: Block) -> None:
     narrow_weight(block, size=16, axis=1)
 
@@ -328,6 +330,38 @@ def pair_before_gelu(block: Block) -> None:
 
 def signed_activation(block: Block) -> None:
     block.const("o_zero_point", np.int8(0))
+
+
+def residual_pair(block: Block) -> None:
+    """The residual branch in codes, which an option may ask for."""
+    value = block.pair("branch", "x", block.array("norm_zero_point"))
+    added = [block.nodes.pop(), block.nodes.pop()]
+    at = block.nodes.index(block.node("residual"))
+    block.nodes[at:at] = added[::-1]
+    block.set("residual", 0, value)
+
+
+def one_weight_scale(block: Block) -> None:
+    block.const("fc2_w_scale", np.float32(0.01))
+    block.const("fc2_w_zero_point", np.int8(0))
+
+
+def transposed_weight(block: Block) -> None:
+    """The weight as [N, K] and a Transpose behind its codes."""
+    block.node("fc2_w_dq").attribute[0].i = 0
+    block.set("fc2", 1, block.before("fc2", "Transpose", "turned", "fc2_w_dq", perm=[1, 0]))
+
+
+def masked(block: Block) -> None:
+    mask = block.const("mask", np.zeros((TOKENS, TOKENS), np.float32))
+    block.set("softmax", 0, block.before("softmax", "Add", "masked", "qk", mask))
+
+
+def quantized_in_graph(block: Block) -> None:
+    """A float weight behind Q and DQ, as training with fake quantization leaves it."""
+    block.const("fc2_w", block.array("fc2_w").astype(np.float32) * np.float32(0.01))
+    inputs = "fc2_w", "fc2_w_scale", "fc2_w_zero_point"
+    block.set("fc2_w_dq", 0, block.before("fc2_w_dq", "QuantizeLinear", "fc2_w_q", *inputs, axis=1))
 
 
 def bare_conv(block: Block) -> None:
@@ -401,6 +435,11 @@ def wrong_shape(block: Block) -> None:
 def positive_value(block: Block) -> None:
     """The value of attention as uint8."""
     block.const("v_zero_point", np.uint8(0))
+
+
+def middle_value(block: Block) -> None:
+    """The value of attention as uint8, symmetric."""
+    block.const("v_zero_point", np.uint8(128))
 
 
 def shifted_query(block: Block) -> None:
