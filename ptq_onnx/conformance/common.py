@@ -9,7 +9,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks import is_constant, name_of, through_layout
-from ptq_onnx.conformance.coding import DEQUANTIZE, INT32, QUANTIZE, Coding, back_through_moves
+from ptq_onnx.conformance.coding import (
+    DEQUANTIZE,
+    INT32,
+    QUANTIZE,
+    Coding,
+    back_through_moves,
+    constant,
+)
 from ptq_onnx.conformance.product import PRODUCTS, Operand, Product, weight_axis
 from ptq_onnx.conformance.quantized_model import QuantizedModel
 from ptq_onnx.conformance.result import Finding, Severity
@@ -126,10 +133,9 @@ def wrong_weight_axes(model: QuantizedModel) -> Iterator[Finding]:
         expected = weight_axis(product, operand)
         if coding.per_tensor or coding.block_size or expected is None or coding.scale is None:
             continue
-        axis = coding.axis
-        if axis < 0:
-            shape = coding.node.inputs[0].shape if coding.node.inputs[0] is not None else None
-            axis += 0 if shape is None else len(shape)
+        codes = constant(coding.node.inputs[0])
+        rank = 0 if codes is None else codes.ndim
+        axis = coding.axis + (rank if coding.axis < 0 else 0)
         if axis != expected:
             yield Finding(
                 coding.name,
