@@ -171,7 +171,7 @@ def stray_pairs(model: QuantizedModel) -> Iterator[Finding]:
         data = None if quantize is None else quantize.node.inputs[0]
         if data is None:
             continue
-        before = data.producer()
+        before = back_through_moves(data)[0].producer()
         readers = [node for node, _ in through_layout(coding.node.outputs[0])]
         if is_constant(data) or (before is not None and before.op_type in PRODUCTS):
             continue

@@ -171,14 +171,13 @@ def conv_output(model: QuantizedModel) -> Iterator[Finding]:
     """A Conv with Q/DQ on its inputs and no Q on its output stays float: only QLinearConv exists
     (measured, 1.31)."""
     for product in model.products:
-        if product.quantized and product.node.op_type in ("Conv", "ConvTranspose"):
-            readers = [node for node, _ in consumers(product.node.outputs[0])]
-            if not readers or any(node.op_type != QUANTIZE for node in readers):
-                yield Finding(
-                    product.name,
-                    f"expected a QuantizeLinear on the output of {product.node.op_type}, found "
-                    "none: it runs in float; write a patch embedding as reshape + MatMul.",
-                )
+        convolution = product.node.op_type in ("Conv", "ConvTranspose")
+        if convolution and product.quantized and not _output_quantized(product):
+            yield Finding(
+                product.name,
+                f"expected a QuantizeLinear on the output of {product.node.op_type}, found "
+                "none: it runs in float; write a patch embedding as reshape + MatMul.",
+            )
 
 
 def gemm_bias(model: QuantizedModel) -> Iterator[Finding]:
@@ -188,11 +187,10 @@ def gemm_bias(model: QuantizedModel) -> Iterator[Finding]:
         node = product.node
         if not product.quantized or node.op_type != "Gemm" or len(node.inputs) < 3:
             continue
-        bias, readers = node.inputs[2], [n for n, _ in consumers(node.outputs[0])]
+        bias = node.inputs[2]
         producer = None if bias is None else bias.producer()
         coded = producer is not None and Coding(producer).dtype == INT32
-        quantized = bool(readers) and all(n.op_type == QUANTIZE for n in readers)
-        if bias is not None and not coded and not quantized:
+        if bias is not None and not coded and not _output_quantized(product):
             yield Finding(
                 product.name,
                 "expected an int32 bias behind DequantizeLinear, found a float bias: the Gemm "
@@ -270,6 +268,12 @@ def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
                 )
             text = f"expected an integer product, found {found}; {advice}."
             yield Finding(product.name, text)
+
+
+def _output_quantized(product: Product) -> bool:
+    """Only QuantizeLinear reads the output, at once or behind ops that move elements."""
+    readers = [node for node, _ in through_layout(product.node.outputs[0])]
+    return bool(readers) and all(node.op_type == QUANTIZE for node in readers)
 
 
 def _left_over(model: QuantizedModel, op: str, whole: str, advice: str) -> Iterator[Finding]:

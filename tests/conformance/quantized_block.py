@@ -376,6 +376,19 @@ def bare_conv(block: Block) -> None:
     block.set("y", 0, "conv")
 
 
+def conv_with_output(block: Block) -> None:
+    """A convolution whose output is quantized behind a Reshape, and read by floats."""
+    bare_conv(block)
+    shape = block.const("shape", np.array([0, 0, -1]))
+    moved = block.before("y", "Reshape", "moved", "conv", shape)
+    point = block.array("norm_zero_point")
+    block.pair("conv_out", moved, point)
+    pair, block.nodes = block.nodes[-2:], block.nodes[:-2]
+    at = block.nodes.index(block.node("y"))
+    block.nodes[at:at] = pair
+    block.set("y", 0, block.before("y", "Relu", "relu", "conv_out_dq"))
+
+
 def float_gemm_bias(block: Block) -> None:
     """fc2 as a Gemm of all tokens, transB, with a float bias."""
     rows = block.const("rows", np.array([-1, WIDTH]))

@@ -134,6 +134,7 @@ NEAR_MISSES = (
     (T, q.all_fp8),
     (T, q.large_blocks),
     (R, q.small_blocks),
+    (R, q.conv_with_output),
     (V, q.large_blocks),
     (V, q.signed_activation),
     (V, q.middle_value),
