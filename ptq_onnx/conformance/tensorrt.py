@@ -228,8 +228,9 @@ def attention_scale_first(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def softmax_scale(model: QuantizedModel) -> Iterator[Finding]:
-    """The output of softmax lies in [0, 1]: its scale is 1/127 in INT8 and 1/448 in FP8, whatever
-    the calibration data (Fused Attention, quantized attention)."""
+    """The output of softmax lies in [0, 1], so its scale needs no data: 1/448 in FP8, which
+    NVIDIA's Model Optimizer writes for attention to fuse, and by the same reason 1/127 in INT8
+    (Model Optimizer, FP8 exporter)."""
     for coding in model.codings:
         data = coding.node.inputs[0]
         expected = SOFTMAX_SCALES.get(coding.dtype) if coding.dtype else None
