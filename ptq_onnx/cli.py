@@ -1,4 +1,4 @@
-"""The command ``ptq-onnx``: quantize, evaluate, export.
+"""The command ``ptq-onnx``: quantize, evaluate, export, check.
 
 Heavy modules are imported inside the commands, so that ``--help`` is quick.
 """
@@ -16,6 +16,7 @@ import typer
 
 from ptq_onnx import __version__
 from ptq_onnx import cli_options as o
+from ptq_onnx.cli_check import check
 from ptq_onnx.console import (
     decibels,
     fail,
@@ -170,6 +171,9 @@ def export(
 
     path = Path(output or f"{name.rpartition('/')[2]}.onnx")
     print(export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size))
+
+
+app.command()(check)
 
 
 def main() -> NoReturn:

@@ -19,7 +19,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.standard import to_standard
 from ptq_onnx.validation import one_line, validate
 
-__all__ = ["CleanReport", "clean", "load", "save", "serialize", "to_standard"]
+__all__ = ["CleanReport", "clean", "load", "read", "save", "serialize", "to_standard"]
 
 EXTERNAL_LIMIT = 1_900_000_000
 """Bytes from which weights go to a file of their own; a protobuf ends at 2 GiB."""
@@ -31,16 +31,21 @@ def load(path: str | Path) -> ir.Model:
     Raises :class:`ModelError` for anything else. Weights kept in files beside the model are
     read into memory.
     """
+    model = read(path)
+    validate(model, Path(path))
+    return model
+
+
+def read(path: str | Path) -> ir.Model:
+    """Read any valid ONNX file, whether it can be quantized or not. Raises ModelError."""
     path = Path(path)
     proto = _parse(path)
     _load_external_data(proto, path)
     _check(proto, path)
     try:
-        model = ir.from_proto(proto)
+        return ir.from_proto(proto)
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
-    validate(model, path)
-    return model
 
 
 def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:

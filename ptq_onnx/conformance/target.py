@@ -1,0 +1,36 @@
+"""What a target is to the checker: its rules, in order, and its own counts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ptq_onnx.conformance.quantized_model import QuantizedModel
+from ptq_onnx.conformance.result import Finding
+
+Rule = Callable[[QuantizedModel], Iterator[Finding]]
+Facts = Callable[[QuantizedModel], Mapping[str, Mapping[str, int]]]
+
+
+def no_facts(_: QuantizedModel) -> Mapping[str, Mapping[str, int]]:
+    """A target that counts nothing of its own."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Target:
+    """``rules`` run in order; ``facts`` counts what only this target has."""
+
+    rules: tuple[Rule, ...]
+    facts: Facts = no_facts
+
+
+def rule_name(rule: Rule) -> str:
+    """``zero_point_zero`` is the rule ``zero-point-zero``."""
+    return rule.__name__.replace("_", "-")
+
+
+def rule_text(rule: Rule) -> str:
+    """What the runtime demands and where that is written, on one line."""
+    return " ".join((inspect.getdoc(rule) or "").split())
