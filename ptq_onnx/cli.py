@@ -69,6 +69,7 @@ def quantize(
     size: o.Size = None,
     crop_pct: o.CropPct = None,
     interpolation: o.Interpolation = None,
+    check_preprocess: o.CheckPreprocess = None,
     keep_float: o.KeepFloat = None,
     per_channel: o.PerChannel = None,
     ptf: o.Ptf = None,

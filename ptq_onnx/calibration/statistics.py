@@ -16,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
+from ptq_onnx.calibration.growth import RangeTrace
 from ptq_onnx.errors import ModelError
 from ptq_onnx.spec import Site
 
@@ -34,7 +35,7 @@ class ChannelStatistics:
     ``highest`` [TOP, C]: the largest per-image maxima, descending; ``lowest``: the smallest
     per-image minima, ascending. ``ema_low``, ``ema_high`` [C]: moving averages of the
     extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` [C]: sum of squares over
-    ``count`` values per channel.
+    ``count`` values per channel. ``trace``: how the range of the whole tensor grew.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class ChannelStatistics:
     power: NDArray[np.float64]
     count: int = 0
     images: int = 0
+    trace: RangeTrace = field(default_factory=RangeTrace)
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> ChannelStatistics:
@@ -72,6 +74,7 @@ class ChannelStatistics:
         self.ema_high = keep * self.ema_high + (1 - keep) * high.max(axis=0)
         self.power += power.astype(np.float64)
         self.count += values
+        self.trace.add(self.images, float(low.min()), float(high.max()))
 
     def pooled(self) -> ChannelStatistics:
         """The statistics of the whole tensor: one row.
@@ -88,6 +91,7 @@ class ChannelStatistics:
             power=self.power.sum(keepdims=True),
             count=self.count * len(self.power),
             images=self.images,
+            trace=self.trace,
         )
 
     @property

@@ -1,0 +1,78 @@
+"""Whether ranges still grew when calibration ended: the sign of too few images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+POINTS = 64
+"""Points that a trace keeps at most; beyond, it forgets every second one."""
+SHARE = Fraction(2, 3)
+"""Where the last part of the images begins."""
+MUCH = 0.1
+"""Growth of a range in that part, relative to what it was before, that is worth a word."""
+
+
+@dataclass
+class RangeTrace:
+    """The extremes of a whole tensor over the images seen so far.
+
+    ``points``: (images, lowest, highest), the last one current. Their number has a bound, so
+    memory does not grow; a dropped point costs resolution, not truth.
+    """
+
+    points: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def add(self, images: int, low: float, high: float) -> None:
+        """Fold in the extremes of a batch, after which ``images`` were seen in all."""
+        if self.points:
+            _, lowest, highest = self.points[-1]
+            low, high = min(low, lowest), max(high, highest)
+        self.points.append((images, low, high))
+        if len(self.points) > POINTS:
+            self.points = self.points[1::2] + self.points[-1:]
+
+    def growth(self, share: Fraction = SHARE) -> float | None:
+        """Growth of the width since ``share`` of the images, relative to the width then.
+
+        0.1: a tenth wider. None where no point lies at or before, or the range was empty.
+        """
+        if not self.points:
+            return None
+        images, low, high = self.points[-1]
+        before = [p for p in self.points if p[0] <= share * images]
+        if not before:
+            return None
+        _, low_then, high_then = before[-1]
+        width = high_then - low_then
+        return (high - low - width) / width if width > 0 else None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How many of the ``total`` tensors grew by more than ``threshold``, the worst first."""
+
+    total: int
+    threshold: float
+    grown: tuple[tuple[str, float], ...]
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence; None where nothing grew much."""
+        if not self.grown:
+            return None
+        name, worst = self.grown[0]
+        return (
+            f"The ranges of {len(self.grown)} of {self.total} tensors still grew by more than"
+            f" {100 * self.threshold:.0f} % over the last third of the calibration images, most"
+            f" that of {name} (by {100 * worst:.0f} %): give more images (--images)."
+        )
+
+
+def find_growth(traces: Mapping[str, RangeTrace], threshold: float = MUCH) -> Growth:
+    """Growth by the tensors' names."""
+    found = {name: trace.growth() for name, trace in traces.items()}
+    grown = [(name, value) for name, value in found.items() if value and value > threshold]
+    grown.sort(key=lambda pair: -pair[1])
+    return Growth(len(found), threshold, tuple(grown))
