@@ -64,7 +64,9 @@ class ChannelStatistics:
     def update(self, low: Array, high: Array, power: Array, values: int) -> None:
         """Fold in one batch: ``low``, ``high`` [B, C], ``power`` [C], values per channel."""
         first = self.images == 0
-        self.images += len(low)
+        for lowest, highest in zip(low.min(axis=1), high.max(axis=1), strict=True):
+            self.images += 1
+            self.trace.add(self.images, float(lowest), float(highest))
         joined = np.concatenate([self.highest, high])
         self.highest = -np.sort(-joined, axis=0)[:TOP]
         joined = np.concatenate([self.lowest, low])
@@ -74,7 +76,6 @@ class ChannelStatistics:
         self.ema_high = keep * self.ema_high + (1 - keep) * high.max(axis=0)
         self.power += power.astype(np.float64)
         self.count += values
-        self.trace.add(self.images, float(low.min()), float(high.max()))
 
     def pooled(self) -> ChannelStatistics:
         """The statistics of the whole tensor: one row.
