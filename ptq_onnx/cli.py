@@ -17,6 +17,7 @@ import typer
 from ptq_onnx import __version__
 from ptq_onnx import cli_options as o
 from ptq_onnx.cli_benchmark import benchmark
+from ptq_onnx.cli_curve import calibration_curve
 from ptq_onnx.console import (
     decibels,
     fail,
@@ -175,6 +176,7 @@ def export(
 
 
 app.command()(benchmark)
+app.command()(calibration_curve)
 
 
 def main() -> NoReturn:

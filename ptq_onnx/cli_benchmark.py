@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +15,7 @@ from ptq_onnx import cli_options as o
 from ptq_onnx.console import progress_bars, stdout
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.model_path import find_model
+from ptq_onnx.text_file import write_text
 
 if TYPE_CHECKING:
     from ptq_onnx.benchmarking.results import Benchmark, Timing
@@ -61,7 +60,7 @@ def benchmark(
         )
     text = json.dumps(found.to_json(), allow_nan=False)
     if target is not None:
-        _write(target, text)
+        write_text(target, text + "\n")
     if as_json:
         print(text)
         return
@@ -131,16 +130,3 @@ def _target(output: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--output {output}: name a file in a folder that exists.")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    """All at once or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

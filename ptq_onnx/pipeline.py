@@ -93,7 +93,7 @@ def quantize(
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
-    if tested is not None and (labels is not None or _has_class_folders(tested)):
+    if tested is not None and (labels is not None or has_class_folders(tested)):
         from ptq_onnx.labels import labels_for
 
         truth = labels_for(tested, labels)
@@ -126,7 +126,8 @@ def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
         )
 
 
-def _has_class_folders(source: ImageSource) -> bool:
+def has_class_folders(source: ImageSource) -> bool:
+    """Whether the images lie in sub-folders, which then are their classes."""
     return isinstance(source, FolderSource) and all("/" in name for name in source.names)
 
 

@@ -170,9 +170,9 @@ def test_every_option_reaches_the_config(command: Command, given_options: dict[s
         "--calib a --val b --labels c --output d --scales e --quantizer fqvit --bits 6/7/4"
         " --method omse --images 9 --batch 3 --mean 0.1,0.2,0.3 --std 1,2,3 --size 24x32"
         " --preprocess inception --crop-pct 0.9 --interpolation bilinear --keep-float fc1"
-        " --no-check-preprocess --keep-float fc2@1-2 --per-channel auto --per-channel norm1 --ptf-k 5 --no-lis"
+        " --keep-float fc2@1-2 --per-channel auto --per-channel norm1 --ptf-k 5 --no-lis"
         " --arithmetic integer --target onnxruntime --opset 22 --no-report --no-pictures"
-        " --analysis-images 4 --threads 1"
+        " --analysis-images 4 --threads 1 --no-check-preprocess"
     )
     command("quantize", MODEL, *words.split())
     config = given_options.pop("config")
