@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SIZES = (1, 4, 16, 64, 256)
 IMAGES = "images"
 """The source that is no noise."""
+LEAST_SPAN = 10
+"""Points of accuracy that the axis shows at least."""
 LABELS = {"top1": "Top-1 accuracy in %", "sqnr_db": "SQNR of the logits in dB"}
 LINES = {IMAGES: ("#1f77b4", "-", "o"), NOISE: ("#c98a00", "--", "s")}
 """Colour, line style and marker by source."""
@@ -173,6 +175,10 @@ def draw_curve(curve: Curve) -> Figure:
             )
         if metric == "top1" and curve.float_top1 is not None:
             axes.axhline(curve.float_top1, color="#8a8a8a", linewidth=1, label="float")
+            low, high = axes.get_ylim()
+            if high - low < LEAST_SPAN:  # a few images more or less are no finding
+                middle = min((low + high) / 2, 101 - LEAST_SPAN / 2)
+                axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(n) for n in sizes])
         axes.minorticks_off()

@@ -23,20 +23,25 @@ HUGE = 0.5
 class RangeTrace:
     """The extremes of a whole tensor over the images seen so far.
 
-    ``points``: (images, lowest, highest), the last one current. Their number has a bound, so
-    memory does not grow; a dropped point costs resolution, not truth.
+    ``points``: (images, lowest, highest), the last one current, the others at least ``stride``
+    images apart. Their number has a bound: where it is reached, every second one goes and the
+    stride doubles, so memory does not grow and the whole run stays covered.
     """
 
     points: list[tuple[int, float, float]] = field(default_factory=list)
+    stride: int = 1
 
     def add(self, images: int, low: float, high: float) -> None:
         """Fold in the extremes of one image or more, ``images`` having been seen in all."""
         if self.points:
             _, lowest, highest = self.points[-1]
             low, high = min(low, lowest), max(high, highest)
+        if len(self.points) > 1 and self.points[-1][0] - self.points[-2][0] < self.stride:
+            self.points.pop()
         self.points.append((images, low, high))
         if len(self.points) > POINTS:
-            self.points = self.points[1::2] + self.points[-1:]
+            self.points = [*self.points[:-1:2], self.points[-1]]
+            self.stride = self.points[1][0] - self.points[0][0]
 
     def growth(self, share: Fraction = SHARE) -> float | None:
         """Growth of the width since ``share`` of the images, relative to the width then.
