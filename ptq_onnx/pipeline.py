@@ -302,7 +302,7 @@ class _Run:
         source, model = self.images, self.prepared.model
         shapes = [v.shape for v in model.graph.outputs]
         classes = any(s is not None and len(s) == 2 and s[1] != 1 for s in shapes)
-        pictures = isinstance(source, FolderSource) and source.root != EMBEDDED
+        pictures = isinstance(source, FolderSource) and source.root.resolve() != EMBEDDED
         if not (self.config.check_preprocess and classes and pictures):
             return None
         if self.prepared.blocks.count == 0:  # without LayerNorm, larger inputs alone make it surer
