@@ -302,22 +302,23 @@ class _Run:
         source, model = self.images, self.prepared.model
         shapes = [v.shape for v in model.graph.outputs]
         classes = any(s is not None and len(s) == 2 and s[1] != 1 for s in shapes)
-        pictures = isinstance(source, FolderSource) and source.root.resolve() != EMBEDDED
-        if not (self.config.check_preprocess and classes and pictures):
+        if not (self.config.check_preprocess and classes and isinstance(source, FolderSource)):
+            return None
+        if source.root.resolve() == EMBEDDED:
             return None
         if self.prepared.blocks.count == 0:  # without LayerNorm, larger inputs alone make it surer
             return None
         from ptq_onnx.runtime import Classifier
 
-        assert isinstance(source, FolderSource)
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
         few = open_images(source.root, plain, limit=min(MOST, self.config.images))
-        found = check_preprocess(
-            Classifier(self.prepared.path, self.config.threads),
-            np.concatenate(list(few.batches(8))),
-            self.preprocess,
-        )
+        pictures = np.concatenate(list(few.batches(8)))
+        try:
+            classifier = Classifier(self.prepared.path, self.config.threads)
+            found = check_preprocess(classifier, pictures, self.preprocess)
+        except ModelError:  # what calibration can use need not run as it came
+            return None
         if found.warning is not None:
             self.notes.append(found.warning)
         return found

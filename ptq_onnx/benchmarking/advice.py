@@ -47,4 +47,14 @@ def advice(
                 f"int8 does not pay here: {t.model} at batch {t.batch} is {t.speedup:.2f}× as"
                 f" fast as {written[0].model}."
             )
+    for h in timings:
+        rivals = [t for t in quantized if t.batch == h.batch]
+        if h.precision == AS_WRITTEN or h.quantized or not rivals:
+            continue
+        best = max(rivals, key=lambda t: t.speedup)
+        if h.speedup >= best.speedup:
+            notes.append(
+                f"At batch {h.batch}, {h.model} in {h.precision} ({h.speedup:.2f}×) is as fast as"
+                f" the best int8 file, {best.model} ({best.speedup:.2f}×)."
+            )
     return notes

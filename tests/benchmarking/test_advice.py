@@ -61,6 +61,17 @@ def test_a_quantized_file_that_is_not_faster() -> None:
     assert advice(alone, runtime="onnxruntime", on_gpu=False, cpu=VNNI) == []
 
 
+def test_half_precision_that_is_as_fast() -> None:
+    def told(speedup: float, batch: int = 8) -> list[str]:
+        half = timing("f", speedup, quantized=False, half=True, batch=batch)
+        return advice([*FAST, half], runtime="openvino", on_gpu=False, cpu=VNNI)
+
+    assert told(1.9) == []
+    assert told(2.5, batch=1) == []  # no int8 file was timed there
+    (note,) = told(2.5)
+    assert note == "At batch 8, f in fp16 (2.50×) is as fast as the best int8 file, q (2.00×)."
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ptq_onnx.calibration.preprocess_check import (
-    FIRST,
     MARGIN,
     MOST,
     NAMED,
+    STAGES,
     PreprocessCheck,
     check_preprocess,
     clearly_surer,
@@ -76,8 +76,8 @@ def test_the_right_normalisation_raises_no_warning() -> None:
     assert {c.name for c in found.others} == set(NAMED) - {"inception"}
     assert max(found.others, key=lambda c: c.confidence).confidence < found.in_force.confidence
     # None was ahead: the first images were enough
-    assert model.sizes == [FIRST] * len(NAMED)
-    assert {images for _, images in by_name(found).values()} == {FIRST}
+    assert model.sizes == [STAGES[0]] * len(NAMED)
+    assert {images for _, images in by_name(found).values()} == {STAGES[0]}
 
 
 def test_the_wrong_normalisation_is_named_with_the_right_one() -> None:
@@ -111,7 +111,7 @@ def test_any_number_of_pictures(count: int) -> None:
     model = Model(INCEPTION)
     found = check_preprocess(model, pictures(count), replace(INCEPTION, std=(0.1,) * 3))
     assert found.in_force.images == min(count, MOST)
-    assert sum(model.sizes[:1]) == min(count, FIRST)
+    assert sum(model.sizes[:1]) == min(count, STAGES[0])
 
 
 def test_a_model_that_does_not_mind_raises_no_warning() -> None:
