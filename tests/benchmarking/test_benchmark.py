@@ -77,12 +77,12 @@ def test_figures(clock: FakeClock, files: list[Path]) -> None:
 
 
 def test_half_precision_is_timed_beside(clock: FakeClock, files: list[Path]) -> None:
-    runtime = FakeRuntime(clock, {"fp32.onnx": 0.2, "int8.onnx": 0.1}, half="fp16", half_note="")
+    runtime = FakeRuntime(clock, {"fp32.onnx": 0.2, "int8.onnx": 0.08}, half="fp16", half_note="")
     found = benchmark(files, runtime, batches=(1,), seconds=0, memory=no_memory)
     assert by_key(found) == {
         ("fp32.onnx", 1, "as written"): (200, 5, 1),
         ("fp32.onnx", 1, "fp16"): (100, 10, 2),
-        ("int8.onnx", 1, "as written"): (100, 10, 2),
+        ("int8.onnx", 1, "as written"): (80, 12.5, 2.5),
     }
     assert found.notes == ()
 
