@@ -17,6 +17,8 @@ import typer
 from ptq_onnx import __version__
 from ptq_onnx import cli_options as o
 from ptq_onnx.cli_check import check
+from ptq_onnx.cli_benchmark import benchmark
+from ptq_onnx.cli_curve import calibration_curve
 from ptq_onnx.console import (
     decibels,
     fail,
@@ -69,6 +71,7 @@ def quantize(
     size: o.Size = None,
     crop_pct: o.CropPct = None,
     interpolation: o.Interpolation = None,
+    check_preprocess: o.CheckPreprocess = None,
     keep_float: o.KeepFloat = None,
     per_channel: o.PerChannel = None,
     ptf: o.Ptf = None,
@@ -174,6 +177,8 @@ def export(
 
 
 app.command()(check)
+app.command()(benchmark)
+app.command()(calibration_curve)
 
 
 def main() -> NoReturn:

@@ -48,7 +48,12 @@ Config = Annotated[
 # Files and folders
 Calib = Annotated[
     str | None,
-    option("--calib", "DIR", "the embedded digits", "Calibration images: a folder, .npy or .npz."),
+    option(
+        "--calib",
+        "DIR",
+        "the embedded digits",
+        "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
+    ),
 ]
 Val = Annotated[
     str | None, option("--val", "DIR", "none", "Images to measure on: a folder, .npy or .npz.")
@@ -177,6 +182,14 @@ Interpolation = Annotated[
         "NAME",
         "the model's metadata, else bicubic",
         "bicubic, bilinear, nearest or lanczos.",
+    ),
+]
+CheckPreprocess = Annotated[
+    bool | None,
+    switch(
+        "check-preprocess",
+        DEFAULT.check_preprocess,
+        "Warn where another normalisation makes the float model surer of its answers.",
     ),
 ]
 

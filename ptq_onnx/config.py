@@ -110,6 +110,7 @@ class QuantizeConfig:
     size: tuple[int, int] | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
+    check_preprocess: bool = True
     keep_float: tuple[str, ...] = ()
     per_channel: tuple[str, ...] = ()
     ptf: bool = True

@@ -19,7 +19,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.standard import to_standard
 from ptq_onnx.validation import one_line, validate
 
-__all__ = ["CleanReport", "clean", "load", "read", "save", "serialize", "to_standard"]
+__all__ = ["CleanReport", "clean", "load", "outline", "read", "save", "serialize", "to_standard"]
 
 EXTERNAL_LIMIT = 1_900_000_000
 """Bytes from which weights go to a file of their own; a protobuf ends at 2 GiB."""
@@ -44,6 +44,20 @@ def read(path: str | Path) -> ir.Model:
     _check(proto, path)
     try:
         return ir.from_proto(proto)
+    except Exception as error:
+        raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
+
+
+def outline(path: str | Path) -> ir.Model:
+    """Nodes, names and shapes of any ONNX file; weights in files beside it stay there.
+
+    For what reads a graph and runs none of it. Raises :class:`ModelError`.
+    """
+    path = Path(path)
+    try:
+        return ir.from_proto(_parse(path))
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
 

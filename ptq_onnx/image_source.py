@@ -10,6 +10,9 @@ import numpy as np
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.preprocess import FloatArray, Preprocess
 
+NOISE = "noise"
+"""What --calib calls a :class:`NoiseSource`."""
+NOISE_SEED = 0
 THREADS = 2  # Pillow releases the GIL while it decodes; two keep a CPU session fed
 
 Item = tuple[str, FloatArray]
@@ -84,6 +87,24 @@ class ImageSource(ABC):
                         yield item
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+class NoiseSource(ImageSource):
+    """Standard Gaussian model inputs, always the same: calibration data that shows nothing."""
+
+    def __init__(self, preprocess: Preprocess, count: int) -> None:
+        self.preprocess, self.count, self.skipped = preprocess, count, []
+
+    @property
+    def names(self) -> list[str]:
+        return [f"noise {index}" for index in range(self.count)]
+
+    def _slots(self) -> Sequence[int]:
+        return range(self.count)
+
+    def _read(self, slot: int) -> Item:
+        random = np.random.default_rng((NOISE_SEED, slot))
+        return f"noise {slot}", random.standard_normal(self.preprocess.shape, dtype=np.float32)
 
 
 def evenly(count: int, limit: int | None) -> list[int]:

@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx import graph as graphs
+from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
-from ptq_onnx.image_source import ImageSource
+from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.spec import Site, TensorSpec
@@ -70,7 +71,8 @@ def quantize(
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
-    ``calib``: folder, .npy/.npz or iterable of arrays; None: the embedded images. ``val``
+    ``calib``: folder, .npy/.npz or iterable of arrays; None: the embedded images; ``noise``:
+    standard Gaussian ones. ``val``
     and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
     run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
     ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
@@ -91,7 +93,7 @@ def quantize(
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
-    if tested is not None and (labels is not None or _has_class_folders(tested)):
+    if tested is not None and (labels is not None or has_class_folders(tested)):
         from ptq_onnx.labels import labels_for
 
         truth = labels_for(tested, labels)
@@ -124,7 +126,8 @@ def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
         )
 
 
-def _has_class_folders(source: ImageSource) -> bool:
+def has_class_folders(source: ImageSource) -> bool:
+    """Whether the images lie in sub-folders, which then are their classes."""
     return isinstance(source, FolderSource) and all("/" in name for name in source.names)
 
 
@@ -184,6 +187,12 @@ def _calibration_images(
             " that the model will see for a model of your own."
         )
         calib = EMBEDDED
+    if isinstance(calib, str) and calib == NOISE:
+        notes.append(
+            "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
+            " comparing, not for use."
+        )
+        return NoiseSource(preprocess, config.images)
     return open_images(calib, preprocess, limit=config.images)
 
 
@@ -258,6 +267,7 @@ class _Run:
         quantizer = make_quantizer(plan)
         if scales is not None:
             quantizer.reuse(read_scales(scales), str(scales))
+        checked = None if scales is not None else self._check_preprocess()
         channels, height, width = self.preprocess.shape
         example = torch.zeros(self.fixed or 1, channels, height, width)
         quantizer.run(example, self.batches(self.images))
@@ -273,6 +283,7 @@ class _Run:
         graphs.save(prepared.model, self.work / "fused.onnx")
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
+        report["preprocess_check"] = None if checked is None else asdict(checked)
         analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
         pictures: list[tuple[str, Path]] = []
         if config.report:
@@ -282,6 +293,35 @@ class _Run:
         report["notes"] = self.notes
         self._write(report, analysed, pictures)
         return report
+
+    def _check_preprocess(self) -> PreprocessCheck | None:
+        """Whether another normalisation suits the model better; None where that cannot be told.
+
+        It takes pictures of the user's own, and a transformer whose outputs are classes.
+        """
+        source, model = self.images, self.prepared.model
+        shapes = [v.shape for v in model.graph.outputs]
+        classes = any(s is not None and len(s) == 2 and s[1] != 1 for s in shapes)
+        if not (self.config.check_preprocess and classes and isinstance(source, FolderSource)):
+            return None
+        if source.root.resolve() == EMBEDDED:
+            return None
+        if self.prepared.blocks.count == 0:  # without LayerNorm, larger inputs alone make it surer
+            return None
+        from ptq_onnx.runtime import Classifier
+
+        channels = self.preprocess.channels
+        plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
+        few = open_images(source.root, plain, limit=min(MOST, self.config.images))
+        pictures = np.concatenate(list(few.batches(8)))
+        try:
+            classifier = Classifier(self.prepared.path, self.config.threads)
+            found = check_preprocess(classifier, pictures, self.preprocess)
+        except ModelError:  # what calibration can use need not run as it came
+            return None
+        if found.warning is not None:
+            self.notes.append(found.warning)
+        return found
 
     def _resolve_auto(self) -> QuantizeConfig:
         """Replace ``--per-channel auto`` by the blocks that calibration picks."""
@@ -560,6 +600,8 @@ def _value(value: ir.Value) -> dict[str, Any]:
 
 
 def _source_name(images: ImageSource) -> str:
+    if isinstance(images, NoiseSource):
+        return NOISE
     return str(images.root.name) if isinstance(images, FolderSource) else "arrays"
 
 

@@ -1,7 +1,7 @@
 """ONNX Runtime sessions of classifiers: on the GPU where one really works, else on the CPU."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,38 @@ from ptq_onnx.preprocess import FloatArray
 Model = str | Path | bytes
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+TENSORRT = "TensorrtExecutionProvider"
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's severities
 
 
 def session(
-    model: Model, threads: int = 0, *, optimize: bool = True, cpu: bool = False
+    model: Model,
+    threads: int = 0,
+    *,
+    optimize: bool = True,
+    cpu: bool = False,
+    spin: bool = True,
+    tensorrt: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Open a model file, or its bytes, on ``threads`` CPU threads (0: all).
 
     The GPU is used where CUDA really loads (``cpu=True`` forbids it), in full float32 precision.
-    ``optimize=False`` runs the graph as it is written. Raises ModelError.
+    ``optimize=False`` runs the graph as it is written. ``spin=False``: its threads rest between
+    two runs, so that they take no time from another session. ``tensorrt``: run in TensorRT, with
+    these options of its provider. Raises ModelError.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERROR
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if not cpu and cuda_works():
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    if tensorrt is not None:
+        providers.insert(0, (TENSORRT, dict(tensorrt)))
     where = "The model" if isinstance(model, bytes) else f"Model '{model}'"
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(f"{where} does not exist: expected an .onnx file.")
@@ -50,7 +63,12 @@ def session(
 @lru_cache(maxsize=1)
 def cuda_works() -> bool:
     """Whether ONNX Runtime can run a node with CUDA: a driver, a device and the libraries."""
-    if "CUDAExecutionProvider" not in ort.get_available_providers() or not _cuda_devices():
+    return provider_works("CUDAExecutionProvider")
+
+
+def provider_works(provider: str) -> bool:
+    """Whether ONNX Runtime can run a node with a provider for NVIDIA's devices."""
+    if provider not in ort.get_available_providers() or not _cuda_devices():
         return False
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
@@ -61,10 +79,10 @@ def cuda_works() -> bool:
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         opened = ort.InferenceSession(
-            probe.SerializeToString(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+            probe.SerializeToString(), providers=[provider, "CPUExecutionProvider"]
         )
         opened.run(None, {"x": np.ones(1, dtype=np.float32)})
-        return bool(opened.get_providers()[0] == "CUDAExecutionProvider")
+        return bool(opened.get_providers()[0] == provider)
     except Exception:  # whatever is missing: the CPU it is
         return False
     finally:

@@ -112,7 +112,9 @@ def test_help_names_every_option_and_its_default(command: Command) -> None:
         assert f"Default: {default}." in texts[name]
 
 
-@pytest.mark.parametrize("name", ["evaluate", "export", "check"])
+@pytest.mark.parametrize(
+    "name", ["evaluate", "export", "check", "benchmark", "calibration-curve"]
+)
 def test_help_of_the_other_commands_names_defaults(command: Command, name: str) -> None:
     texts = help_texts(command(name, "--help"))
     assert all("Default: " in text for option, text in texts.items() if option != "help")
@@ -172,7 +174,7 @@ def test_every_option_reaches_the_config(command: Command, given_options: dict[s
         " --preprocess inception --crop-pct 0.9 --interpolation bilinear --keep-float fc1"
         " --keep-float fc2@1-2 --per-channel auto --per-channel norm1 --ptf-k 5 --no-lis"
         " --arithmetic integer --target onnxruntime --opset 22 --no-report --no-pictures"
-        " --analysis-images 4 --threads 1"
+        " --analysis-images 4 --threads 1 --no-check-preprocess"
     )
     command("quantize", MODEL, *words.split())
     config = given_options.pop("config")
@@ -188,6 +190,7 @@ def test_every_option_reaches_the_config(command: Command, given_options: dict[s
         preprocess="inception",
         crop_pct=0.9,
         interpolation="bilinear",
+        check_preprocess=False,
         keep_float=("fc1", "fc2@1-2"),
         per_channel=("auto", "norm1"),
         ptf_k=5,

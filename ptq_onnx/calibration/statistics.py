@@ -16,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
+from ptq_onnx.calibration.growth import RangeTrace
 from ptq_onnx.errors import ModelError
 from ptq_onnx.spec import Site
 
@@ -34,7 +35,8 @@ class ChannelStatistics:
     ``highest`` [TOP, C]: the largest per-image maxima, descending; ``lowest``: the smallest
     per-image minima, ascending. ``ema_low``, ``ema_high`` [C]: moving averages of the
     extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` and ``total`` [C]: sum of
-    squares and sum over ``count`` values per channel.
+    squares and sum over ``count`` values per channel. ``trace``: how the range of the whole
+    tensor grew.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +48,7 @@ class ChannelStatistics:
     total: NDArray[np.float64]
     count: int = 0
     images: int = 0
+    trace: RangeTrace = field(default_factory=RangeTrace)
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> ChannelStatistics:
@@ -65,7 +68,9 @@ class ChannelStatistics:
         """Fold in one batch: ``low``, ``high`` [B, C], ``power``, ``total`` [C], values per
         channel."""
         first = self.images == 0
-        self.images += len(low)
+        for lowest, highest in zip(low.min(axis=1), high.max(axis=1), strict=True):
+            self.images += 1
+            self.trace.add(self.images, float(lowest), float(highest))
         joined = np.concatenate([self.highest, high])
         self.highest = -np.sort(-joined, axis=0)[:TOP]
         joined = np.concatenate([self.lowest, low])
@@ -106,6 +111,7 @@ class ChannelStatistics:
             total=self.total.sum(keepdims=True),
             count=self.count * len(self.power),
             images=self.images,
+            trace=self.trace,
         )
 
     @property

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks import Blocks, is_linear, name_of
 from ptq_onnx.calibration import FROM_HISTOGRAM, Statistics, add_histograms, collect, ranges
+from ptq_onnx.calibration.growth import find_growth
 from ptq_onnx.config import ALL, QuantizeConfig, Selector
 from ptq_onnx.engine import VitQuantizer
 from ptq_onnx.errors import ConfigError
@@ -165,6 +166,10 @@ class SiteQuantizer(VitQuantizer):
         report = plan.progress or (lambda _: lambda __: None)
         threads = plan.config.threads
         stats = collect(plan.model, sites, batches, threads=threads, progress=report("Calibrating"))
+        traces = {f"{s.tensor} ({s.label})": stats.channels[s.tensor].trace for s in sites}
+        growth = find_growth(traces).warning
+        if growth is not None:
+            self.notes.append(growth)
         rows = [s for s in sites if self.rules[s.tensor].method in FROM_HISTOGRAM]
         if rows:
             wide = {s.tensor for s in rows if self.rules[s.tensor].granularity not in ("tensor", "row")}

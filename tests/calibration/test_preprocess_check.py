@@ -1,0 +1,146 @@
+"""The check of the normalisation: on models whose answer is known, and on the sample models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptq_onnx.calibration.preprocess_check import (
+    MARGIN,
+    MOST,
+    NAMED,
+    STAGES,
+    PreprocessCheck,
+    check_preprocess,
+    clearly_surer,
+    top_confidence,
+)
+from ptq_onnx.images import open_images
+from ptq_onnx.preprocess import FloatArray, Preprocess
+from ptq_onnx.runtime import Classifier
+
+INCEPTION, IMAGENET = Preprocess.named("inception", 4), Preprocess.named("imagenet", 4)
+
+
+def pictures(count: int = 40, channels: int = 3) -> FloatArray:
+    return np.random.default_rng(0).random((count, channels, 4, 4)).astype(np.float32)
+
+
+class Model:
+    """Surest where its input, averaged over the batch, is centred at zero with deviation one."""
+
+    def __init__(self, preprocess: Preprocess, strength: float = 4.0) -> None:
+        self.preprocess, self.strength, self.sizes = preprocess, strength, list[int]()
+
+    def __call__(self, images: FloatArray) -> FloatArray:
+        self.sizes.append(len(images))
+        mean = np.array(self.preprocess.mean, np.float32)[:, None, None]
+        std = np.array(self.preprocess.std, np.float32)[:, None, None]
+        wanted = (pictures(MOST, images.shape[1]).mean() - mean) / std
+        distance = np.abs(images.mean((2, 3), keepdims=True) - wanted).mean((1, 2, 3))
+        logits = np.zeros((len(images), 10), np.float32)
+        logits[:, 3] = self.strength / (1 + distance)
+        return logits
+
+
+def test_confidence_is_the_largest_softmax() -> None:
+    logits = np.array([[1, 2, 3], [1000, 0, 0], [-5, -5, -5]], np.float32)
+    powers = np.exp(np.array([1.0, 2, 3]))
+    np.testing.assert_allclose(top_confidence(logits), [powers[2] / powers.sum(), 1, 1 / 3])
+    probabilities = np.array([[0.2, 0.8], [0.5, 0.5]], np.float32)
+    np.testing.assert_allclose(top_confidence(probabilities), [0.8, 0.5], rtol=1e-6)
+
+
+def test_clearly_surer_takes_a_margin_and_more_than_chance() -> None:
+    own = np.full(16, 0.5)
+    assert clearly_surer(own + MARGIN + 0.01, own)
+    assert not clearly_surer(own + MARGIN - 0.01, own)
+    swing = np.where(np.arange(16) % 2, 0.5, -0.3)  # 0.1 ahead, error 0.1
+    assert not clearly_surer(own + swing, own)
+    assert not clearly_surer(own - 0.2, own)
+    assert not clearly_surer(np.ones(1), np.zeros(1))
+
+
+def by_name(found: PreprocessCheck) -> dict[str, tuple[float, int]]:
+    return {c.name: (c.confidence, c.images) for c in (found.in_force, *found.others)}
+
+
+def test_the_right_normalisation_raises_no_warning() -> None:
+    model = Model(INCEPTION)
+    found = check_preprocess(model, pictures(), INCEPTION)
+    assert found.warning is None
+    assert found.in_force.name == "inception"
+    assert {c.name for c in found.others} == set(NAMED) - {"inception"}
+    assert max(found.others, key=lambda c: c.confidence).confidence < found.in_force.confidence
+    # None was ahead: the first images were enough
+    assert model.sizes == [STAGES[0]] * len(NAMED)
+    assert {images for _, images in by_name(found).values()} == {STAGES[0]}
+
+
+def test_the_wrong_normalisation_is_named_with_the_right_one() -> None:
+    model = Model(INCEPTION)
+    found = check_preprocess(model, pictures(), replace(INCEPTION, std=(0.1, 0.1, 0.1)))
+    assert found.warning is not None
+    assert "normalisation inception than with yours" in found.warning
+    assert "--preprocess inception" in found.warning
+    assert "on 32 images" in found.warning
+    assert by_name(found)["inception"][1] == by_name(found)["yours"][1] == MOST
+    assert by_name(found)["inception"][0] > by_name(found)["yours"][0] + MARGIN
+    assert "\n" not in found.warning
+
+
+def test_a_normalisation_without_a_name_gets_numbers() -> None:
+    trained = Preprocess((0.0,) * 3, (1.0,) * 3, (4, 4))
+    found = check_preprocess(Model(trained, 6), pictures(), replace(INCEPTION, std=(0.05,) * 3))
+    assert found.warning is not None
+    assert "--mean 0,0,0 --std 1,1,1" in found.warning
+
+
+def test_gray_pictures() -> None:
+    gray = Preprocess((0.5,), (0.5,), (4, 4), channels=1)
+    found = check_preprocess(Model(gray), pictures(channels=1), gray)
+    assert (found.in_force.name, found.warning) == ("inception", None)
+    assert all(len(c.mean) == 1 for c in found.others)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 31, 33, 100])
+def test_any_number_of_pictures(count: int) -> None:
+    model = Model(INCEPTION)
+    found = check_preprocess(model, pictures(count), replace(INCEPTION, std=(0.1,) * 3))
+    assert found.in_force.images == min(count, MOST)
+    assert sum(model.sizes[:1]) == min(count, STAGES[0])
+
+
+def test_a_model_that_does_not_mind_raises_no_warning() -> None:
+    found = check_preprocess(lambda x: np.eye(10, dtype=np.float32)[: len(x)], pictures(), IMAGENET)
+    assert found.warning is None
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("model", "norm", "better"),
+    [
+        ("vit", "inception", None),
+        ("vit", "imagenet", "inception"),
+        ("deit", "imagenet", None),
+        ("deit", "inception", "imagenet"),
+    ],
+)
+def test_sample_models(
+    shared: Path, real_models: dict[str, Path], model: str, norm: str, better: str | None
+) -> None:
+    plain = Preprocess((0.0,) * 3, (1.0,) * 3, (224, 224))
+    images = open_images(shared / "imagenet" / "calib", plain, limit=MOST)
+    found = check_preprocess(
+        Classifier(real_models[model], 1),
+        np.concatenate(list(images.batches(8))),
+        Preprocess.named(norm),
+    )
+    if better is None:
+        assert found.warning is None
+    else:
+        assert found.warning is not None
+        assert f"--preprocess {better}" in found.warning
