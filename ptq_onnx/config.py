@@ -14,7 +14,8 @@ from ptq_onnx.errors import ConfigError
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
-TARGETS = ("onnxruntime",)
+TARGETS = ("onnxruntime", "integer")
+INTEGER = "integer"
 OPSETS = range(21, 24)
 ALL = "all"
 AUTO = "auto"
@@ -96,7 +97,8 @@ class QuantizeConfig:
     as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
     blocks with the widest channel ranges). ``attention_blocks`` are drawn; none: the last.
     ``mean`` … ``interpolation`` None: those of
-    ``preprocess``, which None means: the model's own, else imagenet.
+    ``preprocess``, which None means: the model's own, else imagenet. The target ``integer``
+    makes ``arithmetic`` integer too.
     """
 
     quantizer: str = "fqvit"
@@ -148,8 +150,10 @@ class QuantizeConfig:
         _at_least("threads", self.threads, 0)
         if self.opset not in OPSETS:
             raise ConfigError(
-                f"--opset {self.opset}: onnxruntime targets take {OPSETS[0]} to {OPSETS[-1]}."
+                f"--opset {self.opset}: the targets take {OPSETS[0]} to {OPSETS[-1]}."
             )
+        if self.target == INTEGER:
+            self._check_integer()
         for block in self.attention_blocks:
             _at_least("attention_blocks", block, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
@@ -172,6 +176,22 @@ class QuantizeConfig:
                 Selector.parse(text)
         if AUTO in self.keep_float:
             raise ConfigError("--keep-float takes roles; 'auto' is known to --per-channel only.")
+
+    def _check_integer(self) -> None:
+        """The target integer takes fqvit alone, which quantizes every tensor. Its arithmetic
+        is integer."""
+        if self.quantizer != "fqvit":
+            raise ConfigError(
+                f"--target integer: the quantizer {self.quantizer} has no integer arithmetic of"
+                " LayerNorm, softmax and residuals; use --quantizer fqvit."
+            )
+        for option, used in (
+            ("--keep-float", self.keep_float),
+            ("--per-channel", self.per_channel),
+        ):
+            if used:
+                raise ConfigError(f"--target integer: {option} would leave tensors in float.")
+        object.__setattr__(self, "arithmetic", "integer")
 
     @property
     def widths(self) -> Bits:

@@ -45,22 +45,33 @@ PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """One compute node: the values it reads as integers, its step and its output's grid."""
+    """One compute node: which of its inputs it reads as integers, its step, and the grids."""
 
     node: ir.Node
     step: Any
-    inputs: tuple[ir.Value, ...]
+    positions: tuple[int, ...]
     read: tuple[Grid, ...]
     made: Grid
+
+    @property
+    def inputs(self) -> tuple[ir.Value, ...]:
+        """The values at ``positions``."""
+        return tuple(v for i in self.positions if (v := self.node.inputs[i]) is not None)
 
 
 @dataclass
 class Plan:
-    """Plans the nodes of one graph, in order. Raises ModelError for what it cannot hold."""
+    """Plans the nodes of one graph, in order.
+
+    ``strict``: raises ModelError for a node that cannot be in integers; else lists it in
+    ``left``.
+    """
 
     model: ir.Model
     specs: Mapping[str, TensorSpec]
     bits: int = MULTIPLIER_BITS
+    strict: bool = True
+    left: list[ir.Node] = field(default_factory=list)
     steps: dict[ir.Node, Planned] = field(default_factory=dict)
     """Compute nodes in graph order."""
     accumulators: dict[ir.Value, tuple[Grid, int]] = field(default_factory=dict)
@@ -70,25 +81,37 @@ class Plan:
     def run(self) -> Plan:
         """Plan every node; returns itself."""
         self.carried = carried_specs(self.model, self.specs)
-        image = image_input(self.model)
-        if str(image.name) not in self.specs:
-            raise ModelError(f"Input '{image.name}': the integer target needs its scale.")
         for node in self.model.graph:
             if is_layout(node) or node.op_type == "Constant":
                 continue
-            plan = self.planner(node)
-            if plan is None:
-                raise refusal(node, "the integer target has no integer form of this op")
-            self.steps[node] = plan(node)
-        for value in self.model.graph.outputs:
-            if str(value.name) not in self.specs:
-                producer = value.producer()
-                raise refusal(producer, f"output '{value.name}' has no scale") if producer else (
-                    ModelError(f"Output '{value.name}' has no scale.")
-                )
+            try:
+                self.steps[node] = self.planned(node)
+            except ModelError:
+                if self.strict:
+                    raise
+                self.left.append(node)
+        if self.strict:
+            self.check_ends()
         return self
 
+    def check_ends(self) -> None:
+        """The image and the outputs must have scales."""
+        image = image_input(self.model)
+        if str(image.name) not in self.specs:
+            raise ModelError(f"Input '{image.name}': the integer target needs its scale.")
+        for value in self.model.graph.outputs:
+            if str(value.name) not in self.specs:
+                raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
+
+    def planned(self, node: ir.Node) -> Planned:
+        """The integer form of a compute node. Raises ModelError where there is none."""
+        planner = self.planner(node)
+        if planner is None:
+            raise refusal(node, "the integer target has no integer form of this op")
+        return planner(node)
+
     def planner(self, node: ir.Node) -> Callable[[ir.Node], Planned] | None:
+        """The method for the node's op."""
         if is_linear(node):
             return self.linear
         if is_product(node):
@@ -190,8 +213,7 @@ class Plan:
     def plan(
         self, node: ir.Node, step: Any, inputs: tuple[int, ...], made: Grid
     ) -> Planned:
-        values = tuple(v for i in inputs if (v := node.inputs[i]) is not None)
-        return Planned(node, step, values, tuple(self.read(node, i) for i in inputs), made)
+        return Planned(node, step, inputs, tuple(self.read(node, i) for i in inputs), made)
 
     def accumulate(
         self, node: ir.Node, made: Grid | None, step: Double, offset: Double, bound: int
