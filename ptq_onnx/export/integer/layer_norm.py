@@ -111,10 +111,12 @@ def emit_root(b: Builder, w: ir.Value) -> ir.Value:
     top = b.cast(b.shift(b.cast(w, U64), b.number(30, U64)), I64)
     sum_ = b.op("Add", [top, b.number(9 << 28)], I64)
     x = b.op("Div", [sum_, b.number(3)], I64)
-    x = b.op("Add", [x, b.number(1)], I64)
+    within = (1 << 30, 35 * (1 << 31) // 32)  # √w and 1/12 more at most
+    x = b.op("Add", [x, b.number(1)], I64, bounds=within)
     for _ in range(STEPS):
         quotient = b.op("Div", [w, x], I64)
-        x = b.op("Div", [b.op("Add", [x, quotient], I64), b.number(2)], I64)
+        total = b.op("Add", [x, quotient], I64)
+        x = b.op("Div", [total, b.number(2)], I64, bounds=within)
     above = b.op("Greater", [b.op("Mul", [x, x], I64), w], ir.DataType.BOOL)
     limits = (1 << 30, (1 << 31) - 1)
     return b.op("Sub", [x, b.cast(above, I64)], I64, bounds=limits)
