@@ -123,10 +123,13 @@ class _Analysis:
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
         self.found: dict[ir.Value, Interval] = {}
+        self.shapes: set[ir.Node] = set()
         self.result = Ranges()
 
     def run(self) -> Ranges:
         for node in self.graph:
+            if not any(v.dtype in (*INTEGERS, ir.DataType.BOOL) for v in node.outputs):
+                continue
             rule = RULES.get(node.op_type)
             claim = node.metadata_props.get(RANGE_KEY)
             interval: Interval | None = None
@@ -146,6 +149,8 @@ class _Analysis:
         self, node: ir.Node, output: ir.Value, interval: Interval | None, claimed: bool
     ) -> None:
         limits = None if output.dtype is None else INTEGERS.get(output.dtype)
+        if node.op_type == "Shape" or self.sizes(node):
+            return  # sizes of tensors, which no hardware computes
         if limits is None:
             if interval is not None:
                 self.found[output] = interval
@@ -169,6 +174,19 @@ class _Analysis:
             interval.most,
             claimed,
         )
+
+    def sizes(self, node: ir.Node) -> bool:
+        """True for layout ops on the sizes of tensors."""
+        if node.op_type not in ("Concat", "Gather", "Slice", "Squeeze", "Unsqueeze"):
+            return False
+        inputs = [v for v in node.inputs if v is not None and v.const_value is None]
+        found = bool(inputs) and all(
+            (p := v.producer()) is not None and (p.op_type == "Shape" or p in self.shapes)
+            for v in inputs
+        )
+        if found:
+            self.shapes.add(node)
+        return found
 
     def fault(self, node: ir.Node, text: str) -> None:
         self.result.overflows.append(Overflow(str(node.name), text))
@@ -231,11 +249,11 @@ class _Analysis:
         x, y = self.pair(node)
         return Interval.of(0, min(x.most, y.most))
 
-    def clip(self, node: ir.Node) -> Interval:
-        x = self.interval(node.inputs[0])
-        low, high = self.interval(node.inputs[1]), self.interval(node.inputs[2])
-        assert x is not None and low is not None and high is not None
-        edges = low.least, high.most
+    def clip(self, node: ir.Node) -> Interval | None:
+        x, low, high = (self.interval(v) for v in (*node.inputs, None, None)[:3])
+        if x is None:
+            return None
+        edges = x.least if low is None else low.least, x.most if high is None else high.most
         return Interval(np.clip(x.low, *edges), np.clip(x.high, *edges))
 
     def maximum(self, node: ir.Node) -> Interval:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx import graph as graphs
-from ptq_onnx.config import AUTO, QuantizeConfig
+from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
@@ -28,6 +28,9 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
 """The images that come with the project, for when none are given."""
+
+SEEN_IMAGES = 2
+"""Images on which the ranges of an integer file's tensors are seen, beside those proved."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,7 @@ class _Run:
     ) -> dict[str, Any]:
         import torch
 
+        from ptq_onnx.export.integer import lower_integer
         from ptq_onnx.export.lowering import lower
         from ptq_onnx.quantizers import make_quantizer
         from ptq_onnx.quantizers.base import Plan
@@ -268,11 +272,16 @@ class _Run:
                 f" skipped, the first: {self.images.skipped[0]}."
             )
         quantized = self.work / "quantized.onnx"
-        lowered = lower(prepared.model, quantizer.specs)
+        if config.target == INTEGER:
+            lowered = lower_integer(prepared.model, quantizer.specs)
+        else:
+            lowered = lower(prepared.model, quantizer.specs)
         graphs.save(lowered, quantized)
         graphs.save(prepared.model, self.work / "fused.onnx")
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
+        if config.target == INTEGER and config.report:
+            report["integer"] = self._integer(quantizer, lowered)
         analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
         pictures: list[tuple[str, Path]] = []
         if config.report:
@@ -380,8 +389,15 @@ class _Run:
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": asdict(found)}, pictures
 
+    def _integer(self, quantizer: Any, lowered: ir.Model) -> dict[str, Any]:
+        """Widths, operations and traffic of an integer file, with ranges seen on images."""
+        from ptq_onnx.analysis.integer_costs import integer_report
+
+        first = next(iter(self.images.batches(SEEN_IMAGES)))
+        return integer_report(self.prepared.model, quantizer.specs, lowered, [first])
+
     def simulator(self, quantizer: Any) -> Any:
-        """The exact simulator, with integer LayerNorm and softmax where asked for."""
+        """The exact simulator, in integer arithmetic where asked for."""
         from ptq_onnx.engine import Simulator
         from ptq_onnx.integer_ops import integer_overrides
 
@@ -389,14 +405,16 @@ class _Run:
         left: list[str] = []
         if self.config.arithmetic == "integer":
             overrides, left = integer_overrides(self.prepared.model, quantizer.specs)
-            self.notes.append(
-                "The analysis simulates integer LayerNorm and softmax; quantized.onnx, as any"
-                " file for onnxruntime, computes them in float between quantized codes."
-            )
+            if self.config.target != INTEGER:
+                self.notes.append(
+                    "The analysis simulates integer arithmetic, that of --target integer;"
+                    " quantized.onnx, as any file for onnxruntime, computes LayerNorm and softmax"
+                    " in float between quantized codes."
+                )
         if left:
             self.notes.append(
-                f"{len(left)} LayerNorm or softmax nodes stay in float arithmetic, because a"
-                f" tensor around them does; the first: {left[0]}."
+                f"{len(left)} ops stay in float arithmetic, because a tensor around them does or"
+                f" they have no integer form; the first: {left[0]}."
             )
         return Simulator(
             self.prepared.model, quantizer, threads=self.config.threads, overrides=overrides

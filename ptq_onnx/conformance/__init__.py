@@ -1,0 +1,1 @@
+"""Checks whether a quantized ONNX file is what a target takes."""
