@@ -143,8 +143,9 @@ def exact(op: Callable[[Any, Any], Any], x: Array, y: Array) -> Array:
     corners = [op(a, b) for a in extremes(x) for b in extremes(y)]
     if fits(min(corners), max(corners), x.dtype):
         return np.asarray(op(x, y), x.dtype)
-    wide = np.asarray(op(x.astype(object), y.astype(object)), object)
-    low, high = (min(wide.ravel()), max(wide.ravel())) if wide.size else (0, 0)
+    wider = object if x.dtype.itemsize > 4 else np.int64
+    wide = np.asarray(op(x.astype(wider), y.astype(wider)))
+    low, high = (int(wide.min()), int(wide.max())) if wide.size else (0, 0)
     if not fits(low, high, x.dtype):
         raise IntegerOverflow(f"[{low}, {high}] does not fit {x.dtype}")
     return np.asarray(wide, x.dtype)
@@ -230,7 +231,9 @@ def conv_integer(inputs: list[Any], attributes: Attributes) -> Array:
         raise ModelError("ConvInteger with padding or groups is not interpreted.")
     rows, columns = attributes.get("strides", [1, 1])
     windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[2:], axis=(2, 3))
-    return as_int32(np.tensordot(windows[:, :, ::rows, ::columns], w, ([1, 4, 5], [1, 2, 3])).transpose(0, 3, 1, 2))
+    patches = windows[:, :, ::rows, ::columns]
+    sums = np.tensordot(patches, w, ([1, 4, 5], [1, 2, 3]))
+    return as_int32(sums.transpose(0, 3, 1, 2))
 
 
 # --- floats at either end ---------------------------------------------------------------

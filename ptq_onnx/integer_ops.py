@@ -16,7 +16,8 @@ import onnx_ir as ir
 import torch
 
 from ptq_onnx.blocks import name_of
-from ptq_onnx.export.integer.plan import Plan, Planned
+from ptq_onnx.export.integer.nodes import make_plan
+from ptq_onnx.export.integer.plan import Planned
 from ptq_onnx.quantizers.uniform import quantize
 from ptq_onnx.sites import image_input
 from ptq_onnx.spec import TensorSpec
@@ -30,7 +31,7 @@ def integer_overrides(
 ) -> tuple[dict[str, Override], list[str]]:
     """The integer arithmetic of every node that has one, by node name, and the names of the
     compute nodes that stay in float, because a tensor around them does."""
-    plan = Plan(model, specs, strict=False).run()
+    plan = make_plan(model, specs, strict=False)
     image = image_input(model)
     found: dict[str, Override] = {
         name_of(node): StepOverride(planned, specs[str(image.name)] if reads(node, image) else None)

@@ -113,9 +113,7 @@ def as_objects(x: Any) -> Bounds:
 
 def integer_ranges(model: ir.Model) -> Ranges:
     """Ranges of all integer tensors of a model in standard ONNX. Floats are left out."""
-    inferred = ir.from_proto(
-        onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
-    )
+    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True))
     return _Analysis(inferred).run()
 
 
@@ -311,7 +309,8 @@ class _Analysis:
         if value is None or value.shape is None:
             return None
         sizes = [value.shape[a] for a in axes]
-        return math.prod(int(s) for s in sizes) if all(isinstance(s, int) for s in sizes) else None
+        known = [s for s in sizes if isinstance(s, int)]
+        return math.prod(known) if len(known) == len(sizes) else None
 
     def product(self, node: ir.Node) -> Interval | None:
         """MatMulInteger and ConvInteger: exact per output where the weight is constant."""

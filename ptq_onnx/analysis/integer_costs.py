@@ -69,9 +69,13 @@ def integer_report(
         raise ModelError(f"Node '{found.node}' may overflow: {found.text}.")
     interpreter = Interpreter(ir.to_proto(file))
     sizes: dict[str, tuple[int, ...]] = {}
+
+    def keep(name: str, value: NDArray[Any]) -> None:
+        sizes[name] = value.shape
+
     for batch in images:
         for image in batch:
-            interpreter.run(image[None], lambda name, value: sizes.setdefault(name, value.shape))
+            interpreter.run(image[None], keep)
     seen = interpreter.ranges
     columns = ["tensor", "op", "type", "low", "high", "bits", "proof", "seen_low", "seen_high"]
     rows = []
@@ -133,14 +137,16 @@ def _powers_of_two(name: str, makers: Mapping[str, onnx.NodeProto]) -> bool:
     while name in makers and makers[name].op_type in ("Cast", "BitwiseAnd", "BitShift"):
         steps.append(makers[name].op_type)
         node = makers[name]
-        name = node.input[1] if node.op_type == "BitShift" and node.input[1] in makers else node.input[0]
+        amount = node.op_type == "BitShift" and node.input[0] not in makers
+        name = node.input[1 if amount else 0]
     return "BitShift" in steps
 
 
 def memory_traffic(fused: ir.Model, specs: Mapping[str, TensorSpec]) -> Traffic:
     """Traffic of the fused graph, for a batch of one.
 
-    A code takes 1 byte (weights too), an accumulator 4, a bias or factor per channel 8.
+    A code takes 1 byte (weights too), an accumulator 4, a bias or factor per channel 8. The
+    scale of QKᵀ is part of the product's requantization: its accumulator is not stored.
     """
     floats, integers = Counter[str](), Counter[str]()
     for node in fused.graph:
@@ -152,7 +158,7 @@ def memory_traffic(fused: ir.Model, specs: Mapping[str, TensorSpec]) -> Traffic:
             count = _elements(value)
             if not is_constant(value):
                 floats["activations"] += 4 * count
-                integers["activations"] += count * (4 if _is_accumulator(value, specs) else 1)
+                integers["activations"] += count * _code_bytes(value, specs)
                 continue
             floats["weights"] += 4 * count
             coded = str(value.name) in specs
@@ -162,14 +168,15 @@ def memory_traffic(fused: ir.Model, specs: Mapping[str, TensorSpec]) -> Traffic:
     )
 
 
-def _is_accumulator(value: ir.Value, specs: Mapping[str, TensorSpec]) -> bool:
-    """True for a product's output that is not quantized before it is read."""
+def _code_bytes(value: ir.Value, specs: Mapping[str, TensorSpec]) -> int:
+    """4 for a product's output that is not quantized before it is read, 0 where a scale alone
+    reads it, else 1."""
     node = value.producer()
-    if node is None or str(value.name) in specs:
-        return False
-    uses = [use.node for use in value.uses()]
-    direct = bool(uses) and not any(is_layout(n) for n in uses)
-    return direct and (is_linear(node) or node.op_type in ("MatMul", "Conv"))
+    product = node is not None and (is_linear(node) or node.op_type in ("MatMul", "Conv"))
+    readers = [use.node for use in value.uses()]
+    if not product or str(value.name) in specs or any(is_layout(n) for n in readers):
+        return 1
+    return 0 if all(reader.op_type in ("Mul", "Div") for reader in readers) else 4
 
 
 def _elements(value: ir.Value) -> int:

@@ -78,4 +78,3 @@ class LogGrid(Grid):
 
     def floats(self, ints: Ints) -> NDArray[Any]:
         return np.where(ints > self.last, 0.0, np.exp2(-ints.astype(np.float64))).astype(np.float32)
-

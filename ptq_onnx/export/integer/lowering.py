@@ -14,6 +14,8 @@ import onnx_ir as ir
 from ptq_onnx.blocks import is_constant, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.export.integer.builder import FLOAT, U8, Builder
+from ptq_onnx.export.integer.fixed_point import MULTIPLIER_BITS
+from ptq_onnx.export.integer.nodes import make_plan
 from ptq_onnx.export.integer.plan import Plan
 from ptq_onnx.quantizers.uniform import quantize
 from ptq_onnx.sites import image_input
@@ -23,9 +25,12 @@ NAME = "{}_quantized"
 """Names of integer tensors, by the name of the fused graph's tensor."""
 
 
-def lower_integer(model: ir.Model, specs: Mapping[str, TensorSpec]) -> ir.Model:
-    """The model in integers. Raises ModelError, naming node and op, for what it cannot hold."""
-    return _Lowering(model, Plan(model, specs).run()).run()
+def lower_integer(
+    model: ir.Model, specs: Mapping[str, TensorSpec], bits: int = MULTIPLIER_BITS
+) -> ir.Model:
+    """The model in integers, its multipliers ``bits`` wide. Raises ModelError, naming node and
+    op, for what it cannot hold."""
+    return _Lowering(model, make_plan(model, specs, bits=bits)).run()
 
 
 class _Lowering:
@@ -120,7 +125,7 @@ class _Lowering:
         )
         for mine, theirs in zip(copy.outputs, node.outputs, strict=True):
             kind = inputs[-1] if node.op_type == "Concat" else inputs[0]
-            dtype = ir.DataType.INT64 if node.op_type == "Shape" else kind and kind.dtype
+            dtype = ir.DataType.INT64 if node.op_type == "Shape" or kind is None else kind.dtype
             mine.name = self.b.unique(NAME.format(theirs.name))
             mine.type = None if dtype is None else ir.TensorType(dtype)
             self.made[theirs] = mine
@@ -151,5 +156,3 @@ class _Lowering:
         if own is not None:
             return own
         return next((spec for _, spec in self.plan.places(node.outputs[0])), None)
-
-

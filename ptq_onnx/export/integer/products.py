@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ptq_onnx.export.integer.builder import I32, U8, Builder
 from ptq_onnx.export.integer.fixed_point import FixedPoint
@@ -117,6 +118,6 @@ def largest_sum(weight: Ints, zero: int, limits: tuple[int, int], axis: int) -> 
     return int(max(abs(int(top.max(initial=0))), abs(int(bottom.min(initial=0)))))
 
 
-def scale_of(x_step: float, weight_scale: Double) -> Double:
+def scale_of(x_step: float, weight_scale: NDArray[np.float32]) -> Double:
     """Real value of one accumulator step, per output."""
     return np.asarray(x_step * weight_scale.astype(np.float64), np.float64)

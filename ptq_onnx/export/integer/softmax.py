@@ -9,13 +9,14 @@ so that all of it is unsigned 32-bit. The grid is made finer by f bits, until it
 which is a^-1 u^-2 exp(-p u) in steps of 2^h, a = 0.35815147. h brings ⌊c/u²⌋ to E bits, E =
 min(22, 29 - ⌈log2 tokens⌉), so that the sum of a row fits.
 
-Bounds. f ≤ 21, so p ≤ 255 · 2^21 < 2^29; ⌊c/u²⌋ < 2.8 · 2^28 < 2^30; r (⌊b/u⌋ - r) ≤ ln2 (b - ln2) 2^28 <
-1.4 · 2^28, so that every product fits uint32; Σe < 2^29, and 2 Σe + e < 2^31 fits int32.
+Bounds. f ≤ 21, so p ≤ 255 · 2^21 < 2^29; ⌊c/u²⌋ < 2.8 · 2^28 < 2^30; r (⌊b/u⌋ - r) ≤ ln2 (b -
+ln2) 2^28 < 1.4 · 2^28, so that every product fits uint32; Σe < 2^29, and 2 Σe + e < 2^31 fits
+int32.
 
 t = round(Σe / e_i) by integer division, and the code is the number of j ≤ L with 2 t ≥ 3 · 2^j:
 ⌊log2 t⌋, one more from t ≥ 1.5 · 2^⌊log2 t⌋ on. Codes 0 … L stand for 2^-code, code L + 1 for
-zero: L = 14 with 4 bits (2^b - 2), E - 2 with 8 (19 for 197 tokens). e_i = 0 gives t = Σe ≥ 2^(E-1), which is
-beyond L.
+zero: L = 14 with 4 bits (2^b - 2), E - 2 with 8 (19 for 197 tokens). e_i = 0 gives t = Σe ≥
+2^(E-1), which is beyond L.
 """
 
 from __future__ import annotations
