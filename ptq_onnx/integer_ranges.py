@@ -9,7 +9,7 @@ node's metadata with the proof in its source; such a claim is taken, and marked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,10 +111,17 @@ def as_objects(x: Any) -> Bounds:
     return np.atleast_1d(np.asarray(x, object))
 
 
-def integer_ranges(model: ir.Model) -> Ranges:
-    """Ranges of all integer tensors of a model in standard ONNX. Floats are left out."""
+def integer_ranges(model: ir.Model, inputs: Mapping[str, tuple[int, int]] | None = None) -> Ranges:
+    """Ranges of all integer tensors of a model in standard ONNX. Floats are left out.
+
+    ``inputs``: ranges of integer inputs by name, narrower than their types.
+    """
     inferred = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True))
-    return _Analysis(inferred).run()
+    analysis = _Analysis(inferred)
+    for value in inferred.graph.inputs:
+        if inputs is not None and value.name in inputs:
+            analysis.found[value] = Interval.of(*inputs[value.name])
+    return analysis.run()
 
 
 class _Analysis:
@@ -298,7 +305,7 @@ class _Analysis:
             return None
         last = [int(a) for a in axes.numpy()] == [-1]
         if last and x.low.ndim and x.low.shape[-1] == x.high.shape[-1] == count:
-            return Interval.of(x.low.sum(axis=-1).min(), x.high.sum(axis=-1).max())
+            return Interval(*(e.sum(axis=-1, keepdims=True) for e in (x.low, x.high)))
         return Interval.of(count * x.least, count * x.most)
 
     def reduce_max(self, node: ir.Node) -> Interval | None:

@@ -85,10 +85,10 @@ def fixed_point(
         largest = np.maximum(largest, np.abs(ratio))
     _, exponent = np.frexp(largest)
     n = np.clip(bits - exponent.astype(np.int64), 0, MAX_SHIFT)
-    # Room for the sum below 2^61: a common shift less where the terms are wide.
+    # Room for the sum below 2^61: a shift less, the same for all, where the terms are wide.
     most = sum(
-        int(bound) * 2.0 ** (bits + 1) * float(np.max(np.abs(r) / np.maximum(largest, 1e-300)))
-        for bound, r in zip(bounds, ratios, strict=True)
+        int(bound) * float(np.max(np.abs(ratio) * np.exp2(n.astype(np.float64)), initial=0))
+        for bound, ratio in zip(bounds, ratios, strict=True)
     )
     n = np.maximum(n - max(int(np.ceil(np.log2(max(most, 1.0)))) - 61, 0), 0)
     unit = np.exp2(n.astype(np.float64))
