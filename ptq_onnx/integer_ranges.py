@@ -8,6 +8,7 @@ node's metadata with the proof in its source; such a claim is taken, and marked.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -108,7 +109,9 @@ class Interval:
 
 
 def as_objects(x: Any) -> Bounds:
-    return np.atleast_1d(np.asarray(x, object))
+    """Python integers, which cannot overflow, of numbers or arrays."""
+    array = np.asarray(x)
+    return np.atleast_1d(array if array.dtype == object else array.astype(object))
 
 
 def integer_ranges(model: ir.Model, inputs: Mapping[str, tuple[int, int]] | None = None) -> Ranges:
@@ -116,12 +119,21 @@ def integer_ranges(model: ir.Model, inputs: Mapping[str, tuple[int, int]] | None
 
     ``inputs``: ranges of integer inputs by name, narrower than their types.
     """
-    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True))
+    inferred = with_types(model)
     analysis = _Analysis(inferred)
     for value in inferred.graph.inputs:
-        if inputs is not None and value.name in inputs:
-            analysis.found[value] = Interval.of(*inputs[value.name])
+        limits = (inputs or {}).get(str(value.name))
+        if limits is not None:
+            analysis.found[value] = Interval.of(*limits)
     return analysis.run()
+
+
+def with_types(model: ir.Model) -> ir.Model:
+    """A copy with inferred types and shapes; with those that it has, where an op is unknown."""
+    proto = ir.to_proto(model)
+    with contextlib.suppress(onnx.shape_inference.InferenceError):
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    return ir.from_proto(proto)
 
 
 class _Analysis:

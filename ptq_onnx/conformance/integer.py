@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-import onnx
 import onnx_ir as ir
 
 from ptq_onnx.blocks import consumers, is_constant, name_of
 from ptq_onnx.conformance.violation import Violation
-from ptq_onnx.integer_ranges import INTEGERS, Ranges, integer_ranges
+from ptq_onnx.integer_ranges import INTEGERS, Ranges, integer_ranges, with_types
 
 FLOATS = frozenset(
     [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE]
@@ -40,8 +39,7 @@ def model_of(subject: ir.Model | Subject) -> ir.Model:
 
 def typed(subject: ir.Model | Subject) -> ir.Graph:
     """The graph with the types of all tensors, inferred where the file leaves them out."""
-    proto = ir.to_proto(model_of(subject))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto)).graph
+    return with_types(model_of(subject)).graph
 
 
 def no_float_inside(subject: ir.Model | Subject) -> Iterator[Violation]:
