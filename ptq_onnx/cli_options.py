@@ -112,7 +112,7 @@ Arithmetic = Annotated[
         "--arithmetic",
         "NAME",
         DEFAULT.arithmetic,
-        "fqvit: float or integer, inside LayerNorm and softmax of the simulation.",
+        "fqvit: float, or integer as --target integer computes, in the simulation.",
     ),
 ]
 Target = Annotated[

@@ -355,7 +355,7 @@ class _Run:
                 }
                 for tensor, spec in quantizer.specs.items()
             ],
-            "floats": _floats(prepared, quantizer),
+            "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
             "sizes": {
                 "float": (self.work / "fused.onnx").stat().st_size,
                 "quantized": (self.work / "quantized.onnx").stat().st_size,
@@ -544,17 +544,32 @@ class _Run:
         (self.work / "report.html").write_text(page, encoding="utf-8")
 
 
-def _floats(prepared: Prepared, quantizer: Any) -> list[dict[str, Any]]:
-    """Every tensor that stays in float, with the reason."""
+BIAS, GAMMA, BETA = "bias", "gamma", "beta"
+REASONS = {
+    False: {
+        BIAS: "bias: float here, int32 at scale s_x·s_w on integer hardware",
+        GAMMA: "LayerNorm γ: folded into integer M/2^N on integer hardware",
+        BETA: "LayerNorm β: folded into an integer offset on integer hardware",
+    },
+    True: {
+        BIAS: "bias: in the integer constant of the requantization",
+        GAMMA: "LayerNorm γ: in the integer multipliers of the requantization",
+        BETA: "LayerNorm β: in the integer constant of the requantization",
+    },
+}
+"""Why parameters have no codes: for files with float arithmetic, and for integer files."""
+
+
+def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
+    """Every tensor without codes, with the reason."""
     listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
     for node in prepared.model.graph:
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
         reasons: list[tuple[int, str]] = []
         if node.op_type in ("Linear", "Conv"):
-            reasons = [(2, "bias: float here, int32 at scale s_x·s_w on integer hardware")]
+            reasons = [(2, why[BIAS])]
         elif node.op_type == "LayerNormalization":
-            reasons = [(1, "LayerNorm γ: folded into integer M/2^N on integer hardware")]
-            reasons.append((2, "LayerNorm β: folded into an integer offset on integer hardware"))
+            reasons = [(1, why[GAMMA]), (2, why[BETA])]
         for index, reason in reasons:
             value = node.inputs[index] if len(node.inputs) > index else None
             if value is not None and value.name:
