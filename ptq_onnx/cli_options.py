@@ -115,6 +115,15 @@ Arithmetic = Annotated[
         "fqvit: float, or integer as --target integer computes, in the simulation.",
     ),
 ]
+MultiplierBits = Annotated[
+    int | None,
+    option(
+        "--multiplier-bits",
+        "N",
+        DEFAULT.multiplier_bits,
+        "Integer arithmetic: width of the fixed-point multipliers, 4 to 31.",
+    ),
+]
 Target = Annotated[
     str | None,
     option("--target", "NAME", DEFAULT.target, f"What the file is for: {', '.join(TARGETS)}."),

@@ -95,7 +95,8 @@ class QuantizeConfig:
 
     ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
     as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
-    blocks with the widest channel ranges). ``attention_blocks`` are drawn; none: the last.
+    blocks with the widest channel ranges). ``multiplier_bits``: of the fixed-point multipliers in
+    integer arithmetic. ``attention_blocks`` are drawn; none: the last.
     ``mean`` … ``interpolation`` None: those of
     ``preprocess``, which None means: the model's own, else imagenet. The target ``integer``
     makes ``arithmetic`` integer too.
@@ -118,6 +119,7 @@ class QuantizeConfig:
     ptf_k: int | None = None
     lis: bool = True
     arithmetic: Literal["float", "integer"] = "float"
+    multiplier_bits: int = 31
     target: str = "onnxruntime"
     opset: int = 21
     report: bool = True
@@ -154,6 +156,9 @@ class QuantizeConfig:
             )
         if self.target == INTEGER:
             self._check_integer()
+        width = self.multiplier_bits
+        if isinstance(width, bool) or not isinstance(width, int) or not 4 <= width <= 31:
+            raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")
         for block in self.attention_blocks:
             _at_least("attention_blocks", block, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
@@ -163,6 +168,7 @@ class QuantizeConfig:
             ("--ptf-k", self.ptf_k is not None, ("fqvit", "deploy")),
             ("--no-lis", not self.lis, ("fqvit",)),
             ("--arithmetic integer", self.arithmetic == "integer", ("fqvit",)),
+            ("--multiplier-bits", self.multiplier_bits != 31, ("fqvit",)),
         ):
             if used and self.quantizer not in owners:
                 raise ConfigError(

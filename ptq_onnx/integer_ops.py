@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 
 from ptq_onnx.blocks import name_of
+from ptq_onnx.export.integer.fixed_point import MULTIPLIER_BITS
 from ptq_onnx.export.integer.nodes import make_plan
 from ptq_onnx.export.integer.plan import Planned
 from ptq_onnx.quantizers.uniform import quantize
@@ -27,14 +28,17 @@ Override = Callable[[list[Tensor]], Tensor]
 
 
 def integer_overrides(
-    model: ir.Model, specs: Mapping[str, TensorSpec]
+    model: ir.Model, specs: Mapping[str, TensorSpec], bits: int = MULTIPLIER_BITS
 ) -> tuple[dict[str, Override], list[str]]:
     """The integer arithmetic of every node that has one, by node name, and the names of the
-    compute nodes that stay in float, because a tensor around them does."""
-    plan = make_plan(model, specs, strict=False)
+    compute nodes that stay in float, because a tensor around them does. ``bits``: width of the
+    fixed-point multipliers."""
+    plan = make_plan(model, specs, strict=False, bits=bits)
     image = image_input(model)
     found: dict[str, Override] = {
-        name_of(node): StepOverride(planned, specs[str(image.name)] if reads(node, image) else None)
+        name_of(node): StepOverride(
+            planned, specs.get(str(image.name)) if reads(node, image) else None
+        )
         for node, planned in plan.steps.items()
     }
     return found, [name_of(node) for node in plan.left]

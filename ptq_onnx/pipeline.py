@@ -273,7 +273,7 @@ class _Run:
             )
         quantized = self.work / "quantized.onnx"
         if config.target == INTEGER:
-            lowered = lower_integer(prepared.model, quantizer.specs)
+            lowered = lower_integer(prepared.model, quantizer.specs, config.multiplier_bits)
         else:
             lowered = lower(prepared.model, quantizer.specs)
         graphs.save(lowered, quantized)
@@ -404,7 +404,8 @@ class _Run:
         overrides: dict[str, Any] = {}
         left: list[str] = []
         if self.config.arithmetic == "integer":
-            overrides, left = integer_overrides(self.prepared.model, quantizer.specs)
+            width = self.config.multiplier_bits
+            overrides, left = integer_overrides(self.prepared.model, quantizer.specs, width)
             if self.config.target != INTEGER:
                 self.notes.append(
                     "The analysis simulates integer arithmetic, that of --target integer;"

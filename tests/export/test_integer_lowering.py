@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from prepared_models import DIGITS, decibels, images, prepared, quantized
+from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
 
 from ptq_onnx import graph as graphs
@@ -20,10 +21,12 @@ from ptq_onnx.engine import Simulator
 from ptq_onnx.errors import ModelError
 from ptq_onnx.export.integer import lower_integer
 from ptq_onnx.export.lowering import lower
+from ptq_onnx.fusion import fuse
 from ptq_onnx.images import Preprocess, open_images
 from ptq_onnx.integer_interpreter import Interpreter, differing_tensors
 from ptq_onnx.integer_ops import integer_overrides
 from ptq_onnx.integer_ranges import integer_ranges
+from ptq_onnx.preparation import prepare
 from ptq_onnx.quantizers import make_quantizer
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.sites import find_sites
@@ -99,6 +102,56 @@ def test_fewer_multiplier_bits_cost_accuracy_and_nothing_else() -> None:
     assert found[0] < found[1] - 3
 
 
+@pytest.mark.parametrize("opset", [22, 23])
+def test_other_opsets(opset: int) -> None:
+    found = prepare(DIGITS, opset)
+    specs = quantized(target="integer").specs
+    file = lower_integer(found.model, specs)
+    assert violations(file) == []
+    batch = images()[:2]
+    np.testing.assert_array_equal(
+        run(file, batch), run(lower_integer(prepared(DIGITS).model, specs), batch)
+    )
+
+
+def patches_by_reshape() -> ir.Model:
+    """Patches cut out of the image by layout ops, embedded by a linear, then norm and head."""
+    g = SmallGraph(("batch", 1, 4, 4))
+    x = g("Reshape", "x", np.array([0, 2, 2, 2, 2]))
+    x = g("Reshape", g("Transpose", x, perm=[0, 1, 3, 2, 4]), np.array([0, 4, 4]))
+    x = g("Add", g("MatMul", x, sample(4, 8, seed=1)), sample(8, seed=2))
+    x = g("LayerNormalization", x, np.ones(8), np.zeros(8), axis=-1)
+    x = g("ReduceMean", x, np.array([1]), keepdims=0)
+    model = g.model(g("Add", g("MatMul", x, sample(8, 3, seed=3)), sample(3, seed=4)))
+    fuse(model)
+    return model
+
+
+def test_an_image_is_quantized_before_layout_ops() -> None:
+    model = patches_by_reshape()
+    rng = np.random.default_rng(0)
+    batch = rng.normal(0, 1, (8, 1, 4, 4)).astype(np.float32)
+    quantizer = calibrated(model, [batch])
+    file = lower_integer(model, quantizer.specs)
+    assert violations(file) == []
+    assert next(iter(file.graph)).op_type == "QuantizeLinear"
+    overrides, left = integer_overrides(model, quantizer.specs)
+    assert left == []
+    name = str(model.graph.outputs[0].name)
+    simulated = Simulator(model, quantizer, overrides=overrides).run(batch)[name]
+    np.testing.assert_array_equal(run(file, batch), simulated)
+    assert decibels(run(file, batch), run(model, batch)) > 30
+
+
+def test_the_width_of_multipliers_is_that_of_the_simulator() -> None:
+    model, quantizer = prepared(DIGITS).model, quantized(target="integer")
+    batch = images()[:2]
+    overrides, _ = integer_overrides(model, quantizer.specs, 8)
+    simulated = Simulator(model, quantizer, overrides=overrides).run(batch)["logits"]
+    np.testing.assert_array_equal(run(lower_integer(model, quantizer.specs, 8), batch), simulated)
+    assert not np.array_equal(run(lower_integer(model, quantizer.specs), batch), simulated)
+
+
 def test_a_batch_gives_what_its_images_give() -> None:
     file = lower_integer(prepared(DIGITS).model, quantized(target="integer").specs)
     batch = images()[:4]
@@ -109,16 +162,17 @@ def test_a_batch_gives_what_its_images_give() -> None:
 # --- other structures, and what is refused ----------------------------------------------
 
 
-def calibrated(model: ir.Model, **options: object) -> SiteQuantizer:
-    """A quantizer of a small transformer, whose input is [batch, 6, 8]."""
+def calibrated(model: ir.Model, batches: list[np.ndarray] | None = None) -> SiteQuantizer:
+    """A quantizer of a small model; by default of one whose input is [batch, 6, 8]."""
     import torch
 
     blocks = find_blocks(model)
-    config = QuantizeConfig(target="integer", threads=1, **options)
+    config = QuantizeConfig(target="integer", threads=1)
     quantizer = make_quantizer(_plan(model, blocks, config))
     rng = np.random.default_rng(0)
-    batches = [rng.normal(0, 1, (8, 6, 8)).astype(np.float32) for _ in range(2)]
-    quantizer.run(torch.zeros(1, 6, 8), batches)
+    if batches is None:
+        batches = [rng.normal(0, 1, (8, 6, 8)).astype(np.float32) for _ in range(2)]
+    quantizer.run(torch.zeros(1, *batches[0].shape[1:]), batches)
     return quantizer
 
 
@@ -137,6 +191,7 @@ def _plan(model: ir.Model, blocks: object, config: QuantizeConfig) -> Plan:
         Choices(activation="Relu"),
         Choices(norms=False),
         Choices(packed=False, norms=False, mlp=False),
+        Choices(pool=True),
     ],
     ids=str,
 )

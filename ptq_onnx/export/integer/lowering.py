@@ -49,7 +49,7 @@ class _Lowering:
         self.b.unique(str(image.name))
         for output in graph.outputs:
             self.b.unique(str(output.name))
-        self.made[image] = self.quantized(source, self.plan.specs[str(image.name)])
+        self.made[image] = self.quantized(source, self.plan.image_spec())
         self.image, self.source = image, source
         for node in graph:
             self.b.prefix = name_of(node)
@@ -87,21 +87,16 @@ class _Lowering:
         return self.b.op("Clip", [codes, self.b.number(low, U8), self.b.number(high, U8)], U8)
 
     def dequantized(self, value: ir.Value) -> ir.Value:
-        """The logits: codes times their scale."""
+        """The logits: codes times their scale, and their factor where they have one."""
         spec = self.plan.specs[str(value.name)]
-        if spec.factor is not None:
-            raise ModelError(f"Output '{value.name}': one scale is needed, it has a factor.")
         scale = self.b.constant(np.asarray(spec.scale, np.float32), f"{value.name}_scale")
         zero = self.b.number(spec.zero_point, U8)
-        node = ir.node(
-            "DequantizeLinear",
-            [self.made[value], scale, zero],
-            name=self.b.unique(f"{value.name}_dequantize"),
-            num_outputs=1,
-        )
-        output = node.outputs[0]
-        output.name, output.shape, output.type = value.name, value.shape, ir.TensorType(FLOAT)
-        self.b.nodes.append(node)
+        self.b.prefix = str(value.name)
+        output = self.b.op("DequantizeLinear", [self.made[value], scale, zero], FLOAT)
+        if spec.factor is not None:
+            factor = self.b.constant(spec.factor, f"{value.name}_factor")
+            output = self.b.op("Mul", [output, factor], FLOAT)
+        output.name, output.shape = value.name, value.shape
         return output
 
     def compute(self, node: ir.Node) -> None:

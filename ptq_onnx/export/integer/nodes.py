@@ -26,7 +26,6 @@ from ptq_onnx.export.integer.products import (
     scale_of,
 )
 from ptq_onnx.export.integer.softmax import SoftmaxStep
-from ptq_onnx.sites import image_input
 from ptq_onnx.spec import TensorSpec
 
 Planner = Callable[[Plan, ir.Node], Planned]
@@ -58,10 +57,10 @@ def make_plan(
                 raise
             plan.left.append(node)
     if strict:
-        ends = [("Input", image_input(model)), *(("Output", v) for v in model.graph.outputs)]
-        for end, value in ends:
+        plan.image_spec()
+        for value in model.graph.outputs:
             if str(value.name) not in specs:
-                raise ModelError(f"{end} '{value.name}': the integer target needs its scale.")
+                raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
     return plan
 
 

@@ -24,6 +24,7 @@ from ptq_onnx.export.integer.products import WEIGHT_ZERO
 from ptq_onnx.kernels import carried_specs
 from ptq_onnx.layout import layout_indices
 from ptq_onnx.quantizers.uniform import quantize
+from ptq_onnx.sites import image_input
 from ptq_onnx.spec import TensorSpec
 
 PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
@@ -63,6 +64,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.carried = carried_specs(self.model, self.specs)
+
+    def image_spec(self) -> TensorSpec:
+        """How the image is quantized: its own spec, or that of the one place where layout ops
+        bring it (patches cut by Reshape). Raises ModelError."""
+        image = image_input(self.model)
+        found = [self.specs[str(image.name)]] if str(image.name) in self.specs else []
+        found = found or [spec for _, spec in self.places(image)]
+        if len(found) != 1 or found[0].factor is not None:
+            raise ModelError(f"Input '{image.name}': the integer target needs one scale for it.")
+        return found[0]
 
     def spec_of(self, value: ir.Value) -> TensorSpec | None:
         """The spec of a tensor that a compute node reads, its own or carried by layout ops."""
