@@ -251,7 +251,6 @@ class _Run:
     ) -> dict[str, Any]:
         import torch
 
-        from ptq_onnx.export.integer import lower_integer
         from ptq_onnx.export.lowering import lower
         from ptq_onnx.quantizers import make_quantizer
         from ptq_onnx.quantizers.base import Plan
@@ -273,7 +272,7 @@ class _Run:
             )
         quantized = self.work / "quantized.onnx"
         if config.target == INTEGER:
-            lowered = lower_integer(prepared.model, quantizer.specs, config.multiplier_bits)
+            lowered = self._lower_integer(quantizer)
         else:
             lowered = lower(prepared.model, quantizer.specs)
         graphs.save(lowered, quantized)
@@ -388,6 +387,18 @@ class _Run:
         if config.pictures and prepared.blocks.count:
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": asdict(found)}, pictures
+
+    def _lower_integer(self, quantizer: Any) -> ir.Model:
+        """The integer file, checked against its own rules. Raises ModelError."""
+        from ptq_onnx.conformance.integer import violations
+        from ptq_onnx.export.integer import lower_integer
+
+        width = self.config.multiplier_bits
+        lowered = lower_integer(self.prepared.model, quantizer.specs, width)
+        broken = violations(lowered)
+        if broken:
+            raise ModelError(f"Node '{broken[0].node}' ({broken[0].rule}): {broken[0].text}")
+        return lowered
 
     def _integer(self, quantizer: Any, lowered: ir.Model) -> dict[str, Any]:
         """Widths, operations and traffic of an integer file, with ranges seen on images."""
