@@ -78,6 +78,7 @@ def quantize(
     ptf_k: o.PtfK = None,
     lis: o.Lis = None,
     arithmetic: o.Arithmetic = None,
+    multiplier_bits: o.MultiplierBits = None,
     target: o.Target = None,
     opset: o.Opset = None,
     report: o.Report = None,

@@ -117,7 +117,16 @@ Arithmetic = Annotated[
         "--arithmetic",
         "NAME",
         DEFAULT.arithmetic,
-        "fqvit: float or integer, inside LayerNorm and softmax of the simulation.",
+        "fqvit: float, or integer as --target integer computes, in the simulation.",
+    ),
+]
+MultiplierBits = Annotated[
+    int | None,
+    option(
+        "--multiplier-bits",
+        "N",
+        DEFAULT.multiplier_bits,
+        "Integer arithmetic: width of the fixed-point multipliers, 4 to 31.",
     ),
 ]
 Target = Annotated[

@@ -14,7 +14,8 @@ from ptq_onnx.errors import ConfigError
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
-TARGETS = ("onnxruntime",)
+TARGETS = ("onnxruntime", "integer")
+INTEGER = "integer"
 OPSETS = range(21, 24)
 ALL = "all"
 AUTO = "auto"
@@ -94,9 +95,11 @@ class QuantizeConfig:
 
     ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
     as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
-    blocks with the widest channel ranges). ``attention_blocks`` are drawn; none: the last.
+    blocks with the widest channel ranges). ``multiplier_bits``: of the fixed-point multipliers in
+    integer arithmetic. ``attention_blocks`` are drawn; none: the last.
     ``mean`` … ``interpolation`` None: those of
-    ``preprocess``, which None means: the model's own, else imagenet.
+    ``preprocess``, which None means: the model's own, else imagenet. The target ``integer``
+    makes ``arithmetic`` integer too.
     """
 
     quantizer: str = "fqvit"
@@ -120,6 +123,7 @@ class QuantizeConfig:
     bias_correction: bool = True
     rounding: str = "nearest"
     arithmetic: Literal["float", "integer"] = "float"
+    multiplier_bits: int = 31
     target: str = "onnxruntime"
     opset: int = 21
     report: bool = True
@@ -152,8 +156,13 @@ class QuantizeConfig:
         _at_least("threads", self.threads, 0)
         if self.opset not in OPSETS:
             raise ConfigError(
-                f"--opset {self.opset}: onnxruntime targets take {OPSETS[0]} to {OPSETS[-1]}."
+                f"--opset {self.opset}: the targets take {OPSETS[0]} to {OPSETS[-1]}."
             )
+        if self.target == INTEGER:
+            self._check_integer()
+        width = self.multiplier_bits
+        if isinstance(width, bool) or not isinstance(width, int) or not 4 <= width <= 31:
+            raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")
         for block in self.attention_blocks:
             _at_least("attention_blocks", block, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
@@ -163,6 +172,7 @@ class QuantizeConfig:
             ("--ptf-k", self.ptf_k is not None, ("fqvit", "deploy")),
             ("--no-lis", not self.lis, ("fqvit",)),
             ("--arithmetic integer", self.arithmetic == "integer", ("fqvit",)),
+            ("--multiplier-bits", self.multiplier_bits != 31, ("fqvit",)),
         ):
             if used and self.quantizer not in owners:
                 raise ConfigError(
@@ -176,6 +186,22 @@ class QuantizeConfig:
                 Selector.parse(text)
         if AUTO in self.keep_float:
             raise ConfigError("--keep-float takes roles; 'auto' is known to --per-channel only.")
+
+    def _check_integer(self) -> None:
+        """The target integer takes fqvit alone, which quantizes every tensor. Its arithmetic
+        is integer."""
+        if self.quantizer != "fqvit":
+            raise ConfigError(
+                f"--target integer: the quantizer {self.quantizer} has no integer arithmetic of"
+                " LayerNorm, softmax and residuals; use --quantizer fqvit."
+            )
+        for option, used in (
+            ("--keep-float", self.keep_float),
+            ("--per-channel", self.per_channel),
+        ):
+            if used:
+                raise ConfigError(f"--target integer: {option} would leave tensors in float.")
+        object.__setattr__(self, "arithmetic", "integer")
 
     @property
     def widths(self) -> Bits:

@@ -394,8 +394,8 @@ class Simulator:
 
     ``exact`` computes what the exported file computes in ONNX Runtime, to the last bit;
     ``torch`` is PPQ's fake quantization, on a CPU or with CUDA. ``overrides`` replaces the
-    arithmetic of single nodes (integer LayerNorm and softmax): name → function of the
-    inputs that returns the output, quantized.
+    arithmetic of single nodes (integers, see integer_ops.py): name → function of the inputs
+    that returns the output, quantized.
     """
 
     def __init__(
@@ -451,7 +451,7 @@ class Simulator:
         names = [self._origin.get(v.name, v.name) for v in operation.inputs]
         wanted = set(self._kernels.inputs(operation.name))
         feeds = {
-            name: value.detach().cpu().numpy()
+            name: _single_precision(value).detach().cpu().numpy()
             for name, value in zip(names, values, strict=True)
             if name in wanted
         }
@@ -508,6 +508,11 @@ class Simulator:
             inputs={feed: torch.from_numpy(np.ascontiguousarray(batch)).to(self._device)},
             hooks=hooks,
         )
+
+
+def _single_precision(value: torch.Tensor) -> torch.Tensor:
+    """Float32 of an accumulator of integer arithmetic, which comes in float64."""
+    return value.float() if value.dtype == torch.float64 else value
 
 
 class _Catch(RuntimeHook):  # type: ignore[misc]

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
-from ptq_onnx.config import AUTO, QuantizeConfig
+from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
@@ -29,6 +29,9 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
 """The images that come with the project, for when none are given."""
+
+SEEN_IMAGES = 2
+"""Images on which the ranges of an integer file's tensors are seen, beside those proved."""
 
 
 @dataclass(frozen=True)
@@ -278,12 +281,17 @@ class _Run:
                 f" skipped, the first: {self.images.skipped[0]}."
             )
         quantized = self.work / "quantized.onnx"
-        lowered = lower(prepared.model, quantizer.specs)
+        if config.target == INTEGER:
+            lowered = self._lower_integer(quantizer)
+        else:
+            lowered = lower(prepared.model, quantizer.specs)
         graphs.save(lowered, quantized)
         graphs.save(prepared.model, self.work / "fused.onnx")
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
         report["preprocess_check"] = None if checked is None else asdict(checked)
+        if config.target == INTEGER and config.report:
+            report["integer"] = self._integer(quantizer, lowered)
         analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
         pictures: list[tuple[str, Path]] = []
         if config.report:
@@ -386,7 +394,7 @@ class _Run:
                 }
                 for tensor, spec in quantizer.specs.items()
             ],
-            "floats": _floats(prepared, quantizer),
+            "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
             "sizes": {
                 "float": (self.work / "fused.onnx").stat().st_size,
                 "quantized": (self.work / "quantized.onnx").stat().st_size,
@@ -420,23 +428,45 @@ class _Run:
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": asdict(found)}, pictures
 
+    def _lower_integer(self, quantizer: Any) -> ir.Model:
+        """The integer file, checked against its own rules. Raises ModelError."""
+        from ptq_onnx.conformance.integer import violations
+        from ptq_onnx.export.integer import lower_integer
+
+        width = self.config.multiplier_bits
+        lowered = lower_integer(self.prepared.model, quantizer.specs, width)
+        broken = violations(lowered)
+        if broken:
+            raise ModelError(f"Node '{broken[0].node}' ({broken[0].rule}): {broken[0].text}")
+        return lowered
+
+    def _integer(self, quantizer: Any, lowered: ir.Model) -> dict[str, Any]:
+        """Widths, operations and traffic of an integer file, with ranges seen on images."""
+        from ptq_onnx.analysis.integer_costs import integer_report
+
+        first = next(iter(self.images.batches(SEEN_IMAGES)))
+        return integer_report(self.prepared.model, quantizer.specs, lowered, [first])
+
     def simulator(self, quantizer: Any) -> Any:
-        """The exact simulator, with integer LayerNorm and softmax where asked for."""
+        """The exact simulator, in integer arithmetic where asked for."""
         from ptq_onnx.engine import Simulator
         from ptq_onnx.integer_ops import integer_overrides
 
         overrides: dict[str, Any] = {}
         left: list[str] = []
         if self.config.arithmetic == "integer":
-            overrides, left = integer_overrides(self.prepared.model, quantizer.specs)
-            self.notes.append(
-                "The analysis simulates integer LayerNorm and softmax; quantized.onnx, as any"
-                " file for onnxruntime, computes them in float between quantized codes."
-            )
+            width = self.config.multiplier_bits
+            overrides, left = integer_overrides(self.prepared.model, quantizer.specs, width)
+            if self.config.target != INTEGER:
+                self.notes.append(
+                    "The analysis simulates integer arithmetic, that of --target integer;"
+                    " quantized.onnx, as any file for onnxruntime, computes LayerNorm and softmax"
+                    " in float between quantized codes."
+                )
         if left:
             self.notes.append(
-                f"{len(left)} LayerNorm or softmax nodes stay in float arithmetic, because a"
-                f" tensor around them does; the first: {left[0]}."
+                f"{len(left)} ops stay in float arithmetic, because a tensor around them does or"
+                f" they have no integer form; the first: {left[0]}."
             )
         return Simulator(
             self.prepared.model, quantizer, threads=self.config.threads, overrides=overrides
@@ -566,17 +596,32 @@ class _Run:
         (self.work / "report.html").write_text(page, encoding="utf-8")
 
 
-def _floats(prepared: Prepared, quantizer: Any) -> list[dict[str, Any]]:
-    """Every tensor that stays in float, with the reason."""
+BIAS, GAMMA, BETA = "bias", "gamma", "beta"
+REASONS = {
+    False: {
+        BIAS: "bias: float here, int32 at scale s_x·s_w on integer hardware",
+        GAMMA: "LayerNorm γ: folded into integer M/2^N on integer hardware",
+        BETA: "LayerNorm β: folded into an integer offset on integer hardware",
+    },
+    True: {
+        BIAS: "bias: in the integer constant of the requantization",
+        GAMMA: "LayerNorm γ: in the integer multipliers of the requantization",
+        BETA: "LayerNorm β: in the integer constant of the requantization",
+    },
+}
+"""Why parameters have no codes: for files with float arithmetic, and for integer files."""
+
+
+def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
+    """Every tensor without codes, with the reason."""
     listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
     for node in prepared.model.graph:
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
         reasons: list[tuple[int, str]] = []
         if node.op_type in ("Linear", "Conv"):
-            reasons = [(2, "bias: float here, int32 at scale s_x·s_w on integer hardware")]
+            reasons = [(2, why[BIAS])]
         elif node.op_type == "LayerNormalization":
-            reasons = [(1, "LayerNorm γ: folded into integer M/2^N on integer hardware")]
-            reasons.append((2, "LayerNorm β: folded into an integer offset on integer hardware"))
+            reasons = [(1, why[GAMMA]), (2, why[BETA])]
         for index, reason in reasons:
             value = node.inputs[index] if len(node.inputs) > index else None
             if value is not None and value.name:

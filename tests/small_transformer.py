@@ -25,6 +25,8 @@ class Choices:
     activation: str = "Gelu"
     norms: bool = True
     mlp: bool = True
+    pool: bool = False
+    """The mean over the tokens, not the first, before the head."""
 
 
 def transformer(choices: Choices, blocks: int = 1) -> ir.Model:
@@ -34,7 +36,10 @@ def transformer(choices: Choices, blocks: int = 1) -> ir.Model:
     for index in range(blocks):
         x = _block(g, x, choices, 10 * index)
     x = _norm(g, x)
-    token = g("Gather", x, np.array(0), axis=1)
+    if choices.pool:
+        token = g("ReduceMean", x, np.array([1]), keepdims=0)
+    else:
+        token = g("Gather", x, np.array(0), axis=1)
     model = g.model(_linear(g, token, WIDTH, 4, 99))
     fuse(model)
     return model

@@ -173,8 +173,8 @@ def test_every_option_reaches_the_config(command: Command, given_options: dict[s
         " --method omse --images 9 --batch 3 --mean 0.1,0.2,0.3 --std 1,2,3 --size 24x32"
         " --preprocess inception --crop-pct 0.9 --interpolation bilinear --keep-float fc1"
         " --keep-float fc2@1-2 --per-channel auto --per-channel norm1 --ptf-k 5 --no-lis"
-        " --arithmetic integer --target onnxruntime --opset 22 --no-report --no-pictures"
-        " --analysis-images 4 --threads 1 --no-check-preprocess"
+        " --arithmetic integer --multiplier-bits 16 --target onnxruntime --opset 22"
+        " --no-report --no-pictures --analysis-images 4 --threads 1 --no-check-preprocess"
     )
     command("quantize", MODEL, *words.split())
     config = given_options.pop("config")
@@ -196,6 +196,7 @@ def test_every_option_reaches_the_config(command: Command, given_options: dict[s
         ptf_k=5,
         lis=False,
         arithmetic="integer",
+        multiplier_bits=16,
         opset=22,
         report=False,
         pictures=False,
@@ -258,6 +259,8 @@ def test_defaults_are_those_of_the_config(command: Command, given_options: dict[
         (("--ptf-k", "99"), "0 to 12"),
         (("--quantizer", "vanilla", "--no-lis"), "fqvit"),
         (("--opset", "9"), "21 to 23"),
+        (("--multiplier-bits", "32"), "from 4 to 31"),
+        (("--target", "integer", "--quantizer", "deploy"), "use --quantizer fqvit"),
         (("--config", "nix.yaml"), "nix.yaml"),
         (("--scales", "nix.json", *QUICK), "nix.json"),
         (("--calib", "nix"), "'nix' does not exist"),

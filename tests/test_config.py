@@ -121,6 +121,13 @@ def test_what_selectors_match() -> None:
         ({"quantizer": "vanilla", "ptf_k": 0}, "--ptf-k belongs to"),
         ({"quantizer": "channelwise", "lis": False}, "--no-lis belongs to"),
         ({"quantizer": "channelwise", "arithmetic": "integer"}, "--arithmetic integer belongs to"),
+        ({"quantizer": "vanilla", "target": "integer"}, "use --quantizer fqvit"),
+        ({"quantizer": "deploy", "target": "integer"}, "has no integer arithmetic"),
+        ({"multiplier_bits": 3}, "--multiplier-bits 3: must be from 4 to 31"),
+        ({"multiplier_bits": True}, "--multiplier-bits True"),
+        ({"quantizer": "vanilla", "multiplier_bits": 16}, "--multiplier-bits belongs to"),
+        ({"target": "integer", "keep_float": ("fc2",)}, "--keep-float would leave tensors"),
+        ({"target": "integer", "per_channel": ("fc2",)}, "--per-channel would leave tensors"),
     ],
 )
 def test_refused_options(options: dict[str, Any], message: str) -> None:
@@ -128,6 +135,11 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
         QuantizeConfig(**options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_target_integer_computes_in_integers() -> None:
+    assert QuantizeConfig(target="integer").arithmetic == "integer"
+    assert QuantizeConfig().arithmetic == "float"
 
 
 def test_methods_in_force() -> None:

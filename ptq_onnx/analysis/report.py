@@ -36,6 +36,10 @@ ARITHMETIC = {
         "integer: LayerNorm and softmax compute in integers in the error analysis below;"
         " the written file computes them in float between codes"
     ),
+    "integer file": (
+        "integer: every op between the image's codes and the scale of the logits computes in"
+        " integers, in the written file and, to the bit, in the error analysis below"
+    ),
 }
 
 
@@ -58,7 +62,7 @@ def render(report: Entry, svg: str, pictures: Sequence[tuple[str, Path]]) -> str
         model=report.get("model") or {},
         config=report.get("config") or {},
         calibration=report.get("calibration") or {},
-        arithmetic=ARITHMETIC.get(report.get("arithmetic") or "", "not stated"),
+        arithmetic=ARITHMETIC.get(_arithmetic(report), "not stated"),
         verdict=verdict(report),
         cards=_cards(report),
         svg=Markup(svg[max(svg.find("<svg"), 0) :]),
@@ -70,6 +74,12 @@ def render(report: Entry, svg: str, pictures: Sequence[tuple[str, Path]]) -> str
         yaml=yaml.safe_dump(dict(report.get("config") or {}), sort_keys=False),
         command=_command(report),
     )
+
+
+def _arithmetic(report: Entry) -> str:
+    if (report.get("config") or {}).get("target") == "integer":
+        return "integer file"
+    return str(report.get("arithmetic") or "")
 
 
 def verdict(report: Entry) -> tuple[str, str]:

@@ -24,6 +24,7 @@ TARGETS = (
     "tensorrt",
     "onnxruntime",
     "openvino",
+    "integer",
 )
 
 

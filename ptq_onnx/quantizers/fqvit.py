@@ -10,7 +10,8 @@ uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps. Beyond the pa
 * the outputs of proj and fc2 are not rounded by themselves: an integer machine adds the
   linear's 32-bit accumulator to the residual and requantizes once;
 * the rows of a log2 attention map, which do not sum to one, are divided by their sum after
-  A·V.
+  A·V;
+* for the target integer, a tensor that several linears read has no factors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from ptq_onnx.blocks import is_linear
 from ptq_onnx.calibration import Statistics
+from ptq_onnx.config import INTEGER
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
 from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.spec import Code, Granularity, Rule, Site, TensorSpec
@@ -63,12 +66,19 @@ class FqVit(SiteQuantizer):
                 renormalize=config.lis,
             )
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
+        wide = wide and not (config.target == INTEGER and self._stays_in_product(site))
         grain = "ptf" if wide else "tensor"
         return Rule(widths.activations, False, False, grain, method=method)
 
     def _only_added(self, site: Site) -> bool:
         roles = self.plan.blocks.roles
         return all(roles[n].name in ("residual1", "residual2") for n in site.consumers)
+
+    def _stays_in_product(self, site: Site) -> bool:
+        """True where a linear reads the tensor and others do too: its factor cannot move into
+        one weight, and would stand inside an integer product."""
+        linear = [is_linear(self.nodes[name]) for name in site.consumers]
+        return any(linear) and len(linear) > 1
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}

@@ -132,6 +132,33 @@ def test_summary_floats_and_reproduction(html: str) -> None:
     assert "float between codes: " not in other
 
 
+def test_an_integer_file_shows_widths_and_operations() -> None:
+    integer = {
+        "ops": {"MatMulInteger": 97, "BitShift": 312},
+        "widest": {"accumulator": {"tensor": "t0", "bits": 24, "of": 32, "seen_bits": 19}},
+        "operations": {"macs": 1234567, "look_ups": 89},
+        "traffic": {
+            "float_activations": 9_000_000,
+            "float_weights": 1_000_000,
+            "integer_activations": 2_000_000,
+            "integer_weights": 500_000,
+        },
+    }
+    report = make_report() | {"integer": integer, "config": {"target": "integer"}}
+    html = render(report, "", [])
+    text = " ".join(Page(html).text.split())
+    for part in (
+        "every op between the image's codes and the scale of the logits",
+        "macs1234567 look ups89 memory traffic2.5 MB, float model 10.0 MB",
+        "MatMulInteger 97, BitShift 312",
+        "What has no codes of its own",
+    ):
+        assert part in text, part
+    assert [cells for _, cells, _ in Page(html).body("widest")] == [
+        ["accumulator", "24", "19", "32", "t0"]
+    ]
+
+
 def test_nothing_comes_from_outside(html: str) -> None:
     page = Page(html)
     assert all(link.startswith(("data:", "#")) for link in page.links)
