@@ -16,8 +16,8 @@ import typer
 
 from ptq_onnx import __version__
 from ptq_onnx import cli_options as o
-from ptq_onnx.cli_check import check
 from ptq_onnx.cli_benchmark import benchmark
+from ptq_onnx.cli_check import check
 from ptq_onnx.cli_curve import calibration_curve
 from ptq_onnx.console import (
     decibels,

@@ -112,9 +112,7 @@ def test_help_names_every_option_and_its_default(command: Command) -> None:
         assert f"Default: {default}." in texts[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["evaluate", "export", "check", "benchmark", "calibration-curve"]
-)
+@pytest.mark.parametrize("name", ["evaluate", "export", "check", "benchmark", "calibration-curve"])
 def test_help_of_the_other_commands_names_defaults(command: Command, name: str) -> None:
     texts = help_texts(command(name, "--help"))
     assert all("Default: " in text for option, text in texts.items() if option != "help")

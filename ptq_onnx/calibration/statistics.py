@@ -129,9 +129,7 @@ class ChannelStatistics:
         """E[x²] - E[x]² per channel, [C]."""
         return np.maximum(self.second_moment - self.mean**2, 0)
 
-    def moved(
-        self, shift: NDArray[np.float64], factor: NDArray[np.float64]
-    ) -> ChannelStatistics:
+    def moved(self, shift: NDArray[np.float64], factor: NDArray[np.float64]) -> ChannelStatistics:
         """The statistics of (x - shift) / factor, [C] each, factor positive."""
 
         def move(rows: Array) -> Array:

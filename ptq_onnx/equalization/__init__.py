@@ -115,7 +115,9 @@ class _Equalizer:
 
     def products(self, linears: Iterable[ir.Node]) -> list[Product]:
         found = [constant(node.inputs[1]) for node in linears]
-        return [Product(np.abs(w).astype(np.float32), self.weight_bits) for w in found if w is not None]
+        return [
+            Product(np.abs(w).astype(np.float32), self.weight_bits) for w in found if w is not None
+        ]
 
     def move_statistics(self, tensor: str, shift: Double, factor: Double, name: str = "") -> None:
         self.stats.channels[name or tensor] = self.stats.channels[tensor].moved(shift, factor)
@@ -129,7 +131,9 @@ class _Equalizer:
 
     def unshifted(self, low: Double, high: Double) -> Double:
         """Half of the range that a channel takes up where all share one zero point."""
-        limits = (-(self.levels // 2), self.levels // 2 - 1) if self.symmetric else (0, self.levels - 1)
+        limits = (
+            (-(self.levels // 2), self.levels // 2 - 1) if self.symmetric else (0, self.levels - 1)
+        )
         steps = [
             needed_step(low, high, zero, limits)
             for zero in zero_points(low, high, limits, self.symmetric)
@@ -147,7 +151,9 @@ class _Equalizer:
         variance = self.stats.channels[site.tensor].variance
         if norm is not None:
             shift = (low + high) / 2
-            choice = choose_factor((high - low) / 2, variance, self.products(norm.linears), self.levels)
+            choice = choose_factor(
+                (high - low) / 2, variance, self.products(norm.linears), self.levels
+            )
             norm.apply(self.model.graph, shift, choice.factor)
             self.note(site, "LayerNormalization", choice)
             for other in self.same_norm(site, norm.linears):
@@ -252,9 +258,7 @@ class _Equalizer:
         weight = self.products([linear])[0].magnitude
         inverse = np.argsort(order)
         ordered = Product(weight[inverse], self.weight_bits)
-        choice = choose_factor(
-            attended, behind.variance, [ordered], self.levels, [(own, AVERAGED)]
-        )
+        choice = choose_factor(attended, behind.variance, [ordered], self.levels, [(own, AVERAGED)])
         columns.apply(self.model.graph, mean, choice.factor)
         forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
         self.move_statistics(v.tensor, mean, choice.factor)
@@ -298,9 +302,7 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
         model, wanted, batches, threads=plan.config.threads, progress=report("Calibrating")
     )
     widths = plan.config.widths
-    state = _Equalizer(
-        model, blocks, sites, stats, 1 << widths.activations, False, widths.weights
-    )
+    state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, False, widths.weights)
     state.run()
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(
@@ -351,7 +353,9 @@ def image_in_pixels(
         forms.move_input_channels(model.graph, node, factor, shift)
     spread = (channels, 1, 1)
     before = {name_of(n) for n in model.graph}
-    made = insert_affine(model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels")
+    made = insert_affine(
+        model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels"
+    )
     new = [n for n in model.graph if name_of(n) not in before]
     top = 255.0 * (unit[0] if shared else 1.0)
     tensor = str(made.name) if read is image else str(read.name)

@@ -61,7 +61,11 @@ class _Writer:
         return output
 
     def reshape(
-        self, value: ir.Value, sizes: list[int], shape: list[int | ir.SymbolicDim | None], suffix: str
+        self,
+        value: ir.Value,
+        sizes: list[int],
+        shape: list[int | ir.SymbolicDim | None],
+        suffix: str,
     ) -> ir.Value:
         target = new_constant(self.graph, f"{value.name}_{suffix}_shape", np.array(sizes, np.int64))
         return self.node("Reshape", [value, target], list(shape), value, suffix)

@@ -13,7 +13,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import ACTIVATIONS, is_layout, is_linear, is_product, name_of, source, through_layout
+from ptq_onnx.blocks import (
+    ACTIVATIONS,
+    is_layout,
+    is_linear,
+    is_product,
+    name_of,
+    source,
+    through_layout,
+)
 from ptq_onnx.equalization.forms import move_rows, own_columns, scale_columns, set_linear
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant, new_constant, unique_name
@@ -37,9 +45,7 @@ class Norm:
             values = np.full(width, neutral) if old is None else np.array(old, np.float64)
             new = values / factor if index == 1 else (values - shift) / factor
             suffix = "scale" if index == 1 else "bias"
-            value = new_constant(
-                graph, f"{name_of(self.node)}_{suffix}", new.astype(np.float32)
-            )
+            value = new_constant(graph, f"{name_of(self.node)}_{suffix}", new.astype(np.float32))
             if len(self.node.inputs) <= index:
                 self.node.resize_inputs(index + 1)
             self.node.replace_input_with(index, value)

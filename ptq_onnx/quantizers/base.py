@@ -172,7 +172,9 @@ class SiteQuantizer(VitQuantizer):
             self.notes.append(growth)
         rows = [s for s in sites if self.rules[s.tensor].method in FROM_HISTOGRAM]
         if rows:
-            wide = {s.tensor for s in rows if self.rules[s.tensor].granularity not in ("tensor", "row")}
+            wide = {
+                s.tensor for s in rows if self.rules[s.tensor].granularity not in ("tensor", "row")
+            }
             add_histograms(
                 plan.model,
                 stats,

@@ -55,9 +55,7 @@ def corrected_bias(
     return np.asarray(bias - mean @ error, np.float32)
 
 
-def input_mean(
-    linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics
-) -> Double | None:
+def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics) -> Double | None:
     """E[x] of a linear's input, [K], or None where it was not measured."""
     read, name = linear.inputs[0], name_of(linear)
     if read is None:
