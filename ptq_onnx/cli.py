@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptq_onnx import __version__
+from ptq_onnx import __version__, cli_analyse
 from ptq_onnx import cli_options as o
 from ptq_onnx.console import (
     decibels,
@@ -77,6 +77,7 @@ def quantize(
     target: o.Target = None,
     opset: o.Opset = None,
     report: o.Report = None,
+    sensitivity: o.Sensitivity = None,
     pictures: o.Pictures = None,
     attention_blocks: o.AttentionBlocks = None,
     analysis_images: o.AnalysisImages = None,
@@ -90,6 +91,9 @@ def quantize(
     with progress_bars() as progress:
         result = pipeline.quantize(path, config=options, progress=progress, **paths)
     show(result)
+
+
+app.command()(cli_analyse.analyse)
 
 
 @app.command()

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.graphwise import Sums
+from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import AttentionMap, decibels
+from ptq_onnx.analysis.tokens import patch_layout
 from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.engine import Simulator
 from ptq_onnx.preprocess import Preprocess
@@ -69,23 +70,6 @@ def attention_maps(
             )
         )
     return out
-
-
-def patch_layout(attention: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Rows, columns and number of extra tokens (class, registers) of attention [1, H, N, N].
-
-    The patch grid has the picture's aspect ratio; None where no such grid fits, or the
-    attention is not square over one image.
-    """
-    if len(attention) != 4 or attention[0] != 1 or attention[2] != attention[3]:
-        return None
-    tokens, height, width = attention[3], image[1], image[2]
-    for extra in range(6):
-        patches = tokens - extra
-        rows = round(float(np.sqrt(patches * height / width)))
-        if rows and patches % rows == 0 and rows * width == (patches // rows) * height:
-            return rows, patches // rows, extra
-    return None
 
 
 def _on_patches(attention: Array, rows: int, columns: int, extra: int) -> Array:
