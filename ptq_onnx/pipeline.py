@@ -438,7 +438,7 @@ class _Run:
         """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
         import torch
 
-        from ptq_onnx.analysis.attention import attention_maps
+        from ptq_onnx.analysis.attention import attention_maps, code_runs
         from ptq_onnx.analysis.attention_map import draw_attention
         from ptq_onnx.engine import Simulator
         from ptq_onnx.quantizers import make_quantizer
@@ -460,25 +460,21 @@ class _Run:
         simulators[config.quantizer] = simulator
         names, batch = next(source.named_batches(1))
         repeated = np.repeat(batch, self.fixed or 1, axis=0)
-        maps = attention_maps(
-            prepared.model,
-            prepared.blocks,
-            simulators,
-            repeated,
-            names[0],
-            self.preprocess,
-            config.attention_blocks or None,
-        )
+        chosen = config.attention_blocks or None
+        picture = repeated, names[0], self.preprocess, chosen
+        maps = attention_maps(prepared.model, prepared.blocks, simulators, *picture)
         if not maps:
             self.notes.append("No attention pictures: no attention over all patches of an image.")
             return []
         folder = self.work / "attention"
         folder.mkdir()
+        rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
-        for found in maps:
-            path = folder / f"block_{found.block:02d}_{Path(found.image_name).stem}.png"
+        for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
+            path = folder / f"{kind}block_{found.block:02d}_{Path(found.image_name).stem}.png"
             draw_attention(found, path)
-            pictures.append((f"Block {found.block}, {found.image_name}", path))
+            what = ", maps of the float model in 8 and 4 bits" if kind else ""
+            pictures.append((f"Block {found.block}, {found.image_name}{what}", path))
         return pictures
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.attention_values import CODES, round_attention
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import AttentionMap, decibels
 from ptq_onnx.analysis.tokens import patch_layout
@@ -18,10 +21,37 @@ from ptq_onnx.preprocess import Preprocess
 Array = NDArray[np.float32]
 
 
+class Runs(Protocol):
+    """What gives attention maps: a simulator, or one whose maps are rounded."""
+
+    def run(self, batch: Array, names: Iterable[str]) -> dict[str, Array]:
+        """Tensors by name of one batch."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The maps of a float simulator, held in codes of few bits."""
+
+    simulator: Simulator
+    code: Literal["uniform", "log2"]
+    bits: int
+
+    def run(self, batch: Array, names: Iterable[str]) -> dict[str, Array]:
+        found = self.simulator.run(batch, names)
+        return {n: round_attention(v, self.code, self.bits) for n, v in found.items()}
+
+
+def code_runs(reference: Simulator) -> dict[str, Runs]:
+    """The float model beside its maps in 8 and 4 bits, uniform and log2 (LIS)."""
+    names = {"uniform": "uniform", "log2": "LIS"}
+    rounded = {f"{names[code]} {bits}": Rounded(reference, code, bits) for code, bits in CODES}
+    return {"float": reference, **rounded}
+
+
 def attention_maps(
     model: ir.Model,
     blocks: Blocks,
-    simulators: Mapping[str, Simulator],
+    simulators: Mapping[str, Runs],
     batch: Array,
     image_name: str,
     preprocess: Preprocess,

@@ -86,8 +86,11 @@ class Switched:
 
     ``module`` names it: ``blocks.5.fc2`` (scope ``op``), ``fc2`` (``kind``: all of them),
     ``blocks.5`` (``block``) or ``model``; ``part``: its activations, its weights, or both;
-    ``tensors``: how many that are. ``gain_db`` (leave-one-out): what the logits gain in dB over
-    the model with everything quantized; None in layerwise results.
+    ``tensors``: how many that are. ``features_db``: the SNR of the last norm's output, all
+    tokens; None for a model without one. ``gain_db``, ``features_gain_db`` (leave-one-out): what
+    logits and features gain in dB over the model with everything quantized; None in layerwise
+    results. The logits of one class token are few numbers: where quantization has destroyed
+    them, only the features still tell the modules apart.
     """
 
     module: str
@@ -97,7 +100,9 @@ class Switched:
     part: Part
     tensors: int
     error: Error
+    features_db: float | None = None
     gain_db: float | None = None
+    features_gain_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Sensitivity:
     images: int
     held_apart: bool
     baseline: Error
+    baseline_features_db: float | None
     layerwise: tuple[Switched, ...]
     leave_one_out: tuple[Switched, ...]
     seconds: float

@@ -72,12 +72,23 @@ class Segments:
     """ONNX Runtime sessions of runs of segments, lowered with any set of specs.
 
     ``keep`` sessions stay open, those used last; memory is that of the weights in them.
+    ``features``: a tensor of the last segment that runs to the end give beside the output.
     """
 
-    def __init__(self, model: ir.Model, output: str, threads: int = 0, keep: int = 3) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        output: str,
+        threads: int = 0,
+        keep: int = 3,
+        features: str | None = None,
+    ) -> None:
         self._model = model
+        self._features = features
         self.parts = find_segments(model, output)
         self._threads, self._keep = threads, keep
+        self.seen: Array | None = None
+        """The features of the last run; None where it did not reach them."""
         self._open: OrderedDict[tuple[int, int, str], ort.InferenceSession] = OrderedDict()
 
     def places(self) -> dict[str, int]:
@@ -111,10 +122,11 @@ class Segments:
             self._open.popitem(last=False)
         feed = session.get_inputs()[0].name
         parts = [
-            session.run(None, {feed: np.ascontiguousarray(value[i : i + batch])})[0]
+            session.run(None, {feed: np.ascontiguousarray(value[i : i + batch])})
             for i in range(0, len(value), batch)
         ]
-        return np.concatenate(parts)
+        self.seen = np.concatenate([p[1] for p in parts]) if len(parts[0]) > 1 else None
+        return np.concatenate([p[0] for p in parts])
 
     def _build(self, first: int, last: int, specs: Specs) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -132,6 +144,8 @@ class Segments:
         nodes = list(graph)
         values = {v.name: v for node in nodes for v in node.outputs}
         graph.outputs[:] = [values[self.parts[last].output]]
+        if last == len(self.parts) - 1 and self._features in values:
+            graph.outputs.append(values[self._features])
         for node in reversed(nodes[stop:]):
             graph.remove(node, safe=True)
         if first:

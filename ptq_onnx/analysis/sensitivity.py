@@ -12,20 +12,24 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.errors import logits_error
+from ptq_onnx.analysis.errors import Sums, logits_error
 from ptq_onnx.analysis.modules import Module, find_modules
-from ptq_onnx.analysis.results import Error, Sensitivity, Switched
+from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels
 from ptq_onnx.analysis.segments import Segments, Specs
-from ptq_onnx.blocks import Blocks
+from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.spec import Site, TensorSpec
 
 Array = NDArray[np.float32]
+Outcome = tuple[Array, Array | None]
+"""Logits [N, classes], and features [N, …] where the model has them."""
+Judged = tuple[Error, float | None]
 APART = ("kind", "block", "model")
 """Scopes whose weights and activations leave-one-out also takes apart; layerwise does for all."""
 
@@ -70,32 +74,51 @@ def sensitivity(
         raise ModelError("There are no images to analyse the quantized model on.")
     started = time.perf_counter()
     modules = find_modules(model, blocks, sites, specs)
-    whole = _Runs(reference or model, threads)
-    truth = whole.segments.run(images.values, 0, whole.last, {}, images.batch)
+    features = _last_norm(model, blocks)
+    first = _Runs(reference or model, threads, features)
+    truth = first.measured(
+        images, first.segments.run(images.values, 0, first.last, {}, images.batch)
+    )
+    judge = partial(_judged, truth)
     alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
-    layerwise = {
-        module: logits_error(truth[: images.real], found[: images.real])
-        for module, found in _Runs(model, threads).each({}, alone, images, progress)
-    }
+    runs = _Runs(model, threads, features)
+    layerwise = {m: judge(found) for m, found in runs.each({}, alone, images, progress)}
     but = {
         m: {t: spec for t, spec in specs.items() if t not in m.tensors}
         for m in modules
         if m.part == "all" or m.scope in APART
     }
-    runs = _Runs(model, threads)
-    left = {
-        module: logits_error(truth[: images.real], found[: images.real])
-        for module, found in runs.each(specs, but, images, progress)
-    }
-    baseline = logits_error(truth[: images.real], runs.baseline[: images.real])
+    runs = _Runs(model, threads, features)
+    left = {m: judge(found) for m, found in runs.each(specs, but, images, progress)}
+    baseline = judge(runs.baseline)
     return Sensitivity(
         images=images.real,
         held_apart=held_apart,
-        baseline=baseline,
+        baseline=baseline[0],
+        baseline_features_db=baseline[1],
         layerwise=tuple(_switched(m, layerwise[m], None) for m in alone),
-        leave_one_out=tuple(_switched(m, left[m], left[m].snr_db - baseline.snr_db) for m in but),
+        leave_one_out=tuple(_switched(m, left[m], baseline) for m in but),
         seconds=time.perf_counter() - started,
     )
+
+
+def _last_norm(model: ir.Model, blocks: Blocks) -> str | None:
+    """The output of the norm behind the last block."""
+    norms = [n for n in model.graph if n.op_type == "LayerNormalization"]
+    last = norms[-1] if norms else None
+    if last is None or blocks.roles[name_of(last)].name != "norm":
+        return None
+    return str(last.outputs[0].name)
+
+
+def _judged(truth: Outcome, found: Outcome) -> Judged:
+    """The error of the logits, and the SNR of the features in dB."""
+    features: float | None = None
+    if truth[1] is not None and found[1] is not None:
+        sums = Sums()
+        sums.add(truth[1], found[1])
+        features = decibels(sums.snr)
+    return logits_error(truth[0], found[0]), features
 
 
 def run_count(modules: Sequence[Module]) -> int:
@@ -103,7 +126,10 @@ def run_count(modules: Sequence[Module]) -> int:
     return len(modules) + sum(m.part == "all" or m.scope in APART for m in modules)
 
 
-def _switched(module: Module, error: Error, gain: float | None) -> Switched:
+def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switched:
+    error, features = found
+    before, features_before = (None, None) if baseline is None else baseline
+    both = features is not None and features_before is not None
     return Switched(
         module=module.name,
         scope=module.scope,
@@ -112,18 +138,25 @@ def _switched(module: Module, error: Error, gain: float | None) -> Switched:
         part=module.part,
         tensors=len(module.tensors),
         error=error,
-        gain_db=gain,
+        features_db=features,
+        gain_db=None if before is None else error.snr_db - before.snr_db,
+        features_gain_db=(features or 0) - (features_before or 0) if both else None,
     )
 
 
 class _Runs:
     """Runs of one model in which the specs differ from a background in some tensors."""
 
-    def __init__(self, model: ir.Model, threads: int) -> None:
+    def __init__(self, model: ir.Model, threads: int, features: str | None) -> None:
         self.output = str(model.graph.outputs[0].name)
-        self.segments = Segments(model, self.output, threads)
+        self.segments = Segments(model, self.output, threads, features=features)
         self.last = len(self.segments.parts) - 1
-        self.baseline: Array = np.zeros(0, np.float32)
+        self.baseline: Outcome = np.zeros(0, np.float32), None
+
+    def measured(self, images: Images, logits: Array) -> Outcome:
+        """Logits and features of the run just made, without what only fills up a batch."""
+        seen = self.segments.seen
+        return logits[: images.real], None if seen is None else seen[: images.real]
 
     def each(
         self,
@@ -131,8 +164,8 @@ class _Runs:
         variants: Mapping[Module, Specs],
         images: Images,
         progress: Callable[[int], None] | None,
-    ) -> Iterator[tuple[Module, Array]]:
-        """The logits of every variant; ``baseline`` afterwards: those of the background."""
+    ) -> Iterator[tuple[Module, Outcome]]:
+        """The outcome of every variant; ``baseline`` afterwards: that of the background."""
         places = self.segments.places()
         waiting: dict[int, list[list[Module]]] = defaultdict(list)
         ends: dict[Module, int] = {}
@@ -154,6 +187,7 @@ class _Runs:
                     )
                 if progress is not None:
                     progress(len(group))
-                yield from ((module, found) for module in group)
+                outcome = self.measured(images, found)
+                yield from ((module, outcome) for module in group)
             value = self.segments.run(value, number, number, background, images.batch)
-        self.baseline = value
+        self.baseline = self.measured(images, value)
