@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptq_onnx import __version__, cli_analyse
+from ptq_onnx import __version__, cli_analyse, cli_compare
 from ptq_onnx import cli_options as o
 from ptq_onnx.console import (
     decibels,
@@ -94,6 +94,7 @@ def quantize(
 
 
 app.command()(cli_analyse.analyse)
+app.command()(cli_compare.compare)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from ptq_onnx.analysis.results import (
     AttentionAnalysis,
     Outlier,
     Sensitivity,
+    Switched,
     TensorVariation,
     Variation,
 )
@@ -23,6 +24,8 @@ CLIPPED_DB = 25.0
 GAIN = 1.0
 """A module is named that gives back at least that many dB."""
 NAMED = 3
+LOST = 3.0
+"""Below that many dB the logits no longer tell modules apart."""
 
 
 def advise(
@@ -47,20 +50,29 @@ def advise(
 
 
 def _gains(sensitivity: Sensitivity) -> list[str]:
-    """The kinds and ops that give back most when they stay in float."""
+    """The kinds and ops that give back most when they stay in float.
+
+    Judged by the features where the logits are lost.
+    """
+    lost = sensitivity.baseline.snr_db < LOST and sensitivity.baseline_features_db is not None
+    before = sensitivity.baseline_features_db if lost else sensitivity.baseline.snr_db
+    where = "last norm's output" if lost else "logits"
+
+    def gain(one: Switched) -> float:
+        return (one.features_gain_db if lost else one.gain_db) or 0.0
+
     out = []
     for scope, option in (("kind", "of all blocks"), ("op", "alone")):
         best = sorted(
             (s for s in sensitivity.leave_one_out if s.scope == scope and s.part == "all"),
-            key=lambda s: -(s.gain_db or 0),
+            key=lambda s: -gain(s),
         )[:NAMED]
-        named = [s for s in best if (s.gain_db or 0) >= GAIN]
+        named = [s for s in best if gain(s) >= GAIN]
         if named:
-            parts = "; ".join(f"{s.module} {s.gain_db:+.1f} dB" for s in named)
+            parts = "; ".join(f"{s.module} {gain(s):+.1f} dB" for s in named)
             out.append(
-                f"Left in float {option}, these give back most at the logits"
-                f" ({sensitivity.baseline.snr_db:.1f} dB with everything quantized): {parts}"
-                " (--keep-float)."
+                f"Left in float {option}, these give back most at the {where}"
+                f" ({before:.1f} dB with everything quantized): {parts} (--keep-float)."
             )
     return out
 

@@ -319,3 +319,47 @@ class Analysis:
             for name in ("sensitivity", "variation", "attention")
         }
         return {**asdict(self.graphwise), **parts, "advice": list(self.advice)}
+
+
+@dataclass(frozen=True)
+class BlockMatch:
+    """One transformer block in a quantized file: its output tensor, how it was found (by
+    ``name``, or by ``position``: shape, order and likeness), and its SNR against float.
+
+    All None where nothing in the file is like it.
+    """
+
+    block: int
+    tensor: str | None
+    how: Literal["name", "position"] | None
+    snr_db: float | None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One file of a comparison. ``quantized_ops``: QuantizeLinear, DequantizeLinear and integer
+    ops, counted. ``ms_per_image``: median, one image at a time."""
+
+    name: str
+    file: str
+    bytes: int
+    quantized_ops: dict[str, int]
+    top1: float | None
+    top5: float | None
+    sqnr_db: float | None
+    agreement: float | None
+    ms_per_image: float
+    blocks: tuple[BlockMatch, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several quantized files of one float model, the float model first in ``contenders``.
+
+    ``images`` for accuracy, SQNR and agreement; ``block_images`` for the SNR of the blocks.
+    """
+
+    reference: str
+    images: int
+    block_images: int
+    contenders: tuple[Contender, ...]

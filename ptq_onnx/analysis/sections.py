@@ -43,10 +43,19 @@ def sections(report: Entry) -> dict[str, Any]:
 
 
 def by_place(sensitivity: Entry, analysis: str) -> dict[tuple[str, int | None], float]:
-    """By role and block of single ops: layerwise dB, or the gain of leave-one-out."""
-    gain = analysis == "leave_one_out"
+    """By role and block of single ops: layerwise dB, or the gain of leave-one-out.
+
+    The gain is that of the features, which are many numbers, where the model has them.
+    """
+
+    def figure(entry: Entry) -> float:
+        if analysis == "layerwise":
+            return float(entry["error"]["snr_db"])
+        features = entry["features_gain_db"]
+        return float(entry["gain_db"] if features is None else features)
+
     return {
-        (m["role"], m["block"]): m["gain_db"] if gain else m["error"]["snr_db"]
+        (m["role"], m["block"]): figure(m)
         for m in sensitivity[analysis]
         if m["scope"] == "op" and m["part"] == "all"
     }

@@ -186,3 +186,50 @@ def rollout_maps(maps: Mapping[str, Sequence[Sequence[float]]]) -> str:
             for c, v in enumerate(row)
         )
     return _svg("".join(body), len(maps) * (size + gap) - gap, height + 20, "Attention rollout")
+
+
+LINE_COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#c98a00", "#8a5bd6", "#17a2b8", "#8a8a8a")
+
+
+def line_chart(
+    lines: Mapping[str, Mapping[int, float]], across: str, up: str, unit: str = ""
+) -> str:
+    """One line per name over whole numbers, with a legend on the right."""
+    height, right = 280, 150
+    inner, tall = WIDTH - LEFT - right, height - TOP - 40
+    points = [(x, y) for line in lines.values() for x, y in line.items()]
+    first, last = min((x for x, _ in points), default=0), max((x for x, _ in points), default=1)
+    low = min(0.0, 5 * math.floor(min((y for _, y in points), default=0.0) / 5))
+    high = max(5 * math.ceil(max((y for _, y in points), default=5.0) / 5), low + 5)
+    step = 5 if high - low <= 60 else 20
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        share = (x - first) / max(last - first, 1)
+        return LEFT + share * inner, TOP + (high - y) / (high - low) * tall
+
+    body = []
+    for value in range(int(low), int(high) + 1, step):
+        _, y = place(first, value)
+        body.append(_line(LEFT, y, WIDTH - right, y, ' stroke-opacity=".25"'))
+        body.append(_text(LEFT - 5, y + 4, f"{value}{unit}", "end"))
+    for number in range(first, last + 1):
+        x, _ = place(number, low)
+        body.append(_text(x, height - 24, str(number)))
+    body.append(_text(LEFT + inner / 2, height - 6, across))
+    body.append(
+        _text(12, TOP + tall / 2, up, extra=f' transform="rotate(-90 12 {TOP + tall / 2})"')
+    )
+    for index, (name, line) in enumerate(lines.items()):
+        color = LINE_COLORS[index % len(LINE_COLORS)]
+        at = [place(x, y) for x, y in sorted(line.items())]
+        path = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(at))
+        body.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        body.extend(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in at)
+        y = TOP + 10 + 16 * index
+        body.append(
+            f'<rect x="{WIDTH - right + 12}" y="{y - 8}" width="12" height="8" fill="{color}"/>'
+        )
+        body.append(
+            _text(WIDTH - right + 30, y, name if len(name) < 20 else f"{name[:18]}…", "start")
+        )
+    return _svg("".join(body), WIDTH, height, f"{up} over {across}")
