@@ -102,6 +102,22 @@ def sensitivity(
     )
 
 
+def errors_of(
+    model: ir.Model,
+    specs: Mapping[str, TensorSpec],
+    blocks: Blocks,
+    images: Images,
+    *,
+    threads: int = 0,
+) -> tuple[Error, float | None]:
+    """The error of the logits with all ``specs``, and the SNR of the features in dB."""
+    runs = _Runs(model, threads, _last_norm(model, blocks))
+    segments, values = runs.segments, images.values
+    truth = runs.measured(images, segments.run(values, 0, runs.last, {}, images.batch))
+    found = runs.measured(images, segments.run(values, 0, runs.last, specs, images.batch))
+    return _judged(truth, found)
+
+
 def _last_norm(model: ir.Model, blocks: Blocks) -> str | None:
     """The output of the norm behind the last block."""
     norms = [n for n in model.graph if n.op_type == "LayerNormalization"]

@@ -86,7 +86,8 @@ def test_every_op_has_one_row_with_its_values(html: str) -> None:
         assert float(cells[6]) == pytest.approx(op["snr_db"], abs=0.05)
         assert float(cells[7]) == pytest.approx(op["cosine"], abs=1e-6)
         assert float(keys[8] or "") == op["max_abs"]
-        assert cells[9:] == ["yes" if op["quantized"] else "no", op["node"]]
+        assert cells[9:11] == ["yes" if op["quantized"] else "no", op["node"]]
+        assert float(keys[11] or "") == op["mse"]
 
 
 def test_the_ten_worst_are_marked(html: str) -> None:
