@@ -28,7 +28,7 @@ def main() -> None:
     runs = [
         sensitivity(
             p.model, specs, p.blocks, p.sites, Images(subject.apart[half::2]), held_apart=True,
-            threads=subject.threads,
+            apart=False, threads=subject.threads,
         )
         for half in (0, 1)
     ]  # fmt: skip

@@ -73,6 +73,7 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
     cells = {(r, b): v for (r, b), v in layerwise.items() if b is not None}
     # Colours run the other way: what gives much back is what costs much.
     given = {(r, b): -v for (r, b), v in gains.items() if b is not None}
+    digits = 1 if max(map(abs, given.values()), default=0) >= 1 else 2
     left = {(m["module"], m["scope"], m["part"]): m for m in found["leave_one_out"]}
     rows = [
         {**m, "left": left.get((m["module"], m["scope"], m["part"]))} for m in found["layerwise"]
@@ -82,7 +83,13 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
         "rows": rows,
         "heat": Markup(heat_map(cells, roles, blocks, "Layerwise dB", HEAT_RANGE)),
         "gains": Markup(
-            heat_map(given, roles, blocks, "Gain of leave-one-out", text=lambda v: f"{-v + 0:.1f}")
+            heat_map(
+                given,
+                roles,
+                blocks,
+                "Gain of leave-one-out",
+                text=lambda v: f"{round(-v, digits) + 0.0:.{digits}f}",
+            )
         ),
     }
 

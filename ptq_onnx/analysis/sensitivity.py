@@ -61,19 +61,21 @@ def sensitivity(
     *,
     held_apart: bool,
     reference: ir.Model | None = None,
+    apart: bool = True,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Sensitivity:
     """Both analyses of the float ``model`` with its ``specs``, on all ``images``.
 
     ``reference``: the float model whose logits are compared with, where that is not ``model``
-    (an equalised copy). ``progress`` is called with the number of runs done, of
-    :func:`run_count`. Raises ModelError where there is no image.
+    (an equalised copy). ``apart``: weights and activations also by themselves. ``progress`` is
+    called with the number of runs done, of :func:`run_count`. Raises ModelError where there is
+    no image.
     """
     if not len(images.values):
         raise ModelError("There are no images to analyse the quantized model on.")
     started = time.perf_counter()
-    modules = find_modules(model, blocks, sites, specs)
+    modules = [m for m in find_modules(model, blocks, sites, specs) if apart or m.part == "all"]
     features = _last_norm(model, blocks)
     first = _Runs(reference or model, threads, features)
     truth = first.measured(
