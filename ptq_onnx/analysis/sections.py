@@ -71,8 +71,7 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
         key=lambda r: order.index(r) if r in order else len(order),
     )
     cells = {(r, b): v for (r, b), v in layerwise.items() if b is not None}
-    # Colours run the other way: what gives much back is what costs much.
-    given = {(r, b): -v for (r, b), v in gains.items() if b is not None}
+    given = {(r, b): v for (r, b), v in gains.items() if b is not None}
     digits = 1 if max(map(abs, given.values()), default=0) >= 1 else 2
     left = {(m["module"], m["scope"], m["part"]): m for m in found["leave_one_out"]}
     rows = [
@@ -88,7 +87,8 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
                 roles,
                 blocks,
                 "Gain of leave-one-out",
-                text=lambda v: f"{round(-v, digits) + 0.0:.{digits}f}",
+                text=lambda v: f"{round(v, digits) + 0.0:.{digits}f}",
+                bad_is_high=True,  # what gives much back costs much
             )
         ),
     }

@@ -43,10 +43,14 @@ def heat_map(
     label: str,
     limits: tuple[float, float] | None = None,
     text: Callable[[float], str] = "{:.0f}".format,
+    bad_is_high: bool = False,
 ) -> str:
-    """Blocks across, roles down; each cell holds its figure on the colour of it."""
+    """Blocks across, roles down; each cell holds its figure on the colour of it: green where
+    the figure is high, or where it is low with ``bad_is_high``."""
     known = [v for v in values.values() if math.isfinite(v)]
     low, high = limits or (min(known, default=0.0), max(known, default=1.0))
+    if bad_is_high:
+        low, high = -high, -low
     wide, tall = max(26, min(46, 560 / max(blocks, 1))), 20
     body = [
         _text(70 + (b + 0.5) * wide, 12, str(b)) for b in range(blocks)
@@ -59,9 +63,10 @@ def heat_map(
             if value is None:
                 continue
             x = 70 + block * wide
+            color = heat_color(-value if bad_is_high else value, low, high)
             body.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{tall - 1}"'
-                f' fill="{heat_color(value, low, high)}"><title>blocks.{block}.{escape(role)}:'
+                f' fill="{color}"><title>blocks.{block}.{escape(role)}:'
                 f" {value:.2f} dB</title></rect>"
             )
             body.append(

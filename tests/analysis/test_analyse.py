@@ -137,6 +137,12 @@ def test_every_cell_of_the_heat_map_is_in_the_json(report: dict[str, Any], page:
     assert set(titles) == set(expected)
     for name, value in expected.items():
         assert float(titles[name]) == pytest.approx(value, abs=0.006)
+    heat = page.split('id="heat-leave-one-out"')[1].split("</svg>")[0]
+    gains = dict(re.findall(r"<title>(blocks\.[^:]+): (-?[\d.]+) dB</title>", heat))
+    for one in sensitivity["leave_one_out"]:
+        if one["module"] in gains:
+            assert float(gains[one["module"]]) == pytest.approx(one["features_gain_db"], abs=0.006)
+    assert set(gains) == set(expected)
 
 
 def test_tables_of_variation_and_attention(report: dict[str, Any], page: str) -> None:
