@@ -404,7 +404,8 @@ class _Run:
             overrides, left = integer_overrides(self.prepared.model, quantizer.specs)
             self.notes.append(
                 "The analysis simulates integer LayerNorm and softmax; quantized.onnx, as any"
-                " file for onnxruntime, computes them in float between quantized codes."
+                " file for onnxruntime, computes them in float between quantized codes, and so"
+                " does the module-by-module part of the analysis."
             )
         if left:
             self.notes.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from prepared_models import DIGITS, ROOT
 from typer.testing import CliRunner
@@ -247,3 +248,35 @@ def test_numbers_are_finite(report: dict[str, Any]) -> None:
             walk(item)
 
     walk(report)
+
+
+def test_a_network_without_blocks(tmp_path: Path) -> None:
+    """A convolution and a linear: no blocks, no attention, no norms, and still a report."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(8, 3, 3, 3)) * 0.3, "v": rng.normal(size=(8, 10))}
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("GlobalAveragePool", ["r"], ["p"]),
+            helper.make_node("Flatten", ["p"], ["f"]),
+            helper.make_node("MatMul", ["f", "v"], ["y"]),
+        ],
+        "cnn",
+        [helper.make_tensor_value_info("x", 1, ["batch", 3, 32, 32])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 10])],
+        [onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(tmp_path / "cnn.onnx"))
+    config = QuantizeConfig(
+        quantizer="vanilla", images=4, analysis_images=2, sensitivity=True, threads=1
+    )
+    found = quantize(tmp_path / "cnn.onnx", config=config, calib=CALIB, output=tmp_path / "out")
+    assert found.analysis is not None
+    assert found.analysis.attention is None
+    assert found.analysis.sensitivity is not None
+    assert violations(json.loads((tmp_path / "out/report.json").read_text()), report_schema()) == []
+    alone = {(s.module, s.part): s.error for s in found.analysis.sensitivity.layerwise}
+    assert alone["model", "all"] == found.analysis.sensitivity.baseline
