@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptq_onnx import __version__
+from ptq_onnx import __version__, cli_analyse, cli_compare
 from ptq_onnx import cli_options as o
 from ptq_onnx.cli_benchmark import benchmark
 from ptq_onnx.cli_check import check
@@ -82,6 +82,7 @@ def quantize(
     target: o.Target = None,
     opset: o.Opset = None,
     report: o.Report = None,
+    sensitivity: o.Sensitivity = None,
     pictures: o.Pictures = None,
     attention_blocks: o.AttentionBlocks = None,
     analysis_images: o.AnalysisImages = None,
@@ -95,6 +96,10 @@ def quantize(
     with progress_bars() as progress:
         result = pipeline.quantize(path, config=options, progress=progress, **paths)
     show(result)
+
+
+app.command()(cli_analyse.analyse)
+app.command()(cli_compare.compare)
 
 
 @app.command()

@@ -206,6 +206,14 @@ CheckPreprocess = Annotated[
 Report = Annotated[
     bool | None, switch("report", DEFAULT.report, "Analyse every op and write report.html.")
 ]
+Sensitivity = Annotated[
+    bool | None,
+    switch(
+        "sensitivity",
+        DEFAULT.sensitivity,
+        "Switch every module by itself, to see what it costs; takes minutes; on for analyse.",
+    ),
+]
 Pictures = Annotated[
     bool | None, switch("pictures", DEFAULT.pictures, "Draw attention maps into the report.")
 ]

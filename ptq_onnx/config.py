@@ -127,6 +127,7 @@ class QuantizeConfig:
     target: str = "onnxruntime"
     opset: int = 21
     report: bool = True
+    sensitivity: bool = False
     pictures: bool = True
     attention_blocks: tuple[int, ...] = ()
     analysis_images: int = 32

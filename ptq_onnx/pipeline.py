@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,9 @@ from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.spec import Site, TensorSpec
 
+if TYPE_CHECKING:
+    from ptq_onnx.analysis.results import Analysis
+
 Progress = Callable[[str, int], Callable[[int], None]]
 """Called with (stage, images in all); returns what is called with images done."""
 
@@ -36,11 +39,15 @@ SEEN_IMAGES = 2
 
 @dataclass(frozen=True)
 class Result:
-    """What :func:`quantize` made: the report (also in report.json) and the files."""
+    """What :func:`quantize` made: the report (also in report.json) and the files.
+
+    ``analysis``: its measurements as dataclasses; None with ``report=False``.
+    """
 
     report: dict[str, Any]
     output: Path
     files: tuple[Path, ...]
+    analysis: Analysis | None = None
 
 
 class Batches:
@@ -71,6 +78,7 @@ def quantize(
     labels: str | Path | None = None,
     scales: str | Path | None = None,
     progress: Progress | None = None,
+    keep_models: bool = True,
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
@@ -79,7 +87,8 @@ def quantize(
     and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
     run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
     ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
-    is written beside and renamed, so a failure leaves nothing. Raises PtqError.
+    is written beside and renamed, so a failure leaves nothing. ``keep_models=False``: without
+    the two models. Raises PtqError.
     """
     config = config or QuantizeConfig()
     output = Path(output)
@@ -103,13 +112,15 @@ def quantize(
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        report = _Run(prepared, config, preprocess, images, notes, work, progress).run(
-            tested, truth, scales
-        )
+        run = _Run(prepared, config, preprocess, images, notes, work, progress)
+        report = run.run(tested, truth, scales)
+        if not keep_models:
+            for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
+                path.unlink()
         files = _publish(work, output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Result(report, output, files)
+    return Result(report, output, files, run.analysis)
 
 
 def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
@@ -237,6 +248,7 @@ class _Run:
     notes: list[str]
     work: Path
     progress: Progress | None
+    analysis: Analysis | None = None
 
     @property
     def fixed(self) -> int | None:
@@ -404,29 +416,30 @@ class _Run:
     def _analyse(
         self, quantizer: Any, tested: ImageSource | None
     ) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
-        """SNR of all ops on images held apart from calibration, and attention pictures."""
-        from ptq_onnx.analysis.graphwise import graphwise
+        """All analyses on images held apart from calibration, and attention pictures."""
+        from ptq_onnx.analysis.analyse import Subject, analyse_quantized
         from ptq_onnx.engine import Simulator
 
         prepared, config = self.prepared, self.config
         source, apart = self._held_apart(tested)
         simulator = self.simulator(quantizer)
-        reference = Simulator(prepared.model, None, threads=config.threads)
-        found = graphwise(
-            prepared.model,
-            quantizer,
-            prepared.blocks,
-            self.batches(source, 2),
+        # Quantizers may work on an equalised copy of the prepared model.
+        model = quantizer.plan.model
+        self.analysis = analyse_quantized(
+            Subject(model, quantizer, prepared.blocks, prepared.sites, simulator, prepared.model),
+            source,
             held_apart=apart,
-            simulator=simulator,
-            reference=reference,
+            full=config.sensitivity,
+            fixed=self.fixed,
+            batch=config.batch,
             threads=config.threads,
-            progress=self.stage("Analysing", len(source)),
+            stage=self.stage,
         )
+        reference = Simulator(prepared.model, None, threads=config.threads)
         pictures: list[tuple[str, Path]] = []
         if config.pictures and prepared.blocks.count:
             pictures = self._draw(quantizer, simulator, reference, source)
-        return {"analysis": asdict(found)}, pictures
+        return {"analysis": self.analysis.to_json()}, pictures
 
     def _lower_integer(self, quantizer: Any) -> ir.Model:
         """The integer file, checked against its own rules. Raises ModelError."""
@@ -461,7 +474,8 @@ class _Run:
                 self.notes.append(
                     "The analysis simulates integer arithmetic, that of --target integer;"
                     " quantized.onnx, as any file for onnxruntime, computes LayerNorm and softmax"
-                    " in float between quantized codes."
+                    " in float between quantized codes, and so does the module-by-module part of"
+                    " the analysis."
                 )
         if left:
             self.notes.append(
@@ -495,7 +509,7 @@ class _Run:
         """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
         import torch
 
-        from ptq_onnx.analysis.attention import attention_maps
+        from ptq_onnx.analysis.attention import attention_maps, code_runs
         from ptq_onnx.analysis.attention_map import draw_attention
         from ptq_onnx.engine import Simulator
         from ptq_onnx.quantizers import make_quantizer
@@ -517,25 +531,21 @@ class _Run:
         simulators[config.quantizer] = simulator
         names, batch = next(source.named_batches(1))
         repeated = np.repeat(batch, self.fixed or 1, axis=0)
-        maps = attention_maps(
-            prepared.model,
-            prepared.blocks,
-            simulators,
-            repeated,
-            names[0],
-            self.preprocess,
-            config.attention_blocks or None,
-        )
+        chosen = config.attention_blocks or None
+        picture = repeated, names[0], self.preprocess, chosen
+        maps = attention_maps(prepared.model, prepared.blocks, simulators, *picture)
         if not maps:
             self.notes.append("No attention pictures: no attention over all patches of an image.")
             return []
         folder = self.work / "attention"
         folder.mkdir()
+        rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
-        for found in maps:
-            path = folder / f"block_{found.block:02d}_{Path(found.image_name).stem}.png"
+        for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
+            path = folder / f"{kind}block_{found.block:02d}_{Path(found.image_name).stem}.png"
             draw_attention(found, path)
-            pictures.append((f"Block {found.block}, {found.image_name}", path))
+            what = ", maps of the float model in 8 and 4 bits" if kind else ""
+            pictures.append((f"Block {found.block}, {found.image_name}{what}", path))
         return pictures
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:

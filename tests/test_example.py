@@ -103,7 +103,7 @@ def test_readme_snippet(tmp_path: Path) -> None:
     assert "agreement" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["quantize", "analyse", "compare", "evaluate", "export"])
 def test_readme_names_every_option(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ptq_onnx", command, "--help"],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.graphwise import Sums
+from ptq_onnx.analysis.attention_values import CODES, round_attention
+from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import AttentionMap, decibels
+from ptq_onnx.analysis.tokens import patch_layout
 from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.engine import Simulator
 from ptq_onnx.preprocess import Preprocess
@@ -17,10 +21,37 @@ from ptq_onnx.preprocess import Preprocess
 Array = NDArray[np.float32]
 
 
+class Runs(Protocol):
+    """What gives attention maps: a simulator, or one whose maps are rounded."""
+
+    def run(self, batch: Array, names: Iterable[str]) -> dict[str, Array]:
+        """Tensors by name of one batch."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The maps of a float simulator, held in codes of few bits."""
+
+    simulator: Simulator
+    code: Literal["uniform", "log2"]
+    bits: int
+
+    def run(self, batch: Array, names: Iterable[str]) -> dict[str, Array]:
+        found = self.simulator.run(batch, names)
+        return {n: round_attention(v, self.code, self.bits) for n, v in found.items()}
+
+
+def code_runs(reference: Simulator) -> dict[str, Runs]:
+    """The float model beside its maps in 8 and 4 bits, uniform and log2 (LIS)."""
+    names = {"uniform": "uniform", "log2": "LIS"}
+    rounded = {f"{names[code]} {bits}": Rounded(reference, code, bits) for code, bits in CODES}
+    return {"float": reference, **rounded}
+
+
 def attention_maps(
     model: ir.Model,
     blocks: Blocks,
-    simulators: Mapping[str, Simulator],
+    simulators: Mapping[str, Runs],
     batch: Array,
     image_name: str,
     preprocess: Preprocess,
@@ -69,23 +100,6 @@ def attention_maps(
             )
         )
     return out
-
-
-def patch_layout(attention: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Rows, columns and number of extra tokens (class, registers) of attention [1, H, N, N].
-
-    The patch grid has the picture's aspect ratio; None where no such grid fits, or the
-    attention is not square over one image.
-    """
-    if len(attention) != 4 or attention[0] != 1 or attention[2] != attention[3]:
-        return None
-    tokens, height, width = attention[3], image[1], image[2]
-    for extra in range(6):
-        patches = tokens - extra
-        rows = round(float(np.sqrt(patches * height / width)))
-        if rows and patches % rows == 0 and rows * width == (patches // rows) * height:
-            return rows, patches // rows, extra
-    return None
 
 
 def _on_patches(attention: Array, rows: int, columns: int, extra: int) -> Array:

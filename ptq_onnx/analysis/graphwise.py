@@ -1,67 +1,51 @@
 """Graphwise analysis: the error of every op while all ops are quantized.
 
 Each op's output, quantized, is compared with that of the float model on the same images;
-sums run over all images, so memory holds one batch. Covers every compute op: LayerNorm,
-softmax, GELU and adds as well as products.
+sums run over all images, so memory holds one batch. Covers every compute op (LayerNorm,
+softmax, GELU and adds as well as products) and every quantized tensor that a layout op
+makes: q, k, v out of a packed linear, the concatenation with the class token.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.results import BlockError, Graphwise, OpError, decibels
-from ptq_onnx.blocks import Blocks, is_layout, is_product, name_of, through_layout
+from ptq_onnx.analysis.errors import Sums, logits_error
+from ptq_onnx.analysis.results import BlockError, Error, Graphwise, OpError, decibels
+from ptq_onnx.analysis.tokens import Tokens, find_tokens
+from ptq_onnx.blocks import Blocks, Role, is_layout, is_product, name_of, through_layout
 from ptq_onnx.engine import Simulator, VitQuantizer
 from ptq_onnx.errors import ModelError
+from ptq_onnx.spec import Site
 
 Array = NDArray[np.float32]
 
-WORST = 1e20
-"""The noise-to-signal ratio that stands for noise without any signal (-200 dB)."""
+OTHER_MODEL = 1e-3
+"""Noise to signal between two float models beyond which a tensor was changed on purpose."""
 
 
 @dataclass
-class Sums:
-    """Running sums of one tensor pair; float64."""
+class _Pair:
+    """Sums over the whole tensor, its class token and its patches."""
 
-    signal: float = 0.0
-    noise: float = 0.0
-    power: float = 0.0
-    dot: float = 0.0
-    count: int = 0
-    largest: float = 0.0
+    whole: Sums = field(default_factory=Sums)
+    first: Sums = field(default_factory=Sums)
+    patches: Sums = field(default_factory=Sums)
 
-    def add(self, reference: Array, value: Array) -> None:
-        """Fold in one batch of float and quantized values (same shape)."""
-        f = reference.ravel().astype(np.float64)
-        q = value.ravel().astype(np.float64)
-        error = q - f
-        self.signal += float(f @ f)
-        self.noise += float(error @ error)
-        self.power += float(q @ q)
-        self.dot += float(f @ q)
-        self.count += f.size
-        self.largest = max(self.largest, float(np.abs(error).max(initial=0)))
-
-    @property
-    def snr(self) -> float:
-        """Σ(q - f)² / Σf², at most ``WORST``; 0 where both sums are zero."""
-        if self.noise == 0:
-            return 0.0
-        return min(self.noise / max(self.signal, 1e-30), WORST)
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of float and quantized values; 1 where both are zero."""
-        scale = math.sqrt(self.signal * self.power)
-        return 1.0 if scale == 0 else self.dot / scale
+    def add(self, reference: Array, value: Array, tokens: Tokens | None) -> None:
+        self.whole.add(reference, value)
+        if tokens is None:
+            return
+        one, other = tokens.split(reference), tokens.split(value)
+        if one is not None and other is not None:
+            self.first.add(one[0], other[0])
+            self.patches.add(one[1], other[1])
 
 
 def graphwise(
@@ -71,27 +55,46 @@ def graphwise(
     batches: Iterable[Any],
     *,
     held_apart: bool,
+    sites: Mapping[str, Site] | None = None,
     simulator: Simulator | None = None,
     reference: Simulator | None = None,
+    own: Simulator | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Graphwise:
     """Errors of all compute ops and blocks over all batches ([B, C, H, W]).
 
-    Raises ModelError where there is not a single image.
+    ``model`` is the float model that was quantized. ``reference`` simulates the float model to
+    compare with, ``model`` where none is given. Where it is another one with the same tensor
+    names (``model`` is an equalised copy of it), ``own`` simulates ``model`` in float: a tensor
+    that the two float models themselves disagree on was changed on purpose, and is compared
+    with ``model``'s own. Raises ModelError where there is not a single image.
     """
     quantized = simulator or Simulator(model, quantizer, threads=threads)
     reference = reference or Simulator(model, None, threads=threads)
-    nodes = {str(n.outputs[0].name): n for n in model.graph if not is_layout(n)}
-    sums = {name: Sums() for name in nodes}
+    nodes = _compared(model, quantizer)
+    tokens = find_tokens(model, blocks)
+    sums = {name: _Pair() for name in nodes}
+    output = str(model.graph.outputs[0].name)
+    last: list[tuple[Array, Array]] = []
+    changed: frozenset[str] | None = None
     images = 0
     for batch in batches:
         floats: dict[str, Array] = {}
         reference.walk(batch, floats.__setitem__)
+        if own is not None and changed is None:
+            changed = _changed(own, batch, floats)
+        if own is not None and changed:
+            again: dict[str, Array] = {}
+            own.walk(batch, again.__setitem__)
+            floats.update({name: again[name] for name in changed})
 
         def compare(name: str, value: Array, floats: dict[str, Array] = floats) -> None:
             if name in sums:
-                sums[name].add(floats.pop(name), value)
+                sums[name].add(floats[name], value, tokens)
+            if name == output:
+                last.append((floats[name], value))
+            floats.pop(name, None)
 
         quantized.walk(batch, compare)
         images += len(batch)
@@ -100,19 +103,58 @@ def graphwise(
     if not images:
         raise ModelError("There are no images to analyse the quantized model on.")
     ops = [
-        _op_error(node, sums[name], blocks, _is_quantized(node, quantizer))
+        _op_error(node, name, sums[name], _role(name, node, blocks, sites), quantizer)
         for name, node in nodes.items()
-        if sums[name].count
+        if sums[name].whole.count
     ]
-    return Graphwise(images, held_apart, tuple(ops), tuple(_block_errors(ops)))
+    return Graphwise(images, held_apart, tuple(ops), tuple(_block_errors(ops)), _logits(last))
+
+
+def _compared(model: ir.Model, quantizer: VitQuantizer) -> dict[str, ir.Node]:
+    """The first output of every compute op, and all quantized outputs, with their node."""
+    return {
+        str(value.name): node
+        for node in model.graph
+        for index, value in enumerate(node.outputs)
+        if (index == 0 and not is_layout(node)) or str(value.name) in quantizer.specs
+    }
+
+
+def _changed(own: Simulator, batch: Array, floats: Mapping[str, Array]) -> frozenset[str]:
+    """Tensors that two float models with the same names disagree on."""
+    found: set[str] = set()
+
+    def compare(name: str, value: Array) -> None:
+        sums = Sums()
+        if name in floats:
+            sums.add(floats[name], value)
+        if sums.snr > OTHER_MODEL:
+            found.add(name)
+
+    own.walk(batch, compare)
+    return frozenset(found)
+
+
+def _logits(pairs: list[tuple[Array, Array]]) -> Error | None:
+    if not pairs:
+        return None
+    return logits_error(*(np.concatenate(values) for values in zip(*pairs, strict=True)))
+
+
+def _role(name: str, node: ir.Node, blocks: Blocks, sites: Mapping[str, Site] | None) -> Role:
+    """The op's role; that of the tensor where a layout op makes it."""
+    site = None if sites is None else sites.get(name)
+    if is_layout(node) and site is not None:
+        return Role(site.block, site.role)
+    return blocks.roles[name_of(node)]
 
 
 def _is_quantized(node: ir.Node, quantizer: VitQuantizer) -> bool:
     """True where the op's output is rounded to codes: at once, or wherever it is read, behind
     layout ops or behind the scalar that scales QKᵀ."""
-    output = node.outputs[0]
-    if str(output.name) in quantizer.specs:
+    if any(str(v.name) in quantizer.specs for v in node.outputs):
         return True
+    output = node.outputs[0]
     read = [reader.inputs[index] for reader, index in through_layout(output)]
     if read and all(v is not None and str(v.name) in quantizer.specs for v in read):
         return True
@@ -125,8 +167,10 @@ def _is_quantized(node: ir.Node, quantizer: VitQuantizer) -> bool:
     )
 
 
-def _op_error(node: ir.Node, found: Sums, blocks: Blocks, quantized: bool) -> OpError:
-    role = blocks.roles[name_of(node)]
+def _op_error(
+    node: ir.Node, tensor: str, pair: _Pair, role: Role, quantizer: VitQuantizer
+) -> OpError:
+    found = pair.whole
     return OpError(
         node=name_of(node),
         op_type=node.op_type,
@@ -137,7 +181,10 @@ def _op_error(node: ir.Node, found: Sums, blocks: Blocks, quantized: bool) -> Op
         mse=found.noise / found.count,
         cosine=found.cosine,
         max_abs=found.largest,
-        quantized=quantized,
+        quantized=_is_quantized(node, quantizer),
+        tensor=tensor,
+        class_db=decibels(pair.first.snr) if pair.first.count else None,
+        patch_db=decibels(pair.patches.snr) if pair.patches.count else None,
     )
 
 

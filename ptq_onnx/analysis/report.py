@@ -20,6 +20,8 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
+from ptq_onnx.analysis.sections import by_place, sections
+
 Entry = Mapping[str, Any]
 
 WORST = 10
@@ -67,7 +69,9 @@ def render(report: Entry, svg: str, pictures: Sequence[tuple[str, Path]]) -> str
         cards=_cards(report),
         svg=Markup(svg[max(svg.find("<svg"), 0) :]),
         analysis=analysis,
-        ops=_ops((analysis or {}).get("ops") or []),
+        ops=_ops((analysis or {}).get("ops") or [], (analysis or {}).get("sensitivity")),
+        advice=(analysis or {}).get("advice") or [],
+        **sections(report),
         tensors=[_tensor(t) for t in report.get("tensors") or []],
         floats=_by_reason(report.get("floats") or []),
         pictures=[(caption, _embedded(path)) for caption, path in pictures],
@@ -154,12 +158,24 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _ops(ops: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The ops in graph order, each with ``rank``: 1…10 for the worst, else None."""
+def _ops(ops: Sequence[Entry], sensitivity: Entry | None) -> list[dict[str, Any]]:
+    """The ops in graph order, each with ``rank``: 1…10 for the worst, else None, and with what
+    its module costs by itself and gives back."""
+    alone, gains = ({} if sensitivity is None else by_place(sensitivity, key) for key in
+                    ("layerwise", "leave_one_out"))  # fmt: skip
     noisy = [i for i, op in enumerate(ops) if _order(op["snr"]) > 0]
     worst = sorted(noisy, key=lambda i: -_order(ops[i]["snr"]))[:WORST]
     rank = {index: place for place, index in enumerate(worst, start=1)}
-    return [{**op, "index": i, "rank": rank.get(i)} for i, op in enumerate(ops)]
+    return [
+        {
+            **op,
+            "index": i,
+            "rank": rank.get(i),
+            "layerwise": alone.get((op["role"], op["block"])),
+            "gain": gains.get((op["role"], op["block"])),
+        }
+        for i, op in enumerate(ops)
+    ]
 
 
 def _order(snr: float | None) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ class OpError:
 
     ``snr`` is noise to signal, Σ(q - f)² / Σf² over all images: lower is better. ``snr_db``
     is -10 log10 of it: higher is better. ``quantized``: the op's output is rounded to codes.
+    ``tensor`` is that output. ``class_db`` and ``patch_db``: the same for the class token and
+    for all other tokens alone; None where the tensor has no tokens.
     """
 
     node: str
@@ -32,6 +35,22 @@ class OpError:
     cosine: float
     max_abs: float
     quantized: bool
+    tensor: str = ""
+    class_db: float | None = None
+    patch_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Error:
+    """The error of the logits: as in :class:`OpError`; ``agreement``: the percentage of images
+    with the same top class."""
+
+    snr: float
+    snr_db: float
+    mse: float
+    cosine: float
+    max_abs: float
+    agreement: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,53 @@ class Graphwise:
     held_apart: bool
     ops: tuple[OpError, ...]
     blocks: tuple[BlockError, ...]
+    logits: Error | None = None
+
+
+Scope = Literal["op", "kind", "block", "model"]
+Part = Literal["all", "activations", "weights"]
+
+
+@dataclass(frozen=True)
+class Switched:
+    """The error of the logits with one module quantized alone, or with all but one.
+
+    ``module`` names it: ``blocks.5.fc2`` (scope ``op``), ``fc2`` (``kind``: all of them),
+    ``blocks.5`` (``block``) or ``model``; ``part``: its activations, its weights, or both;
+    ``tensors``: how many that are. ``features_db``: the SNR of the last norm's output, all
+    tokens; None for a model without one. ``gain_db``, ``features_gain_db`` (leave-one-out): what
+    logits and features gain in dB over the model with everything quantized; None in layerwise
+    results. The logits of one class token are few numbers: where quantization has destroyed
+    them, only the features still tell the modules apart.
+    """
+
+    module: str
+    scope: Scope
+    role: str | None
+    block: int | None
+    part: Part
+    tensors: int
+    error: Error
+    features_db: float | None = None
+    gain_db: float | None = None
+    features_gain_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Layerwise and leave-one-out analysis, both measured at the logits.
+
+    ``baseline``: everything quantized. ``layerwise``: one module quantized, the rest float.
+    ``leave_one_out``: one module float, the rest quantized.
+    """
+
+    images: int
+    held_apart: bool
+    baseline: Error
+    baseline_features_db: float | None
+    layerwise: tuple[Switched, ...]
+    leave_one_out: tuple[Switched, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -72,3 +138,228 @@ class AttentionMap:
     query: str
     maps: dict[str, NDArray[np.float32]]
     snr_db: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class TensorHistogram:
+    """Counts of the float and of the quantized values in equal bins over [low, high]."""
+
+    low: float
+    high: float
+    float_counts: tuple[int, ...]
+    quantized_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorVariation:
+    """How much one tensor varies, and what its own rounding costs it.
+
+    ``sdam``: standard deviation over the channels of the mean of |x| (VVTQ's SDAM; of a weight
+    over its output channels), ``sdam_heads`` over the heads, each None where there are none.
+    ``kurtosis``: of all values; 3 for a normal distribution. ``channel_ratio``: the largest
+    channel's extreme over the median channel's. Where the tensor is quantized: ``clip``, the
+    values of its smallest and largest code; ``clipped``: the share of values outside;
+    ``snr_db``: of the float values rounded, nothing else being quantized; ``clip_noise``: the
+    share of that error that comes from clipped values.
+    """
+
+    tensor: str
+    role: str
+    block: int | None
+    parameter: bool
+    low: float
+    high: float
+    absolute_mean: float
+    sdam: float | None
+    sdam_heads: float | None
+    kurtosis: float
+    channels: int
+    channel_ratio: float | None
+    clip: tuple[float, float] | None
+    clipped: float | None
+    snr_db: float | None
+    clip_noise: float | None
+    histogram: TensorHistogram
+
+
+@dataclass(frozen=True)
+class ChannelRanges:
+    """Smallest and largest value of every channel of a LayerNorm's input, over all images.
+
+    ``box``: minimum, quartiles and maximum, over the channels, of the channels' largest |x|.
+    """
+
+    tensor: str
+    role: str
+    block: int | None
+    reader: str
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    box: tuple[float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A channel, or a token, whose extreme stands out.
+
+    ``kind`` ``channel``: ``ratio`` is to the median channel's extreme. ``token``: to the median
+    token's extreme in the same image. ``token`` None: the tensor has no tokens.
+    """
+
+    kind: Literal["channel", "token"]
+    tensor: str
+    role: str
+    block: int | None
+    channel: int
+    token: int | None
+    value: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class KindVariation:
+    """Over the blocks: mean and standard deviation (SDAM over modules) of the mean |x| of one
+    role's tensors, and the mean of their SDAM over channels and over heads."""
+
+    role: str
+    parameter: bool
+    tensors: int
+    absolute_mean: float
+    sdam_modules: float
+    sdam_channels: float | None
+    sdam_heads: float | None
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What varies in the float model, and where it hurts; ``images`` of the activations."""
+
+    images: int
+    tensors: tuple[TensorVariation, ...]
+    kinds: tuple[KindVariation, ...]
+    norm_inputs: tuple[ChannelRanges, ...]
+    outliers: tuple[Outlier, ...]
+
+
+@dataclass(frozen=True)
+class AttentionCode:
+    """One way to hold attention maps: ``uniform`` levels on [0, 1] or ``log2`` codes (LIS).
+
+    Measured on float maps, rounded: ``snr_db``; ``rank``, the mean Spearman correlation of
+    rows before and after (ties share their rank); ``discordant``, the share of pairs in a row
+    whose order is lost or turned (a ranking loss); ``row_sum``, smallest, mean and largest sum
+    of a row, one before; ``zero``, the share of values that become zero.
+    """
+
+    code: Literal["uniform", "log2"]
+    bits: int
+    snr_db: float
+    rank: float
+    discordant: float
+    row_sum: tuple[float, float, float]
+    zero: float
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """Attention maps of one block over all images looked at.
+
+    ``counts``: values per bin of log2 A, from 2^``lowest`` up to 1, one bin per half octave,
+    those below in the first. ``codes``: what rounding does to float maps. ``snr_db``, ``rank``,
+    ``discordant``: the maps of the quantized model against those of the float one.
+    """
+
+    block: int
+    heads: int
+    lowest: int
+    counts: tuple[int, ...]
+    codes: tuple[AttentionCode, ...]
+    snr_db: float
+    rank: float
+    discordant: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Attention rollout to the patches, [rows, columns], of one image: float and quantized,
+    with the correlation (Pearson) of the two maps."""
+
+    image_name: str
+    float_map: tuple[tuple[float, ...], ...]
+    quantized_map: tuple[tuple[float, ...], ...]
+    correlation: float
+
+
+@dataclass(frozen=True)
+class AttentionAnalysis:
+    """Attention of all blocks on ``images`` images."""
+
+    images: int
+    blocks: tuple[BlockAttention, ...]
+    rollout: Rollout | None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that was measured; parts that were not asked for are None.
+
+    ``advice``: what to do about it, in words, the most urgent first.
+    """
+
+    graphwise: Graphwise
+    sensitivity: Sensitivity | None
+    variation: Variation | None
+    attention: AttentionAnalysis | None
+    advice: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the keys of graphwise stand at the top, as in report.json."""
+        parts = {
+            name: None if (part := getattr(self, name)) is None else asdict(part)
+            for name in ("sensitivity", "variation", "attention")
+        }
+        return {**asdict(self.graphwise), **parts, "advice": list(self.advice)}
+
+
+@dataclass(frozen=True)
+class BlockMatch:
+    """One transformer block in a quantized file: its output tensor, how it was found (by
+    ``name``, or by ``position``: shape, order and likeness), and its SNR against float.
+
+    All None where nothing in the file is like it.
+    """
+
+    block: int
+    tensor: str | None
+    how: Literal["name", "position"] | None
+    snr_db: float | None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One file of a comparison. ``quantized_ops``: QuantizeLinear, DequantizeLinear and integer
+    ops, counted. ``ms_per_image``: median, one image at a time."""
+
+    name: str
+    file: str
+    bytes: int
+    quantized_ops: dict[str, int]
+    top1: float | None
+    top5: float | None
+    sqnr_db: float | None
+    agreement: float | None
+    ms_per_image: float
+    blocks: tuple[BlockMatch, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several quantized files of one float model, the float model first in ``contenders``.
+
+    ``images`` for accuracy, SQNR and agreement; ``block_images`` for the SNR of the blocks.
+    """
+
+    reference: str
+    images: int
+    block_images: int
+    contenders: tuple[Contender, ...]

@@ -86,13 +86,15 @@ def test_every_op_has_one_row_with_its_values(html: str) -> None:
         assert float(cells[6]) == pytest.approx(op["snr_db"], abs=0.05)
         assert float(cells[7]) == pytest.approx(op["cosine"], abs=1e-6)
         assert float(keys[8] or "") == op["max_abs"]
-        assert cells[9:] == ["yes" if op["quantized"] else "no", op["node"]]
+        assert float(keys[9] or "") == op["mse"]
+        assert cells[10:14] == [""] * 4  # not measured in the sample
+        assert cells[14:] == ["yes" if op["quantized"] else "no", op["node"]]
 
 
 def test_the_ten_worst_are_marked(html: str) -> None:
     ops = make_report()["analysis"]["ops"]
     expected = [op["node"] for op in sorted(ops, key=lambda op: -op["snr"])[:10]]
-    marked = [(int(c[1]), c[10]) for kind, c, _ in Page(html).body("ops") if "worst" in kind]
+    marked = [(int(c[1]), c[-1]) for kind, c, _ in Page(html).body("ops") if "worst" in kind]
     assert [node for _, node in sorted(marked)] == expected
     assert [rank for rank, _ in sorted(marked)] == list(range(1, 11))
 

@@ -1,0 +1,199 @@
+"""What the measurements say should be done, in words."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from ptq_onnx.analysis.results import (
+    AttentionAnalysis,
+    Outlier,
+    Sensitivity,
+    Switched,
+    TensorVariation,
+    Variation,
+)
+from ptq_onnx.spec import Site, TensorSpec
+
+OUTLIER = 10.0
+"""Channels whose extreme is this many times the median's call for a scale of their own."""
+WEIGHT_OUTLIER = 6.0
+CLIPPED_SHARE = 0.5
+CLIPPED_DB = 25.0
+"""Clipping is named where it makes at least that share of an error of at most that SNR."""
+GAIN = 1.0
+"""A module is named that gives back at least that many dB."""
+NAMED = 3
+LOST = 3.0
+"""Below that many dB the logits no longer tell modules apart."""
+
+
+def advise(
+    sites: Mapping[str, Site],
+    specs: Mapping[str, TensorSpec],
+    variation: Variation | None,
+    sensitivity: Sensitivity | None,
+    attention: AttentionAnalysis | None,
+) -> tuple[str, ...]:
+    """Sentences, the most urgent first; none where nothing stands out."""
+    found: list[str] = []
+    if sensitivity is not None:
+        found += _gains(sensitivity)
+    if variation is not None:
+        found += _channels(variation, sites, specs)
+        found += _clipping(variation)
+        found += _weights(variation, specs)
+        found += _massive(variation.outliers)
+    if attention is not None:
+        found += _attention(attention, sites, specs)
+    return tuple(found)
+
+
+def _gains(sensitivity: Sensitivity) -> list[str]:
+    """The kinds and ops that give back most when they stay in float.
+
+    Judged by the features where the logits are lost.
+    """
+    lost = sensitivity.baseline.snr_db < LOST and sensitivity.baseline_features_db is not None
+    before = sensitivity.baseline_features_db if lost else sensitivity.baseline.snr_db
+    where = "last norm's output" if lost else "logits"
+
+    def gain(one: Switched) -> float:
+        return (one.features_gain_db if lost else one.gain_db) or 0.0
+
+    out = []
+    for scope, option in (("kind", "of all blocks"), ("op", "alone")):
+        best = sorted(
+            (s for s in sensitivity.leave_one_out if s.scope == scope and s.part == "all"),
+            key=lambda s: -gain(s),
+        )[:NAMED]
+        named = [s for s in best if gain(s) >= GAIN]
+        if named:
+            parts = "; ".join(f"{s.module} {gain(s):+.1f} dB" for s in named)
+            out.append(
+                f"Left in float {option}, these give back most at the {where}"
+                f" ({before:.1f} dB with everything quantized): {parts} (--keep-float)."
+            )
+    return out
+
+
+def _channels(
+    variation: Variation, sites: Mapping[str, Site], specs: Mapping[str, TensorSpec]
+) -> list[str]:
+    """Tensors with one scale whose channels differ too much for it."""
+    groups: dict[str, list[TensorVariation]] = defaultdict(list)
+    for one in variation.tensors:
+        spec = specs.get(one.tensor)
+        wide = one.channel_ratio is not None and one.channel_ratio >= OUTLIER
+        if wide and spec is not None and spec.rule.granularity == "tensor" and not one.parameter:
+            groups[one.role].append(one)
+    out = []
+    for role, group in sorted(groups.items(), key=lambda g: -_widest(g[1])):
+        where = _where(role, group)
+        many = f"{_widest(group):.0f}× the median"
+        read = _reader(group[0], sites)
+        out.append(
+            f"{where}: one channel {many} → per channel (--per-channel {_selector(read, group)})"
+            " or power-of-two factors (--quantizer fqvit)."
+        )
+    return out
+
+
+def _widest(group: Iterable[TensorVariation]) -> float:
+    return max(one.channel_ratio or 0.0 for one in group)
+
+
+def _reader(one: TensorVariation, sites: Mapping[str, Site]) -> str:
+    """The role to name on the command line: fc2 for what fc2 alone reads."""
+    return "fc2" if one.role == "gelu" else sites[one.tensor].role
+
+
+def _clipping(variation: Variation) -> list[str]:
+    """Tensors whose error is mostly clipped values."""
+    groups: dict[str, list[TensorVariation]] = defaultdict(list)
+    for one in variation.tensors:
+        bad = one.snr_db is not None and one.snr_db <= CLIPPED_DB
+        if bad and (one.clip_noise or 0.0) >= CLIPPED_SHARE and not one.parameter:
+            groups[one.role].append(one)
+    out = []
+    for role, group in sorted(groups.items(), key=lambda g: min(t.snr_db or 0 for t in g[1])):
+        worst = min(group, key=lambda t: t.snr_db or 0)
+        clip = worst.clip or (0.0, 0.0)
+        out.append(
+            f"{_where(role, group)}: {100 * (worst.clip_noise or 0):.0f} % of the error is"
+            f" clipping (values {worst.low:.3g}…{worst.high:.3g}, range"
+            f" {clip[0]:.3g}…{clip[1]:.3g}, {100 * (worst.clipped or 0):.2g} % outside) → a wider"
+            " range (--method robust or minmax)."
+        )
+    return out
+
+
+def _weights(variation: Variation, specs: Mapping[str, TensorSpec]) -> list[str]:
+    groups: dict[str, list[TensorVariation]] = defaultdict(list)
+    for one in variation.tensors:
+        spec = specs.get(one.tensor)
+        wide = one.channel_ratio is not None and one.channel_ratio >= WEIGHT_OUTLIER
+        if one.parameter and wide and spec is not None and spec.rule.granularity == "tensor":
+            groups[one.role].append(one)
+    return [
+        f"{_where(role, group)}: one output channel {_widest(group):.0f}× the median → weights per"
+        f" channel (--per-channel {_selector(role, group)})."
+        for role, group in sorted(groups.items(), key=lambda g: -_widest(g[1]))
+    ]
+
+
+def _massive(outliers: Sequence[Outlier]) -> list[str]:
+    """The one token that stands out most, and where it appears."""
+    tokens = [o for o in outliers if o.kind == "token"]
+    if not tokens:
+        return []
+    worst = max(tokens, key=lambda o: o.ratio)
+    blocks = [o.block for o in tokens if o.block is not None]
+    since = f", from block {min(blocks)} on" if blocks else ""
+    return [
+        f"Massive tokens{since}: up to {worst.value:.4g} in {_label(worst.role, worst.block)},"
+        f" token {worst.token}, channel {worst.channel}, {worst.ratio:.0f}× the median token"
+        " → calibrate on many images and do not clip (--method robust), or give the channel a"
+        " scale of its own."
+    ]
+
+
+def _attention(
+    attention: AttentionAnalysis, sites: Mapping[str, Site], specs: Mapping[str, TensorSpec]
+) -> list[str]:
+    """Uniform codes of few bits where log2 codes keep more of the order of the rows."""
+    maps = [specs[s.tensor] for s in sites.values() if s.role == "softmax" and s.tensor in specs]
+    narrow = [s for s in maps if s.rule.code == "uniform" and s.rule.bits <= 4]
+    if not narrow:
+        return []
+    rank: dict[str, list[float]] = defaultdict(list)
+    for block in attention.blocks:
+        for code in block.codes:
+            if code.bits == 4:
+                rank[code.code].append(code.rank)
+    uniform, log2 = (sum(rank[c]) / len(rank[c]) for c in ("uniform", "log2"))
+    if log2 <= uniform:
+        return []
+    return [
+        f"Attention in {narrow[0].rule.bits} uniform bits keeps little of the order of its rows"
+        f" (rank correlation {uniform:.2f}; log2 codes {log2:.2f}) → --quantizer fqvit, whose"
+        " codes are log2."
+    ]
+
+
+def _where(role: str, group: Sequence[TensorVariation]) -> str:
+    """``fc2 of blocks 5, 6`` or ``head``; for the input of fc2 it says so."""
+    name = "gelu (read by fc2)" if role == "gelu" else role
+    blocks = sorted(t.block for t in group if t.block is not None)
+    if not blocks:
+        return name
+    return f"{name} of block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
+
+
+def _selector(role: str, group: Sequence[TensorVariation]) -> str:
+    blocks = sorted(t.block for t in group if t.block is not None)
+    return role if not blocks else f"{role}@{','.join(map(str, blocks))}"
+
+
+def _label(role: str, block: int | None) -> str:
+    return role if block is None else f"blocks.{block}.{role}"

@@ -1,0 +1,157 @@
+"""Runs the analyses that a config asks for, on images that calibration did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ptq_onnx.analysis.advice import advise
+from ptq_onnx.analysis.attention_values import attention_values
+from ptq_onnx.analysis.graphwise import graphwise
+from ptq_onnx.analysis.modules import find_modules
+from ptq_onnx.analysis.results import Analysis
+from ptq_onnx.analysis.sensitivity import Images, run_count, sensitivity
+from ptq_onnx.analysis.variation import variation
+from ptq_onnx.blocks import Blocks
+from ptq_onnx.engine import Simulator, VitQuantizer
+from ptq_onnx.image_source import ImageSource
+from ptq_onnx.spec import Site
+
+VARIATION_IMAGES = 16
+ATTENTION_IMAGES = 4
+"""Images of those parts, at most: they read every value of every tensor."""
+SMALL = 2
+"""Images at once where every tensor of the graph is held."""
+
+Stage = Callable[[str, int], Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is analysed: the quantized model, and the float model to compare it with.
+
+    ``model`` is the float model that ``quantizer`` quantized; ``reference`` the one it came
+    from, where that is another with the same tensor names (equalised, corrected).
+    """
+
+    model: ir.Model
+    quantizer: VitQuantizer
+    blocks: Blocks
+    sites: Mapping[str, Site]
+    simulator: Simulator
+    reference: ir.Model | None = None
+
+    @property
+    def other(self) -> ir.Model | None:
+        """The reference where it is not the model itself."""
+        return None if self.reference is self.model else self.reference
+
+
+def analyse_quantized(
+    subject: Subject,
+    source: ImageSource,
+    *,
+    held_apart: bool,
+    full: bool,
+    fixed: int | None = None,
+    batch: int = 8,
+    threads: int = 0,
+    stage: Stage | None = None,
+) -> Analysis:
+    """Graphwise errors, variation and attention of all images; ``full``: layerwise and
+    leave-one-out too, which takes minutes.
+
+    ``fixed``: the model's batch size where it is fixed. Raises ModelError without images.
+    """
+    begin = stage or (lambda _, __: lambda ___: None)
+    specs, count = subject.quantizer.specs, len(source)
+    floats = Simulator(subject.model, None, threads=threads)
+    other = None if subject.other is None else Simulator(subject.other, None, threads=threads)
+    ops = graphwise(
+        subject.model,
+        subject.quantizer,
+        subject.blocks,
+        _Filled(source, fixed or SMALL, fixed),
+        held_apart=held_apart,
+        sites=subject.sites,
+        simulator=subject.simulator,
+        reference=other or floats,
+        own=floats if other is not None else None,
+        threads=threads,
+        progress=begin("Every op", count),
+    )
+    few = min(VARIATION_IMAGES, count)
+    varied = variation(
+        subject.model,
+        subject.blocks,
+        subject.sites,
+        specs,
+        _Filled(source, fixed or SMALL, fixed, few),
+        threads=threads,
+        progress=begin("Variation", few),
+    )
+    looked = attention_values(
+        subject.model,
+        subject.blocks,
+        floats,
+        subject.simulator,
+        named(source, fixed or SMALL, fixed, ATTENTION_IMAGES),
+    )
+    switched = None
+    if full:
+        modules = find_modules(subject.model, subject.blocks, subject.sites, specs)
+        switched = sensitivity(
+            subject.model,
+            specs,
+            subject.blocks,
+            subject.sites,
+            _images(source, fixed, batch),
+            held_apart=held_apart,
+            reference=subject.other,
+            threads=threads,
+            progress=begin("Module by module", run_count(modules)),
+        )
+    advice = advise(subject.sites, specs, varied, switched, looked)
+    return Analysis(ops, switched, varied, looked, advice)
+
+
+def _images(source: ImageSource, fixed: int | None, batch: int) -> Images:
+    """All images in memory; filled up to whole batches where the batch size is fixed."""
+    values = np.concatenate(list(source.batches(batch)))
+    count = len(values)
+    missing = 0 if fixed is None else -count % fixed
+    if missing:
+        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
+    return Images(values, fixed or batch, count)
+
+
+def named(
+    source: ImageSource, size: int, fixed: int | None, limit: int | None = None
+) -> Iterable[tuple[list[str], Any]]:
+    """Names and batches of at most ``limit`` images; batches of a fixed size are filled up
+    with their last image."""
+    done = 0
+    for names, batch in source.named_batches(size):
+        if limit is not None and done >= limit:
+            return
+        missing = 0 if fixed is None else fixed - len(batch)
+        if missing:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+        done += len(names)
+        yield names, batch
+
+
+class _Filled:
+    """The batches of :func:`named`, to be run over again."""
+
+    def __init__(
+        self, source: ImageSource, size: int, fixed: int | None, limit: int | None = None
+    ) -> None:
+        self.source, self.size, self.fixed, self.limit = source, size, fixed, limit
+
+    def __iter__(self) -> Any:
+        return (b for _, b in named(self.source, self.size, self.fixed, self.limit))

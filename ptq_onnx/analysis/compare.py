@@ -1,0 +1,212 @@
+"""Several quantized files of one float model side by side, whichever tool wrote them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.analysis.errors import Sums
+from ptq_onnx.analysis.matching import Tapped, match
+from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
+from ptq_onnx.blocks import name_of
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.evaluation import evaluate
+from ptq_onnx.image_source import ImageSource
+from ptq_onnx.preparation import prepare
+from ptq_onnx.runtime import Classifier, session
+
+Array = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+QUANTIZED = "quantized.onnx"
+FLOAT = "fused.onnx"
+LOOKED = 2
+"""Images that matching looks at."""
+ROUNDS = 21
+"""Timings per file; the files take turns, so that all meet the same load."""
+
+
+def quantized_file(path: str | Path) -> Path:
+    """The model of an output folder, or the file itself. Raises ConfigError."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / QUANTIZED).is_file():
+            raise ConfigError(
+                f"Folder {path} holds no {QUANTIZED}: name a folder that 'ptq-onnx quantize' wrote,"
+                " or an .onnx file."
+            )
+        return path / QUANTIZED
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: name output folders or quantized .onnx files.")
+    return path
+
+
+def find_reference(paths: Sequence[str | Path], reference: str | Path | None) -> Path:
+    """The float model: the one named, else that of the first output folder. Raises
+    ConfigError."""
+    if reference is not None:
+        if not Path(reference).is_file():
+            raise ConfigError(f"--reference {reference} does not exist.")
+        return Path(reference)
+    found = next((Path(p) / FLOAT for p in paths if (Path(p) / FLOAT).is_file()), None)
+    if found is None:
+        raise ConfigError("Files alone do not tell the float model: name it with --reference.")
+    return found
+
+
+def compare(
+    paths: Sequence[str | Path],
+    images: ImageSource,
+    *,
+    reference: str | Path | None = None,
+    labels: Labels | None = None,
+    block_images: int = 32,
+    batch: int = 8,
+    threads: int = 0,
+    progress: Callable[[str, int], Callable[[int], None]] | None = None,
+) -> Comparison:
+    """Measure every file, and the float model, on the same images. Raises PtqError."""
+    if not paths:
+        raise ConfigError("compare needs output folders or quantized .onnx files.")
+    base = find_reference(paths, reference)
+    files = [quantized_file(path) for path in paths]
+    names = _names([Path(p) for p in paths])
+    begin = progress or (lambda _, __: lambda ___: None)
+    done = begin("Comparing", len(files) + 1)
+    outputs = block_outputs(base)
+    floats = FloatBlocks(base, list(outputs.values()), images, block_images, threads)
+    times = _times([base, *files], images, threads)
+    contenders = []
+    for index, (name, file) in enumerate(zip(["float", *names], [base, *files], strict=True)):
+        measured = evaluate(
+            file,
+            images,
+            labels,
+            batch_size=batch,
+            threads=threads,
+            reference=base if index else None,
+        )
+        tapped = Tapped(file, threads)
+        contenders.append(
+            Contender(
+                name=name,
+                file=file.name,
+                bytes=_size(file),
+                quantized_ops=tapped.quantized_ops(),
+                top1=measured.top1,
+                top5=measured.top5,
+                sqnr_db=_finite(measured.sqnr_db),
+                agreement=measured.agreement,
+                ms_per_image=times[index],
+                blocks=floats.blocks(tapped, outputs) if index else (),
+            )
+        )
+        done(1)
+    return Comparison(base.name, len(images), min(block_images, len(images)), tuple(contenders))
+
+
+def block_outputs(path: Path) -> dict[int, str]:
+    """The tensor behind each transformer block of a float model."""
+    prepared = prepare(path)
+    return {
+        role.block: str(node.outputs[0].name)
+        for node in prepared.model.graph
+        if (role := prepared.blocks.roles[name_of(node)]).name == "residual2"
+        and role.block is not None
+    }
+
+
+class FloatBlocks:
+    """The float model's block outputs, and the errors of other files against them."""
+
+    def __init__(
+        self, path: Path, tensors: list[str], images: ImageSource, limit: int, threads: int
+    ) -> None:
+        self._tensors = tensors
+        self._images, self._limit = images, limit
+        copy = graphs.to_standard(prepare(path).model)
+        values = {v.name: v for node in copy.graph for v in node.outputs}
+        own = {v.name for v in copy.graph.outputs}
+        copy.graph.outputs.extend(values[t] for t in tensors if t not in own)
+        self._session = session(ir.to_proto(copy).SerializeToString(), threads, cpu=True)
+        self._input = self._session.get_inputs()[0]
+        size = self._input.shape[0]
+        self._size = size if isinstance(size, int) else LOOKED
+
+    def run(self, batch: Array) -> dict[str, Array]:
+        """The block outputs of images [B, C, H, W], by name."""
+        missing = self._size - len(batch)
+        full = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
+        found: list[Any] = self._session.run(self._tensors, {self._input.name: full})
+        return {t: f[: len(batch)] for t, f in zip(self._tensors, found, strict=True)}
+
+    def blocks(self, tapped: Tapped, outputs: dict[int, str]) -> tuple[BlockMatch, ...]:
+        """The SNR of every block in another file."""
+        if not outputs:
+            return ()
+        first = next(self._images.batches(self._size))
+        found = match(tapped, self.run(first), first)
+        pairs = {tensor: one[0] for tensor, one in found.items() if one is not None}
+        sums = {tensor: Sums() for tensor in pairs}
+        reader = tapped.session(list(dict.fromkeys(pairs.values()))) if pairs else None
+        done = 0
+        for batch in self._images.batches(self._size):
+            if reader is None or done >= self._limit:
+                break
+            floats, others = self.run(batch), reader.run(batch)
+            for tensor, name in pairs.items():
+                sums[tensor].add(floats[tensor], others[name])
+            done += len(batch)
+        out = []
+        for block, tensor in sorted(outputs.items()):
+            one = found[tensor]
+            if one is None:
+                out.append(BlockMatch(block, None, None, None))
+            else:
+                out.append(BlockMatch(block, one[0], one[1], decibels(sums[tensor].snr)))
+        return tuple(out)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Short names, made longer where two are the same."""
+    names = [p.name if p.is_dir() else p.stem for p in paths]
+    if len(set(names)) < len(names):
+        names = [str(p) for p in paths]
+    return [n if names.index(n) == i else f"{n} ({i + 1})" for i, n in enumerate(names)]
+
+
+def _size(path: Path) -> int:
+    """Bytes of the file and of the weights beside it."""
+    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.is_file())
+
+
+def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[float]:
+    """Median milliseconds of one image, file by file."""
+    one = next(images.batches(1))
+    models = [Classifier(file, threads) for file in files]
+    for model in models:
+        model.check(images.preprocess.shape)
+        model(one)
+    taken: list[list[float]] = [[] for _ in models]
+    for _ in range(ROUNDS):
+        for model, times in zip(models, taken, strict=True):
+            start = time.perf_counter()
+            model(one)
+            times.append(time.perf_counter() - start)
+    return [1000 * statistics.median(times) for times in taken]
+
+
+def _finite(value: float | None) -> float | None:
+    """An SQNR without noise is 200 dB: JSON knows no infinity."""
+    if value is None or math.isfinite(value):
+        return value
+    return 200.0 if value > 0 else -200.0

@@ -1,0 +1,167 @@
+"""Cuts a fused graph where a single tensor holds all that the rest needs.
+
+In a transformer these are the residual adds. A run in which only one op changes starts at
+the segment that holds the op, from stored activations, and ends in a float (or quantized)
+session that all such runs share.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.blocks import consumers, is_constant, is_layout
+from ptq_onnx.export.lowering import lower
+from ptq_onnx.spec import TensorSpec
+
+Array = NDArray[np.float32]
+Specs = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes ``start`` to ``stop`` (exclusive) of the graph, between two tensors."""
+
+    start: int
+    stop: int
+    input: str
+    output: str
+
+
+def find_segments(model: ir.Model, output: str) -> list[Segment]:
+    """The graph from the image to ``output``, cut wherever one tensor alone is alive that an
+    elementwise add makes or several ops read."""
+    nodes = list(model.graph)
+    place = {node: index for index, node in enumerate(nodes)}
+    inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+    last_use: dict[ir.Value, int] = {}
+    for value in [*inputs, *(v for node in nodes for v in node.outputs)]:
+        if not is_constant(value):
+            uses = [place[node] for node, _ in consumers(value) if node in place]
+            last_use[value] = max(uses, default=-1)
+    end = next(i for i, node in enumerate(nodes) if output in {v.name for v in node.outputs})
+    segments: list[Segment] = []
+    alive = set(inputs)
+    start, before = 0, str(inputs[0].name)
+    for index, node in enumerate(nodes[: end + 1]):
+        alive.update(v for v in node.outputs if not is_constant(v))
+        alive = {v for v in alive if last_use[v] > index}
+        if index == end:
+            segments.append(Segment(start, index + 1, before, output))
+        elif len(alive) == 1 and _is_cut(value := next(iter(alive)), node):
+            segments.append(Segment(start, index + 1, before, str(value.name)))
+            start, before = index + 1, str(value.name)
+    return segments
+
+
+def _is_cut(value: ir.Value, node: ir.Node) -> bool:
+    if value.producer() is not node or is_layout(node):
+        return False
+    joins = node.op_type == "Add" and not any(is_constant(v) for v in node.inputs)
+    return joins or len(value.uses()) > 1
+
+
+class Segments:
+    """ONNX Runtime sessions of runs of segments, lowered with any set of specs.
+
+    ``keep`` sessions stay open, those used last; memory is that of the weights in them.
+    ``features``: a tensor of the last segment that runs to the end give beside the output.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        output: str,
+        threads: int = 0,
+        keep: int = 3,
+        features: str | None = None,
+    ) -> None:
+        self._model = model
+        self._features = features
+        self.parts = find_segments(model, output)
+        self._threads, self._keep = threads, keep
+        self.seen: Array | None = None
+        """The features of the last run; None where it did not reach them."""
+        self._open: OrderedDict[tuple[int, int, str], ort.InferenceSession] = OrderedDict()
+
+    def places(self) -> dict[str, int]:
+        """The segment that makes each tensor; of a constant, the first that reads it."""
+        found = {self.parts[0].input: 0}
+        nodes = list(self._model.graph)
+        for number, part in enumerate(self.parts):
+            for node in nodes[part.start : part.stop]:
+                for value in (*node.outputs, *node.inputs):
+                    if value is not None and (value.producer() is node or is_constant(value)):
+                        found.setdefault(str(value.name), number)
+        return found
+
+    def run(
+        self, value: Array, first: int, last: int, specs: Specs, batch: int, name: str = ""
+    ) -> Array:
+        """The output of segment ``last`` from the input of segment ``first`` [N, …].
+
+        The tensors in ``specs`` are quantized on the way. ``name``: keep the session open under
+        this name; a name stands for one set of specs.
+        """
+        key = (first, last, name)
+        session = self._open.get(key) if name else None
+        if session is None:
+            session = self._build(first, last, specs)
+            if name:
+                self._open[key] = session
+        if name:
+            self._open.move_to_end(key)
+        while len(self._open) > self._keep:
+            self._open.popitem(last=False)
+        feed = session.get_inputs()[0].name
+        parts = [
+            session.run(None, {feed: np.ascontiguousarray(value[i : i + batch])})
+            for i in range(0, len(value), batch)
+        ]
+        self.seen = np.concatenate([p[1] for p in parts]) if len(parts[0]) > 1 else None
+        return np.concatenate([p[0] for p in parts])
+
+    def _build(self, first: int, last: int, specs: Specs) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        data = graphs.serialize(lower(self.model_of(first, last), specs_within(self, specs, first)))
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def model_of(self, first: int, last: int) -> ir.Model:
+        """Segments ``first`` to ``last`` as a model of their own."""
+        copy = self._model.clone()
+        graph = copy.graph
+        start, stop = self.parts[first].start, self.parts[last].stop
+        nodes = list(graph)
+        values = {v.name: v for node in nodes for v in node.outputs}
+        graph.outputs[:] = [values[self.parts[last].output]]
+        if last == len(self.parts) - 1 and self._features in values:
+            graph.outputs.append(values[self._features])
+        for node in reversed(nodes[stop:]):
+            graph.remove(node, safe=True)
+        if first:
+            old = values[self.parts[first].input]
+            new = ir.Value(name=old.name, shape=old.shape, type=old.type)
+            old.name = f"{old.name}_cut"
+            old.replace_all_uses_with(new)
+            for node in reversed(nodes[:start]):
+                graph.remove(node, safe=True)
+            graph.inputs[:] = [new]
+        for name in [n for n, v in graph.initializers.items() if not v.uses()]:
+            del graph.initializers[name]
+        return copy
+
+
+def specs_within(segments: Segments, specs: Specs, first: int) -> dict[str, TensorSpec]:
+    """The specs but for that of the tensor a run starts from, which is quantized already."""
+    start = segments.parts[first].input
+    return {t: spec for t, spec in specs.items() if first == 0 or t != start}

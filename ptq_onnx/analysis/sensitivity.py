@@ -1,0 +1,211 @@
+"""Layerwise and leave-one-out analysis: which module costs what, at the logits.
+
+Layerwise: one module is quantized, the rest float. Leave-one-out: all are quantized but one;
+what it gives back. A run starts at the graph segment that holds the module, from activations
+that all runs share, and ends in a session that all runs share (see segments.py). Memory holds
+the images, one activation per image, and the weights of a few sessions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.analysis.errors import Sums, logits_error
+from ptq_onnx.analysis.modules import Module, find_modules
+from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels
+from ptq_onnx.analysis.segments import Segments, Specs
+from ptq_onnx.blocks import Blocks, name_of
+from ptq_onnx.errors import ModelError
+from ptq_onnx.spec import Site, TensorSpec
+
+Array = NDArray[np.float32]
+Outcome = tuple[Array, Array | None]
+"""Logits [N, classes], and features [N, …] where the model has them."""
+Judged = tuple[Error, float | None]
+APART = ("kind", "block", "model")
+"""Scopes whose weights and activations leave-one-out also takes apart; layerwise does for all."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Model inputs [N, C, H, W], run ``batch`` at a time.
+
+    ``count``: how many of them are images; the others fill up the last batch of a model
+    with a fixed batch size.
+    """
+
+    values: Array
+    batch: int = 8
+    count: int = 0
+
+    @property
+    def real(self) -> int:
+        """The number of images."""
+        return self.count or len(self.values)
+
+
+def sensitivity(
+    model: ir.Model,
+    specs: Mapping[str, TensorSpec],
+    blocks: Blocks,
+    sites: Mapping[str, Site],
+    images: Images,
+    *,
+    held_apart: bool,
+    reference: ir.Model | None = None,
+    apart: bool = True,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Sensitivity:
+    """Both analyses of the float ``model`` with its ``specs``, on all ``images``.
+
+    ``reference``: the float model whose logits are compared with, where that is not ``model``
+    (an equalised copy). ``apart``: weights and activations also by themselves. ``progress`` is
+    called with the number of runs done, of :func:`run_count`. Raises ModelError where there is
+    no image.
+    """
+    if not len(images.values):
+        raise ModelError("There are no images to analyse the quantized model on.")
+    started = time.perf_counter()
+    modules = [m for m in find_modules(model, blocks, sites, specs) if apart or m.part == "all"]
+    features = _last_norm(model, blocks)
+    first = _Runs(reference or model, threads, features)
+    truth = first.measured(
+        images, first.segments.run(images.values, 0, first.last, {}, images.batch)
+    )
+    judge = partial(_judged, truth)
+    alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
+    runs = _Runs(model, threads, features)
+    layerwise = {m: judge(found) for m, found in runs.each({}, alone, images, progress)}
+    but = {
+        m: {t: spec for t, spec in specs.items() if t not in m.tensors}
+        for m in modules
+        if m.part == "all" or m.scope in APART
+    }
+    runs = _Runs(model, threads, features)
+    left = {m: judge(found) for m, found in runs.each(specs, but, images, progress)}
+    baseline = judge(runs.baseline)
+    return Sensitivity(
+        images=images.real,
+        held_apart=held_apart,
+        baseline=baseline[0],
+        baseline_features_db=baseline[1],
+        layerwise=tuple(_switched(m, layerwise[m], None) for m in alone),
+        leave_one_out=tuple(_switched(m, left[m], baseline) for m in but),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def errors_of(
+    model: ir.Model,
+    specs: Mapping[str, TensorSpec],
+    blocks: Blocks,
+    images: Images,
+    *,
+    threads: int = 0,
+) -> tuple[Error, float | None]:
+    """The error of the logits with all ``specs``, and the SNR of the features in dB."""
+    runs = _Runs(model, threads, _last_norm(model, blocks))
+    segments, values = runs.segments, images.values
+    truth = runs.measured(images, segments.run(values, 0, runs.last, {}, images.batch))
+    found = runs.measured(images, segments.run(values, 0, runs.last, specs, images.batch))
+    return _judged(truth, found)
+
+
+def _last_norm(model: ir.Model, blocks: Blocks) -> str | None:
+    """The output of the norm behind the last block."""
+    norms = [n for n in model.graph if n.op_type == "LayerNormalization"]
+    last = norms[-1] if norms else None
+    if last is None or blocks.roles[name_of(last)].name != "norm":
+        return None
+    return str(last.outputs[0].name)
+
+
+def _judged(truth: Outcome, found: Outcome) -> Judged:
+    """The error of the logits, and the SNR of the features in dB."""
+    features: float | None = None
+    if truth[1] is not None and found[1] is not None:
+        sums = Sums()
+        sums.add(truth[1], found[1])
+        features = decibels(sums.snr)
+    return logits_error(truth[0], found[0]), features
+
+
+def run_count(modules: Sequence[Module]) -> int:
+    """The number of runs that both analyses take."""
+    return len(modules) + sum(m.part == "all" or m.scope in APART for m in modules)
+
+
+def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switched:
+    error, features = found
+    before, features_before = (None, None) if baseline is None else baseline
+    both = features is not None and features_before is not None
+    return Switched(
+        module=module.name,
+        scope=module.scope,
+        role=module.role,
+        block=module.block,
+        part=module.part,
+        tensors=len(module.tensors),
+        error=error,
+        features_db=features,
+        gain_db=None if before is None else error.snr_db - before.snr_db,
+        features_gain_db=(features or 0) - (features_before or 0) if both else None,
+    )
+
+
+class _Runs:
+    """Runs of one model in which the specs differ from a background in some tensors."""
+
+    def __init__(self, model: ir.Model, threads: int, features: str | None) -> None:
+        self.output = str(model.graph.outputs[0].name)
+        self.segments = Segments(model, self.output, threads, features=features)
+        self.last = len(self.segments.parts) - 1
+        self.baseline: Outcome = np.zeros(0, np.float32), None
+
+    def measured(self, images: Images, logits: Array) -> Outcome:
+        """Logits and features of the run just made, without what only fills up a batch."""
+        seen = self.segments.seen
+        return logits[: images.real], None if seen is None else seen[: images.real]
+
+    def each(
+        self,
+        background: Specs,
+        variants: Mapping[Module, Specs],
+        images: Images,
+        progress: Callable[[int], None] | None,
+    ) -> Iterator[tuple[Module, Outcome]]:
+        """The outcome of every variant; ``baseline`` afterwards: that of the background."""
+        places = self.segments.places()
+        waiting: dict[int, list[list[Module]]] = defaultdict(list)
+        ends: dict[Module, int] = {}
+        same: dict[frozenset[str], list[Module]] = defaultdict(list)
+        for module in variants:
+            same[module.tensors].append(module)
+        for tensors, group in same.items():
+            touched = [places.get(t, 0) for t in tensors]
+            waiting[min(touched)].append(group)
+            ends[group[0]] = max(touched)
+        value = images.values
+        for number in range(self.last + 1):
+            for group in sorted(waiting[number], key=lambda g: ends[g[0]]):
+                end, specs = ends[group[0]], variants[group[0]]
+                found = self.segments.run(value, number, end, specs, images.batch)
+                if end < self.last:
+                    found = self.segments.run(
+                        found, end + 1, self.last, background, images.batch, "rest"
+                    )
+                if progress is not None:
+                    progress(len(group))
+                outcome = self.measured(images, found)
+                yield from ((module, outcome) for module in group)
+            value = self.segments.run(value, number, number, background, images.batch)
+        self.baseline = self.measured(images, value)

@@ -1,0 +1,53 @@
+"""The command ``ptq-onnx analyse``: where a quantized model breaks, and why."""
+
+from __future__ import annotations
+
+from ptq_onnx import cli_options as o
+from ptq_onnx.console import progress_bars, show
+from ptq_onnx.model_path import find_model
+
+
+def analyse(
+    model: o.Model,
+    calib: o.Calib = None,
+    val: o.Val = None,
+    labels: o.Labels = None,
+    output: o.Output = None,
+    config: o.Config = None,
+    quantizer: o.Quantizer = None,
+    bits: o.Bits = None,
+    method: o.Method = None,
+    images: o.Images = None,
+    batch: o.Batch = None,
+    scales: o.Scales = None,
+    preprocess: o.PreprocessName = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    crop_pct: o.CropPct = None,
+    interpolation: o.Interpolation = None,
+    keep_float: o.KeepFloat = None,
+    per_channel: o.PerChannel = None,
+    ptf: o.Ptf = None,
+    ptf_k: o.PtfK = None,
+    lis: o.Lis = None,
+    arithmetic: o.Arithmetic = None,
+    opset: o.Opset = None,
+    sensitivity: o.Sensitivity = None,
+    pictures: o.Pictures = None,
+    attention_blocks: o.AttentionBlocks = None,
+    analysis_images: o.AnalysisImages = None,
+    threads: o.Threads = None,
+) -> None:
+    """Quantize a model and write only the report: what every module costs, and why."""
+    given = {"report": True, **locals()}
+    given["sensitivity"] = True if sensitivity is None else sensitivity
+    options, paths = o.settings(config, given)
+    path = find_model(model)
+    from ptq_onnx import pipeline
+
+    with progress_bars() as progress:
+        result = pipeline.quantize(
+            path, config=options, progress=progress, keep_models=False, **paths
+        )
+    show(result)

@@ -1,0 +1,104 @@
+"""The command ``ptq-onnx compare``: several quantized models side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptq_onnx import cli_options as o
+from ptq_onnx.console import decibels, percent, progress_bars, simple_table, stdout
+from ptq_onnx.errors import ConfigError, ImageError
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="A B…", help="Folders that quantize wrote, or quantized .onnx files of any tool."
+    ),
+]
+
+
+def compare(
+    models: Models,
+    val: o.Val = None,
+    labels: o.Labels = None,
+    reference: o.Reference = None,
+    output: o.Output = None,
+    as_json: o.Json = False,
+    config: o.Config = None,
+    preprocess: o.PreprocessName = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    crop_pct: o.CropPct = None,
+    interpolation: o.Interpolation = None,
+    analysis_images: o.AnalysisImages = None,
+    batch: o.Batch = None,
+    threads: o.Threads = None,
+) -> None:
+    """Compare quantized files of one float model: accuracy, SQNR, blocks, size, speed."""
+    options, paths = o.settings(config, locals())
+    if "val" not in paths:
+        raise ConfigError("compare needs images: --val DIR.")
+    folder = Path(paths["output"]) if "output" in paths else None
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file; name a folder.")
+    from ptq_onnx import pipeline
+    from ptq_onnx.analysis import compare as comparison
+    from ptq_onnx.analysis.compare_page import render_comparison
+    from ptq_onnx.images import open_images
+    from ptq_onnx.labels import labels_for
+
+    base = comparison.find_reference(models, reference)
+    source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
+    try:
+        truth = labels_for(source, paths.get("labels"))
+    except ImageError:
+        if "labels" in paths:
+            raise
+        truth = None
+    with progress_bars() as progress:
+        found = comparison.compare(
+            models,
+            source,
+            reference=base,
+            labels=truth,
+            block_images=options.analysis_images,
+            batch=options.batch,
+            threads=options.threads,
+            progress=progress,
+        )
+    text = json.dumps(asdict(found), indent=1, allow_nan=False)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "compare.json").write_text(text, encoding="utf-8")
+        (folder / "compare.html").write_text(render_comparison(found), encoding="utf-8")
+    if as_json:
+        print(json.dumps(asdict(found), allow_nan=False))
+        return
+    stdout().print(table(found))
+    if folder is not None:
+        print(f"Written:\n  {folder / 'compare.html'}\n  {folder / 'compare.json'}")
+
+
+def table(found: Any) -> Any:
+    """One row per model."""
+    rows = []
+    for one in found.contenders:
+        known = [b.snr_db for b in one.blocks if b.snr_db is not None]
+        rows.append(
+            (
+                one.name,
+                percent(one.top1),
+                decibels(one.sqnr_db) if one.name != "float" else "",
+                percent(one.agreement),
+                decibels(known[-1]) if known else "-",
+                f"{one.bytes / 1e6:.2f} MB",
+                f"{one.ms_per_image:.1f} ms",
+            )
+        )
+    titles = ("model", "top-1", "SQNR", "same class", "last block", "size", "an image")
+    return simple_table(titles, rows)

@@ -1,0 +1,202 @@
+"""Layerwise and leave-one-out: the cuts, the modules, and numbers against whole-model runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from prepared_models import DIGITS, images, prepared, quantized
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.analysis.errors import logits_error
+from ptq_onnx.analysis.modules import find_modules
+from ptq_onnx.analysis.results import Sensitivity
+from ptq_onnx.analysis.segments import Segments, find_segments
+from ptq_onnx.analysis.sensitivity import Images, run_count, sensitivity
+from ptq_onnx.errors import ModelError
+from ptq_onnx.export.lowering import lower
+from ptq_onnx.quantizers.base import SiteQuantizer
+from ptq_onnx.spec import TensorSpec
+
+COUNT = 4
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> SiteQuantizer:
+    return quantized(quantizer="fqvit")
+
+
+@pytest.fixture(scope="module")
+def found(quantizer: SiteQuantizer) -> Sensitivity:
+    p = prepared(DIGITS)
+    return sensitivity(
+        p.model, quantizer.specs, p.blocks, p.sites, Images(images()[:COUNT]), held_apart=False,
+        threads=1,
+    )  # fmt: skip
+
+
+def whole(specs: dict[str, TensorSpec]) -> np.ndarray:
+    """Logits of the whole model, lowered with those specs: no segments, no restarts."""
+    data = graphs.serialize(lower(prepared(DIGITS).model, specs))
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: images()[:COUNT]})[0])
+
+
+def test_cuts_are_the_residual_adds() -> None:
+    p = prepared(DIGITS)
+    parts = find_segments(p.model, str(p.model.graph.outputs[0].name))
+    adds = [s.tensor for s in p.sites.values() if s.role in ("embed", "residual1", "residual2")]
+    assert [part.output for part in parts[:-1]] == adds
+    assert [part.input for part in parts[1:]] == adds
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+    assert parts[-1].stop == len(list(p.model.graph))
+
+
+def test_segments_one_by_one_give_the_whole() -> None:
+    p = prepared(DIGITS)
+    segments = Segments(p.model, str(p.model.graph.outputs[0].name), threads=1)
+    value = images()[:COUNT]
+    for number in range(len(segments.parts)):
+        value = segments.run(value, number, number, {}, 3)
+    np.testing.assert_allclose(value, whole({}), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("selector", ["fc2@3", "qkv@0", "proj", "av@2", "norm", "head"])
+def test_modules_are_what_keep_float_selects(selector: str) -> None:
+    """Leave-one-out must tell what the option gives."""
+    p, full = prepared(DIGITS), quantized(quantizer="vanilla")
+    role, _, block = selector.partition("@")
+    name = f"blocks.{block}.{role}" if block else role
+    scope = "op" if block or role in ("norm", "head") else "kind"
+    modules = find_modules(p.model, p.blocks, p.sites, full.specs)
+    (mine,) = [m for m in modules if (m.name, m.scope, m.part) == (name, scope, "all")]
+    kept = quantized(quantizer="vanilla", keep_float=(selector,))
+    assert mine.tensors == set(kept.floats)
+
+
+def test_every_quantized_tensor_is_in_an_op_a_kind_and_the_model(
+    quantizer: SiteQuantizer,
+) -> None:
+    p = prepared(DIGITS)
+    modules = find_modules(p.model, p.blocks, p.sites, quantizer.specs)
+    inside = {t for t in quantizer.specs if p.sites[t].block is not None}
+    for scope, expected in (("op", set(quantizer.specs)), ("model", set(quantizer.specs)),
+                            ("block", inside)):  # fmt: skip
+        covered = {t for m in modules if m.scope == scope and m.part == "all" for t in m.tensors}
+        assert covered >= expected
+        assert covered <= set(quantizer.specs)
+    assert len({(m.name, m.scope, m.part) for m in modules}) == len(modules)
+    apart = {(m.name, m.part): m.tensors for m in modules if m.scope == "op"}
+    both = apart["blocks.1.fc1", "activations"] | apart["blocks.1.fc1", "weights"]
+    assert both == apart["blocks.1.fc1", "all"]
+    assert apart["blocks.1.fc1", "weights"] == {
+        s.tensor for s in p.sites.values() if (s.role, s.block) == ("fc1.weight", 1)
+    }
+
+
+def test_layerwise_is_the_whole_model_with_one_module_quantized(
+    quantizer: SiteQuantizer, found: Sensitivity
+) -> None:
+    p = prepared(DIGITS)
+    modules = find_modules(p.model, p.blocks, p.sites, quantizer.specs)
+    chosen = np.random.default_rng(0).choice(len(modules), 6, replace=False)
+    truth = whole({})
+    by_key = {(s.module, s.scope, s.part): s for s in found.layerwise}
+    assert len(by_key) == len(modules)
+    for module in (modules[i] for i in chosen):
+        expected = logits_error(truth, whole({t: quantizer.specs[t] for t in module.tensors}))
+        got = by_key[module.name, module.scope, module.part]
+        assert got.tensors == len(module.tensors)
+        assert got.error.snr_db == pytest.approx(expected.snr_db, abs=0.5), module
+        assert got.error.agreement == expected.agreement
+        assert got.gain_db is None
+
+
+def test_leave_one_out_is_the_whole_model_without_one_module(
+    quantizer: SiteQuantizer, found: Sensitivity
+) -> None:
+    p = prepared(DIGITS)
+    modules = {
+        (m.name, m.scope, m.part): m
+        for m in find_modules(p.model, p.blocks, p.sites, quantizer.specs)
+    }
+    truth = whole({})
+    baseline = logits_error(truth, whole(quantizer.specs))
+    assert found.baseline.snr_db == pytest.approx(baseline.snr_db, abs=0.5)
+    for name, scope in (
+        ("softmax", "kind"), ("blocks.0.softmax", "op"), ("blocks.2", "block"), ("fc1", "kind"),
+    ):  # fmt: skip
+        module = modules[name, scope, "all"]
+        specs = {t: s for t, s in quantizer.specs.items() if t not in module.tensors}
+        expected = logits_error(truth, whole(specs)).snr_db
+        (got,) = [
+            s for s in found.leave_one_out
+            if (s.module, s.scope, s.part) == (name, scope, "all")
+        ]  # fmt: skip
+        assert got.error.snr_db == pytest.approx(expected, abs=0.6), name
+        assert got.gain_db == pytest.approx(got.error.snr_db - found.baseline.snr_db)
+
+
+def test_nothing_quantized_is_without_error(found: Sensitivity) -> None:
+    left = {(s.module, s.part): s for s in found.leave_one_out if s.scope == "model"}
+    assert left["model", "all"].error.snr_db == 200.0
+    alone = {(s.module, s.part): s for s in found.layerwise if s.scope == "model"}
+    assert alone["model", "all"].error == found.baseline
+    # All but the weights is the activations alone.
+    assert left["model", "weights"].error == alone["model", "activations"].error
+
+
+def test_images_that_fill_up_a_batch_do_not_count(quantizer: SiteQuantizer) -> None:
+    p = prepared(DIGITS)
+    few = {t: s for t, s in quantizer.specs.items() if "blocks.5" in t or "head" in t}
+    padded = np.concatenate([images()[:3], images()[2:3]])
+    runs = [
+        sensitivity(p.model, few, p.blocks, p.sites, i, held_apart=False, threads=1)
+        for i in (Images(images()[:3]), Images(padded, 2, 3))
+    ]
+    assert runs[0].images == runs[1].images == 3
+    for one, two in zip(runs[0].layerwise, runs[1].layerwise, strict=True):
+        assert one.error.snr_db == pytest.approx(two.error.snr_db, abs=0.1)
+
+
+def test_reference_is_what_logits_are_compared_with(quantizer: SiteQuantizer) -> None:
+    p = prepared(DIGITS)
+    other = p.model.clone()
+    head = next(s.tensor for s in p.sites.values() if s.role == "head.weight")
+    old = other.graph.initializers[head].const_value
+    assert old is not None
+    import onnx_ir as ir
+
+    other.graph.initializers[head].const_value = ir.tensor(old.numpy() * 2)
+    few = {head: quantizer.specs[head]}
+    run = sensitivity(
+        p.model, few, p.blocks, p.sites, Images(images()[:2]), held_apart=False,
+        reference=other, threads=1,
+    )  # fmt: skip
+    assert 3 < run.baseline.snr_db < 9  # half the logits: 6 dB, but for the bias
+
+
+def test_progress_counts_every_run_and_no_images_are_refused(quantizer: SiteQuantizer) -> None:
+    p = prepared(DIGITS)
+    few = {t: s for t, s in quantizer.specs.items() if "blocks.5" in t}
+    done: list[int] = []
+    sensitivity(
+        p.model, few, p.blocks, p.sites, Images(images()[:1]), held_apart=False, threads=1,
+        progress=done.append,
+    )  # fmt: skip
+    assert sum(done) == run_count(find_modules(p.model, p.blocks, p.sites, few))
+    with pytest.raises(ModelError, match="no images"):
+        sensitivity(p.model, few, p.blocks, p.sites, Images(images()[:0]), held_apart=False)
+
+
+def test_specs_of_other_tensors_change_nothing(quantizer: SiteQuantizer) -> None:
+    """A run from a segment on leaves the tensor it starts from as it is."""
+    p = prepared(DIGITS)
+    segments = Segments(p.model, str(p.model.graph.outputs[0].name), threads=1)
+    start = segments.parts[3].input
+    value = segments.run(images()[:2], 0, 2, {}, 2)
+    coarse = replace(quantizer.specs[start], scale=np.array(100, np.float32), factor=None)
+    one = segments.run(value, 3, 3, {start: coarse}, 2)
+    np.testing.assert_array_equal(one, segments.run(value, 3, 3, {}, 2))
