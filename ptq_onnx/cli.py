@@ -77,6 +77,8 @@ def quantize(
     ptf: o.Ptf = None,
     ptf_k: o.PtfK = None,
     lis: o.Lis = None,
+    equalize: o.Equalize = None,
+    bias_correction: o.BiasCorrection = None,
     arithmetic: o.Arithmetic = None,
     multiplier_bits: o.MultiplierBits = None,
     target: o.Target = None,

@@ -31,6 +31,8 @@ def analyse(
     ptf: o.Ptf = None,
     ptf_k: o.PtfK = None,
     lis: o.Lis = None,
+    equalize: o.Equalize = None,
+    bias_correction: o.BiasCorrection = None,
     arithmetic: o.Arithmetic = None,
     opset: o.Opset = None,
     sensitivity: o.Sensitivity = None,

@@ -43,6 +43,8 @@ def calibration_curve(
     ptf: o.Ptf = None,
     ptf_k: o.PtfK = None,
     lis: o.Lis = None,
+    equalize: o.Equalize = None,
+    bias_correction: o.BiasCorrection = None,
     target: o.Target = None,
     opset: o.Opset = None,
     threads: o.Threads = None,

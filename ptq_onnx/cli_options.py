@@ -101,16 +101,28 @@ PerChannel = Annotated[
         " with the widest channel ranges; repeatable.",
     ),
 ]
-Ptf = Annotated[
-    bool | None, switch("ptf", DEFAULT.ptf, "fqvit, deploy: power-of-two factors per channel.")
-]
+Ptf = Annotated[bool | None, switch("ptf", DEFAULT.ptf, "fqvit: power-of-two factors per channel.")]
 PtfK = Annotated[
     int | None,
-    option(
-        "--ptf-k", "K", "as large as the channels need", "fqvit, deploy: largest exponent, 0 to 12."
-    ),
+    option("--ptf-k", "K", "as large as the channels need", "fqvit: largest exponent, 0 to 12."),
 ]
 Lis = Annotated[bool | None, switch("lis", DEFAULT.lis, "fqvit: log2 codes for attention maps.")]
+Equalize = Annotated[
+    bool | None,
+    switch(
+        "equalize",
+        DEFAULT.equalize,
+        "deploy: move shifts and factors per channel between ops, equal in float.",
+    ),
+]
+BiasCorrection = Annotated[
+    bool | None,
+    switch(
+        "bias-correction",
+        DEFAULT.bias_correction,
+        "deploy: take the mean error of quantized weights out of the biases.",
+    ),
+]
 Arithmetic = Annotated[
     str | None,
     option(

@@ -121,7 +121,6 @@ class QuantizeConfig:
     lis: bool = True
     equalize: bool = True
     bias_correction: bool = True
-    rounding: str = "nearest"
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
     target: str = "onnxruntime"
@@ -169,8 +168,10 @@ class QuantizeConfig:
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
             raise ConfigError(f"--ptf-k {self.ptf_k}: must be from 0 to 12.")
         for option, used, owners in (
-            ("--no-ptf", not self.ptf, ("fqvit", "deploy")),
-            ("--ptf-k", self.ptf_k is not None, ("fqvit", "deploy")),
+            ("--no-ptf", not self.ptf, ("fqvit",)),
+            ("--ptf-k", self.ptf_k is not None, ("fqvit",)),
+            ("--no-equalize", not self.equalize, ("deploy",)),
+            ("--no-bias-correction", not self.bias_correction, ("deploy",)),
             ("--no-lis", not self.lis, ("fqvit",)),
             ("--arithmetic integer", self.arithmetic == "integer", ("fqvit",)),
             ("--multiplier-bits", self.multiplier_bits != 31, ("fqvit",)),
@@ -208,6 +209,11 @@ class QuantizeConfig:
     def widths(self) -> Bits:
         """The bit widths, parsed."""
         return Bits.parse(self.bits)
+
+    @property
+    def equalizes(self) -> bool:
+        """True where the quantizer works on an equalised copy of the model."""
+        return self.quantizer == "deploy" and self.equalize
 
     @property
     def effective_method(self) -> str:

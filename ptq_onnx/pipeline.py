@@ -278,11 +278,13 @@ class _Run:
 
         prepared = self.prepared
         config = self._resolve_auto()
+        checked = None if scales is not None else self._check_preprocess()
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
+        if config.equalizes:
+            plan = self._equalise(plan, scales)
         quantizer = make_quantizer(plan)
         if scales is not None:
             quantizer.reuse(read_scales(scales), str(scales))
-        checked = None if scales is not None else self._check_preprocess()
         channels, height, width = self.preprocess.shape
         example = torch.zeros(self.fixed or 1, channels, height, width)
         quantizer.run(example, self.batches(self.images))
@@ -296,11 +298,15 @@ class _Run:
         if config.target == INTEGER:
             lowered = self._lower_integer(quantizer)
         else:
-            lowered = lower(prepared.model, quantizer.specs)
+            lowered = lower(quantizer.model, quantizer.specs)
         graphs.save(lowered, quantized)
         graphs.save(prepared.model, self.work / "fused.onnx")
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
+        report["equalization"] = {
+            "forms": dict(plan.forms),
+            "moves": [asdict(move) for move in plan.moves],
+        }
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
             report["integer"] = self._integer(quantizer, lowered)
@@ -313,6 +319,25 @@ class _Run:
         report["notes"] = self.notes
         self._write(report, analysed, pictures)
         return report
+
+    def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
+        """The plan for the equalised model, which from here on is the prepared one."""
+        from ptq_onnx.equalization import equalise
+
+        if scales is not None:
+            raise ConfigError(
+                f"--scales {scales}: equalisation needs the images, so that the scales of another"
+                " run do not fit; calibrate anew, or use --no-equalize."
+            )
+        mean, std = self.preprocess.mean, self.preprocess.std
+        pictures = isinstance(self.images, FolderSource)
+        plan = equalise(
+            replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
+        )
+        self.prepared = replace(
+            self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
+        )
+        return plan
 
     def _check_preprocess(self) -> PreprocessCheck | None:
         """Whether another normalisation suits the model better; None where that cannot be told.
@@ -423,8 +448,8 @@ class _Run:
         prepared, config = self.prepared, self.config
         source, apart = self._held_apart(tested)
         simulator = self.simulator(quantizer)
-        # Quantizers may work on an equalised copy of the prepared model.
-        model = quantizer.plan.model
+        # Quantizers may correct constants in a copy of the prepared model.
+        model = quantizer.model
         self.analysis = analyse_quantized(
             Subject(model, quantizer, prepared.blocks, prepared.sites, simulator, prepared.model),
             source,
@@ -483,7 +508,7 @@ class _Run:
                 f" they have no integer form; the first: {left[0]}."
             )
         return Simulator(
-            self.prepared.model, quantizer, threads=self.config.threads, overrides=overrides
+            quantizer.model, quantizer, threads=self.config.threads, overrides=overrides
         )
 
     def _held_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:

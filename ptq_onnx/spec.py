@@ -49,8 +49,8 @@ class Rule:
 
     ``granularity``: one scale per ``tensor``, one per ``channel``, or ``ptf``: one scale
     and a power-of-two factor per channel (FQ-ViT), or ``row``: one scale, on every row (last
-    axis) divided by its largest value, which is found at run time. ``code``: ``uniform``, or ``log2``
-    for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
+    axis) divided by its largest value, which is found at run time. ``code``: ``uniform``, or
+    ``log2`` for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
     """
 
     bits: int = 8

@@ -31,7 +31,7 @@ from ptq_onnx.blocks import (
     name_of,
     through_layout,
 )
-from ptq_onnx.calibration import ChannelStatistics, Statistics, collect
+from ptq_onnx.calibration import Statistics, collect
 from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.moves import (
@@ -336,7 +336,9 @@ def image_in_pixels(
     if weight is None or read is None or image.shape is None:
         return {}, {}
     channels = image.shape[1]
-    if channels != len(mean) or not (is_linear(node) or (node.op_type == "Conv" and read is image)):
+    if not isinstance(channels, int) or channels != len(mean):
+        return {}, {}
+    if not (is_linear(node) or (node.op_type == "Conv" and read is image)):
         return {}, {}
     unit = 1 / (255 * np.array(std, np.float64))
     shared = bool(np.all(unit == unit[0]))

@@ -13,6 +13,7 @@ nothing on a second run. Weights are new initializers; the old ones are left as 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -46,7 +47,7 @@ class _Writer:
         self,
         op: str,
         inputs: list[ir.Value],
-        shape: list[int | ir.SymbolicDim | str | None],
+        shape: Sequence[int | ir.SymbolicDim],
         like: ir.Value,
         suffix: str,
         domain: str = "",
@@ -64,7 +65,7 @@ class _Writer:
         self,
         value: ir.Value,
         sizes: list[int],
-        shape: list[int | ir.SymbolicDim | None],
+        shape: Sequence[int | ir.SymbolicDim],
         suffix: str,
     ) -> ir.Value:
         target = new_constant(self.graph, f"{value.name}_{suffix}_shape", np.array(sizes, np.int64))
@@ -86,8 +87,9 @@ def _patches_as_linear(graph: ir.Graph, conv: ir.Node) -> bool:
     if tokens is None or not all(isinstance(d, int) for d in sides):
         return False
     outputs, channels, kernel_h, kernel_w = weight.shape
-    rows, columns = int(sides[1]) // kernel_h, int(sides[2]) // kernel_w
-    if (rows * kernel_h, columns * kernel_w) != (sides[1], sides[2]):
+    height, width = (d if isinstance(d, int) else 0 for d in sides[1:])
+    rows, columns = height // kernel_h, width // kernel_w
+    if (rows * kernel_h, columns * kernel_w) != (height, width) or not height * width:
         return False
     assert image.shape is not None
     batch = image.shape[0]
@@ -121,8 +123,8 @@ def _tokens(value: ir.Value) -> ir.Value | None:
     """
     if value.shape is None or not all(isinstance(d, int) for d in list(value.shape)[1:]):
         return None
-    channels = int(value.shape[1])  # type: ignore[arg-type]
-    size = math.prod(int(d) for d in list(value.shape)[1:])  # type: ignore[arg-type]
+    sizes = [d for d in list(value.shape)[1:] if isinstance(d, int)]
+    channels, size = sizes[0], math.prod(sizes)
     expected = np.arange(size).reshape(channels, -1).T.ravel()
     current = value
     while True:
@@ -362,7 +364,7 @@ def _part(
         part = found[:, 0] % columns
         expected = np.arange(tokens)[None, :, None] * columns + part[:, None]
         if np.array_equal(found, expected):
-            return part, order  # type: ignore[return-value]
+            return part, order
     return None
 
 
