@@ -5,6 +5,7 @@ Nothing here may be changed by a test: the same objects serve all of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.equalization import equalise
 from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.quantizers import make_quantizer
@@ -45,10 +47,21 @@ def quantized(
     found = prepared(path)
     data = images() if calibration is None else calibration
     config = QuantizeConfig(threads=1, **options)
-    quantizer = make_quantizer(Plan(found.model, found.blocks, found.sites, config))
+    plan = Plan(found.model, found.blocks, found.sites, config)
     batches = [data[i : i + 8] for i in range(0, len(data), 8)]
+    if config.equalizes:
+        plan = equalise(plan, batches)
+    quantizer = make_quantizer(plan)
     quantizer.run(torch.zeros(1, *data.shape[1:]), batches)
     return quantizer
+
+
+def subject(quantizer: SiteQuantizer, path: Path = DIGITS) -> Prepared:
+    """The model that a quantizer quantized, which need not be the prepared one."""
+    plan = quantizer.plan
+    return replace(
+        prepared(path), model=quantizer.model, blocks=plan.blocks, sites=dict(plan.sites)
+    )
 
 
 def decibels(found: Array, expected: Array) -> float:

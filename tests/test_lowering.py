@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from prepared_models import DIGITS, decibels, images, prepared, quantized
+from prepared_models import DIGITS, decibels, images, prepared, quantized, subject
 from small_graph import SmallGraph, run, sample, text
 from small_transformer import Choices, transformer
 
@@ -29,6 +29,7 @@ from ptq_onnx.quantizers.log2 import log2_codes, log2_values
 from ptq_onnx.quantizers.uniform import dequantize, quantize
 from ptq_onnx.runtime import session
 from ptq_onnx.sites import find_sites
+from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -46,10 +47,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @cache
+def quantizer_of(name: str) -> SiteQuantizer:
+    return quantized(**OPTIONS[name])
+
+
+@cache
 def lowered(name: str) -> tuple[dict[str, TensorSpec], ir.Model]:
     """The specs of the embedded model and its standard form with Q/DQ."""
-    specs = quantized(**OPTIONS[name]).specs
-    return specs, to_standard(lower(prepared(DIGITS).model, specs))
+    quantizer = quantizer_of(name)
+    return quantizer.specs, to_standard(lower(quantizer.model, quantizer.specs))
 
 
 def constant(value: ir.Value | None) -> NDArray[Any]:
@@ -65,7 +71,7 @@ def constant(value: ir.Value | None) -> NDArray[Any]:
 def test_one_pair_for_every_spec(name: str) -> None:
     """Q and DQ per uniform activation, DQ per weight, a table per log2 map: no more, no less."""
     specs, model = lowered(name)
-    sites = prepared(DIGITS).sites
+    sites = quantizer_of(name).plan.sites
     weights = [s for s in specs.values() if sites[s.tensor].is_parameter]
     log2 = [s for s in specs.values() if s.rule.code == "log2"]
     ops = Counter(node.op_type for node in model.graph)
@@ -98,8 +104,9 @@ def test_weights_are_int8(name: str) -> None:
     """Codes in the file are those of the spec, and the float weight is gone."""
     specs, model = lowered(name)
     initializers = model.graph.initializers
-    original = prepared(DIGITS).model.graph.initializers
-    for tensor, site in prepared(DIGITS).sites.items():
+    found = subject(quantizer_of(name))
+    original = found.model.graph.initializers
+    for tensor, site in found.sites.items():
         if not site.is_parameter:
             continue
         if tensor not in specs:
@@ -165,7 +172,7 @@ def test_vanilla_needs_no_multiplication() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_lowering_is_repeatable_and_leaves_the_model(name: str) -> None:
-    model, specs = prepared(DIGITS).model, lowered(name)[0]
+    model, specs = quantizer_of(name).model, lowered(name)[0]
     before = text(model)
     first, second = serialize(lower(model, specs)), serialize(lower(model, specs))
     assert first == second

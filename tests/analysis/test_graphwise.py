@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from prepared_models import DIGITS, ROOT, images, prepared, quantized
+from prepared_models import DIGITS, ROOT, images, prepared, quantized, subject
 
 from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.results import Graphwise
@@ -26,7 +26,7 @@ VIT = "vit_tiny_patch16_224.opset14.onnx"
 
 
 def run(path: Path, quantizer: SiteQuantizer, batches: list[np.ndarray]) -> Graphwise:
-    p = prepared(path)
+    p = subject(quantizer, path)
     return graphwise(
         p.model, quantizer, p.blocks, batches, held_apart=True, sites=p.sites, threads=1
     )
@@ -37,7 +37,7 @@ def test_every_quantized_op_is_counted(name: str) -> None:
     """Each tensor with a spec has its row, and so has every op that makes, reads or weighs one."""
     quantizer = quantized(quantizer=name)
     found = run(DIGITS, quantizer, [images()[:1]])
-    p = prepared(DIGITS)
+    p = subject(quantizer)
     tensors = {op.tensor for op in found.ops}
     activations = {t for t in quantizer.specs if not p.sites[t].is_parameter}
     made = {v.name for n in p.model.graph for v in n.outputs}
@@ -176,7 +176,7 @@ def differences(
     """
     batches = [data[i : i + 16] for i in range(0, len(data), 16)]
     found = run(path, quantizer, batches)
-    model = prepared(path).model
+    model = subject(quantizer, path).model
     chosen = np.random.default_rng(7).choice(len(found.ops), 10, replace=False)
     ops = {found.ops[i].tensor: found.ops[i] for i in chosen}
     simulator = Simulator(model, quantizer, threads=1)

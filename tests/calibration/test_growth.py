@@ -96,7 +96,7 @@ def test_statistics_follow_the_whole_tensor_image_by_image() -> None:
     stats = ChannelStatistics.empty((4,))
     for batch in np.split(values, (4, 8)):
         power = np.square(batch).sum((0, 1))
-        stats.update(batch.min(1), batch.max(1), power, batch.size // 4)
+        stats.update(batch.min(1), batch.max(1), power, batch.sum((0, 1)), batch.size // 4)
     early = values[:6]
     width = float(early.max() - early.min())
     expected = (float(values.max() - values.min()) - width) / width

@@ -42,7 +42,8 @@ def statistics(*batches: Array) -> ChannelStatistics:
     for batch in batches:
         x = batch.astype(np.float32)
         power = (x.astype(np.float64) ** 2).sum(axis=(0, 1))
-        stats.update(x.min(axis=1), x.max(axis=1), power, x.shape[0] * x.shape[1])
+        total = x.astype(np.float64).sum(axis=(0, 1))
+        stats.update(x.min(axis=1), x.max(axis=1), power, total, x.shape[0] * x.shape[1])
     return stats
 
 
