@@ -22,6 +22,7 @@ from onnxscript import optimizer, rewriter
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.fusion.shapes import simplify_layout
+from ptq_onnx.symbolic import fold_shapes
 from ptq_onnx.validation import one_line
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ SMALL = 1024
 
 FOLD_LIMIT = 1 << 30
 """Constant folding may read and write tensors up to this size: a transposed weight is a weight."""
+
+ROUNDS = 4
+"""How often shapes are folded at most; each round can make the next one see further."""
 
 IR_VERSION = 10
 """The first that has opset 21; older runtimes refuse newer ones."""
@@ -68,13 +72,20 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
     if model.graph.opset_imports[""] <= opset:
         model.ir_version = IR_VERSION
     _infer_shapes(model)
+    for _ in range(ROUNDS):
+        before = len(model.graph)
+        fold_shapes(model.graph)
+        simplify_layout(model.graph)
+        _tidy(model)
+        _fold(model)
+        if len(model.graph) == before:
+            break
+    _infer_shapes(model)
+    fold_shapes(model.graph)
     simplify_layout(model.graph)
     _tidy(model)
-    _fold(model)
     _infer_shapes(model)
-    simplify_layout(model.graph)
-    _tidy(model)
-    _infer_shapes(model)
+    fold_shapes(model.graph)
     return CleanReport(
         nodes_before=nodes_before,
         nodes_after=len(model.graph),
