@@ -125,7 +125,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
         graph.append_operation(operation)
         for index, value in enumerate(node.inputs):
             if value is None:
-                empty = Variable(name=f"{operation.name}/empty/{index}", is_parameter=True)
+                empty = Variable(name=f"{operation.name}/empty/{index}")
                 graph.append_variable(empty)
                 _read(operation, empty)
             else:
@@ -343,6 +343,9 @@ class Executor(TorchExecutor):  # type: ignore[misc]
     def __init__(self, graph: BaseGraph, device: str = "cpu", mode: Mode = "torch") -> None:
         self.mode = mode
         super().__init__(graph, fp16_mode=False, device=device)
+
+    def tracing_operation_meta(self, inputs: Any, output_names: Any = None) -> None:
+        """Nothing: no config of ours depends on the shapes and types that a run would tell."""
 
     def quantize_function(
         self, tensor: torch.Tensor, config: TensorQuantizationConfig | None = None

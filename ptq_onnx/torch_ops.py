@@ -124,7 +124,7 @@ def _gather(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     axis = int(attributes.get("axis", 0)) % x.ndim
     flat = torch.where(indices < 0, indices + x.shape[axis], indices).reshape(-1).to(x.device)
     picked = x.index_select(axis, flat)
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def _split(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> list[Tensor]:

@@ -144,6 +144,11 @@ def reduced_shape(site: Site) -> tuple[int, ...]:
     )
 
 
+def _is_dynamic(site: Site) -> bool:
+    """True where another axis than the first has no fixed size."""
+    return not all(isinstance(d, int) for d in site.shape[1:])
+
+
 def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[str, str, str]]]:
     """The model with three reductions per site as extra outputs, serialized.
 
@@ -177,6 +182,12 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[
             graph.outputs.append(node.outputs[0])
             outputs.append(name)
         names[site.tensor] = (outputs[0], outputs[1], outputs[2])
+        if _is_dynamic(site):
+            size = ir.node("Size", [value], num_outputs=1)
+            size.outputs[0].name = f"tap/Size/{site.tensor}"
+            size.outputs[0].dtype = ir.DataType.INT64
+            graph.append(size)
+            graph.outputs.append(size.outputs[0])
     return ir.to_proto(copy).SerializeToString(), names
 
 
@@ -204,6 +215,7 @@ def collect(
     session = _session(data, threads)
     feed = session.get_inputs()[0].name
     wanted = [name for group in names.values() for name in group]
+    wanted += [f"tap/Size/{site.tensor}" for site in sites if _is_dynamic(site)]
     result = Statistics({s.tensor: ChannelStatistics.empty(reduced_shape(s)) for s in sites})
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
@@ -217,15 +229,30 @@ def collect(
                     f"Tensor '{site.tensor}' ({site.label}) is NaN or infinite on a calibration"
                     " image; check the model and its preprocessing."
                 )
-            values = int(np.prod([d for d in site.shape[1:] if isinstance(d, int)]))
-            per_channel = values // power.size
+            values = len(low) * int(np.prod([d for d in site.shape[1:] if isinstance(d, int)]))
+            if _is_dynamic(site):
+                values = int(found[f"tap/Size/{site.tensor}"])
             result.channels[site.tensor].update(
-                low.reshape(size, -1), high.reshape(size, -1), power.ravel(), size * per_channel
+                _by_image(low, size, np.min),
+                _by_image(high, size, np.max),
+                power.ravel(),
+                values // power.size,
             )
         result.images += size
         if progress is not None:
             progress(size)
     return result
+
+
+def _by_image(rows: Array, images: int, extreme: Callable[..., Array]) -> Array:
+    """Extremes [B, C] from those of the first axis, which may hold several rows an image
+    (windows), or none of its own (one row for the whole batch)."""
+    rows = rows.reshape(len(rows), -1)
+    if len(rows) == images:
+        return rows
+    if len(rows) % images:
+        return extreme(rows, axis=0, keepdims=True)
+    return extreme(rows.reshape(images, -1, rows.shape[-1]), axis=1)
 
 
 def add_histograms(
