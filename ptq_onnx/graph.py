@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from ptq_onnx.cleaning import CleanReport, clean, skeleton
+from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
 from ptq_onnx.standard import to_standard
 from ptq_onnx.validation import one_line, validate
@@ -33,6 +34,7 @@ def load(path: str | Path) -> ir.Model:
     """
     path = Path(path)
     proto = _parse(path)
+    refile(proto)
     _load_external_data(proto, path)
     _check(proto, path)
     try:

@@ -36,7 +36,7 @@ SAME = frozenset(
     + ("Sqrt", "Reciprocal", "Neg", "Exp", "Log", "Clip", "Cast", "Identity", "HardSwish", "Floor")
     + ("BatchNormalization", "Sin", "Cos", "Abs", "HardSigmoid", "LeakyRelu", "Elu", "Not", "Ceil")
     + ("Swish", "Mish", "Softplus", "LogSoftmax", "InstanceNormalization", "GroupNormalization")
-    + ("CumSum", "Round", "Sign", "IsNaN", "IsInf", "QuickGelu", "LpNormalization", "Trilu")
+    + ("CumSum", "Round", "Sign", "IsNaN", "IsInf", "QuickGelu", "LpNormalization", "Trilu", "Silu", "L2Normalization")
 )
 """Ops whose first output has the shape of their first input."""
 

@@ -91,6 +91,19 @@ def _quick_gelu(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tens
     return x * torch.sigmoid(float(attributes.get("alpha", 1.702)) * x)
 
 
+def _silu(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    return F.silu(values[0])
+
+
+def _rms_norm(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    x, weight = values
+    return F.rms_norm(x, x.shape[-1:], weight, float(attributes.get("epsilon", 0.0)))
+
+
+def _l2_norm(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    return F.normalize(values[0], dim=-1, eps=float(attributes.get("epsilon", 0.0)))
+
+
 def _softmax(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     return torch.softmax(values[0], dim=int(attributes.get("axis", -1)))
 
@@ -196,9 +209,11 @@ HANDLERS: dict[str, Handler] = {
     "Expand": _expand,
     "Gather": _gather,
     "Gelu": _gelu,
+    "L2Normalization": _l2_norm,
     "LayerNormalization": _layer_norm,
     "MatMul": _matmul,
     "QuickGelu": _quick_gelu,
+    "RMSNormalization": _rms_norm,
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
@@ -206,6 +221,7 @@ HANDLERS: dict[str, Handler] = {
     "Reshape": _reshape,
     "Round": _round,
     "Shape": _shape,
+    "Silu": _silu,
     "Slice": _slice,
     "Softmax": _softmax,
     "Split": _split,

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from ptq_onnx.contrib import TIED
 from ptq_onnx.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -38,7 +39,7 @@ def validate(model: ir.Model, path: Path) -> None:
     """Raise :class:`ModelError` with the first thing that stands against quantization."""
     _check_ops(model, path)
     if any(node.domain == RUNTIME_DOMAIN for node in model.graph):
-        _check_runtime(model, path)
+        _check_runtime(path)
     _check_inputs(model.graph, path)
     _check_weights(model.graph, path)
 
@@ -60,7 +61,7 @@ def _check_ops(model: ir.Model, path: Path) -> None:
                 f"{where}: {node.op_type} is control flow, which cannot be quantized."
                 " Export the model with fixed branches and loops unrolled."
             )
-        known = node.domain in ("", RUNTIME_DOMAIN) or (node.domain, node.op_type) in local
+        known = node.domain in ("", RUNTIME_DOMAIN, *TIED) or (node.domain, node.op_type) in local
         if not known:
             raise ModelError(
                 f"{where}: op {node.op_type} of the domain '{node.domain}' is unknown."
@@ -68,15 +69,13 @@ def _check_ops(model: ir.Model, path: Path) -> None:
             )
 
 
-def _check_runtime(model: ir.Model, path: Path) -> None:
+def _check_runtime(path: Path) -> None:
     """ONNX Runtime must load a model that uses its own ops."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(
             f"Model {path}: ONNX Runtime cannot load its {RUNTIME_DOMAIN} ops: {one_line(error)}."

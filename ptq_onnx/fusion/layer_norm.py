@@ -49,7 +49,7 @@ class _LayerNorm(Rule):
         if dims is None or not dims or not isinstance(dims[-1], int):
             return result.fail("The last axis of x must have a known size.", x)
         for reduced in (mean, variance):
-            if not _is_over_last_axis(reduced, len(dims)):
+            if not is_over_last_axis(reduced, len(dims)):
                 return result.fail("The mean must be over the last axis, keepdims=1.", reduced)
         for value, expected in ((square, 2.0), (power, self.power), (one, 1.0)):
             if value is not None and scalar(value) != expected:
@@ -104,7 +104,7 @@ class Gamma(Rule):
         scale = constant(ones)
         if scale is None or not (scale == 1).all():
             return result.fail("The norm has a scale already.", ones)
-        if not _is_per_channel(gamma, norm, scale.size):
+        if not is_per_channel(gamma, norm, scale.size):
             return result.fail("Gamma must be a constant, one number for each channel.", gamma)
         return result
 
@@ -128,7 +128,7 @@ class Beta(Rule):
     ) -> Result:
         result = self.begin(context)
         found = constant(scale)
-        if found is None or not _is_per_channel(beta, norm, found.size):
+        if found is None or not is_per_channel(beta, norm, found.size):
             return result.fail("Beta must be a constant, one number for each channel.", beta)
         return result
 
@@ -139,7 +139,7 @@ class Beta(Rule):
         return self.named(op.LayerNormalization(x, scale, flat, **_attributes(norm)))
 
 
-def _is_over_last_axis(reduced: ir.Value, rank: int) -> bool:
+def is_over_last_axis(reduced: ir.Value, rank: int) -> bool:
     """True for the result of a ReduceMean over the last axis alone that keeps it."""
     node = reduced.producer()
     if node is None or node.attributes.get_int("keepdims", 1) != 1:
@@ -151,7 +151,7 @@ def _is_over_last_axis(reduced: ir.Value, rank: int) -> bool:
     return axes is not None and [a % rank for a in axes] == [rank - 1]
 
 
-def _is_per_channel(value: ir.Value, norm: ir.Value, size: int) -> bool:
+def is_per_channel(value: ir.Value, norm: ir.Value, size: int) -> bool:
     """True for a float constant [D] or [1, …, D] that does not raise the rank of the norm."""
     array, dims = constant(value), sizes(norm)
     if array is None or dims is None or array.dtype != np.float32:

@@ -112,6 +112,7 @@ class _Detector(nn.Module):
 
     def __init__(self, width: int = 32, heads: int = 2, depth: int = 1, queries: int = 6) -> None:
         super().__init__()
+        torch.backends.mha.set_fastpath_enabled(False)  # a fused layer that no exporter knows
         self.stem = nn.Conv2d(3, width, 8, 8)
         self.position = nn.Parameter(torch.zeros(1, 16, width))
         self.queries = nn.Parameter(torch.zeros(1, queries, width))
@@ -201,6 +202,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dinov2_swiglu": _vit("vit_giant_patch14_dinov2", init_values=0.5),
     "eva02": _vit("eva02_tiny_patch14_224"),
     "eva02_sub_norm": _vit("eva02_base_patch14_224"),
+    "aimv2": _vit("aimv2_large_patch14_224"),
     "beit": _vit("beit_base_patch16_224"),
     "clip": Architecture(lambda: _ClipImageEncoder("CLIP")),
     "siglip": Architecture(_siglip),
