@@ -19,6 +19,7 @@ import onnx_ir as ir
 import sympy
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
+from sympy.polys.polyerrors import BasePolynomialError
 
 from ptq_onnx.fusion.formula import constant, new_constant
 
@@ -30,6 +31,9 @@ Data = NDArray[np.object_]
 
 LIMIT = 4096
 """Integer tensors of more elements than this are data, not shapes."""
+
+UNTOLD = (ValueError, IndexError, TypeError, ArithmeticError, BasePolynomialError)
+"""What a rule raises where a shape or a content cannot be told."""
 
 SAME = frozenset(
     ("Softmax", "LayerNormalization", "RMSNormalization", "Gelu", "Erf", "Tanh", "Sigmoid", "Relu")
@@ -75,7 +79,7 @@ class Symbolic:
                 continue
             try:
                 shapes = self.infer(node)
-            except (ValueError, IndexError, TypeError, ArithmeticError):
+            except UNTOLD:
                 shapes = None
             for value, shape in zip(node.outputs, shapes or self.known(node), strict=False):
                 if shape is not None:
@@ -165,7 +169,7 @@ class Symbolic:
                 if found is not None and found.size <= LIMIT:
                     return found
             return self._evaluate(node, inputs)
-        except (ValueError, IndexError, TypeError, ArithmeticError):
+        except UNTOLD:
             return None
 
     def _evaluate(self, node: ir.Node, inputs: Sequence[Data | None]) -> Data | None:
@@ -284,13 +288,10 @@ def _quotient(total: Dim, part: Dim) -> Dim:
         return total // part if (total >= 0) == (part > 0) else -((-total) // part)
     if isinstance(total, float) or isinstance(part, float):
         return total / part
-    ratio = sympy.cancel(sympy.sympify(total) / part)
-    numerator, denominator = sympy.fraction(ratio)
-    if denominator == 1 and all(
-        c.is_Integer for c in sympy.Poly(numerator, *numerator.free_symbols).coeffs()
-    ) if numerator.free_symbols else denominator == 1:
-        return _tidy(ratio)
-    return _tidy(sympy.floor(ratio))
+    ratio = sympy.expand(sympy.sympify(total) / part)
+    if not ratio.is_integer:
+        ratio = sympy.floor(ratio)
+    return _tidy(ratio)
 
 
 def _remainder(value: Dim, by: Dim) -> Dim:

@@ -89,6 +89,58 @@ class LayerNormMul(_LayerNorm):
         return op.Mul(deviation, pattern.OrValue(spellings))
 
 
+class LayerNormAffine(_LayerNorm):
+    """x·s + (β − μ·s) with s = γ/√(σ² + ε), as TensorFlow writes it: γ and β are inside."""
+
+    power = -0.5
+
+    def pattern(
+        self,
+        op: Op,
+        x: Term,
+        epsilon: Term,
+        square: Term,
+        power: Term,
+        one: Term,
+        gamma: Term,
+        beta: Term,
+    ) -> Term:
+        mean = op.ReduceMean(
+            x, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["mean"]
+        )
+        squared = pattern.OrValue(
+            [op.Mul(op.Sub(x, mean), op.Sub(x, mean)), op.Pow(op.Sub(x, mean), square)]
+        )
+        variance = op.ReduceMean(
+            squared, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["variance"]
+        )
+        shifted = op.Add(variance, epsilon)
+        spellings = (
+            op.Reciprocal(op.Sqrt(shifted)),
+            op.Div(one, op.Sqrt(shifted)),
+            op.Pow(shifted, power),
+        )
+        scale = op.Mul(pattern.OrValue(spellings), gamma)
+        return op.Add(op.Mul(x, scale), op.Sub(beta, op.Mul(mean, scale)))
+
+    def check(  # type: ignore[override]
+        self, context: Context, x: ir.Value, gamma: ir.Value, beta: ir.Value, **parts: ir.Value
+    ) -> Result:
+        result = super().check(context, x, **parts)
+        if not result:
+            return result
+        for value, name in ((gamma, "Gamma"), (beta, "Beta")):
+            if not is_per_channel(value, x, self.size):
+                return result.fail(f"{name} must be a constant, one number a channel.", value)
+        return result
+
+    def rewrite(
+        self, op: Op, x: ir.Value, gamma: ir.Value, beta: ir.Value, **_: object
+    ) -> ir.Value:
+        flat = [_flat(self.graph, value) for value in (gamma, beta)]
+        return self.named(op.LayerNormalization(x, *flat, axis=-1, epsilon=self.epsilon))
+
+
 class Gamma(Rule):
     """LayerNormalization without a scale of its own, times γ."""
 
@@ -172,6 +224,7 @@ def _attributes(norm: ir.Value) -> dict[str, ir.Attr]:
     return {} if node is None else dict(node.attributes)
 
 
+_fuse_affine = fuse_with(LayerNormAffine)
 _fuse_core = fuse_with(LayerNormDiv, LayerNormMul)
 _fuse_gamma = fuse_with(Gamma)
 _fuse_beta = fuse_with(Beta)
@@ -179,7 +232,7 @@ _fuse_beta = fuse_with(Beta)
 
 def fuse_layer_norm(model: ir.Model) -> int:
     """Fuse all decomposed layer norms; returns how many."""
-    count = _fuse_core(model)
+    count = _fuse_affine(model) + _fuse_core(model)
     _fuse_gamma(model)
     _fuse_beta(model)
     return count

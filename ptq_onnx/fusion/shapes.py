@@ -20,7 +20,14 @@ Dim = int | str
 
 def simplify_layout(graph: ir.Graph) -> int:
     """Apply all rules once to every node; returns the number of changes."""
-    rules = (_select_from_shape, _constant_reshape, _constant_expand, _transpose_detour)
+    rules = (
+        _select_from_shape,
+        _constant_reshape,
+        _expand_for_arithmetic,
+        _constant_expand,
+        _transpose_detour,
+        _empty_pad,
+    )
     changes = 0
     for node in list(graph):
         changes += any(rule(graph, node) for rule in rules)
@@ -132,6 +139,42 @@ def _constant_expand(graph: ir.Graph, node: ir.Node) -> bool:
         new.outputs[0].name = new.name
     graph.insert_before(node, new_nodes)
     node.replace_input_with(1, new_nodes[-1].outputs[0])
+    return True
+
+
+BROADCASTING = frozenset(("Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max"))
+
+
+def _expand_for_arithmetic(graph: ir.Graph, node: ir.Node) -> bool:
+    """Expand in front of arithmetic that broadcasts to the same shape by itself: gone."""
+    if node.op_type != "Expand":
+        return False
+    output, data = node.outputs[0], node.inputs[0]
+    if data is None or output.is_graph_output() or not output.uses():
+        return False
+    before = sizes(data)
+    for use in output.uses():
+        others = [v for v in use.node.inputs if v is not output]
+        target = sizes(use.node.outputs[0])
+        if use.node.op_type not in BROADCASTING or use.node.domain or target is None:
+            return False
+        widest = [sizes(v) for v in others]
+        if before is None or len(before) > len(target) or target not in widest:
+            return False
+    output.replace_all_uses_with(data)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _empty_pad(graph: ir.Graph, node: ir.Node) -> bool:
+    """Pad by nothing: gone."""
+    if node.op_type != "Pad" or node.outputs[0].is_graph_output() or node.inputs[0] is None:
+        return False
+    pads = constant(node.inputs[1])
+    if pads is None or pads.any():
+        return False
+    node.outputs[0].replace_all_uses_with(node.inputs[0])
+    graph.remove(node, safe=True)
     return True
 
 

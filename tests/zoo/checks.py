@@ -42,8 +42,8 @@ def census(prepared: Prepared) -> Found:
     """LayerNorms, GELUs (of any kind), linears, softmaxes and blocks of a prepared model."""
     ops = Counter(node.op_type for node in prepared.model.graph)
     return Found(
-        norms=ops["LayerNormalization"] + ops["RMSNormalization"],
-        gelus=ops["Gelu"] + ops["QuickGelu"],
+        norms=ops["LayerNormalization"] + ops["RMSNormalization"] + ops["L2Normalization"],
+        gelus=ops["Gelu"] + ops["QuickGelu"] + ops["Silu"],
         linears=ops["Linear"],
         softmaxes=ops["Softmax"],
         blocks=prepared.blocks.count,
@@ -96,7 +96,7 @@ class Agreement:
     worst: int
     """The largest difference of two codes."""
     where: str
-    """The tensor with it."""
+    """The tensor with most of them."""
 
     @property
     def share(self) -> float:
@@ -117,14 +117,15 @@ def agreement(prepared: Prepared, quantizer: SiteQuantizer, images: Array) -> Ag
     given = {i.name: codes.get(i.name, images) for i in loaded.get_inputs()}
     assert set(given) <= {*codes, feed}
     found = dict(zip(computed, loaded.run(list(computed.values()), given), strict=True))
-    worst, where, different, elements = 0, "", 0, 0
+    worst, most, where, different, elements = 0, 0, "", 0, 0
     for name, result in found.items():
         distance = np.abs(result.astype(int) - codes[name].astype(int))
         elements += distance.size
         different += int((distance > 0).sum())
-        if distance.max(initial=0) > worst:
-            worst, where = int(distance.max()), name
-    return Agreement(len(found), elements, different, worst, where)
+        worst = max(worst, int(distance.max(initial=0)))
+        if (distance > 0).sum() > most:
+            most, where = int((distance > 0).sum()), name
+    return Agreement(len(found), elements, different, worst, f"{where}: {most}")
 
 
 def _simulated(

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnxruntime as ort
 import torch
 from torch import nn
+from zoo.spellings import respell
 
 Shape = tuple[int, int, int]
 Exporter = Callable[[nn.Module, Shape, Path], None]
@@ -80,6 +82,55 @@ def dynamo(opset: int, *, plain: bool = False, axes: tuple[int, ...] = (0,)) -> 
     return export
 
 
+def half(inner: Exporter) -> Exporter:
+    """Weights and arithmetic in float16."""
+
+    def export(module: nn.Module, shape: Shape, path: Path) -> None:
+        inner(module.half(), shape, path)
+
+    return export
+
+
+def optimized(model_type: str, heads: int = 2, width: int = 32) -> Exporter:
+    """onnxruntime's transformers optimizer over TorchScript's file."""
+
+    def export(module: nn.Module, shape: Shape, path: Path) -> None:
+        from onnxruntime.transformers.optimizer import optimize_model
+
+        torchscript(17, plain=True)(module, shape, path)
+        logging.disable(logging.WARNING)
+        try:
+            found = optimize_model(
+                str(path), model_type=model_type, num_heads=heads, hidden_size=width, opt_level=0
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+        found.save_model_to_file(str(path))
+
+    return export
+
+
+def session_optimized(module: nn.Module, shape: Shape, path: Path) -> None:
+    """What a session of ONNX Runtime saves of TorchScript's file at level 'extended'."""
+    torchscript(14, plain=True)(module, shape, path)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    path.with_suffix(".optimized").replace(path)
+
+
+def spelled(flavour: str) -> Exporter:
+    """LayerNorm and GELU written out as another converter writes them."""
+
+    def export(module: nn.Module, shape: Shape, path: Path) -> None:
+        dynamo(18, plain=True)(module, shape, path)
+        onnx.save(respell(onnx.load(path), flavour), path)
+
+    return export
+
+
 EXPORTERS: dict[str, Exporter] = {
     "ts11": torchscript(11),
     "ts13": torchscript(13),
@@ -92,6 +143,14 @@ EXPORTERS: dict[str, Exporter] = {
     "dy23": dynamo(23),
     "ts17-static": torchscript(17, axes=()),
     "dy18-static": dynamo(18, axes=()),
+    "ts17-size": torchscript(17, plain=True, axes=(0, 2, 3)),
+    "ts17-half": half(torchscript(17, plain=True)),
+    "ort-vit": optimized("vit"),
+    "ort-clip": optimized("clip"),
+    "ort-swin": optimized("swin"),
+    "ort-session": session_optimized,
+    "tf2onnx": spelled("tf2onnx"),
+    "paddle2onnx": spelled("paddle2onnx"),
 }
 
 
