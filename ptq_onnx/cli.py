@@ -16,6 +16,7 @@ import typer
 
 from ptq_onnx import __version__
 from ptq_onnx import cli_options as o
+from ptq_onnx.cli_inspect import inspect
 from ptq_onnx.console import (
     decibels,
     fail,
@@ -170,6 +171,9 @@ def export(
 
     path = Path(output or f"{name.rpartition('/')[2]}.onnx")
     print(export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size))
+
+
+app.command()(inspect)
 
 
 def main() -> NoReturn:

@@ -161,8 +161,8 @@ def _channel_axes(
         return (1,) if rank == 4 and isinstance(shape[1], int) else ()
     if role in ("q", "k", "v", "av"):
         channel = rank - 2 if role == "k" else rank - 1
-        heads = (1,) if rank == 4 and isinstance(shape[1], int) else ()
-        return (*heads, channel)
+        axes = (1, channel) if rank == 4 else (channel,)
+        return tuple(axis for axis in axes if isinstance(shape[axis], int))
     if rank == 4 and (producer is None or _is_nchw(producer)):
         return (1,) if isinstance(shape[1], int) else ()
     if not isinstance(shape[rank - 1], int):

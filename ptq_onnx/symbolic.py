@@ -288,7 +288,7 @@ def _quotient(total: Dim, part: Dim) -> Dim:
         return total // part if (total >= 0) == (part > 0) else -((-total) // part)
     if isinstance(total, float) or isinstance(part, float):
         return total / part
-    ratio = sympy.expand(sympy.sympify(total) / part)
+    ratio = sympy.expand(sympy.cancel(sympy.sympify(total) / part))
     if not ratio.is_integer:
         ratio = sympy.floor(ratio)
     return _tidy(ratio)
