@@ -26,7 +26,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.formula import constant, scalar, sizes
 from ptq_onnx.fusion.shapes import simplify_layout
 from ptq_onnx.symbolic import fold_shapes
-from ptq_onnx.validation import one_line
+from ptq_onnx.validation import one_line, refuse_branches
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         _fold(model)
         if len(model.graph) == before:
             break
+    refuse_branches(model)
     _infer_shapes(model)
     fold_shapes(model.graph)
     simplify_layout(model.graph)

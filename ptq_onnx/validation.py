@@ -14,6 +14,9 @@ from ptq_onnx.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 CONTROL_FLOW = frozenset(("If", "Loop", "Scan"))
+LOOPS = frozenset(("Loop", "Scan"))
+"""Refused when loading; a branch may yet turn out to be fixed, once shapes are known."""
+
 RUNTIME_DOMAIN = "com.microsoft"
 
 MASK_OPS = frozenset(
@@ -44,6 +47,21 @@ def validate(model: ir.Model, path: Path) -> None:
     _check_weights(model.graph, path)
 
 
+CANNOT_BRANCH = (
+    "is control flow, which cannot be quantized."
+    " Export the model with fixed branches and loops unrolled."
+)
+
+
+def refuse_branches(model: ir.Model) -> None:
+    """Raise :class:`ModelError` for control flow that cleaning could not decide."""
+    for node in model.graph:
+        if node.domain == "" and node.op_type in CONTROL_FLOW:
+            raise ModelError(
+                f"Node '{node.name or node.outputs[0].name}': {node.op_type} {CANNOT_BRANCH}"
+            )
+
+
 def one_line(error: Exception) -> str:
     """The error's text on one line, without its full stop, cut to a readable length."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -56,11 +74,8 @@ def _check_ops(model: ir.Model, path: Path) -> None:
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for node in (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)):
         where = f"Model {path}: node '{node.name or node.outputs[0].name}'"
-        if node.domain == "" and node.op_type in CONTROL_FLOW:
-            raise ModelError(
-                f"{where}: {node.op_type} is control flow, which cannot be quantized."
-                " Export the model with fixed branches and loops unrolled."
-            )
+        if node.domain == "" and node.op_type in LOOPS:
+            raise ModelError(f"{where}: {node.op_type} {CANNOT_BRANCH}")
         known = node.domain in ("", RUNTIME_DOMAIN, *TIED) or (node.domain, node.op_type) in local
         if not known:
             raise ModelError(
