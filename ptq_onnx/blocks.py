@@ -335,7 +335,12 @@ class _Finder:
             elif is_projection(node):
                 self.set(node, index, "head_mix")
             elif node.op_type in ("Add", "Sub"):
-                self.set(node, index, "mask" if is_mask(node) else "bias")
+                shuts = is_mask(node)
+                self.set(node, index, "mask" if shuts else "bias")
+                makers = [source(v) for v in data_inputs(node)] if shuts else []
+                for maker in makers:
+                    if maker is not None and maker.op_type == "Where":
+                        self.set(maker, index, "mask")
             else:
                 self.set(node, index, "mask")
 

@@ -73,8 +73,9 @@ def _places(value: ir.Value) -> list[ir.Value]:
         if scale is not None and _is_scaling(value, scale):
             return []
         return [value]
-    if producer is not None and producer.op_type == "Softmax":
-        return [value]
+    readers = [n for n, _ in leaves]
+    if producer is not None and producer.op_type == "Softmax" and any(map(is_linear, readers)):
+        return [value]  # mixed heads: where a runtime quantizes a softmax, it is at its output
     made_by_product = producer is not None and is_product(producer)
     if (
         leaves

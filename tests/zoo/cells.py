@@ -54,8 +54,8 @@ EXPECTED = {
     "swin": Found(11, 4, 18, 4, 4),
     "swinv2": Found(19, 4, 18, 4, 4),
     "twins": Found(12, 4, 19, 4, 4),
-    "maxvit": Found(9, 13, 17, 4, 4),
-    "coatnet": Found(3, 6, 1, 1, 1),
+    "maxvit": Found(9, 11, 17, 4, 4),
+    "coatnet": Found(3, 5, 1, 1, 1),
     "levit": Found(0, 0, 15, 3, 3),
     "pit": Found(5, 2, 10, 2, 2),
     "pvt_v2": Found(9, 2, 11, 2, 2),
@@ -87,6 +87,8 @@ class Cell:
     exporter: str
     expected: Found | None = None
     fails: str | None = None
+    leftover: tuple[str, ...] = ()
+    """Ops that rightly have no role."""
 
     @property
     def name(self) -> str:
@@ -111,7 +113,7 @@ class Result:
         found: list[str] = []
         if self.found != expected:
             found.append(f"found {self.found}, expected {expected}")
-        if self.unrecognised:
+        if self.unrecognised != cell.leftover:
             found.append(f"without a role: {', '.join(self.unrecognised)}")
         if not self.parity <= limit:
             found.append(f"the fused graph is off by {self.parity:.1e}")
@@ -141,7 +143,9 @@ def _cells() -> list[Cell]:
     cells += [Cell(name, "ts17-half") for name in ("vit", "swin")]
     cells += [Cell("vit", "ort-vit"), Cell("clip", "ort-clip", PACKED_BY_OPTIMIZER)]
     cells += [Cell("swin", "ort-swin")]
-    cells += [Cell(name, "ort-session") for name in ("vit", "clip", "swin", "eva02")]
+    cells += [Cell(name, "ort-session") for name in ("vit", "clip", "eva02")]
+    # The session makes an RMS norm of the patch embedding's LayerNorm, and leaves its Sub over.
+    cells += [Cell("swin", "ort-session", leftover=("Sub",))]
     cells += [Cell("vit", "tf2onnx"), Cell("vit", "paddle2onnx"), Cell("swin", "tf2onnx")]
     return cells
 
