@@ -48,16 +48,16 @@ LAYOUT_OPS = frozenset(
 )
 """Ops that move elements and compute nothing."""
 
-ACTIVATIONS = frozenset(
-    ["Gelu", "QuickGelu", "Silu", "Relu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Swish", "Mish"]
-    + ["LeakyRelu", "Elu", "PRelu", "Clip", "HardSigmoid", "Softplus"]
-)
+ACTIVATIONS = frozenset((
+    "Gelu", "QuickGelu", "Silu", "Relu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Swish", "Mish",
+    "LeakyRelu", "Elu", "PRelu", "Clip", "HardSigmoid", "Softplus",
+))  # fmt: skip
 """Ops that may stand between fc1 and fc2."""
 
-NORMS = frozenset(
-    ["LayerNormalization", "RMSNormalization", "L2Normalization", "BatchNormalization"]
-    + ["GroupNormalization", "InstanceNormalization"]
-)
+NORMS = frozenset((
+    "LayerNormalization", "RMSNormalization", "L2Normalization", "BatchNormalization",
+    "GroupNormalization", "InstanceNormalization",
+))  # fmt: skip
 POOLS = frozenset(
     ["ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool", "GlobalMaxPool", "ReduceMax"]
 )
@@ -295,13 +295,12 @@ class _Finder:
 
     def block(self, softmax: ir.Node) -> None:
         """Roles of the block around one softmax; nothing where the products are missing."""
-        mixes = lambda n: is_projection(n) or n.op_type in ("Mul", "Div", "Add")  # noqa: E731
-        behind_map = ahead_to(softmax.outputs[0], lambda n, i: is_product(n) and i == 0, mixes)
+        behind_map = ahead_to(softmax.outputs[0], lambda n, i: is_product(n) and i == 0, _mixes)
         logits = softmax.inputs[0]
         if not behind_map or logits is None:
             return
         way = back_to(
-            logits, is_product, lambda n: mixes(n) or n.op_type in ("Where", "Sub", "Clip")
+            logits, is_product, lambda n: _mixes(n) or n.op_type in ("Where", "Sub", "Clip")
         )
         if not way:
             return
@@ -526,9 +525,7 @@ class _Finder:
             return False
         sources = [source(v) for v in data_inputs(node)]
         roles = [None if n is None else self.roles.get(n) for n in sources]
-        return bool(roles) and all(
-            r is not None and r.name in ("head", "head_mean") for r in roles
-        )
+        return bool(roles) and all(r is not None and r.name in ("head", "head_mean") for r in roles)
 
     def layout(self) -> None:
         """Layout ops take the block of the compute node they read from."""
@@ -551,6 +548,11 @@ def _projection_names(nodes: list[ir.Node | None]) -> tuple[str, str, str]:
     if q is k and q is not None:
         return "qk_proj", "qk_proj", "v"
     return "q", "k", "v"
+
+
+def _mixes(node: ir.Node) -> bool:
+    """What may stand between the softmax and the products: mixed heads, scales, biases."""
+    return is_projection(node) or node.op_type in ("Mul", "Div", "Add")
 
 
 def _is_constant_mul(node: ir.Node) -> bool:

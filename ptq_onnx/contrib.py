@@ -1,10 +1,9 @@
 """ONNX Runtime's own ops, as its optimizers leave them in a file, back in standard ONNX.
 
 The transformers optimizer and the offline optimization of a session write ops of the domain
-com.microsoft: each is one formula here, written out with standard ops, so that fusion, blocks and quantization
-see what the exporter had written. An op without a formula
-stays, runs in ONNX Runtime and is left in float; files tied to a processor or quantized already
-are refused by name.
+com.microsoft: each is one formula here, written out with standard ops, so that fusion, blocks and
+quantization see what the exporter had written. An op without a formula stays, runs in ONNX Runtime
+and is left in float; files tied to a processor, or quantized already, are refused by name.
 """
 
 from __future__ import annotations

@@ -68,9 +68,8 @@ class Builder:
     def finish(self, results: Mapping[int, ir.Value]) -> None:
         """``results`` take the names and readers of the node's outputs; the node goes."""
         for index, value in enumerate(self.node.outputs):
-            if index not in results:
-                if value.uses() or value.is_graph_output():
-                    raise Refusal(f"its output {index} is read")
+            if index not in results and (value.uses() or value.is_graph_output()):
+                raise Refusal(f"its output {index} is read")
         for index, new in results.items():
             old = self.node.outputs[index]
             new.name, new.type, new.shape = old.name, old.type, old.shape

@@ -35,23 +35,24 @@ LIMIT = 4096
 UNTOLD = (ValueError, IndexError, TypeError, ArithmeticError, BasePolynomialError)
 """What a rule raises where a shape or a content cannot be told."""
 
-SAME = frozenset(
-    ("Softmax", "LayerNormalization", "RMSNormalization", "Gelu", "Erf", "Tanh", "Sigmoid", "Relu")
-    + ("Sqrt", "Reciprocal", "Neg", "Exp", "Log", "Clip", "Cast", "Identity", "HardSwish", "Floor")
-    + ("BatchNormalization", "Sin", "Cos", "Abs", "HardSigmoid", "LeakyRelu", "Elu", "Not", "Ceil")
-    + ("Swish", "Mish", "Softplus", "LogSoftmax", "InstanceNormalization", "GroupNormalization")
-    + ("CumSum", "Round", "Sign", "IsNaN", "IsInf", "QuickGelu", "LpNormalization", "Trilu", "Silu", "L2Normalization")
-)
+SAME = frozenset((
+    "Softmax", "LayerNormalization", "RMSNormalization", "Gelu", "Erf", "Tanh", "Sigmoid",
+    "Relu", "Sqrt", "Reciprocal", "Neg", "Exp", "Log", "Clip", "Cast", "Identity", "HardSwish",
+    "Floor", "BatchNormalization", "Sin", "Cos", "Abs", "HardSigmoid", "LeakyRelu", "Elu", "Not",
+    "Ceil", "Swish", "Mish", "Softplus", "LogSoftmax", "InstanceNormalization",
+    "GroupNormalization", "CumSum", "Round", "Sign", "IsNaN", "IsInf", "QuickGelu",
+    "LpNormalization", "Trilu", "Silu", "L2Normalization",
+))  # fmt: skip
 """Ops whose first output has the shape of their first input."""
 
-BROADCAST = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Where", "Equal", "Less", "Greater")
-    + ("LessOrEqual", "GreaterOrEqual", "And", "Or", "Xor", "PRelu", "BitwiseAnd", "BitwiseOr")
-)
-REDUCE = frozenset(
-    ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")
-    + ("ReduceSumSquare", "ReduceLogSumExp")
-)
+BROADCAST = frozenset((
+    "Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Where", "Equal", "Less", "Greater",
+    "LessOrEqual", "GreaterOrEqual", "And", "Or", "Xor", "PRelu", "BitwiseAnd", "BitwiseOr",
+))  # fmt: skip
+REDUCE = frozenset((
+    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2",
+    "ReduceSumSquare", "ReduceLogSumExp",
+))  # fmt: skip
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
@@ -156,7 +157,9 @@ class Symbolic:
         if not any(v in self.data for v in node.inputs if v is not None):
             return None
         inputs = [self.content(v) for v in node.inputs]
-        if any(found is None and v is not None for found, v in zip(inputs, node.inputs, strict=True)):
+        if any(
+            found is None and v is not None for found, v in zip(inputs, node.inputs, strict=True)
+        ):
             return None
         if node.outputs[0].dtype is not None and node.outputs[0].dtype not in INTEGERS:
             floating = kind in ("Cast", "Div", "Mul", "Floor", "Ceil", "Add", "Sub", "Sqrt")
@@ -213,7 +216,9 @@ class Symbolic:
             return None if first is None else [first]
         if kind in BROADCAST:
             shapes = [self.shape(v) for v in node.inputs]
-            return [_broadcast([s for s in shapes if s is not None])] if None not in shapes else None
+            return (
+                [_broadcast([s for s in shapes if s is not None])] if None not in shapes else None
+            )
         rule = SHAPES.get(kind)
         if rule is not None and first is not None:
             return rule(self, node, first)
@@ -303,6 +308,7 @@ def _remainder(value: Dim, by: Dim) -> Dim:
 
 def _each(operation: Callable[..., Any]) -> Callable[[ir.Node, list[Data]], Data]:
     """An operation on elements, with ONNX's broadcasting."""
+
     def evaluate(_: ir.Node, inputs: list[Data]) -> Data:
         function = np.frompyfunc(lambda *a: _tidy(operation(*a)), len(inputs), 1)
         return _objects(function(*inputs))
@@ -413,8 +419,12 @@ CONTENTS: dict[str, Callable[[ir.Node, list[Data]], Data | None]] = {
     "Div": _each(_quotient),
     "Mod": _each(_remainder),
     "Neg": _each(lambda a: -a),
-    "Min": _each(lambda *a: sympy.Min(*a) if any(isinstance(x, sympy.Basic) for x in a) else min(a)),
-    "Max": _each(lambda *a: sympy.Max(*a) if any(isinstance(x, sympy.Basic) for x in a) else max(a)),
+    "Min": _each(
+        lambda *a: sympy.Min(*a) if any(isinstance(x, sympy.Basic) for x in a) else min(a)
+    ),
+    "Max": _each(
+        lambda *a: sympy.Max(*a) if any(isinstance(x, sympy.Basic) for x in a) else max(a)
+    ),
     "Floor": _each(_floor),
     "Ceil": _each(_ceil),
     "Cast": _cast,

@@ -47,7 +47,17 @@ def test_what_depends_on_the_batch_stays() -> None:
     shape = g("Shape", "x")
     batch = g("Gather", shape, np.array([0]), axis=0)
     other = g("Gather", shape, np.array([1]), axis=0)
-    out = g("Reshape", "x", g("Concat", g("Mul", batch, np.array([2])), g("Div", other, np.array([2])), np.array([8]), axis=0))
+    out = g(
+        "Reshape",
+        "x",
+        g(
+            "Concat",
+            g("Mul", batch, np.array([2])),
+            g("Div", other, np.array([2])),
+            np.array([8]),
+            axis=0,
+        ),
+    )
     model = g.model(out)
     found = Symbolic(model.graph).run()
     by_name = {value.name: data for value, data in found.data.items()}

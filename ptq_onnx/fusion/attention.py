@@ -1,4 +1,4 @@
-"""The one form of attention: ``MatMul(q, k) → Mul(s) → (+ bias) → (+ mask) → Softmax → MatMul(map, v)``.
+"""The one form of attention: q·k → · s → + bias → + mask → Softmax → map·v.
 
 Exporters scale q, or k, or both by √s, before or after their transposes, or the product; all of it
 becomes one Mul, the factor taken in float64. Values that stand before the map (v · Aᵀ) go behind
@@ -201,6 +201,7 @@ def _is_map(value: ir.Value) -> bool:
 
 # --- masks ----------------------------------------------------------------------------------
 
+
 def split_mask(model: ir.Model) -> int:
     """Add bias and mask of one constant one after the other; returns how many were split."""
     graph = model.graph
@@ -248,19 +249,20 @@ def _split_mask(graph: ir.Graph, add: ir.Node) -> bool:
     if add.op_type != "Add" or None in add.inputs or not _reaches_softmax(add.outputs[0]):
         return False
     data, other = add.inputs
-    array = constant(other)
-    if array is None:
+    found = constant(other)
+    if found is None:
         data, other = other, data
-        array = constant(other)
-    if data is None or other is None or array is None or array.dtype != np.float32:
+        found = constant(other)
+    if data is None or other is None or found is None or found.dtype != np.float32:
         return False
+    array = np.asarray(found, np.float32)
     shut = array <= SHUT_OUT
     if not shut.any() or shut.all() or not np.any(array[~shut]):
         return False
     depth = _mask_depth(np.asarray(array[shut], np.float64))
     table = np.where(shut, 0 if np.isinf(depth) or depth < -1e4 else array - depth, array)
     mask = np.where(shut, depth, 0).astype(np.float32)
-    table = table.astype(np.float32)
+    table = np.asarray(table, np.float32)
     if np.abs(table).max() > -SHUT_OUT:
         return False
     output = add.outputs[0]
@@ -293,5 +295,7 @@ def _fold_batch(table: NDArray[np.float32]) -> NDArray[np.float32]:
 def _fold_heads(mask: NDArray[np.float32]) -> NDArray[np.float32]:
     """A mask that is the same for all heads: once."""
     with np.errstate(invalid="ignore"):
-        same = mask.ndim == 4 and all(np.array_equal(mask[:, :1], mask[:, h : h + 1]) for h in range(mask.shape[1]))
+        same = mask.ndim == 4 and all(
+            np.array_equal(mask[:, :1], mask[:, h : h + 1]) for h in range(mask.shape[1])
+        )
     return mask[:, :1] if same else mask

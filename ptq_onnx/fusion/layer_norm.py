@@ -134,7 +134,7 @@ class LayerNormAffine(_LayerNorm):
                 return result.fail(f"{name} must be a constant, one number a channel.", value)
         return result
 
-    def rewrite(
+    def rewrite(  # type: ignore[override]
         self, op: Op, x: ir.Value, gamma: ir.Value, beta: ir.Value, **_: object
     ) -> ir.Value:
         flat = [_flat(self.graph, value) for value in (gamma, beta)]

@@ -99,4 +99,3 @@ def _is_centred(x: ir.Value) -> bool:
 
 
 fuse_rms_norm = fuse_with(RmsNormDiv, RmsNormMul)
-

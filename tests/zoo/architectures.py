@@ -172,9 +172,7 @@ def _mixer() -> nn.Module:
     with torchvision_schemas():
         from timm.models.mlp_mixer import MlpMixer
 
-    return MlpMixer(
-        img_size=32, patch_size=8, embed_dim=32, num_blocks=2, num_classes=CLASSES
-    )  # type: ignore[no-any-return]
+    return MlpMixer(img_size=32, patch_size=8, embed_dim=32, num_blocks=2, num_classes=CLASSES)  # type: ignore[no-any-return]
 
 
 SWIN = {
@@ -335,9 +333,7 @@ def _randomize(module: nn.Module) -> None:
 
     with torch.no_grad():
         for parameter in module.parameters():
-            if parameter.ndim < 2:
-                parameter += normal(parameter, 0.1)
-            elif float(parameter.std()) < 0.03:
+            if parameter.ndim < 2 or float(parameter.std()) < 0.03:
                 parameter += normal(parameter, 0.1)
         for name, buffer in module.named_buffers():
             if name.endswith("running_mean"):

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from zoo.architectures import make
-from zoo.checks import Agreement, Found, agreement, census, quantized, relative_error
-from zoo.checks import run as run_file
-from zoo.exporters import export
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.preparation import Prepared, prepare
+from zoo.architectures import make
+from zoo.checks import Agreement, Found, agreement, census, quantized, relative_error
+from zoo.checks import run as run_file
+from zoo.exporters import export
 
 PARITY = 1e-4
 HALF_PARITY = 5e-3

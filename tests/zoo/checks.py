@@ -169,9 +169,7 @@ def _cut(proto: onnx.ModelProto, codes: dict[str, Array]) -> dict[str, str]:
     del graph.output[:]
     for name, output in computed.items():
         shape = list(codes[name].shape)
-        graph.input.append(
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, shape)
-        )
+        graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, shape))
         graph.output.append(
             onnx.helper.make_tensor_value_info(output, onnx.TensorProto.UINT8, None)
         )

@@ -19,6 +19,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from torch import nn
+
 from zoo.spellings import respell
 
 Shape = tuple[int, int, int]
@@ -32,7 +33,9 @@ def _plain_attention(module: nn.Module, plain: bool) -> None:
             part.fused_attn = not plain
 
 
-def _export(module: nn.Module, shape: Shape, path: Path, opset: int, dynamo: bool, **options: object) -> None:
+def _export(
+    module: nn.Module, shape: Shape, path: Path, opset: int, dynamo: bool, **options: object
+) -> None:
     example = torch.zeros(2, *shape, dtype=next(module.parameters()).dtype)
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]

@@ -16,7 +16,9 @@ class _Writer:
         self.graph, self.stem = graph, stem
         self.nodes: list[onnx.NodeProto] = []
 
-    def __call__(self, op: str, *inputs: str | float, output: str = "", **attributes: object) -> str:
+    def __call__(
+        self, op: str, *inputs: str | float, output: str = "", **attributes: object
+    ) -> str:
         names = [self.number(i) if isinstance(i, float) else i for i in inputs]
         name = output or f"{self.stem}/{op}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, names, [name], name, **attributes))

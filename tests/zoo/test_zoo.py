@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
 from zoo.architectures import ARCHITECTURES, torchvision_schemas
 from zoo.cells import CELLS, EXPECTED, MUST, Cell, run
 
@@ -47,13 +48,13 @@ def record(cell: Cell, result: dict[str, object]) -> None:
 def test_full_size(name: str, tmp_path: Path) -> None:
     """The published sizes, random weights: found, unchanged, quantized, running."""
     import numpy as np
-    from zoo import checks
-    from zoo.architectures import make
-    from zoo.exporters import export
 
     from ptq_onnx import graph as graphs
     from ptq_onnx.export.lowering import lower
     from ptq_onnx.preparation import prepare
+    from zoo import checks
+    from zoo.architectures import make
+    from zoo.exporters import export
 
     path = export(name, "dy23" if name == "aimv2" else "ts17", tmp_path / "full.onnx", full=True)
     prepared = prepare(path)
