@@ -199,7 +199,8 @@ class Symbolic:
         opset = onnx.helper.make_opsetid("", self.graph.opset_imports.get("", 21))
         model = onnx.helper.make_model(graph, opset_imports=[opset])
         try:
-            found = np.asarray(ReferenceEvaluator(model).run(None, arrays)[0])
+            results: list[Any] = list(ReferenceEvaluator(model).run(None, arrays))
+            found = np.asarray(results[0])
         except Exception:
             return None
         if found.dtype.kind not in "ib" or found.size > LIMIT:

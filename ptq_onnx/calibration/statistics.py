@@ -149,8 +149,8 @@ def _is_dynamic(site: Site) -> bool:
     return not all(isinstance(d, int) for d in site.shape[1:])
 
 
-def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[str, str, str]]]:
-    """The model with three reductions per site as extra outputs, serialized.
+def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tuple[str, str, str]]]:
+    """A copy of the model with three reductions per site as extra outputs.
 
     Returns the names of (minimum [B, C…], maximum [B, C…], sum of squares [C…]) by tensor.
     """
@@ -188,15 +188,15 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[
             size.outputs[0].dtype = ir.DataType.INT64
             graph.append(size)
             graph.outputs.append(size.outputs[0])
-    return ir.to_proto(copy).SerializeToString(), names
+    return copy, names
 
 
-def _session(data: bytes, threads: int) -> ort.InferenceSession:
+def _session(model: ir.Model, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return graphs.open_session(model, options)
 
 
 def collect(
@@ -211,8 +211,8 @@ def collect(
 
     Raises ModelError where an activation is NaN or infinite (it names the tensor).
     """
-    data, names = tap(model, sites)
-    session = _session(data, threads)
+    tapped, names = tap(model, sites)
+    session = _session(tapped, threads)
     feed = session.get_inputs()[0].name
     wanted = [name for group in names.values() for name in group]
     wanted += [f"tap/Size/{site.tensor}" for site in sites if _is_dynamic(site)]
@@ -280,7 +280,7 @@ def add_histograms(
         statistics.histograms[site.tensor] = Histogram.over(rows.lowest[0], rows.highest[0])
         if site.tensor not in outputs and values[site.tensor].producer() is not None:
             copy.graph.outputs.append(values[site.tensor])
-    session = _session(ir.to_proto(copy).SerializeToString(), threads)
+    session = _session(copy, threads)
     feed = session.get_inputs()[0].name
     wanted = [s.tensor for s in sites if s.tensor != feed]
     for batch in batches:
