@@ -99,6 +99,8 @@ def _reaches_softmax(value: ir.Value, depth: int = 6) -> bool:
         if use.node.op_type == "Softmax":
             return True
         passes = use.node.op_type in LAYOUT | {"Mul", "Div", "Add", "Where", "Clip"}
+        if use.node.op_type in ("MatMul", "Conv") and use.idx == 0:
+            passes = constant(use.node.inputs[1]) is not None  # heads are mixed
         if depth and passes and _reaches_softmax(use.node.outputs[0], depth - 1):
             return True
     return False
