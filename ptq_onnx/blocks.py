@@ -1,17 +1,29 @@
 """Finds the transformer blocks of a fused graph and gives every node its block and role.
 
-Roles come from structure, not from names: a block is found around its softmax, by
-walking to the two attention products, the linears that feed them, the norm before and
-the residual add, norm and MLP behind. Both layouts of q, k, v are known: one packed
-linear (``qkv``) or three.
+Roles come from structure, not from names: a block is found around its softmax, by walking to the
+two attention products, the linears that feed them, the norm before and the residual add, norm and
+MLP behind. A network without attention has its blocks around its MLPs.
+
+On the way may stand what the families of ViTs put there: rotary positions (``rope``) and norms of
+q and k (``q_norm``, ``k_norm``), a convolution that shrinks k and v (``reduction``), the bias
+table of windows (``bias``) and their ``mask``, heads mixed before or behind the softmax
+(``head_mix``), a norm before proj or fc2 (``inner_norm``, ``mlp_norm``), norms behind a branch
+instead of before it, LayerScale, gates (``gate``), a depthwise convolution between fc1 and its
+activation (``dwconv``). Projections are linears, or convolutions of one pixel.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+
+SHUT_OUT = -50.0
+"""What is added to logits from here down is a mask: exp(-50) is nothing beside 1."""
 
 LAYOUT_OPS = frozenset(
     [
@@ -36,10 +48,23 @@ LAYOUT_OPS = frozenset(
 )
 """Ops that move elements and compute nothing."""
 
-ACTIVATIONS = frozenset(
-    ["Gelu", "QuickGelu", "Relu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Swish", "Mish"]
-)
+ACTIVATIONS = frozenset((
+    "Gelu", "QuickGelu", "Silu", "Relu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Swish", "Mish",
+    "LeakyRelu", "Elu", "PRelu", "Clip", "HardSigmoid", "Softplus",
+))  # fmt: skip
 """Ops that may stand between fc1 and fc2."""
+
+NORMS = frozenset((
+    "LayerNormalization", "RMSNormalization", "L2Normalization", "BatchNormalization",
+    "GroupNormalization", "InstanceNormalization",
+))  # fmt: skip
+POOLS = frozenset(
+    ["ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool", "GlobalMaxPool", "ReduceMax"]
+)
+ARITHMETIC = frozenset(["Add", "Sub", "Mul", "Div", "Neg"])
+
+REACH = 12
+"""How many compute ops a walk passes at most."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,24 @@ def is_linear(node: ir.Node) -> bool:
     return node.op_type == "Linear" and node.domain == "ptq_onnx"
 
 
+def is_projection(node: ir.Node) -> bool:
+    """True for a linear, or a convolution of one pixel that mixes all channels."""
+    return is_linear(node) or (_kernel(node) == 1 and node.attributes.get_int("group", 1) == 1)
+
+
+def is_depthwise(node: ir.Node) -> bool:
+    """True for a convolution with more than one group."""
+    return _kernel(node) is not None and node.attributes.get_int("group", 1) > 1
+
+
+def _kernel(node: ir.Node) -> int | None:
+    """Pixels of a convolution's constant kernel; None for any other node."""
+    weight = node.inputs[1] if node.op_type == "Conv" else None
+    if weight is None or not is_constant(weight) or weight.shape is None:
+        return None
+    return math.prod(int(d) for d in list(weight.shape)[2:] if isinstance(d, int))
+
+
 def consumers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Nodes that read the value, with the input index, in graph order."""
     yield from ((use.node, use.idx) for use in value.uses())
@@ -125,15 +168,82 @@ def source(value: ir.Value) -> ir.Node | None:
     return node
 
 
-def back_to(value: ir.Value, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
-    """The nearest node behind ``value`` that is wanted, passing layout ops and scalings."""
-    node = source(value)
-    while node is not None and not wanted(node):
-        if node.op_type not in ("Mul", "Div", "Add", "Sub", "LayerNormalization"):
-            return None
-        data = next((v for v in node.inputs if v is not None and not is_constant(v)), None)
-        node = None if data is None else source(data)
-    return node
+def data_inputs(node: ir.Node) -> list[ir.Value]:
+    """The inputs that are activations; of a layout op, the one whose elements it moves."""
+    found = [v for v in node.inputs if v is not None and not is_constant(v)]
+    return found if not is_layout(node) or node.op_type == "Concat" else found[:1]
+
+
+def back_to(
+    value: ir.Value,
+    wanted: Callable[[ir.Node], bool],
+    passing: Callable[[ir.Node], bool] | None = None,
+    reach: int = REACH,
+) -> list[ir.Node]:
+    """The way back from ``value`` to the nearest node that is wanted, that node first.
+
+    Empty where there is none behind layout ops and what may be passed (by default arithmetic
+    and norms). Of several ways the shortest is taken.
+    """
+    may_pass = passing or (lambda n: n.op_type in ARITHMETIC or n.op_type in NORMS)
+    ways: list[tuple[ir.Value, list[ir.Node]]] = [(value, [])]
+    seen: set[ir.Node] = set()
+    while ways:
+        at, passed = ways.pop(0)
+        node = at.producer()
+        if node is None or node in seen or len(passed) > reach:
+            continue
+        if is_layout(node):
+            ways[:0] = [(v, passed) for v in data_inputs(node)]
+            continue
+        seen.add(node)
+        if wanted(node):
+            return [node, *reversed(passed)]
+        if may_pass(node):
+            ways += [(v, [*passed, node]) for v in data_inputs(node)]
+    return []
+
+
+def ahead_to(
+    value: ir.Value,
+    wanted: Callable[[ir.Node, int], bool],
+    passing: Callable[[ir.Node], bool],
+    reach: int = 4,
+) -> list[ir.Node]:
+    """The way on from ``value`` to the nearest node that is wanted, that node last.
+
+    Empty where there is none behind layout ops and what may be passed.
+    """
+    ways: list[tuple[ir.Value, list[ir.Node]]] = [(value, [])]
+    seen: set[ir.Node] = set()
+    while ways:
+        at, passed = ways.pop(0)
+        for node, index in through_layout(at):
+            if wanted(node, index):
+                return [*passed, node]
+            if node not in seen and passing(node) and len(passed) < reach and node.outputs:
+                seen.add(node)
+                ways.append((node.outputs[0], [*passed, node]))
+    return []
+
+
+def behind(value: ir.Value, stop: Callable[[ir.Node], bool], limit: int = 24) -> list[ir.Node]:
+    """All compute nodes behind ``value`` up to those that stop it; empty beyond ``limit``."""
+    found: list[ir.Node] = []
+    open_values, seen = [value], set[ir.Node]()
+    while open_values:
+        node = open_values.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if is_layout(node):
+            open_values += data_inputs(node)
+        elif not stop(node):
+            found.append(node)
+            if len(found) > limit:
+                return []
+            open_values += data_inputs(node)
+    return found
 
 
 def is_product(node: ir.Node) -> bool:
@@ -148,130 +258,274 @@ class _Finder:
         self.graph = graph
         self.order = {node: i for i, node in enumerate(graph)}
         self.roles: dict[ir.Node, Role] = {}
-        self.count = 0
+        self.units = 0
 
     def run(self) -> Blocks:
         for node in self.graph:
             if node.op_type == "Softmax":
                 self.block(node)
+        attention = self.units
+        for node in self.graph:
+            if node.op_type in ACTIVATIONS and node not in self.roles:
+                self.lone_mlp(node, is_block=attention == 0)
+        self.number()
         self.outside()
         self.layout()
         names = {name_of(n): self.roles.get(n, Role(None, "other")) for n in self.graph}
         unknown = tuple(n for n, role in names.items() if role.name == "other")
-        return Blocks(names, self.count, unknown)
+        return Blocks(names, self.units, unknown)
+
+    def number(self) -> None:
+        """Number the blocks as the data flows."""
+        first: dict[int, int] = {}
+        for node, role in self.roles.items():
+            if role.block is not None:
+                at = self.order[node]
+                first[role.block] = min(first.get(role.block, at), at)
+        new = {old: n for n, old in enumerate(sorted(first, key=lambda b: first[b]))}
+        for node, role in self.roles.items():
+            if role.block is not None:
+                self.roles[node] = Role(new[role.block], role.name)
 
     def set(self, node: ir.Node | None, block: int | None, role: str) -> None:
         if node is not None and node not in self.roles:
             self.roles[node] = Role(block, role)
 
+    # --- attention ----------------------------------------------------------------------
+
     def block(self, softmax: ir.Node) -> None:
         """Roles of the block around one softmax; nothing where the products are missing."""
-        reached = through_layout(softmax.outputs[0])
-        av = next((n for n, i in reached if is_product(n) and i == 0), None)
+        behind_map = ahead_to(softmax.outputs[0], lambda n, i: is_product(n) and i == 0, _mixes)
         logits = softmax.inputs[0]
-        if av is None or logits is None:
+        if not behind_map or logits is None:
             return
-        qk = back_to(logits, is_product)
-        if qk is None:
+        way = back_to(
+            logits, is_product, lambda n: _mixes(n) or n.op_type in ("Where", "Sub", "Clip")
+        )
+        if not way:
             return
-        index = self.count
-        self.count += 1
+        index = self.units
+        self.units += 1
+        av, qk = behind_map[-1], way[0]
         self.set(softmax, index, "softmax")
         self.set(av, index, "av")
         self.set(qk, index, "qk")
-        self.between(qk, softmax, index)
+        for node in behind_map[:-1]:
+            self.set(node, index, "head_mix")
+        self.before_softmax(way[1:], index)
         norm = self.projections(qk, av, index)
         self.set(norm, index, "norm1")
-        proj = next((n for n, _ in through_layout(av.outputs[0]) if is_linear(n)), None)
-        if proj is None:
+        found = ahead_to(av.outputs[0], lambda n, _: is_projection(n), _inside)
+        if not found:
             return
+        for node in found[:-1]:
+            self.set(node, index, self.inside(node, "inner_norm"))
+        proj = found[-1]
         self.set(proj, index, "proj")
-        residual = self.residual(proj, index, "residual1")
+        residual = self.residual(proj, index, "residual1", "norm1" if norm is None else "post_norm")
         if residual is not None:
             self.mlp(residual, index)
 
-    def between(self, qk: ir.Node, softmax: ir.Node, index: int) -> None:
-        """Scale and mask between the product and the softmax."""
-        for value in softmax.inputs:
-            node = None if value is None else source(value)
-            while node is not None and node is not qk and node.op_type in ("Mul", "Div", "Add"):
-                self.set(node, index, "mask" if node.op_type == "Add" else "qk_scale")
-                data = next((v for v in node.inputs if v is not None and not is_constant(v)), None)
-                node = None if data is None else source(data)
+    def before_softmax(self, way: list[ir.Node], index: int) -> None:
+        """Scale, mixed heads, bias and mask between the product and the softmax."""
+        for node in way:
+            if node.op_type in ("Mul", "Div"):
+                self.set(node, index, "qk_scale")
+            elif is_projection(node):
+                self.set(node, index, "head_mix")
+            elif node.op_type in ("Add", "Sub"):
+                shuts = is_mask(node)
+                self.set(node, index, "mask" if shuts else "bias")
+                makers = [source(v) for v in data_inputs(node)] if shuts else []
+                for maker in makers:
+                    if maker is not None and maker.op_type == "Where":
+                        self.set(maker, index, "mask")
+            else:
+                self.set(node, index, "mask")
+
+    def inside(self, node: ir.Node, norm: str) -> str:
+        """What stands between a product and proj, or between fc1 and fc2."""
+        if node.op_type in NORMS:
+            return norm
+        if node.op_type in ACTIVATIONS:
+            return "activation"
+        if is_depthwise(node):
+            return "dwconv"
+        return "gate"
 
     def projections(self, qk: ir.Node, av: ir.Node, index: int) -> ir.Node | None:
-        """Roles of the linears behind q, k and v; returns the norm before them."""
+        """Roles of the projections behind q, k and v; returns the norm before them."""
         values = (qk.inputs[0], qk.inputs[1], av.inputs[1])
-        linears = [None if v is None else back_to(v, is_linear) for v in values]
-        packed = len({id(n) for n in linears if n is not None}) == 1
+        passing = lambda n: (  # noqa: E731
+            n.op_type in ARITHMETIC | NORMS | ACTIVATIONS or is_depthwise(n)
+        )
+        ways = [[] if v is None else back_to(v, is_projection, passing) for v in values]
+        names = _projection_names([way[0] if way else None for way in ways])
         norm: ir.Node | None = None
-        for linear, role in zip(linears, ("q", "k", "v"), strict=True):
-            if linear is None:
+        for value, way, role, letter in zip(values, ways, names, "qkv", strict=True):
+            if not way or value is None:
                 continue
-            self.set(linear, index, "qkv" if packed else role)
-            data = linear.inputs[0]
-            if data is not None:
-                found = source(data)
-                if found is not None and found.op_type == "LayerNormalization":
-                    norm = found
+            self.set(way[0], index, role)
+            stop = lambda n: is_projection(n) or is_product(n) or n.op_type == "Softmax"  # noqa: E731
+            for node in behind(value, stop) or way[1:]:
+                if node.op_type in NORMS:
+                    self.set(node, index, f"{letter}_norm")
+                else:
+                    self.set(node, index, "dwconv" if is_depthwise(node) else "rope")
+            data = way[0].inputs[0]
+            before = None if data is None else source(data)
+            if before is None:
+                continue
+            if before.op_type == "Conv" and letter != "q" and before not in self.roles:
+                self.set(before, index, "reduction")
+            if before.op_type not in NORMS:
+                continue
+            if norm is None:
+                norm = before
+            elif before is not norm and before not in self.roles:
+                self.set(before, index, "kv_norm")
+                shrunk = None if before.inputs[0] is None else source(before.inputs[0])
+                if shrunk is not None and shrunk.op_type == "Conv":
+                    self.set(shrunk, index, "reduction")
         return norm
 
-    def residual(self, node: ir.Node, index: int, role: str) -> ir.Node | None:
-        """The add behind a branch, through a LayerScale; marks both."""
-        for _ in range(3):
-            following = [n for n, _ in through_layout(node.outputs[0])]
-            add = next((n for n in following if n.op_type == "Add"), None)
-            if add is not None and not any(is_constant(v) for v in add.inputs):
-                self.set(add, index, role)
-                return add
-            scale = next((n for n in following if n.op_type == "Mul"), None)
-            if scale is None or not any(is_constant(v) for v in scale.inputs):
-                return None
-            self.set(scale, index, "layer_scale")
-            node = scale
-        return None
+    def residual(self, node: ir.Node, index: int | None, role: str, norm: str) -> ir.Node | None:
+        """The add behind a branch, through a LayerScale or a norm; marks all."""
+        passing = lambda n: n.op_type in NORMS or _is_constant_mul(n)  # noqa: E731
+        wanted = lambda n, _: n.op_type == "Add" and not any(map(is_constant, n.inputs))  # noqa: E731
+        found = ahead_to(node.outputs[0], wanted, passing, reach=3)
+        if not found:
+            return None
+        for passed in found[:-1]:
+            self.set(passed, index, norm if passed.op_type in NORMS else "layer_scale")
+        self.set(found[-1], index, role)
+        return found[-1]
+
+    # --- MLPs ---------------------------------------------------------------------------
 
     def mlp(self, residual: ir.Node, index: int) -> None:
         """norm2, fc1, gelu, fc2 and residual2 behind the first residual add."""
-        following = [n for n, _ in through_layout(residual.outputs[0])]
-        norm = next((n for n in following if n.op_type == "LayerNormalization"), None)
-        start = residual if norm is None else norm
-        fc1 = next((n for n, _ in through_layout(start.outputs[0]) if is_linear(n)), None)
-        if fc1 is None:
-            return
-        behind = [n for n, _ in through_layout(fc1.outputs[0])]
-        gelu = next((n for n in behind if n.op_type in ACTIVATIONS), None)
-        if gelu is None:
-            return
-        fc2 = next((n for n, _ in through_layout(gelu.outputs[0]) if is_linear(n)), None)
-        if fc2 is None:
-            return
-        if norm is not None:
-            self.set(norm, index, "norm2")
+        following = [n for n, _ in through_layout(residual.outputs[0]) if n not in self.roles]
+        norm = next((n for n in following if n.op_type in NORMS), None)
+        starts = [residual] if norm is None else [norm, residual]
+        for start in starts:
+            first = [n for n, _ in through_layout(start.outputs[0]) if is_projection(n)]
+            for fc1 in first:
+                found = self.activation_behind(fc1)
+                if found and fc1 not in self.roles:
+                    if start is norm:
+                        self.set(norm, index, "norm2")
+                    self.branch(found, fc1, index, "norm2" if start is not norm else "post_norm")
+                    return
+
+    def activation_behind(self, fc1: ir.Node) -> list[ir.Node]:
+        """The way from fc1 to its activation, through a depthwise convolution."""
+        return ahead_to(
+            fc1.outputs[0],
+            lambda n, _: n.op_type in ACTIVATIONS,
+            lambda n: is_depthwise(n) or n.op_type in NORMS or _is_constant_mul(n),
+            reach=2,
+        )
+
+    def branch(
+        self, found: list[ir.Node], fc1: ir.Node, index: int | None, norm: str
+    ) -> ir.Node | None:
+        """The roles from fc1 on to the residual; returns the residual add."""
+        gelu = found[-1]
+        onward = ahead_to(gelu.outputs[0], lambda n, _: is_projection(n), _inside)
+        if not onward:
+            return None
+        fc2 = onward[-1]
         self.set(fc1, index, "fc1")
+        for node in found[:-1]:
+            self.set(node, index, self.inside(node, "mlp_norm"))
         self.set(gelu, index, "gelu")
+        for node in onward[:-1]:
+            self.set(node, index, self.inside(node, "mlp_norm"))
+            for value in data_inputs(node):  # the other half of a gated MLP
+                way = back_to(value, is_projection, lambda n: n.op_type in ARITHMETIC, 1)
+                if node.op_type == "Mul" and way and way[0] is not fc1:
+                    self.set(way[0], index, "fc1_gate")
         self.set(fc2, index, "fc2")
-        self.residual(fc2, index, "residual2")
+        return self.residual(fc2, index, "residual2", norm)
+
+    def lone_mlp(self, gelu: ir.Node, is_block: bool) -> None:
+        """An MLP outside the attention blocks: of a pooling head, or of a network of MLPs."""
+        way = back_to(
+            gelu.inputs[0] or gelu.outputs[0],
+            is_projection,
+            lambda n: is_depthwise(n) or n.op_type in NORMS,
+            2,
+        )
+        if not way or way[0] in self.roles:
+            return
+        fc1 = way[0]
+        found = [*way[1:], gelu]
+        onward = ahead_to(gelu.outputs[0], lambda n, _: is_projection(n), _inside)
+        if not onward or onward[-1] in self.roles:
+            return
+        index = self.units if is_block else None
+        self.units += is_block
+        data = fc1.inputs[0]
+        before = None if data is None else source(data)
+        if before is not None and before.op_type in NORMS and is_block:
+            self.set(before, index, "norm2")
+            above = None if before.inputs[0] is None else source(before.inputs[0])
+            if above is not None and is_depthwise(above):
+                self.set(above, index, "dwconv")
+        self.branch(found, fc1, index, "post_norm")
+
+    # --- outside ------------------------------------------------------------------------
 
     def outside(self) -> None:
-        """Patch embedding, position embedding, last norm and head."""
-        first = min((self.order[n] for n in self.roles), default=len(self.order))
-        last_norm: ir.Node | None = None
+        """Patch embedding, position embedding, what lies between the blocks, norm and head."""
+        inside = [self.order[n] for n, role in self.roles.items() if role.block is not None]
+        first = min(inside, default=len(self.order))
+        last = max(inside, default=-1)
+        seen_norm = False
         for node in self.graph:
             if node in self.roles or is_layout(node):
                 continue
-            before = self.order[node] < first
-            if node.op_type == "Conv":
-                self.set(node, None, "patch_embed")
-            elif is_linear(node):
-                self.set(node, None, "patch_embed" if before else "head")
-            elif node.op_type == "LayerNormalization":
-                self.set(node, None, "pre_norm" if before else "norm")
-                last_norm = node
+            at = self.order[node]
+            before, between = at < first, at < last
+            two = node.op_type in ARITHMETIC and len(data_inputs(node)) == 2
+            if is_linear(node) or node.op_type == "Conv":
+                self.set(node, None, self.projection_outside(node, before, between))
+            elif node.op_type in NORMS:
+                name = "pre_norm" if before else ("merge_norm" if between else "norm")
+                self.set(node, None, name)
+                seen_norm = True
             elif node.op_type == "Add" and before:
                 self.set(node, None, "embed")
-            elif node.op_type in ("ReduceMean", "GlobalAveragePool") and last_norm is not None:
+            elif node.op_type in POOLS and (inside or seen_norm):
                 self.set(node, None, "pool")
+            elif inside and node.op_type in ACTIVATIONS:
+                self.set(node, None, "activation")
+            elif inside and node.op_type == "Resize":
+                self.set(node, None, "resize")
+            elif inside and self.behind_head(node):
+                self.set(node, None, "head_mean")
+            elif inside and two and node.op_type == "Add":
+                self.set(node, None, "residual")
+            elif inside and two and node.op_type == "Mul":
+                self.set(node, None, "gate")
+            elif inside and node.op_type == "Mul" and not before:
+                self.set(node, None, "layer_scale")
+
+    def projection_outside(self, node: ir.Node, before: bool, between: bool) -> str:
+        if before:
+            return "patch_embed"
+        if between:
+            return "merge" if is_linear(node) else "conv"
+        return "head" if is_linear(node) or _kernel(node) == 1 else "conv"
+
+    def behind_head(self, node: ir.Node) -> bool:
+        """True for arithmetic on the outputs of heads (the mean of two)."""
+        if node.op_type not in ARITHMETIC:
+            return False
+        sources = [source(v) for v in data_inputs(node)]
+        roles = [None if n is None else self.roles.get(n) for n in sources]
+        return bool(roles) and all(r is not None and r.name in ("head", "head_mean") for r in roles)
 
     def layout(self) -> None:
         """Layout ops take the block of the compute node they read from."""
@@ -282,6 +536,64 @@ class _Finder:
             behind = None if data is None else source(data)
             role = None if behind is None else self.roles.get(behind)
             self.set(node, None if role is None else role.block, "layout")
+
+
+def _projection_names(nodes: list[ir.Node | None]) -> tuple[str, str, str]:
+    """qkv for one packed projection, q and kv for two, else q, k and v."""
+    q, k, v = nodes
+    if q is k is v or (q is k and v is None) or (k is None and q is v):
+        return "qkv", "qkv", "qkv"
+    if k is v and k is not None:
+        return "q", "kv", "kv"
+    if q is k and q is not None:
+        return "qk_proj", "qk_proj", "v"
+    return "q", "k", "v"
+
+
+def _mixes(node: ir.Node) -> bool:
+    """What may stand between the softmax and the products: mixed heads, scales, biases."""
+    return is_projection(node) or node.op_type in ("Mul", "Div", "Add")
+
+
+def _is_constant_mul(node: ir.Node) -> bool:
+    return node.op_type == "Mul" and any(is_constant(v) for v in node.inputs)
+
+
+def _inside(node: ir.Node) -> bool:
+    """What may stand between a product and proj, or between an activation and fc2."""
+    return (
+        node.op_type in NORMS
+        or node.op_type in ACTIVATIONS
+        or node.op_type in ("Mul", "Div")
+        or is_depthwise(node)
+        or (node.op_type == "Add" and any(v is not None and _is_nchw(v) for v in node.inputs))
+    )
+
+
+def _is_nchw(value: ir.Value) -> bool:
+    node = source(value)
+    return node is not None and node.op_type in ("Conv", "BatchNormalization")
+
+
+def tiled_constant(value: ir.Value) -> NDArray[np.generic] | None:
+    """The array of a constant, also where layout ops spread it over a batch."""
+    node = value.producer()
+    while node is not None and is_layout(node) and node.inputs and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return None if value.const_value is None else value.const_value.numpy()
+
+
+def is_mask(node: ir.Node) -> bool:
+    """True for an Add of numbers that shut positions out (some far below zero)."""
+    for value in node.inputs:
+        array = None if value is None else tiled_constant(value)
+        if array is not None and array.dtype.kind == "f":
+            return bool(array.size and array.min() <= SHUT_OUT)
+        maker = None if value is None else source(value)
+        if maker is not None and maker.op_type == "Where":
+            return True
+    return False
 
 
 def find_blocks(model: ir.Model) -> Blocks:

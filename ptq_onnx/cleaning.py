@@ -18,11 +18,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules.common import _no_op
 
+from ptq_onnx.contrib import RUNTIME, read_back
+from ptq_onnx.decompose import WRITTEN_OUT, write_out
 from ptq_onnx.errors import ModelError
-from ptq_onnx.fusion.formula import constant
+from ptq_onnx.fusion.formula import constant, scalar, sizes
 from ptq_onnx.fusion.shapes import simplify_layout
-from ptq_onnx.validation import one_line
+from ptq_onnx.symbolic import fold_shapes
+from ptq_onnx.validation import one_line, refuse_branches
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +36,21 @@ SMALL = 1024
 FOLD_LIMIT = 1 << 30
 """Constant folding may read and write tensors up to this size: a transposed weight is a weight."""
 
+ROUNDS = 4
+"""How often shapes are folded at most; each round can make the next one see further."""
+
 IR_VERSION = 10
 """The first that has opset 21; older runtimes refuse newer ones."""
+
+GENERAL_RULES = rewriter.RewriteRuleSet(
+    [
+        *(r for r in rewriter._DEFAULT_REWRITE_RULES if r not in list(_no_op.rules)),
+        _no_op.dropout_zero_rule,
+        _no_op.dropout_inference_rule,
+    ]
+)
+"""onnxscript's, but for those for x + 0 and the like: they take 1e-9 for 0, and LayerNorm's ε with
+it. Ours, in ``_drop_no_ops``, takes 0."""
 
 OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 DTYPE_ATTRIBUTES = frozenset(("to", "dtype", "stash_type", "output_dtype"))
@@ -64,17 +81,31 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
     if converted:
         notes.append(f"converted {', '.join(converted)} to float32")
     _name_batch(model.graph)
+    if any(node.domain == "" and node.op_type in WRITTEN_OUT for node in model.graph):
+        _infer_shapes(model)
+        notes.extend(write_out(model))
     _convert_opset(model, opset, notes)
     if model.graph.opset_imports[""] <= opset:
         model.ir_version = IR_VERSION
     _infer_shapes(model)
+    if any(node.domain == RUNTIME for node in model.graph):
+        notes.extend(read_back(model))
+        _infer_shapes(model)
+    for _ in range(ROUNDS):
+        before = len(model.graph)
+        fold_shapes(model.graph)
+        simplify_layout(model.graph)
+        _tidy(model)
+        _fold(model)
+        if len(model.graph) == before:
+            break
+    refuse_branches(model)
+    _infer_shapes(model)
+    fold_shapes(model.graph)
     simplify_layout(model.graph)
     _tidy(model)
-    _fold(model)
     _infer_shapes(model)
-    simplify_layout(model.graph)
-    _tidy(model)
-    _infer_shapes(model)
+    fold_shapes(model.graph)
     return CleanReport(
         nodes_before=nodes_before,
         nodes_after=len(model.graph),
@@ -244,8 +275,32 @@ def _symbolic_inference(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _fold(model: ir.Model) -> None:
     """Constant folding and the general rewrite rules of onnxscript."""
     optimizer.fold_constants_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
-    rewriter.rewrite(model)
+    rewriter.rewrite(model, GENERAL_RULES)
     common.RemoveUnusedNodesPass()(model)
+
+
+NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}
+
+
+def _drop_no_ops(graph: ir.Graph) -> None:
+    """x + 0, x - 0, x · 1 and x / 1 are x, where the constant is exactly that and one number."""
+    for node in list(graph):
+        neutral = NEUTRAL.get(node.op_type) if node.domain == "" else None
+        if neutral is None:
+            continue
+        pairs = [(node.inputs[0], node.inputs[1])]
+        if node.op_type in ("Add", "Mul"):
+            pairs.append((node.inputs[1], node.inputs[0]))
+        for data, other in pairs:
+            number, dims, array = scalar(other), sizes(data), constant(other)
+            if number != neutral or dims is None or array is None or data is None:
+                continue
+            output = node.outputs[0]
+            if array.ndim > len(dims) or output.is_graph_output() or constant(data) is not None:
+                continue
+            output.replace_all_uses_with(data)
+            graph.remove(node, safe=True)
+            break
 
 
 def _tidy(model: ir.Model) -> None:
@@ -259,6 +314,7 @@ def _tidy(model: ir.Model) -> None:
             if constant(first) is not None and constant(second) is None:
                 node.replace_input_with(0, second)
                 node.replace_input_with(1, first)
+    _drop_no_ops(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.NameFixPass()(model)

@@ -19,6 +19,7 @@ from ptq_onnx import cli_options as o
 from ptq_onnx.cli_benchmark import benchmark
 from ptq_onnx.cli_check import check
 from ptq_onnx.cli_curve import calibration_curve
+from ptq_onnx.cli_inspect import inspect
 from ptq_onnx.console import (
     decibels,
     fail,
@@ -187,6 +188,7 @@ def export(
 app.command()(check)
 app.command()(benchmark)
 app.command()(calibration_curve)
+app.command()(inspect)
 
 
 def main() -> NoReturn:

@@ -16,8 +16,9 @@ import contextlib
 import io
 import sys
 import types
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ import torch
 
 from ptq_onnx.blocks import is_constant, name_of
 from ptq_onnx.errors import ModelError
+from ptq_onnx.graph import EXTERNAL_LIMIT, size_of
 from ptq_onnx.kernels import NodeKernels
 from ptq_onnx.spec import Rule, TensorSpec
 from ptq_onnx.torch_ops import HANDLERS, fake_quantize
@@ -98,6 +100,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
     refuses shared ones); ``extension_attrib[ORIGIN]`` maps the copies' names back.
     """
     graph = BaseGraph(name=model.graph.name or "model")
+    shared = size_of(model) > EXTERNAL_LIMIT
     origin: dict[str, str] = {}
     variables: dict[str, Variable] = {}
 
@@ -110,7 +113,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
         if name not in variables:
             data = None
             if constant and value.const_value is not None:
-                data = torch.from_numpy(np.array(value.const_value.numpy()))
+                data = _tensor(value.const_value.numpy(), shared)
             variables[name] = Variable(name=name, value=data, is_parameter=constant)
             graph.append_variable(variables[name])
         return variables[name]
@@ -125,7 +128,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
         graph.append_operation(operation)
         for index, value in enumerate(node.inputs):
             if value is None:
-                empty = Variable(name=f"{operation.name}/empty/{index}", is_parameter=True)
+                empty = Variable(name=f"{operation.name}/empty/{index}")
                 graph.append_variable(empty)
                 _read(operation, empty)
             else:
@@ -142,6 +145,37 @@ def build_graph(model: ir.Model) -> BaseGraph:
     graph.set_extension_attrib(ORIGIN, origin)
     graph.set_extension_attrib("IS_DISPATCHED_GRAPH", True)
     return graph
+
+
+def _tensor(array: np.ndarray[Any, Any], shared: bool) -> torch.Tensor:
+    """A copy that PPQ may change; of very large models the weights themselves."""
+    if not shared:
+        return torch.from_numpy(np.array(array))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mapped files cannot be written to, nor is that wanted
+        return torch.from_numpy(np.asarray(array))
+
+
+@contextlib.contextmanager
+def _without_clones(graph: BaseGraph) -> Iterator[None]:
+    """PPQ keeps a second copy of every weight; of very large models only a reference."""
+    weights = [v.value for v in graph.variables.values() if v.is_parameter and v.value is not None]
+    if sum(w.nbytes for w in weights) <= EXTERNAL_LIMIT:
+        yield
+        return
+
+    def store(self: QuantableOperation) -> QuantableOperation:
+        for variable in [*self.inputs, *self.outputs]:
+            if variable.is_parameter:
+                variable.stored_value = variable.value
+        return self
+
+    original = QuantableOperation.store_parameter_value
+    QuantableOperation.store_parameter_value = store
+    try:
+        yield
+    finally:
+        QuantableOperation.store_parameter_value = original
 
 
 def _read(operation: Operation, value: Variable) -> None:
@@ -330,12 +364,13 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
 
     def run(self, image: torch.Tensor, batches: Iterable[Any], device: str = "cpu") -> None:
         """Dispatch, calibrate and activate (PPQ's ``quantize``)."""
-        self.quantize(
-            inputs=image,
-            calib_dataloader=batches,
-            executor=Executor(self._graph, device=device),
-            setting=QuantizationSetting(),
-        )
+        with _without_clones(self._graph):
+            self.quantize(
+                inputs=image,
+                calib_dataloader=batches,
+                executor=Executor(self._graph, device=device),
+                setting=QuantizationSetting(),
+            )
 
 
 # --- execution --------------------------------------------------------------------------
@@ -350,6 +385,9 @@ class Executor(TorchExecutor):  # type: ignore[misc]
     def __init__(self, graph: BaseGraph, device: str = "cpu", mode: Mode = "torch") -> None:
         self.mode = mode
         super().__init__(graph, fp16_mode=False, device=device)
+
+    def tracing_operation_meta(self, inputs: Any, output_names: Any = None) -> None:
+        """Nothing: no config of ours depends on the shapes and types that a run would tell."""
 
     def quantize_function(
         self, tensor: torch.Tensor, config: TensorQuantizationConfig | None = None

@@ -10,16 +10,30 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from ptq_onnx.cleaning import CleanReport, clean, skeleton
+from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
 from ptq_onnx.standard import to_standard
 from ptq_onnx.validation import one_line, validate
 
-__all__ = ["CleanReport", "clean", "load", "outline", "read", "save", "serialize", "to_standard"]
+__all__ = [
+    "CleanReport",
+    "clean",
+    "load",
+    "open_session",
+    "outline",
+    "read",
+    "save",
+    "serialize",
+    "size_of",
+    "to_standard",
+]
 
 EXTERNAL_LIMIT = 1_900_000_000
 """Bytes from which weights go to a file of their own; a protobuf ends at 2 GiB."""
@@ -29,7 +43,7 @@ def load(path: str | Path) -> ir.Model:
     """Read and check a model: valid ONNX, one image input, finite weights, known ops.
 
     Raises :class:`ModelError` for anything else. Weights kept in files beside the model are
-    read into memory.
+    mapped, not read.
     """
     model = read(path)
     validate(model, Path(path))
@@ -40,12 +54,15 @@ def read(path: str | Path) -> ir.Model:
     """Read any valid ONNX file, whether it can be quantized or not. Raises ModelError."""
     path = Path(path)
     proto = _parse(path)
-    _load_external_data(proto, path)
-    _check(proto, path)
+    refile(proto)
+    _check_external_data(proto, path)
     try:
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
+    _map_external_data(model, path)
+    _check(proto, model, path)
+    return model
 
 
 def outline(path: str | Path) -> ir.Model:
@@ -153,9 +170,11 @@ def _parse(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    """Read weights kept in other files, which must lie in the model's folder."""
+def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    """Weights kept in other files must lie in the model's folder. Those of initializers are
+    mapped later; others (attributes, small and rare) are read here."""
     folder = path.parent.resolve()
+    initializers = {id(tensor) for tensor in proto.graph.initializer}
     for tensor in _tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -171,12 +190,33 @@ def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
             raise ModelError(
                 f"{where}: its data file '{location}' is missing; put it beside the model."
             )
+        if id(tensor) in initializers:
+            continue
         try:
             load_external_data_for_tensor(tensor, str(folder))
         except Exception as error:
-            raise ModelError(
-                f"{where}: its data file '{location}' cannot be read: {one_line(error)}."
-            ) from error
+            raise _unreadable(path, tensor.name, location, error) from error
+
+
+def _unreadable(path: Path, name: str, location: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"Model {path}: tensor '{name}': its data file '{location}' cannot be read:"
+        f" {one_line(error)}."
+    )
+
+
+def _map_external_data(model: ir.Model, path: Path) -> None:
+    """Initializers in other files become views of the mapped file: nothing is copied."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        tensor.base_dir = str(path.parent.resolve())
+        try:
+            array = tensor.numpy()
+        except Exception as error:
+            raise _unreadable(path, str(value.name), str(tensor.location), error) from error
+        value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -192,12 +232,53 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 yield from attribute.tensors
 
 
-def _check(proto: onnx.ModelProto, path: Path) -> None:
-    """onnx's own checker, where the model is small enough for it to read."""
+def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
+    """onnx's own checker; large weights, and those of other files, do not go through it."""
+    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
     try:
-        if proto.ByteSize() <= EXTERNAL_LIMIT:
-            onnx.checker.check_model(proto)
+        if external or proto.ByteSize() > EXTERNAL_LIMIT:
+            onnx.checker.check_model(skeleton(model))
         else:
-            onnx.checker.check_model(skeleton(ir.from_proto(proto)))
+            onnx.checker.check_model(proto)
     except Exception as error:
         raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
+
+
+def open_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU of a model in standard form.
+
+    Weights beyond what one protobuf holds are handed over where they are, without a copy.
+    """
+    providers = ["CPUExecutionProvider"]
+    if _size(model) <= EXTERNAL_LIMIT:
+        content = ir.to_proto(model).SerializeToString()
+        return ort.InferenceSession(content, options, providers=providers)
+    proto = skeleton(model)
+    names, weights = [], []
+    kept = []
+    for info in proto.graph.input:
+        value = model.graph.initializers.get(info.name)
+        if value is None or value.const_value is None:
+            kept.append(info)
+            continue
+        array = np.ascontiguousarray(value.const_value.numpy())
+        names.append(info.name)
+        weights.append(ort.OrtValue.ortvalue_from_numpy(array))
+        tensor = proto.graph.initializer.add()
+        tensor.name, tensor.data_type = info.name, info.type.tensor_type.elem_type
+        tensor.dims.extend(array.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, text in (("location", "memory"), ("offset", "0"), ("length", str(array.nbytes))):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, text
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+    options.add_external_initializers(names, weights)
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
+    session.weights = weights  # they must live as long as the session
+    return session
+
+
+def size_of(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return _size(model)

@@ -19,7 +19,7 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     Returns an int64 array with the shape of ``end``, or None where ``end`` is not reached
     from ``start`` by layout ops alone, or the shape depends on more than the batch.
     """
-    shape = _static_shape(start)
+    shape = static_shape(start)
     if shape is None:
         return None
     nodes: list[ir.Node] = []
@@ -40,7 +40,10 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     opset = 21 if start.graph is None else start.graph.opset_imports.get("", 21)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     indices = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
-    found: list[Any] = list(ReferenceEvaluator(model).run(None, {str(start.name): indices}))
+    try:
+        found: list[Any] = list(ReferenceEvaluator(model).run(None, {str(start.name): indices}))
+    except (ValueError, IndexError, RuntimeError):  # a target shape that is not of one image
+        return None
     return np.asarray(found[0], dtype=np.int64)
 
 
@@ -51,10 +54,13 @@ def channel_map(start: ir.Value, end: ir.Value, shape: tuple[int, ...]) -> NDArr
     ``shape`` broadcasts against ``end`` without its batch axis, 1 on axes that are shared.
     """
     indices = layout_indices(start, end)
-    columns = _static_shape(start)
+    columns = static_shape(start)
     if indices is None or columns is None:
         return None
-    column = indices[0] % columns[-1]
+    column = indices % columns[-1]
+    if not np.array_equal(column, np.broadcast_to(column[:1], column.shape)):
+        return None
+    column = column[0]
     padded = (1,) * (column.ndim - len(shape)) + shape
     shared = tuple(i for i, size in enumerate(padded) if size == 1)
     low, high = column.min(axis=shared, keepdims=True), column.max(axis=shared, keepdims=True)
@@ -63,12 +69,44 @@ def channel_map(start: ir.Value, end: ir.Value, shape: tuple[int, ...]) -> NDArr
     return np.asarray(low.reshape(shape), np.int64)
 
 
-def _static_shape(value: ir.Value) -> list[int] | None:
-    """The shape with batch size 1, or None where another axis is dynamic."""
+def static_shape(value: ir.Value) -> list[int] | None:
+    """The shape with batch size 1, or None where it depends on more than the batch.
+
+    The first axis may hold several rows an image (``4*batch`` windows).
+    """
     if value.shape is None or len(value.shape) == 0:
         return None
-    sizes = [1, *(d if isinstance(d, int) else -1 for d in list(value.shape)[1:])]
-    return None if -1 in sizes else sizes
+    batch = _batch_name(value)
+    sizes: list[int] = []
+    for axis, dim in enumerate(value.shape):
+        rows = _rows_per_image(dim, batch)
+        if rows is None and axis == 0:
+            rows = 1
+        if rows is None:
+            return None
+        sizes.append(rows)
+    return sizes
+
+
+def _rows_per_image(dim: int | ir.SymbolicDim, batch: str | None) -> int | None:
+    """What ``dim`` is at batch size 1: n for ``n`` and for ``n*batch``; None for anything else."""
+    if isinstance(dim, int):
+        return dim
+    factor, times, name = str(dim.value).rpartition("*")
+    if name != batch or (times and not factor.isdecimal()):
+        return None
+    return int(factor) if times else 1
+
+
+def _batch_name(value: ir.Value) -> str | None:
+    """What the graph calls the first axis of its first input."""
+    node = value.producer()
+    graph = value.graph if node is None else node.graph
+    first = next(iter(graph.inputs), None) if isinstance(graph, ir.Graph) else None
+    if first is None or first.shape is None or len(first.shape) == 0:
+        return None
+    dim = first.shape[0]
+    return None if isinstance(dim, int) else dim.value
 
 
 def _collect(

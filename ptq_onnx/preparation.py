@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import Blocks, find_blocks
+from ptq_onnx.contrib import refuse_tied
 from ptq_onnx.fusion import fuse
 from ptq_onnx.sites import find_sites
 from ptq_onnx.spec import Site
@@ -29,6 +30,7 @@ class Prepared:
 def prepare(path: str | Path, opset: int = 21) -> Prepared:
     """Load, clean and fuse a model, and find its blocks. Raises ModelError."""
     model = graphs.load(path)
+    refuse_tied(model, Path(path))
     report = graphs.clean(model, opset)
     counts = fuse(model)
     blocks = find_blocks(model)

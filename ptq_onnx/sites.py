@@ -7,7 +7,8 @@ Each float tensor that a compute op makes or reads is one site, once:
   product gets its integers directly and each part its own range;
 * a tensor that is concatenated on its way (class token + patches) after the Concat;
 * any other where it is made;
-* QKᵀ once, behind its scale.
+* QKᵀ once, behind its scale, before a bias table is added; the table, and the sum, as FQ-ViT does
+  for Swin; a mask behind them is not quantized: it only shuts positions out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ptq_onnx.blocks import (
+    ACTIVATIONS,
     Blocks,
     consumers,
     is_constant,
@@ -71,6 +73,9 @@ def _places(value: ir.Value) -> list[ir.Value]:
         if scale is not None and _is_scaling(value, scale):
             return []
         return [value]
+    readers = [n for n, _ in leaves]
+    if producer is not None and producer.op_type == "Softmax" and any(map(is_linear, readers)):
+        return [value]  # mixed heads: where a runtime quantizes a softmax, it is at its output
     made_by_product = producer is not None and is_product(producer)
     if (
         leaves
@@ -112,6 +117,8 @@ def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None
     made = None if producer is None else role_of.get(name_of(producer))
     block = None if made is None else made.block
     role = "input" if producer is None else (made.name if made is not None else "other")
+    if role == "mask":
+        return None
     if role == "qk_scale":
         role = "qk"
     for node, index in readers:
@@ -119,6 +126,8 @@ def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None
         if reader is None:
             continue
         named = PRODUCT_ROLES.get((reader.name, index))
+        if named == "softmax" and (producer is None or producer.op_type != "Softmax"):
+            named = "head_mix"  # behind a mix of the heads a map may be negative
         if named is not None:
             role, block = named, reader.block
     shape = _shape(place)
@@ -149,15 +158,33 @@ def _channel_axes(
     Attention logits and maps have heads, which are their channels, and no others.
     """
     rank = len(shape)
-    if role in ("qk", "softmax", "mask") or rank < 2:
+    if role in ("qk", "softmax", "bias", "head_mix") or rank < 2:
         return (1,) if rank == 4 and isinstance(shape[1], int) else ()
     if role in ("q", "k", "v", "av"):
         channel = rank - 2 if role == "k" else rank - 1
-        heads = (1,) if rank == 4 and isinstance(shape[1], int) else ()
-        return (*heads, channel)
-    if rank == 4 and (producer is None or producer.op_type == "Conv"):
-        return (1,)
+        axes = (1, channel) if rank == 4 else (channel,)
+        return tuple(axis for axis in axes if isinstance(shape[axis], int))
+    if rank == 4 and (producer is None or _is_nchw(producer)):
+        return (1,) if isinstance(shape[1], int) else ()
+    if not isinstance(shape[rank - 1], int):
+        return ()
     return (rank - 1,)
+
+
+CHANNELS_FIRST = frozenset(
+    ("Conv", "BatchNormalization", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize")
+)
+ELEMENTWISE = ACTIVATIONS | {"Add", "Mul", "Sub", "Div"}
+
+
+def _is_nchw(node: ir.Node, depth: int = 4) -> bool:
+    """True for convolutions and pools, and for arithmetic on what they make."""
+    if node.op_type in CHANNELS_FIRST:
+        return True
+    if node.op_type not in ELEMENTWISE or depth == 0:
+        return False
+    makers = [v.producer() for v in node.inputs if v is not None and not is_constant(v)]
+    return any(m is not None and _is_nchw(m, depth - 1) for m in makers)
 
 
 def _parameters(node: ir.Node, blocks: Blocks) -> list[Site]:
@@ -174,6 +201,9 @@ def _parameters(node: ir.Node, blocks: Blocks) -> list[Site]:
         for value in node.inputs:
             if value is not None and is_constant(value) and value.shape is not None:
                 found.append((value, "pos_embed", (len(value.shape) - 1,)))
+    elif node.op_type == "Add" and name == "bias":
+        tables = [v for v in node.inputs if v is not None and is_constant(v)]
+        found.extend((value, "pos_embed", ()) for value in tables)
     return [
         Site(
             tensor=value.name or "",

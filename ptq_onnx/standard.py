@@ -45,10 +45,65 @@ def _quick_gelu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
     return [scaled, sigmoid, ir.node("Mul", [x, sigmoid.outputs[0]], name=node.name)]
 
 
+def _silu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    """x · sigmoid(x)"""
+    output, x = node.outputs[0], node.inputs[0]
+    sigmoid = ir.node("Sigmoid", [x], name=f"{node.name}_sigmoid")
+    _describe(sigmoid.outputs[0], unique_name(graph, f"{output.name}_sigmoid"), output)
+    return [sigmoid, ir.node("Mul", [x, sigmoid.outputs[0]], name=node.name)]
+
+
+def _rms_norm(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    """x / √(mean x² + ε) · γ"""
+    output, (x, gamma) = node.outputs[0], node.inputs
+    axes = new_constant(graph, f"{output.name}_axes", np.array([-1], np.int64))
+    number = np.array(node.attributes.get_float("epsilon", 0.0), np.float32)
+    epsilon = new_constant(graph, f"{output.name}_epsilon", number)
+    square = ir.node("Mul", [x, x], name=f"{node.name}_square")
+    mean = ir.node("ReduceMean", [square.outputs[0], axes], name=f"{node.name}_mean")
+    shifted = ir.node("Add", [mean.outputs[0], epsilon], name=f"{node.name}_shifted")
+    root = ir.node("Sqrt", [shifted.outputs[0]], name=f"{node.name}_root")
+    quotient = ir.node("Div", [x, root.outputs[0]], name=f"{node.name}_quotient")
+    row = _one_column(output)
+    for part, suffix, like in (
+        (square, "square", output),
+        (mean, "mean", row),
+        (shifted, "shifted", row),
+        (root, "root", row),
+        (quotient, "quotient", output),
+    ):
+        _describe(part.outputs[0], unique_name(graph, f"{output.name}_{suffix}"), like)
+    scaled = ir.node("Mul", [quotient.outputs[0], gamma], name=node.name)
+    return [square, mean, shifted, root, quotient, scaled]
+
+
+def _l2_norm(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    """x / max(|x|, ε)"""
+    output, x = node.outputs[0], node.inputs[0]
+    axes = new_constant(graph, f"{output.name}_axes", np.array([-1], np.int64))
+    number = np.array(node.attributes.get_float("epsilon", 0.0), np.float32)
+    epsilon = new_constant(graph, f"{output.name}_epsilon", number)
+    norm = ir.node("ReduceL2", [x, axes], name=f"{node.name}_norm")
+    held = ir.node("Clip", [norm.outputs[0], epsilon], name=f"{node.name}_held")
+    row = _one_column(output)
+    for part, suffix in ((norm, "norm"), (held, "held")):
+        _describe(part.outputs[0], unique_name(graph, f"{output.name}_{suffix}"), row)
+    return [norm, held, ir.node("Div", [x, held.outputs[0]], name=node.name)]
+
+
 EXPANSIONS: dict[str, Callable[[ir.Graph, ir.Node], list[ir.Node]]] = {
     "Linear": _linear,
     "QuickGelu": _quick_gelu,
+    "Silu": _silu,
+    "RMSNormalization": _rms_norm,
+    "L2Normalization": _l2_norm,
 }
+
+
+def _one_column(like: ir.Value) -> ir.Value:
+    """Type and shape of a reduction over the last axis."""
+    shape = None if like.shape is None else ir.Shape([*list(like.shape)[:-1], 1])
+    return ir.Value(type=like.type, shape=shape)
 
 
 def _describe(value: ir.Value, name: str, like: ir.Value) -> None:

@@ -95,6 +95,19 @@ def _quick_gelu(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tens
     return x * torch.sigmoid(float(attributes.get("alpha", 1.702)) * x)
 
 
+def _silu(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    return F.silu(values[0])
+
+
+def _rms_norm(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    x, weight = values
+    return F.rms_norm(x, x.shape[-1:], weight, float(attributes.get("epsilon", 0.0)))
+
+
+def _l2_norm(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    return F.normalize(values[0], dim=-1, eps=float(attributes.get("epsilon", 0.0)))
+
+
 def _softmax(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     return torch.softmax(values[0], dim=int(attributes.get("axis", -1)))
 
@@ -128,7 +141,7 @@ def _gather(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     axis = int(attributes.get("axis", 0)) % x.ndim
     flat = torch.where(indices < 0, indices + x.shape[axis], indices).reshape(-1).to(x.device)
     picked = x.index_select(axis, flat)
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def _split(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> list[Tensor]:
@@ -200,9 +213,11 @@ HANDLERS: dict[str, Handler] = {
     "Expand": _expand,
     "Gather": _gather,
     "Gelu": _gelu,
+    "L2Normalization": _l2_norm,
     "LayerNormalization": _layer_norm,
     "MatMul": _matmul,
     "QuickGelu": _quick_gelu,
+    "RMSNormalization": _rms_norm,
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
@@ -210,6 +225,7 @@ HANDLERS: dict[str, Handler] = {
     "Reshape": _reshape,
     "Round": _round,
     "Shape": _shape,
+    "Silu": _silu,
     "Slice": _slice,
     "Softmax": _softmax,
     "Split": _split,

@@ -9,10 +9,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from ptq_onnx.contrib import TIED
 from ptq_onnx.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 CONTROL_FLOW = frozenset(("If", "Loop", "Scan"))
+LOOPS = frozenset(("Loop", "Scan"))
+"""Refused when loading; a branch may yet turn out to be fixed, once shapes are known."""
+
 RUNTIME_DOMAIN = "com.microsoft"
 
 MASK_OPS = frozenset(
@@ -38,9 +42,24 @@ def validate(model: ir.Model, path: Path) -> None:
     """Raise :class:`ModelError` with the first thing that stands against quantization."""
     _check_ops(model, path)
     if any(node.domain == RUNTIME_DOMAIN for node in model.graph):
-        _check_runtime(model, path)
+        _check_runtime(path)
     _check_inputs(model.graph, path)
     _check_weights(model.graph, path)
+
+
+CANNOT_BRANCH = (
+    "is control flow, which cannot be quantized."
+    " Export the model with fixed branches and loops unrolled."
+)
+
+
+def refuse_branches(model: ir.Model) -> None:
+    """Raise :class:`ModelError` for control flow that cleaning could not decide."""
+    for node in model.graph:
+        if node.domain == "" and node.op_type in CONTROL_FLOW:
+            raise ModelError(
+                f"Node '{node.name or node.outputs[0].name}': {node.op_type} {CANNOT_BRANCH}"
+            )
 
 
 def one_line(error: Exception) -> str:
@@ -55,12 +74,9 @@ def _check_ops(model: ir.Model, path: Path) -> None:
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for node in (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)):
         where = f"Model {path}: node '{node.name or node.outputs[0].name}'"
-        if node.domain == "" and node.op_type in CONTROL_FLOW:
-            raise ModelError(
-                f"{where}: {node.op_type} is control flow, which cannot be quantized."
-                " Export the model with fixed branches and loops unrolled."
-            )
-        known = node.domain in ("", RUNTIME_DOMAIN) or (node.domain, node.op_type) in local
+        if node.domain == "" and node.op_type in LOOPS:
+            raise ModelError(f"{where}: {node.op_type} {CANNOT_BRANCH}")
+        known = node.domain in ("", RUNTIME_DOMAIN, *TIED) or (node.domain, node.op_type) in local
         if not known:
             raise ModelError(
                 f"{where}: op {node.op_type} of the domain '{node.domain}' is unknown."
@@ -68,15 +84,13 @@ def _check_ops(model: ir.Model, path: Path) -> None:
             )
 
 
-def _check_runtime(model: ir.Model, path: Path) -> None:
+def _check_runtime(path: Path) -> None:
     """ONNX Runtime must load a model that uses its own ops."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(
             f"Model {path}: ONNX Runtime cannot load its {RUNTIME_DOMAIN} ops: {one_line(error)}."

@@ -204,8 +204,38 @@ def test_control_flow(tmp_path: Path) -> None:
     g = SmallGraph(SHAPE)
     out = helper.make_tensor_value_info("y", 1, None)
     branch = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "b", [], [out])
-    y = g("If", np.array(True), then_branch=branch, else_branch=branch)
-    refused(saved(tmp_path, g, y), "If", f"'/{y}'")
+    fixed = g("If", np.array(True), then_branch=branch, else_branch=branch)
+    path = saved(tmp_path, g, fixed)
+    model = load(path)
+    clean(model)
+    assert [node.op_type for node in model.graph] == ["Relu"]
+    x = sample(2, *SHAPE[1:])
+    np.testing.assert_array_equal(run(model, x)[0], np.maximum(x, 0))
+
+
+def test_a_branch_by_the_shape_is_decided(tmp_path: Path) -> None:
+    """TorchScript's squeeze: an If on whether a dimension is one."""
+    g = SmallGraph(SHAPE)
+    outputs = [helper.make_tensor_value_info(n, 1, None) for n in ("a", "b")]
+    yes = helper.make_graph([helper.make_node("Relu", ["x"], ["a"])], "a", [], outputs[:1])
+    no = helper.make_graph([helper.make_node("Neg", ["x"], ["b"])], "b", [], outputs[1:])
+    dim = g("Gather", g("Shape", "x"), np.array(1), axis=0)
+    y = g("If", g("Equal", dim, np.array(1)), then_branch=yes, else_branch=no)
+    model = load(saved(tmp_path, g, y))
+    clean(model)
+    assert [node.op_type for node in model.graph] == ["Neg"]
+
+
+def test_a_branch_by_the_data_is_refused(tmp_path: Path) -> None:
+    g = SmallGraph(SHAPE)
+    out = helper.make_tensor_value_info("y", 1, None)
+    branch = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "b", [], [out])
+    other = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "b", [], [out])
+    condition = g("Greater", g("ReduceMax", "x", keepdims=0), 0.5)
+    y = g("If", condition, then_branch=branch, else_branch=other)
+    model = load(saved(tmp_path, g, y))
+    with pytest.raises(ModelError, match=f"'/{y}': If is control flow"):
+        clean(model)
 
 
 def test_custom_domain(tmp_path: Path) -> None:
@@ -275,11 +305,11 @@ def test_older_and_newer_opsets(opset: int) -> None:
 
 
 def test_an_op_newer_than_the_opset_keeps_it(tmp_path: Path) -> None:
-    g = SmallGraph(SHAPE, 23)
-    y = g("Relu", g("Attention", "x", "x", "x"))
+    g = SmallGraph(SHAPE, 24)
+    y = g("Relu", g("Swish", "x"))
     model = g.model(y)
     report = clean(model)
-    assert (report.opset, len(report.notes)) == (23, 1)
+    assert (report.opset, len(report.notes)) == (24, 1)
     assert shapes_are_known(model)
     save(model, tmp_path / "model.onnx")
     assert_same(model, g.proto(y), X)

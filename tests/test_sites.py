@@ -95,7 +95,7 @@ def sites_of(choices: Choices) -> tuple[ir.Model, list[Site]]:
         (Choices(), {"qkv.weight"}, set()),
         (Choices(packed=False), {"q.weight", "k.weight", "v.weight"}, set()),
         (Choices(scale="none"), {"qkv.weight"}, set()),
-        (Choices(mask=True), {"qkv.weight", "mask"}, set()),
+        (Choices(mask=True), {"qkv.weight"}, set()),
         (Choices(norms=False), {"qkv.weight"}, {"norm1", "norm2"}),
     ],
 )

@@ -196,8 +196,13 @@ def reduced_shape(site: Site) -> tuple[int, ...]:
     )
 
 
-def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[str, ...]]]:
-    """The model with four reductions per site as extra outputs, serialized.
+def _is_dynamic(site: Site) -> bool:
+    """True where another axis than the first has no fixed size."""
+    return not all(isinstance(d, int) for d in site.shape[1:])
+
+
+def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tuple[str, ...]]]:
+    """A copy of the model with four reductions per site as extra outputs.
 
     Returns the names of (minimum [B, C…], maximum [B, C…], sum of squares [C…], sum [C…]) by
     tensor.
@@ -235,15 +240,21 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[bytes, dict[str, tuple[
             graph.outputs.append(node.outputs[0])
             outputs.append(name)
         names[site.tensor] = tuple(outputs)
-    return ir.to_proto(copy).SerializeToString(), names
+        if _is_dynamic(site):
+            size = ir.node("Size", [value], num_outputs=1)
+            size.outputs[0].name = f"tap/Size/{site.tensor}"
+            size.outputs[0].dtype = ir.DataType.INT64
+            graph.append(size)
+            graph.outputs.append(size.outputs[0])
+    return copy, names
 
 
-def _session(data: bytes, threads: int) -> ort.InferenceSession:
+def _session(model: ir.Model, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return graphs.open_session(model, options)
 
 
 def collect(
@@ -258,10 +269,11 @@ def collect(
 
     Raises ModelError where an activation is NaN or infinite (it names the tensor).
     """
-    data, names = tap(model, sites)
-    session = _session(data, threads)
+    tapped, names = tap(model, sites)
+    session = _session(tapped, threads)
     feed = session.get_inputs()[0].name
     wanted = [name for group in names.values() for name in group]
+    wanted += [f"tap/Size/{site.tensor}" for site in sites if _is_dynamic(site)]
     result = Statistics({s.tensor: ChannelStatistics.empty(reduced_shape(s)) for s in sites})
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
@@ -275,19 +287,31 @@ def collect(
                     f"Tensor '{site.tensor}' ({site.label}) is NaN or infinite on a calibration"
                     " image; check the model and its preprocessing."
                 )
-            values = int(np.prod([d for d in site.shape[1:] if isinstance(d, int)]))
-            per_channel = values // power.size
+            values = len(low) * int(np.prod([d for d in site.shape[1:] if isinstance(d, int)]))
+            if _is_dynamic(site):
+                values = int(found[f"tap/Size/{site.tensor}"])
             result.channels[site.tensor].update(
-                low.reshape(size, -1),
-                high.reshape(size, -1),
+                _by_image(low, size, np.min),
+                _by_image(high, size, np.max),
                 power.ravel(),
                 total.ravel(),
-                size * per_channel,
+                values // power.size,
             )
         result.images += size
         if progress is not None:
             progress(size)
     return result
+
+
+def _by_image(rows: Array, images: int, extreme: Callable[..., Array]) -> Array:
+    """Extremes [B, C] from those of the first axis, which may hold several rows an image
+    (windows), or none of its own (one row for the whole batch)."""
+    rows = rows.reshape(len(rows), -1)
+    if len(rows) == images:
+        return rows
+    if len(rows) % images:
+        return extreme(rows, axis=0, keepdims=True)
+    return extreme(rows.reshape(images, -1, rows.shape[-1]), axis=1)
 
 
 def add_histograms(
@@ -315,7 +339,7 @@ def add_histograms(
         statistics.histograms[site.tensor] = Histogram.over(rows.lowest[0], rows.highest[0])
         if site.tensor not in outputs and values[site.tensor].producer() is not None:
             copy.graph.outputs.append(values[site.tensor])
-    session = _session(ir.to_proto(copy).SerializeToString(), threads)
+    session = _session(copy, threads)
     feed = session.get_inputs()[0].name
     wanted = [s.tensor for s in sites if s.tensor != feed]
     for batch in batches:

@@ -31,7 +31,7 @@ from ptq_onnx.blocks import (
     source,
     through_layout,
 )
-from ptq_onnx.layout import channel_map, layout_indices
+from ptq_onnx.layout import channel_map, layout_indices, static_shape
 from ptq_onnx.quantizers.log2 import THRESHOLD, log2_values, top_code
 from ptq_onnx.quantizers.uniform import quantize
 from ptq_onnx.spec import TensorSpec
@@ -292,9 +292,9 @@ class _Lowering:
             return bool(np.array_equal(out.factor, mine.factor))
         if other is None or other.factor is None:
             return False
-        rank = mine.factor.ndim
-        pair = other.factor if rank < 2 else np.swapaxes(other.factor, -1, -2)
-        return pair.shape == mine.factor.shape and cancels(pair, mine.factor)
+        own = np.atleast_2d(mine.factor)
+        pair = np.swapaxes(np.atleast_2d(other.factor), -1, -2)
+        return pair.shape == own.shape and cancels(pair, own)
 
     def spec_behind(self, value: ir.Value | None) -> TensorSpec | None:
         """The spec of the tensor that a product's input was before quantization."""
@@ -540,9 +540,9 @@ def rows_of(value: ir.Value, read: ir.Value, factor: Factor) -> Factor | None:
     if value is read:
         return factor.ravel() if factor.ndim == 1 else None
     indices = layout_indices(value, read)
-    if indices is None or value.shape is None:
+    shape = static_shape(value)
+    if indices is None or shape is None:
         return None
-    shape = [d if isinstance(d, int) else 1 for d in value.shape]
     values = np.broadcast_to(factor, shape).ravel()[indices.reshape(-1, indices.shape[-1])]
     return values[0] if bool(np.all(values == values[0])) else None
 

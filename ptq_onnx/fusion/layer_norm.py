@@ -49,7 +49,7 @@ class _LayerNorm(Rule):
         if dims is None or not dims or not isinstance(dims[-1], int):
             return result.fail("The last axis of x must have a known size.", x)
         for reduced in (mean, variance):
-            if not _is_over_last_axis(reduced, len(dims)):
+            if not is_over_last_axis(reduced, len(dims)):
                 return result.fail("The mean must be over the last axis, keepdims=1.", reduced)
         for value, expected in ((square, 2.0), (power, self.power), (one, 1.0)):
             if value is not None and scalar(value) != expected:
@@ -89,6 +89,58 @@ class LayerNormMul(_LayerNorm):
         return op.Mul(deviation, pattern.OrValue(spellings))
 
 
+class LayerNormAffine(_LayerNorm):
+    """x·s + (β − μ·s) with s = γ/√(σ² + ε), as TensorFlow writes it: γ and β are inside."""
+
+    power = -0.5
+
+    def pattern(
+        self,
+        op: Op,
+        x: Term,
+        epsilon: Term,
+        square: Term,
+        power: Term,
+        one: Term,
+        gamma: Term,
+        beta: Term,
+    ) -> Term:
+        mean = op.ReduceMean(
+            x, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["mean"]
+        )
+        squared = pattern.OrValue(
+            [op.Mul(op.Sub(x, mean), op.Sub(x, mean)), op.Pow(op.Sub(x, mean), square)]
+        )
+        variance = op.ReduceMean(
+            squared, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["variance"]
+        )
+        shifted = op.Add(variance, epsilon)
+        spellings = (
+            op.Reciprocal(op.Sqrt(shifted)),
+            op.Div(one, op.Sqrt(shifted)),
+            op.Pow(shifted, power),
+        )
+        scale = op.Mul(pattern.OrValue(spellings), gamma)
+        return op.Add(op.Mul(x, scale), op.Sub(beta, op.Mul(mean, scale)))
+
+    def check(  # type: ignore[override]
+        self, context: Context, x: ir.Value, gamma: ir.Value, beta: ir.Value, **parts: ir.Value
+    ) -> Result:
+        result = super().check(context, x, **parts)
+        if not result:
+            return result
+        for value, name in ((gamma, "Gamma"), (beta, "Beta")):
+            if not is_per_channel(value, x, self.size):
+                return result.fail(f"{name} must be a constant, one number a channel.", value)
+        return result
+
+    def rewrite(  # type: ignore[override]
+        self, op: Op, x: ir.Value, gamma: ir.Value, beta: ir.Value, **_: object
+    ) -> ir.Value:
+        flat = [_flat(self.graph, value) for value in (gamma, beta)]
+        return self.named(op.LayerNormalization(x, *flat, axis=-1, epsilon=self.epsilon))
+
+
 class Gamma(Rule):
     """LayerNormalization without a scale of its own, times γ."""
 
@@ -104,7 +156,7 @@ class Gamma(Rule):
         scale = constant(ones)
         if scale is None or not (scale == 1).all():
             return result.fail("The norm has a scale already.", ones)
-        if not _is_per_channel(gamma, norm, scale.size):
+        if not is_per_channel(gamma, norm, scale.size):
             return result.fail("Gamma must be a constant, one number for each channel.", gamma)
         return result
 
@@ -128,7 +180,7 @@ class Beta(Rule):
     ) -> Result:
         result = self.begin(context)
         found = constant(scale)
-        if found is None or not _is_per_channel(beta, norm, found.size):
+        if found is None or not is_per_channel(beta, norm, found.size):
             return result.fail("Beta must be a constant, one number for each channel.", beta)
         return result
 
@@ -139,7 +191,7 @@ class Beta(Rule):
         return self.named(op.LayerNormalization(x, scale, flat, **_attributes(norm)))
 
 
-def _is_over_last_axis(reduced: ir.Value, rank: int) -> bool:
+def is_over_last_axis(reduced: ir.Value, rank: int) -> bool:
     """True for the result of a ReduceMean over the last axis alone that keeps it."""
     node = reduced.producer()
     if node is None or node.attributes.get_int("keepdims", 1) != 1:
@@ -151,7 +203,7 @@ def _is_over_last_axis(reduced: ir.Value, rank: int) -> bool:
     return axes is not None and [a % rank for a in axes] == [rank - 1]
 
 
-def _is_per_channel(value: ir.Value, norm: ir.Value, size: int) -> bool:
+def is_per_channel(value: ir.Value, norm: ir.Value, size: int) -> bool:
     """True for a float constant [D] or [1, …, D] that does not raise the rank of the norm."""
     array, dims = constant(value), sizes(norm)
     if array is None or dims is None or array.dtype != np.float32:
@@ -172,6 +224,7 @@ def _attributes(norm: ir.Value) -> dict[str, ir.Attr]:
     return {} if node is None else dict(node.attributes)
 
 
+_fuse_affine = fuse_with(LayerNormAffine)
 _fuse_core = fuse_with(LayerNormDiv, LayerNormMul)
 _fuse_gamma = fuse_with(Gamma)
 _fuse_beta = fuse_with(Beta)
@@ -179,7 +232,9 @@ _fuse_beta = fuse_with(Beta)
 
 def fuse_layer_norm(model: ir.Model) -> int:
     """Fuse all decomposed layer norms; returns how many."""
-    count = _fuse_core(model)
+    offsets = (n for n in model.graph if n.op_type == "Sub" and constant(n.inputs[0]) is not None)
+    count = _fuse_affine(model) if any(offsets) else 0  # 60 orders of operands: not for nothing
+    count += _fuse_core(model)
     _fuse_gamma(model)
     _fuse_beta(model)
     return count

@@ -20,7 +20,16 @@ Dim = int | str
 
 def simplify_layout(graph: ir.Graph) -> int:
     """Apply all rules once to every node; returns the number of changes."""
-    rules = (_select_from_shape, _constant_reshape, _constant_expand, _transpose_detour)
+    rules = (
+        _select_from_shape,
+        _constant_reshape,
+        _expand_for_arithmetic,
+        _constant_expand,
+        _transpose_detour,
+        _empty_pad,
+        _softmax_detour,
+        _split_constant,
+    )
     changes = 0
     for node in list(graph):
         changes += any(rule(graph, node) for rule in rules)
@@ -120,6 +129,7 @@ def _constant_expand(graph: ir.Graph, node: ir.Node) -> bool:
             return False
         value, axis = source
         shape = ir.node("Shape", [value], {"start": axis, "end": axis + 1}, name=f"{name}_{dim}")
+        shape.outputs[0].shape = ir.Shape([1])
         new_nodes.append(shape)
         parts.append(shape.outputs[0])
     if not new_nodes:
@@ -128,10 +138,90 @@ def _constant_expand(graph: ir.Graph, node: ir.Node) -> bool:
         )
         return True
     new_nodes.append(ir.node("Concat", parts, {"axis": 0}, name=f"{name}_shape"))
+    new_nodes[-1].outputs[0].shape = ir.Shape([len(parts)])
     for new in new_nodes:
         new.outputs[0].name = new.name
+        new.outputs[0].type = ir.TensorType(ir.DataType.INT64)
     graph.insert_before(node, new_nodes)
     node.replace_input_with(1, new_nodes[-1].outputs[0])
+    return True
+
+
+BROADCASTING = frozenset(("Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max"))
+
+
+def _expand_for_arithmetic(graph: ir.Graph, node: ir.Node) -> bool:
+    """Expand in front of arithmetic that broadcasts to the same shape by itself: gone."""
+    if node.op_type != "Expand":
+        return False
+    output, data = node.outputs[0], node.inputs[0]
+    if data is None or output.is_graph_output() or not output.uses():
+        return False
+    before = sizes(data)
+    for use in output.uses():
+        others = [v for v in use.node.inputs if v is not output]
+        target = sizes(use.node.outputs[0])
+        if use.node.op_type not in BROADCASTING or use.node.domain or target is None:
+            return False
+        widest = [sizes(v) for v in others]
+        if before is None or len(before) > len(target) or target not in widest:
+            return False
+    output.replace_all_uses_with(data)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _empty_pad(graph: ir.Graph, node: ir.Node) -> bool:
+    """Pad by nothing: gone."""
+    if node.op_type != "Pad" or node.outputs[0].is_graph_output() or node.inputs[0] is None:
+        return False
+    pads = constant(node.inputs[1])
+    if pads is None or pads.any():
+        return False
+    node.outputs[0].replace_all_uses_with(node.inputs[0])
+    graph.remove(node, safe=True)
+    return True
+
+
+def _softmax_detour(graph: ir.Graph, node: ir.Node) -> bool:
+    """Flatten to rows, Softmax over the last axis, Reshape back (opset 11): Softmax alone."""
+    if node.op_type != "Softmax":
+        return False
+    flat = _producer(node.inputs[0], "Reshape") or _producer(node.inputs[0], "Flatten")
+    uses = list(node.outputs[0].uses())
+    if flat is None or flat.inputs[0] is None or len(uses) != 1:
+        return False
+    back, data = uses[0].node, flat.inputs[0]
+    dims, rows = sizes(data), sizes(flat.outputs[0])
+    axis = node.attributes.get_int("axis", -1)
+    if back.op_type != "Reshape" or dims is None or rows is None or uses[0].idx != 0:
+        return False
+    if axis % len(rows) != len(rows) - 1 or rows[-1] != dims[-1] or sizes(back.outputs[0]) != dims:
+        return False
+    if node.outputs[0].is_graph_output():
+        return False
+    _replace(graph, back, ir.node("Softmax", [data], {"axis": -1}, name=node.name))
+    graph.remove(node, safe=True)
+    return True
+
+
+def _split_constant(graph: ir.Graph, node: ir.Node) -> bool:
+    """Split of a constant (packed weights of torch's cross attention): constants."""
+    array = constant(node.inputs[0]) if node.op_type == "Split" else None
+    if array is None or any(v.is_graph_output() for v in node.outputs):
+        return False
+    axis, lengths = node.attributes.get_int("axis", 0), None
+    if len(node.inputs) > 1:
+        lengths = constant(node.inputs[1])
+    if lengths is None:
+        step = -(-array.shape[axis] // len(node.outputs))
+        lengths = np.full(len(node.outputs) - 1, step)
+    else:
+        lengths = lengths[:-1]
+    parts = np.split(array, np.cumsum(lengths.astype(np.int64)), axis=axis)
+    for value, part in zip(node.outputs, parts, strict=True):
+        value.replace_all_uses_with(new_constant(graph, f"{value.name}_folded", part))
+    graph.remove(node, safe=True)
     return True
 
 

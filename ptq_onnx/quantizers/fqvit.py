@@ -27,7 +27,9 @@ from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_sp
 from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.spec import Code, Granularity, Rule, Site, TensorSpec
 
-PER_TENSOR = frozenset({"input", "qk", "mask", "softmax", "head", "other"})
+PER_TENSOR = frozenset(
+    {"input", "qk", "bias", "mask", "head_mix", "softmax", "head", "head_mean", "other"}
+)
 """Roles that keep one scale for the whole tensor."""
 BRANCHES = frozenset({"proj", "fc2"})
 BALANCE = np.linspace(0, 1, 9)
@@ -50,12 +52,14 @@ class FqVit(SiteQuantizer):
             )
         if site.is_parameter:
             if site.role == "pos_embed":
-                grain: Granularity = "ptf" if config.ptf else "tensor"
+                wide = config.ptf and bool(site.channel_axes)
+                grain: Granularity = "ptf" if wide else "tensor"
             else:
                 grain = "channel"
             return Rule(widths.weights, True, True, grain, method="minmax")
         if site.role == "softmax":
-            code: Code = "log2" if config.lis else "uniform"
+            lis = config.lis and self._weighs_values(site)
+            code: Code = "log2" if lis else "uniform"
             return Rule(
                 widths.attention,
                 False,
@@ -63,12 +67,17 @@ class FqVit(SiteQuantizer):
                 "tensor",
                 code,
                 FIXED,
-                renormalize=config.lis,
+                renormalize=lis,
             )
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
         wide = wide and not (config.target == INTEGER and self._stays_in_product(site))
         grain = "ptf" if wide else "tensor"
         return Rule(widths.activations, False, False, grain, method=method)
+
+    def _weighs_values(self, site: Site) -> bool:
+        """True for a map that only products with values read, as their first factor."""
+        readers = [self.nodes[name] for name in site.consumers]
+        return bool(readers) and all(n.op_type == "MatMul" for n in readers)
 
     def _only_added(self, site: Site) -> bool:
         roles = self.plan.blocks.roles

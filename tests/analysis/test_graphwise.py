@@ -16,7 +16,7 @@ from prepared_models import DIGITS, ROOT, images, prepared, quantized, subject
 from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.results import Graphwise
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, patch_layout
-from ptq_onnx.blocks import is_layout, name_of
+from ptq_onnx.blocks import is_layout, is_linear, name_of
 from ptq_onnx.engine import Simulator
 from ptq_onnx.errors import ModelError
 from ptq_onnx.quantizers.base import SiteQuantizer
@@ -55,7 +55,9 @@ def test_every_quantized_op_is_counted(name: str) -> None:
         v for n in p.model.graph if is_layout(n) for v in n.outputs if v.name in quantizer.specs
     ]
     assert len(nodes) == len(compute) + len(by_layout)
-    assert {op.tensor: op.role for op in found.ops if op.role in ("q", "k", "v")} == {
+    parts = {op.tensor: op.role for op in found.ops if op.role in ("q", "k", "v")}
+    linears = {str(n.outputs[0].name) for n in p.model.graph if is_linear(n)}
+    assert {t: role for t, role in parts.items() if t not in linears} == {
         s.tensor: s.role for s in p.sites.values() if s.role in ("q", "k", "v") and s.tensor in made
     }
 
@@ -100,7 +102,10 @@ def interpret(
 
     def keep(name: str, value: np.ndarray) -> None:
         if name in specs and value.dtype == np.float32:
-            value = rounded(value, specs[name]).astype(np.float32)
+            spec = specs[name]
+            row = spec.rule.granularity == "row"
+            top = value.max(axis=-1, keepdims=True) if row else np.float32(1)
+            value = (rounded(value / top, spec) * top).astype(np.float32)
         values[name] = value if given is None else given.get(name, value)
         if name in wanted:
             kept[name] = value

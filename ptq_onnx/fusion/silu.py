@@ -1,0 +1,27 @@
+"""Silu, x·sigmoid(x), the gate of SwiGLU: an op of ours, standard ONNX has it from opset 24 on."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ptq_onnx.fusion.formula import DOMAIN
+from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
+
+
+class Silu(Rule):
+    """x times its own sigmoid."""
+
+    def pattern(self, op: Op, x: Term) -> Term:
+        return op.Mul(x, op.Sigmoid(x))
+
+    def check(self, context: Context, x: ir.Value) -> Result:
+        result = self.begin(context)
+        if x.dtype not in (None, ir.DataType.FLOAT):
+            return result.fail("x must be float.", x)
+        return result
+
+    def rewrite(self, op: Op, x: ir.Value) -> ir.Value:
+        return self.named(op.Silu(x, _domain=DOMAIN, _version=1))
+
+
+fuse_silu = fuse_with(Silu)

@@ -1,0 +1,78 @@
+"""Every cell of the table: loads, is understood, stays itself, quantizes, runs, and agrees."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from zoo.architectures import ARCHITECTURES, torchvision_schemas
+from zoo.cells import CELLS, EXPECTED, MUST, Cell, run
+
+with torchvision_schemas():
+    pytest.importorskip("timm", exc_type=ImportError)
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the exported files lie, for all cells."""
+    return tmp_path_factory.mktemp("zoo")
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_cell(cell: Cell, folder: Path) -> None:
+    if cell.fails is not None:
+        record(cell, {"complaints": [cell.fails]})
+        with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the exporter raises
+            run(cell, folder)
+        return
+    result = run(cell, folder)
+    complaints = result.complaints(cell)
+    record(cell, {"complaints": complaints, **asdict(result)})
+    assert complaints == []
+
+
+def record(cell: Cell, result: dict[str, object]) -> None:
+    """Lines for ``matrix.py``, where ZOO_RESULTS names a file."""
+    if "ZOO_RESULTS" in os.environ:
+        with Path(os.environ["ZOO_RESULTS"]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"cell": cell.name, **result}) + "\n")
+
+
+@pytest.mark.full_zoo
+@pytest.mark.parametrize("name", [n for n, a in ARCHITECTURES.items() if a.full is not None])
+def test_full_size(name: str, tmp_path: Path) -> None:
+    """The published sizes, random weights: found, unchanged, quantized, running."""
+    import numpy as np
+
+    from ptq_onnx import graph as graphs
+    from ptq_onnx.export.lowering import lower
+    from ptq_onnx.preparation import prepare
+    from zoo import checks
+    from zoo.architectures import make
+    from zoo.exporters import export
+
+    path = export(name, "dy23" if name == "aimv2" else "ts17", tmp_path / "full.onnx", full=True)
+    prepared = prepare(path)
+    images = np.random.default_rng(0).standard_normal((2, *make(name, True)[1])).astype(np.float32)
+    reference = checks.run(str(path), images, optimize=False)
+    fused = checks.run(graphs.serialize(prepared.model), images)
+    assert checks.relative_error(fused, reference) <= 1e-4
+    assert prepared.blocks.unrecognised == ()
+    for quantizer in ("deploy", "fqvit"):
+        specs = checks.quantized(prepared, images, quantizer=quantizer).specs
+        checks.run(graphs.serialize(lower(prepared.model, specs)), images)
+
+
+def test_the_table_is_complete() -> None:
+    """Every architecture is tried, those that must work through all exporters."""
+    assert len(CELLS) >= 70
+    assert {cell.architecture for cell in CELLS} == set(EXPECTED)
+    names = [cell.name for cell in CELLS]
+    assert len(names) == len(set(names))
+    for name in MUST:
+        assert {f"{name}/{e}" for e in ("ts11", "ts14", "ts17", "ts20", "dy18", "dy23")} <= {*names}
