@@ -411,6 +411,7 @@ class _Lowering:
                 scaled = weight.const_value.numpy() / columns
                 node.replace_input_with(1, self.constant(f"{weight.name}_scaled", scaled))
             return
+        self.keep_from_gemm(node)
         scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
         if spec.factor is not None and node not in self.absorbed:
             real = self.weight(node, weight, spec, scale)
@@ -425,6 +426,19 @@ class _Lowering:
             real = self.weight(node, weight, spec, np.array(1, np.float32))
             real = self.add(real.producer(), "Mul", [real, by], weight, "rescaled")
         node.replace_input_with(1, real)
+
+    def keep_from_gemm(self, node: ir.Node) -> None:
+        """Give the bias the rank of the output where all sizes are fixed.
+
+        ONNX Runtime would make a Gemm of the product and a bias vector, and compute it in float
+        (measured, 1.31); with a dynamic batch it does not.
+        """
+        shape, bias = node.outputs[0].shape, node.inputs[2] if len(node.inputs) > 2 else None
+        if shape is None or bias is None or bias.const_value is None:
+            return
+        if all(isinstance(d, int) for d in shape) and len(shape) > 2:
+            array = bias.const_value.numpy().reshape(*[1] * (len(shape) - 1), -1)
+            node.replace_input_with(2, self.constant(f"{bias.name}_ranked", array))
 
     def weight(
         self, node: ir.Node, weight: ir.Value, spec: TensorSpec, scale: Factor | None = None

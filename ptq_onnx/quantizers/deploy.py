@@ -22,7 +22,9 @@ from ptq_onnx.quantizers.base import Array, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
-PRODUCTS = ("Linear", "Conv", "MatMul")
+PRODUCTS = ("Linear", "MatMul")
+"""A Conv whose output is float stays in float in ONNX Runtime (measured, 1.31)."""
+ALONE = "stays float: another input of the product that reads it does"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
 
@@ -38,11 +40,30 @@ class Deploy(SiteQuantizer):
             return FLOAT
         widths = self.plan.config.widths
         if site.is_parameter:
+            if not self._read_by_product(site):
+                return FLOAT
             return Rule(widths.weights, True, True, "channel", method="minmax")
         method = self.plan.config.effective_method
         if site.role == "softmax":
             return Rule(widths.attention, False, False, "row", method="fixed")
         return Rule(widths.activations, False, False, "tensor", method=method)
+
+    def _dispatch(self) -> dict[str, Rule]:
+        """Rules of tensors whose products are in integers: with all inputs, or not at all."""
+        rules = super()._dispatch()
+        sites = self.plan.sites
+        while True:
+            inputs: dict[str, list[str]] = {}
+            for tensor, site in sites.items():
+                for name in site.consumers if tensor in rules else ():
+                    inputs.setdefault(name, []).append(tensor)
+            whole = {name for name, found in inputs.items() if len(found) == 2}
+            lost = [t for t in rules if not whole.issuperset(sites[t].consumers)]
+            if not lost:
+                return rules
+            for tensor in lost:
+                del rules[tensor]
+                self.floats[tensor] = ALONE
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ptq_onnx import graph as graphs
 from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.engine import Simulator
+from ptq_onnx.equalization import equalise
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.preparation import Prepared
 from ptq_onnx.quantizers import make_quantizer
@@ -80,8 +81,11 @@ def relative_error(found: list[Array], expected: list[Array]) -> float:
 def quantized(prepared: Prepared, images: Array, **options: Any) -> SiteQuantizer:
     """A quantizer calibrated on the images [N, C, H, W], two at a time."""
     config = QuantizeConfig(threads=1, **options)
-    quantizer = make_quantizer(Plan(prepared.model, prepared.blocks, prepared.sites, config))
     batches = [images[i : i + 2] for i in range(0, len(images), 2)]
+    plan = Plan(prepared.model, prepared.blocks, prepared.sites, config)
+    if config.equalizes:
+        plan = equalise(plan, batches)
+    quantizer = make_quantizer(plan)
     quantizer.run(torch.from_numpy(images[:2]), batches)
     return quantizer
 
@@ -104,8 +108,15 @@ class Agreement:
         return self.different / max(self.elements, 1)
 
 
+def subject(prepared: Prepared, quantizer: SiteQuantizer) -> Prepared:
+    """The model that the quantizer quantized: an equalised copy where it works on one."""
+    plan = quantizer.plan
+    return replace(prepared, model=quantizer.model, blocks=plan.blocks, sites=dict(plan.sites))
+
+
 def agreement(prepared: Prepared, quantizer: SiteQuantizer, images: Array) -> Agreement:
     """Cut the file at every quantized tensor, feed it the simulator's codes, compare."""
+    prepared = subject(prepared, quantizer)
     specs = {t: s for t, s in quantizer.specs.items() if not prepared.sites[t].is_parameter}
     values = _simulated(prepared, quantizer, images, set(specs))
     proto = ir.to_proto(graphs.to_standard(lower(prepared.model, quantizer.specs)))
@@ -148,13 +159,16 @@ def _stored(values: Array, spec: TensorSpec) -> Array:
             levels = -np.log2(values.astype(np.float64))
         top = top_code(spec.rule.bits)
         return np.where(np.isfinite(levels), np.rint(levels), top).astype(np.uint8)
+    if spec.rule.granularity == "row":
+        values = values / values.max(axis=-1, keepdims=True)
     shift = 128 if spec.rule.signed else 0
     return (quantize(values, spec) + shift).astype(np.uint8)
 
 
 def _stored_name(tensor: str, made: set[str]) -> str:
     """The name of a tensor's codes in the file."""
-    candidates = (f"{tensor}_quantized", f"{tensor}_renormalized_quantized")
+    suffixes = ("", "_renormalized", "_row_rescaled")
+    candidates = [f"{tensor}{suffix}_quantized" for suffix in suffixes]
     return next(name for name in candidates if name in made)
 
 
