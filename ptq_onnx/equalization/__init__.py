@@ -91,6 +91,7 @@ class _Equalizer:
     weight_bits: int
     moves: list[Move] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
+    exponents: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.values = {str(v.name): v for n in self.model.graph for v in n.outputs}
@@ -158,6 +159,7 @@ class _Equalizer:
             self.note(site, "LayerNormalization", choice)
             for other in self.same_norm(site, norm.linears):
                 self.move_statistics(other, shift, choice.factor)
+                self.exponents[other] = choice.exponent
             return
         linears = readers_of(value)
         if linears is None or len(site.channel_axes) != 1 or len(low) < 2:
@@ -189,6 +191,7 @@ class _Equalizer:
             self.roles[name_of(node)] = Role(site.block, site.role)
         self.note(site, "Mul", choice)
         self.move_statistics(site.tensor, zero, factor, str(made.name))
+        self.exponents[str(made.name)] = choice.exponent
 
     def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
         """Tensors with statistics that the same norm makes (all that those linears read)."""
@@ -263,6 +266,7 @@ class _Equalizer:
         forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
         self.move_statistics(v.tensor, mean, choice.factor)
         self.move_statistics(av.tensor, mean, choice.factor)
+        self.exponents.update({v.tensor: choice.exponent, av.tensor: choice.exponent})
         self.note(v, "proj", choice)
 
 
@@ -312,6 +316,7 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
         sites=find_sites(model, blocks),
         statistics=stats,
         moves=tuple(state.moves),
+        exponents=state.exponents,
         forms=counts,
         fixed=fixed,
     )

@@ -54,6 +54,8 @@ class Choice:
     noise: float
     plain: float
     copies: NDArray[np.int64] | None = None
+    exponent: float = 0.0
+    """The power of the range that the factor follows."""
 
     @property
     def gain_db(self) -> float:
@@ -120,7 +122,7 @@ def choose_factor(
                 factor = normalized(parts**a / weights**b)
                 noise = output_noise(factor, half, variance, products, levels, others, copies)
                 if noise < found.noise:
-                    found = Choice(factor, noise, plain, copies)
+                    found = Choice(factor, noise, plain, copies, float(a))
         if not number or found.gain_db - best.gain_db >= WORTH_COPIES:
             best = found
     return best

@@ -44,6 +44,8 @@ class Plan:
     """Ranges that are known and not to be calibrated, by tensor."""
     moves: tuple[Any, ...] = ()
     """What equalisation moved (``equalization.Move``)."""
+    exponents: Mapping[str, float] = field(default_factory=dict)
+    """Power of a channel's range that equalisation divided it by, by tensor."""
     forms: Mapping[str, int] = field(default_factory=dict)
     """How often the model was brought into another form."""
 

@@ -72,7 +72,13 @@ class Deploy(SiteQuantizer):
         found = stats.channels[site.tensor]
         power = self._row_power(site, found)
         smallest, largest = rule.limits
-        low, high = shared_range(found, power, largest - smallest + 1, symmetric=rule.symmetric)
+        low, high = shared_range(
+            found,
+            power,
+            largest - smallest + 1,
+            symmetric=rule.symmetric,
+            exponent=self.plan.exponents.get(site.tensor, 0.0),
+        )
         return np.array([low], np.float32), np.array([high], np.float32)
 
     def _row_power(self, site: Site, stats: ChannelStatistics) -> NDArray[np.float64]:
