@@ -193,9 +193,11 @@ def _fold_scale(graph: ir.Graph, mul: ir.Node) -> bool:
 
 
 def own_columns(linear: ir.Node, value: ir.Value) -> NDArray[np.int64] | None:
-    """The columns of a linear that end up in ``value`` and are read nowhere else."""
+    """The columns of a linear that end up in ``value``, which one node reads, and nowhere else."""
     output = linear.outputs[0]
     if output.is_graph_output() or output.shape is None:
+        return None
+    if len(value.uses()) != 1 or value.is_graph_output():
         return None
     width = output.shape[-1]
     if not isinstance(width, int):

@@ -69,7 +69,9 @@ def test_what_was_seen_is_never_clipped() -> None:
 
 
 def test_symmetric_is_symmetric() -> None:
-    low, high = shared_range(statistics(images("rare", 16, 3)), np.ones(256), 256, symmetric=True, exponent=1)
+    low, high = shared_range(
+        statistics(images("rare", 16, 3)), np.ones(256), 256, symmetric=True, exponent=1
+    )
     assert low == -high < 0
 
 
