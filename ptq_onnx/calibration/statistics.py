@@ -125,6 +125,16 @@ class ChannelStatistics:
         return self.total / max(self.count, 1)
 
     @property
+    def record_ratio(self) -> NDArray[np.float64]:
+        """Largest per-image extreme over the second largest, of the worse side, [C]; at least 1."""
+        ratio = np.ones(self.power.size)
+        for top in (self.highest[:2], -self.lowest[:2]):
+            first, second = top.astype(np.float64)
+            usable = (second > 0) & np.isfinite(second)
+            ratio = np.maximum(ratio, np.where(usable, first / np.where(usable, second, 1), 1))
+        return ratio
+
+    @property
     def variance(self) -> NDArray[np.float64]:
         """E[x²] - E[x]² per channel, [C]."""
         return np.maximum(self.second_moment - self.mean**2, 0)

@@ -100,7 +100,8 @@ def _to_outputs(graph: ir.Graph) -> set[ir.Node]:
 
 
 def standard_domain(subject: ir.Model | Subject) -> Iterator[Finding]:
-    """Every op is of the ONNX standard, so that any runtime or compiler can read the file."""
+    """Every op is of the ONNX standard (its operator schemas), so that any runtime or compiler
+    can read the file."""
     for node in model_of(subject).graph:
         if node.domain not in STANDARD:
             yield Finding(

@@ -43,7 +43,7 @@ from ptq_onnx.equalization.moves import (
     readers_of,
     value_path,
 )
-from ptq_onnx.equalization.strength import Choice, Product, balance, choose_factor
+from ptq_onnx.equalization.strength import Choice, Product, Records, balance, choose_factor
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
@@ -114,6 +114,13 @@ class _Equalizer:
         low, high = robust_range(self.stats.channels[tensor])
         return low.astype(np.float64), high.astype(np.float64)
 
+    def records(self, tensor: str) -> Records | None:
+        """How far single images stand out; None from a single image."""
+        stats = self.stats.channels[tensor]
+        if stats.images < 2:
+            return None
+        return Records(stats.record_ratio, stats.images, stats.count / stats.images)
+
     def products(self, linears: Iterable[ir.Node]) -> list[Product]:
         found = [constant(node.inputs[1]) for node in linears]
         return [
@@ -153,7 +160,11 @@ class _Equalizer:
         if norm is not None:
             shift = (low + high) / 2
             choice = choose_factor(
-                (high - low) / 2, variance, self.products(norm.linears), self.levels
+                (high - low) / 2,
+                variance,
+                self.products(norm.linears),
+                self.levels,
+                records=self.records(site.tensor),
             )
             norm.apply(self.model.graph, shift, choice.factor)
             self.note(site, "LayerNormalization", choice)
@@ -172,6 +183,7 @@ class _Equalizer:
             self.products(linears),
             self.levels,
             extra=() if hidden is None else tuple(n for n in COPIES if n <= len(low) * MOST_COPIES),
+            records=self.records(site.tensor),
         )
         if choice.gain_db < WORTH_A_MUL:
             return
@@ -261,7 +273,14 @@ class _Equalizer:
         weight = self.products([linear])[0].magnitude
         inverse = np.argsort(order)
         ordered = Product(weight[inverse], self.weight_bits)
-        choice = choose_factor(attended, behind.variance, [ordered], self.levels, [(own, AVERAGED)])
+        choice = choose_factor(
+            attended,
+            behind.variance,
+            [ordered],
+            self.levels,
+            [(own, AVERAGED)],
+            records=self.records(av.tensor),
+        )
         columns.apply(self.model.graph, mean, choice.factor)
         forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
         self.move_statistics(v.tensor, mean, choice.factor)

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.calibration.robust import WIDTHS
+
 Double = NDArray[np.float64]
 
 RANGE_POWERS = np.linspace(0, 1, 11)
@@ -63,6 +65,30 @@ class Choice:
         return float(10 * np.log10(max(self.plain, 1e-300) / max(self.noise, 1e-300)))
 
 
+@dataclass(frozen=True)
+class Records:
+    """How far the largest image of each channel stands out, and of how many.
+
+    ``ratio`` [C] is the largest per-image extreme over the second largest; ``images`` their
+    number; ``values`` how many values a channel has in an image.
+    """
+
+    ratio: Double
+    images: int
+    values: float
+
+    def clipping(self, reach: Double, weight: Double, bound: float, exponent: float) -> Double:
+        """Expected noise power per token beyond ``WIDTHS`` times the bound, [W].
+
+        Without its largest image a channel would have got a factor for the second largest: that
+        image would have come out ratio^exponent times as large (see calibration/robust.py).
+        ``reach`` [C] is what each channel takes of the bound, ``weight`` [C] its noise's weight.
+        """
+        out = reach * self.ratio**exponent
+        over = np.maximum(out - bound * WIDTHS[:, None], 0) ** 2
+        return np.asarray(over @ weight / ((self.images + 1) * self.values), np.float64)
+
+
 def output_noise(
     factor: Double,
     half: Double,
@@ -71,8 +97,12 @@ def output_noise(
     levels: int,
     others: list[tuple[Double, float]] | None = None,
     copies: NDArray[np.int64] | None = None,
+    records: Records | None = None,
+    exponent: float = 0.0,
 ) -> float:
     """Expected noise power of the products for a factor [C]; see the module's text.
+
+    With ``records``, of the best range: wider than needed where unseen images would clip.
 
     ``half`` [C] is half the range of each channel, ``levels`` the number of codes. ``others``
     are half ranges of further tensors that carry the same factor and reach the same
@@ -86,6 +116,10 @@ def output_noise(
         share * (2 * float(np.max(one / whole)) / (levels - 1)) ** 2 * spread
         for one, share in steps
     )
+    if records is not None and exponent:
+        reach = half / whole
+        clipped = records.clipping(reach, whole**2 * power, float(reach.max()), exponent)
+        total = float(np.min(total * WIDTHS**2 + 12 * clipped))
     rest = float(np.sum(variance / factor**2))
     single = factor.astype(np.float32)[:, None]
     for product in products:
@@ -101,6 +135,7 @@ def choose_factor(
     levels: int,
     others: list[tuple[Double, float]] | None = None,
     extra: tuple[int, ...] = (),
+    records: Records | None = None,
 ) -> Choice:
     """The candidate factor with the least expected noise; all ones is among them.
 
@@ -120,7 +155,9 @@ def choose_factor(
         for a in RANGE_POWERS:
             for b in WEIGHT_POWERS:
                 factor = normalized(parts**a / weights**b)
-                noise = output_noise(factor, half, variance, products, levels, others, copies)
+                noise = output_noise(
+                    factor, half, variance, products, levels, others, copies, records, float(a)
+                )
                 if noise < found.noise:
                     found = Choice(factor, noise, plain, copies, float(a))
         if not number or found.gain_db - best.gain_db >= WORTH_COPIES:
