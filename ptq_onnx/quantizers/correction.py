@@ -28,31 +28,50 @@ def corrected_biases(
     sites: Mapping[str, Site],
     specs: Mapping[str, TensorSpec],
     statistics: Statistics,
+    rounded: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """New biases [N] of all linears with quantized weight and a known input mean, by name of
-    the bias. A linear without a bias, or with one that others share, is left alone."""
+    the bias. A linear without a bias, or with one that others share, is left alone. ``rounded``
+    holds, by name, the weights that are quantized in place of the model's own."""
     found: dict[str, NDArray[np.float32]] = {}
     for node in model.graph:
-        if not is_linear(node) or len(node.inputs) < 3 or node.inputs[2] is None:
-            continue
-        weight, bias = node.inputs[1], node.inputs[2]
+        mean = corrected_mean(node, sites, statistics)
+        weight = node.inputs[1] if is_linear(node) else None
         spec = None if weight is None else specs.get(str(weight.name))
-        mean = input_mean(node, sites, statistics)
-        value, old = constant(weight), constant(bias)
-        if spec is None or mean is None or value is None or old is None or len(bias.uses()) != 1:
+        value = constant(weight)
+        if weight is None or spec is None or mean is None or value is None:
             continue
-        found[str(bias.name)] = corrected_bias(
-            np.asarray(value, np.float32), np.asarray(old, np.float32), spec, mean
-        )
+        exact = np.asarray(value, np.float32)
+        quantized = (rounded or {}).get(str(weight.name), exact)
+        bias = np.asarray(constant(node.inputs[2]), np.float32)
+        found[str(node.inputs[2].name)] = corrected_bias(exact, bias, spec, mean, quantized)
     return found
 
 
 def corrected_bias(
-    weight: NDArray[np.float32], bias: NDArray[np.float32], spec: TensorSpec, mean: Double
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    spec: TensorSpec,
+    mean: Double,
+    quantized: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """b - E[x] (Ŵ - W) for weight [K, N], bias [N] and input mean [K]."""
-    error = dequantize(quantize(weight, spec), spec).astype(np.float64) - weight
+    """b - E[x] (Ŵ - W) for weight [K, N], bias [N] and input mean [K]; Ŵ is ``quantized`` in
+    codes, or the weight itself."""
+    codes = quantize(weight if quantized is None else quantized, spec)
+    error = dequantize(codes, spec).astype(np.float64) - weight
     return np.asarray(bias - mean @ error, np.float32)
+
+
+def corrected_mean(
+    node: ir.Node, sites: Mapping[str, Site], statistics: Statistics
+) -> Double | None:
+    """E[x] of a linear, [K], that has a bias of its own to correct with it; else None."""
+    if not is_linear(node) or len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    bias = node.inputs[2]
+    if constant(bias) is None or len(bias.uses()) != 1:
+        return None
+    return input_mean(node, sites, statistics)
 
 
 def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics) -> Double | None:
