@@ -17,6 +17,7 @@ from ptq_onnx.blocks import is_linear, name_of
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
+from ptq_onnx.quantizers.base import trim
 from ptq_onnx.quantizers.uniform import dequantize, quantize
 from ptq_onnx.spec import Site, TensorSpec
 
@@ -87,7 +88,7 @@ def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistic
         mean = stats.mean
         if start is None or mean.size < 2:
             return None
-        rows = rows_of(start, read, mean.astype(np.float32).reshape(stats.shape))
+        rows = rows_of(start, read, trim(mean.astype(np.float32).reshape(stats.shape)))
         return None if rows is None else rows.astype(np.float64)
     return None
 
