@@ -25,11 +25,11 @@ from ptq_onnx.export.lowering import (
 from ptq_onnx.fusion import fuse
 from ptq_onnx.graph import serialize, to_standard
 from ptq_onnx.kernels import NodeKernels
+from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.quantizers.log2 import log2_codes, log2_values
 from ptq_onnx.quantizers.uniform import dequantize, quantize
 from ptq_onnx.runtime import session
 from ptq_onnx.sites import find_sites
-from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]

@@ -37,15 +37,18 @@ def corrected_biases(
     found: dict[str, NDArray[np.float32]] = {}
     for node in model.graph:
         mean = corrected_mean(node, sites, statistics)
-        weight = node.inputs[1] if is_linear(node) else None
+        if mean is None:
+            continue
+        weight, bias = node.inputs[1], node.inputs[2]
+        value, old = constant(weight), constant(bias)
         spec = None if weight is None else specs.get(str(weight.name))
-        value = constant(weight)
-        if weight is None or spec is None or mean is None or value is None:
+        if weight is None or bias is None or value is None or old is None or spec is None:
             continue
         exact = np.asarray(value, np.float32)
         quantized = (rounded or {}).get(str(weight.name), exact)
-        bias = np.asarray(constant(node.inputs[2]), np.float32)
-        found[str(node.inputs[2].name)] = corrected_bias(exact, bias, spec, mean, quantized)
+        found[str(bias.name)] = corrected_bias(
+            exact, np.asarray(old, np.float32), spec, mean, quantized
+        )
     return found
 
 

@@ -13,26 +13,19 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import is_linear
 from ptq_onnx.calibration import ChannelStatistics, Statistics
-from ptq_onnx.calibration.moments import collect_moments
 from ptq_onnx.calibration.robust import shared_range
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Array, SiteQuantizer
-from ptq_onnx.quantizers.correction import corrected_biases, corrected_mean, start_of
-from ptq_onnx.quantizers.rounding import adaround, gptq, shrunk
-from ptq_onnx.quantizers.uniform import dequantize
+from ptq_onnx.quantizers.correction import corrected_biases, start_of
+from ptq_onnx.quantizers.rounded import rounded_weights
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "Conv", "MatMul")
-ROUNDINGS = {"gptq": gptq, "adaround": adaround}
-WIDEST = 8192
-"""Inputs of a linear up to which second moments are taken (half a GB in float64)."""
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
 
@@ -87,7 +80,8 @@ class Deploy(SiteQuantizer):
             return super().calibrate(batches)
         stats = self.measure(batches)
         specs = self.solve(stats)
-        constants = self.rounded(specs, stats, batches)
+        constants, notes = rounded_weights(self.plan, specs, stats, batches)
+        self.notes.extend(notes)
         if self.plan.config.bias_correction:
             sites = self.plan.sites
             constants |= corrected_biases(self.plan.model, sites, specs, stats, constants)
@@ -101,63 +95,6 @@ class Deploy(SiteQuantizer):
                 " calibrate anew, or leave one out."
             )
         super().reuse(specs, where)
-
-    def rounded(
-        self, specs: dict[str, TensorSpec], stats: Statistics, batches: Iterable[Any]
-    ) -> dict[str, Array]:
-        """Weights [K, N] of linears, moved to the value of the code that rounding gives them.
-
-        Where the bias takes the mean error out, only the covariance of the input counts.
-        """
-        config = self.plan.config
-        if config.rounding == "nearest":
-            return {}
-        method = ROUNDINGS[config.rounding]
-        readers: dict[str, list[ir.Node]] = {}
-        widths: dict[str, int] = {}
-        for node in self._rounded_linears(specs):
-            tensor = str(node.inputs[0].name)
-            readers.setdefault(tensor, []).append(node)
-            widths[tensor] = len(constant(node.inputs[1]))
-        report = self.plan.progress or (lambda _: lambda __: None)
-        found: dict[str, Array] = {}
-        for group in collect_moments(
-            self.plan.model,
-            widths,
-            batches,
-            threads=config.threads,
-            progress=lambda: report("Second moments"),
-        ):
-            for tensor, moments in group.items():
-                for node in readers[tensor]:
-                    mean = corrected_mean(node, self.plan.sites, stats)
-                    centred = config.bias_correction and mean is not None
-                    power = moments.covariance if centred else moments.second_moment
-                    name = str(node.inputs[1].name)
-                    weight, spec = self.constant(name), specs[name]
-                    scale = np.broadcast_to(spec.scale, weight.shape[1:])
-                    codes = method(weight, scale, shrunk(power, moments.rows), spec.rule.bits)
-                    found[name] = dequantize(codes.astype(np.int32), spec)
-        return found
-
-    def _rounded_linears(self, specs: dict[str, TensorSpec]) -> list[ir.Node]:
-        """Linears whose weight no other node reads; the others' weights stay at the nearest."""
-        found = []
-        for node in self.plan.model.graph:
-            weight = node.inputs[1] if is_linear(node) else None
-            spec = None if weight is None else specs.get(str(weight.name))
-            if weight is None or spec is None or spec.factor is not None:
-                continue
-            own = len(weight.uses()) == 1 and not weight.is_graph_output()
-            if own and weight.name in self.plan.model.graph.initializers:
-                if constant(weight).shape[0] <= WIDEST:
-                    found.append(node)
-                else:
-                    self.notes.append(
-                        f"{weight.name}: rounded to the nearest, as its"
-                        f" {constant(weight).shape[0]} inputs are too many for second moments."
-                    )
-        return found
 
     def _read_by_product(self, site: Site) -> bool:
         kinds = [self.nodes[name].op_type for name in site.consumers]

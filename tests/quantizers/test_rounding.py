@@ -223,9 +223,9 @@ def test_shared_weights_stay_at_the_nearest() -> None:
 
 
 def test_too_many_channels_stay_at_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptq_onnx.quantizers.deploy.WIDEST", 8)
+    monkeypatch.setattr("ptq_onnx.quantizers.rounded.WIDEST", 8)
     quantizer = quantized("gptq")
-    assert any("32 inputs are too many" in note for note in quantizer.notes)
+    assert any("its 32 inputs are too many" in note for note in quantizer.notes)
 
 
 def test_scales_of_another_run_are_refused() -> None:
