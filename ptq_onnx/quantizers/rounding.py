@@ -20,8 +20,8 @@ DAMPING = 0.01
 """Of H's mean diagonal, added to the diagonal: keeps the inverse finite."""
 BLOCK = 128
 """Input channels whose errors are passed on at once to those behind them."""
-ITERATIONS = 500
-RATE, STRENGTH, WARM = 0.02, 0.02, 0.2
+ITERATIONS = 400
+RATE, STRENGTH, WARM = 0.03, 0.5, 0.2
 """Of AdaRound: Adam's step, the regulariser's weight, and the part of the run without it."""
 HOT, COLD = 20.0, 2.0
 """Exponent of the regulariser at first and in the end."""
