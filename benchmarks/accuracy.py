@@ -31,6 +31,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "channelwise 8/8/8": {"quantizer": "channelwise"},
     "channelwise 8/8/8, all roles": {"quantizer": "channelwise", "per_channel": ("all",)},
     "deploy 8/8/8": {"quantizer": "deploy"},
+    "deploy 8/8/8, gptq": {"quantizer": "deploy", "rounding": "gptq"},
+    "deploy 8/8/8, adaround": {"quantizer": "deploy", "rounding": "adaround"},
     "fqvit 8/8/8": {"quantizer": "fqvit"},
     "fqvit 8/8/8, no LIS": {"quantizer": "fqvit", "lis": False},
     "fqvit 8/8/4": {"quantizer": "fqvit", "bits": "8/8/4"},

@@ -80,6 +80,7 @@ def quantize(
     lis: o.Lis = None,
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
+    rounding: o.Rounding = None,
     arithmetic: o.Arithmetic = None,
     multiplier_bits: o.MultiplierBits = None,
     target: o.Target = None,

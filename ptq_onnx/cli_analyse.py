@@ -33,6 +33,7 @@ def analyse(
     lis: o.Lis = None,
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
+    rounding: o.Rounding = None,
     arithmetic: o.Arithmetic = None,
     opset: o.Opset = None,
     sensitivity: o.Sensitivity = None,

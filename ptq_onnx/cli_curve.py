@@ -45,6 +45,7 @@ def calibration_curve(
     lis: o.Lis = None,
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
+    rounding: o.Rounding = None,
     target: o.Target = None,
     opset: o.Opset = None,
     threads: o.Threads = None,

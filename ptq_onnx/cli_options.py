@@ -15,6 +15,7 @@ from ptq_onnx.config import (
     METHOD_NAMES,
     OPSETS,
     QUANTIZER_NAMES,
+    ROUNDING_NAMES,
     TARGETS,
     QuantizeConfig,
     read_yaml,
@@ -121,6 +122,15 @@ BiasCorrection = Annotated[
         "bias-correction",
         DEFAULT.bias_correction,
         "deploy: take the mean error of quantized weights out of the biases.",
+    ),
+]
+Rounding = Annotated[
+    str | None,
+    option(
+        "--rounding",
+        "NAME",
+        DEFAULT.rounding,
+        f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
     ),
 ]
 Arithmetic = Annotated[

@@ -14,6 +14,7 @@ from ptq_onnx.errors import ConfigError
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
+ROUNDING_NAMES = ("nearest", "gptq", "adaround")
 TARGETS = ("onnxruntime", "integer")
 INTEGER = "integer"
 OPSETS = range(21, 24)
@@ -96,7 +97,7 @@ class QuantizeConfig:
     ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
     as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
     blocks with the widest channel ranges). ``multiplier_bits``: of the fixed-point multipliers in
-    integer arithmetic. ``attention_blocks`` are drawn; none: the last.
+    integer arithmetic. ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last.
     ``mean`` … ``interpolation`` None: those of
     ``preprocess``, which None means: the model's own, else imagenet. The target ``integer``
     makes ``arithmetic`` integer too.
@@ -121,6 +122,7 @@ class QuantizeConfig:
     lis: bool = True
     equalize: bool = True
     bias_correction: bool = True
+    rounding: str = "nearest"
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
     target: str = "onnxruntime"
@@ -146,6 +148,7 @@ class QuantizeConfig:
         if self.method is not None:
             _choice("method", self.method, METHOD_NAMES)
         _choice("target", self.target, TARGETS)
+        _choice("rounding", self.rounding, ROUNDING_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
         if self.preprocess is not None:
             _choice("preprocess", self.preprocess, ("imagenet", "inception"))
@@ -172,6 +175,7 @@ class QuantizeConfig:
             ("--ptf-k", self.ptf_k is not None, ("fqvit",)),
             ("--no-equalize", not self.equalize, ("deploy",)),
             ("--no-bias-correction", not self.bias_correction, ("deploy",)),
+            (f"--rounding {self.rounding}", self.rounding != "nearest", ("deploy",)),
             ("--no-lis", not self.lis, ("fqvit",)),
             ("--arithmetic integer", self.arithmetic == "integer", ("fqvit",)),
             ("--multiplier-bits", self.multiplier_bits != 31, ("fqvit",)),

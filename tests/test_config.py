@@ -109,6 +109,8 @@ def test_what_selectors_match() -> None:
         ({"batch": 0}, "--batch must be at least 1"),
         ({"analysis_images": 0}, "--analysis-images must be at least 1"),
         ({"threads": -1}, "--threads must be at least 0"),
+        ({"rounding": "up"}, "There is no rounding 'up'"),
+        ({"rounding": "gptq"}, "--rounding gptq belongs to the quantizer deploy"),
         ({"opset": 20}, "--opset 20"),
         ({"opset": 24}, "--opset 24"),
         ({"ptf_k": -1}, "--ptf-k -1: must be from 0 to 12"),

@@ -35,7 +35,8 @@ class Subject:
     """What is analysed: the quantized model, and the float model to compare it with.
 
     ``model`` is the float model that ``quantizer`` quantized; ``reference`` the one it came
-    from, where that is another with the same tensor names (equalised, corrected).
+    from, where that is another: the same tensors, with weights not yet rounded and biases not
+    yet corrected. What rounding changed is an error, and compared with the reference.
     """
 
     model: ir.Model
@@ -80,7 +81,6 @@ def analyse_quantized(
         sites=subject.sites,
         simulator=subject.simulator,
         reference=other or floats,
-        own=floats if other is not None else None,
         threads=threads,
         progress=begin("Every op", count),
     )

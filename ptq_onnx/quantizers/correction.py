@@ -17,6 +17,7 @@ from ptq_onnx.blocks import is_linear, name_of
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
+from ptq_onnx.quantizers.base import trim
 from ptq_onnx.quantizers.uniform import dequantize, quantize
 from ptq_onnx.spec import Site, TensorSpec
 
@@ -28,31 +29,53 @@ def corrected_biases(
     sites: Mapping[str, Site],
     specs: Mapping[str, TensorSpec],
     statistics: Statistics,
+    rounded: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """New biases [N] of all linears with quantized weight and a known input mean, by name of
-    the bias. A linear without a bias, or with one that others share, is left alone."""
+    the bias. A linear without a bias, or with one that others share, is left alone. ``rounded``
+    holds, by name, the weights that are quantized in place of the model's own."""
     found: dict[str, NDArray[np.float32]] = {}
     for node in model.graph:
-        if not is_linear(node) or len(node.inputs) < 3 or node.inputs[2] is None:
+        mean = corrected_mean(node, sites, statistics)
+        if mean is None:
             continue
         weight, bias = node.inputs[1], node.inputs[2]
-        spec = None if weight is None else specs.get(str(weight.name))
-        mean = input_mean(node, sites, statistics)
         value, old = constant(weight), constant(bias)
-        if spec is None or mean is None or value is None or old is None or len(bias.uses()) != 1:
+        spec = None if weight is None else specs.get(str(weight.name))
+        if weight is None or bias is None or value is None or old is None or spec is None:
             continue
+        exact = np.asarray(value, np.float32)
+        quantized = (rounded or {}).get(str(weight.name), exact)
         found[str(bias.name)] = corrected_bias(
-            np.asarray(value, np.float32), np.asarray(old, np.float32), spec, mean
+            exact, np.asarray(old, np.float32), spec, mean, quantized
         )
     return found
 
 
 def corrected_bias(
-    weight: NDArray[np.float32], bias: NDArray[np.float32], spec: TensorSpec, mean: Double
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    spec: TensorSpec,
+    mean: Double,
+    quantized: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """b - E[x] (Ŵ - W) for weight [K, N], bias [N] and input mean [K]."""
-    error = dequantize(quantize(weight, spec), spec).astype(np.float64) - weight
+    """b - E[x] (Ŵ - W) for weight [K, N], bias [N] and input mean [K]; Ŵ is ``quantized`` in
+    codes, or the weight itself."""
+    codes = quantize(weight if quantized is None else quantized, spec)
+    error = dequantize(codes, spec).astype(np.float64) - weight
     return np.asarray(bias - mean @ error, np.float32)
+
+
+def corrected_mean(
+    node: ir.Node, sites: Mapping[str, Site], statistics: Statistics
+) -> Double | None:
+    """E[x] of a linear, [K], that has a bias of its own to correct with it; else None."""
+    if not is_linear(node) or len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    bias = node.inputs[2]
+    if constant(bias) is None or len(bias.uses()) != 1:
+        return None
+    return input_mean(node, sites, statistics)
 
 
 def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics) -> Double | None:
@@ -68,7 +91,7 @@ def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistic
         mean = stats.mean
         if start is None or mean.size < 2:
             return None
-        rows = rows_of(start, read, mean.astype(np.float32).reshape(stats.shape))
+        rows = rows_of(start, read, trim(mean.astype(np.float32).reshape(stats.shape)))
         return None if rows is None else rows.astype(np.float64)
     return None
 

@@ -9,17 +9,20 @@ business of equalisation (``equalization/``), which goes before.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration import ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Array, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
+from ptq_onnx.quantizers.rounded import rounded_weights
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "MatMul")
@@ -98,12 +101,27 @@ class Deploy(SiteQuantizer):
             np.add.at(total, rows.astype(np.int64), power)
         return total
 
-    def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
-        specs = super().solve(stats)
+    def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
+        """Specs; then the weights are rounded, and the biases corrected for what that left."""
+        if self._given is not None:
+            return super().calibrate(batches)
+        stats = self.measure(batches)
+        specs = self.solve(stats)
+        constants, notes = rounded_weights(self.plan, specs, stats, batches)
+        self.notes.extend(notes)
         if self.plan.config.bias_correction:
-            biases = corrected_biases(self.model, self.plan.sites, specs, stats)
-            self.set_constants(biases)
+            sites = self.plan.sites
+            constants |= corrected_biases(self.plan.model, sites, specs, stats, constants)
+        self.set_constants(constants)
         return specs
+
+    def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
+        if self.plan.config.rounding != "nearest":
+            raise ConfigError(
+                f"--scales {where}: --rounding {self.plan.config.rounding} needs the images;"
+                " calibrate anew, or leave one out."
+            )
+        super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:
         kinds = [self.nodes[name].op_type for name in site.consumers]

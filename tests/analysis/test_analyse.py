@@ -20,10 +20,13 @@ from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity, Variatio
 from ptq_onnx.analysis.schema import report_schema, text, violations
 from ptq_onnx.cli import app
 from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.pipeline import Result, quantize
+from ptq_onnx.evaluation import evaluate
+from ptq_onnx.images import open_images
+from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
 
 CHROMIUM = next((p for n in ("chromium", "google-chrome") if (p := shutil.which(n))), None)
 CALIB = ROOT / "img/digits/calib"
+VAL = ROOT / "img/digits/val"
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +283,18 @@ def test_a_network_without_blocks(tmp_path: Path) -> None:
     assert violations(json.loads((tmp_path / "out/report.json").read_text()), report_schema()) == []
     alone = {(s.module, s.part): s.error for s in found.analysis.sensitivity.layerwise}
     assert alone["model", "all"] == found.analysis.sensitivity.baseline
+
+
+def test_rounded_weights_are_compared_with_the_float_ones(tmp_path: Path) -> None:
+    """The logits err in the report as they do in the file, on other images."""
+    config = QuantizeConfig(
+        quantizer="deploy", rounding="gptq", bits="3/8/8", images=16, analysis_images=8,
+        pictures=False, threads=1,
+    )  # fmt: skip
+    found = quantize(DIGITS, config=config, calib=CALIB, val=VAL, output=tmp_path / "out")
+    assert found.analysis is not None
+    logits = found.analysis.graphwise.logits
+    assert logits is not None
+    source = open_images(VAL, resolve_preprocess(DIGITS, config), limit=8)
+    measured = evaluate(found.output / "quantized.onnx", source, reference=DIGITS, threads=1)
+    assert measured.sqnr_db == pytest.approx(logits.snr_db, abs=2)

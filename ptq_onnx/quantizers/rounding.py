@@ -1,0 +1,147 @@
+"""Rounding of a linear's weight by what it does to the output, not to the weight.
+
+All functions take ``weight`` [K, N], ``scale`` [N] and ``moments`` H = E[xᵀx] [K, K] of the
+rows x [K] that the linear reads, and return int8 codes [K, N]. The scales stay as they are.
+With Δ = scale·codes - weight, the output's mean squared error is ΔᵀHΔ per column; columns do
+not depend on each other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Double = NDArray[np.float64]
+Codes = NDArray[np.int8]
+
+DAMPING = 0.01
+"""Of H's mean diagonal, added to the diagonal: keeps the inverse finite."""
+BLOCK = 128
+"""Input channels whose errors are passed on at once to those behind them."""
+ITERATIONS = 400
+RATE, STRENGTH, WARM = 0.03, 0.5, 0.2
+"""Of AdaRound: Adam's step, the regulariser's weight, and the part of the run without it."""
+HOT, COLD = 20.0, 2.0
+"""Exponent of the regulariser at first and in the end."""
+GAMMA, ZETA = -0.1, 1.1
+"""Ends of the stretched sigmoid."""
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed code."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def nearest(weight: Array, scale: Array, bits: int) -> Codes:
+    """clip(round(w / s)): the least error of each weight by itself."""
+    return np.asarray(np.clip(np.rint(weight / scale), *limits(bits)), np.int8)
+
+
+def loss(weight: Array, scale: Array, moments: Double, codes: Codes) -> Double:
+    """ΔᵀHΔ per column, [N]: the mean squared error of the outputs."""
+    delta = codes * scale.astype(np.float64) - weight
+    return np.asarray(np.einsum("kn,kn->n", delta, moments @ delta), np.float64)
+
+
+def shrunk(moments: Double, rows: int) -> Double:
+    """(1 - ρ) H + ρ diag(H), ρ = K / (K + rows).
+
+    Moments of few rows show directions without any input that other images do fill; without
+    this the errors would all be put there.
+    """
+    part = len(moments) / (len(moments) + max(rows, 1))
+    result = (1 - part) * moments
+    np.fill_diagonal(result, np.diag(moments))
+    return result
+
+
+def gptq(weight: Array, scale: Array, moments: Double, bits: int) -> Codes:
+    """Rounds one input channel after the other; the channels not rounded yet make up for it.
+
+    Channel i's error, times U[i, j] / U[i, i], is taken from channel j, where UᵀU = H⁻¹.
+    Channels of large power come first. Source: Frantar et al., "GPTQ" (arXiv 2210.17323).
+    """
+    factor, order = _inverse_factor(moments)
+    steps = scale.astype(np.float64)
+    lowest, highest = limits(bits)
+    left = weight.astype(np.float64)[order] / steps
+    codes = np.empty(left.shape, np.int8)
+    for start in range(0, len(left), BLOCK):
+        stop = min(start + BLOCK, len(left))
+        errors = np.empty((stop - start, left.shape[1]))
+        for i in range(start, stop):
+            rounded = np.clip(np.rint(left[i]), lowest, highest)
+            codes[order[i]] = rounded
+            error = (left[i] - rounded) / factor[i, i]
+            left[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
+            errors[i - start] = error
+        left[stop:] -= factor[start:stop, stop:].T @ errors
+    return _better(weight, scale, moments, codes, nearest(weight, scale, bits))
+
+
+def adaround(
+    weight: Array, scale: Array, moments: Double, bits: int, iterations: int = ITERATIONS
+) -> Codes:
+    """Learns for each weight whether it is rounded up or down.
+
+    Minimises ΔᵀHΔ + λ Σ (1 - |2h - 1|^β) by Adam, h = clip(σ(v) (ζ - γ) + γ, 0, 1) being the
+    part by which a weight is above its lower code, and β falling from ``HOT`` to ``COLD``.
+    Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (arXiv
+    2004.10568), with the loss from second moments instead of images.
+    """
+    lowest, highest = limits(bits)
+    exact = weight.astype(np.float64) / scale
+    lower = np.clip(np.floor(exact), lowest, highest - 1)
+    power = float(np.trace(moments)) / max(len(moments), 1)
+    gram = torch.from_numpy(np.asarray(moments / (power or 1.0), np.float32))
+    offset = torch.from_numpy(np.asarray(lower - exact, np.float32))
+    part = np.clip(exact - lower, 0.0, 1.0)
+    inner = np.clip((part - GAMMA) / (ZETA - GAMMA), 1e-3, 1 - 1e-3)
+    start = torch.from_numpy(np.asarray(np.log(inner / (1 - inner)), np.float32))
+    v = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([v], lr=RATE)
+    for step in range(iterations):
+        sigmoid = torch.sigmoid(v.detach())
+        stretched = sigmoid * (ZETA - GAMMA) + GAMMA
+        h = stretched.clamp(0, 1)
+        slope = 2 * (gram @ (offset + h))  # of ΔᵀHΔ by h, in units of the steps
+        done = (step / max(iterations, 1) - WARM) / (1 - WARM)
+        if done > 0:
+            beta = COLD + (HOT - COLD) * (1 + np.cos(np.pi * done)) / 2
+            away = 2 * h - 1
+            slope -= STRENGTH * 2 * beta * away.sign() * away.abs() ** (beta - 1)
+        v.grad = slope * sigmoid * (1 - sigmoid) * (ZETA - GAMMA)
+        adam.step()
+    up = (torch.sigmoid(v.detach()) >= 0.5).numpy()
+    codes = np.asarray(lower + up, np.int8)
+    return _better(weight, scale, moments, codes, nearest(weight, scale, bits))
+
+
+def _better(weight: Array, scale: Array, moments: Double, one: Codes, other: Codes) -> Codes:
+    """Per column the codes with the smaller loss."""
+    kept = loss(weight, scale, moments, one) < loss(weight, scale, moments, other)
+    return np.where(kept, one, other)
+
+
+def _inverse_factor(moments: Double) -> tuple[Double, NDArray[np.int64]]:
+    """Upper U with UᵀU = H⁻¹, of the damped H in descending order of its diagonal; the order.
+
+    A channel without input gets a diagonal of its own, and passes nothing on. Damping grows
+    where rounding has left H without an inverse.
+    """
+    power = np.diag(moments)
+    order = np.asarray(np.argsort(-power, kind="stable"), np.int64)
+    mean = float(power.mean()) or 1.0
+    damping = DAMPING
+    while True:
+        damped = moments[np.ix_(order, order)]
+        damped[np.diag_indices_from(damped)] += damping * mean
+        try:
+            # With rows and columns turned round, LLᵀ = H is UUᵀ; its inverse is lower there.
+            turned = np.linalg.cholesky(damped[::-1, ::-1])
+            inverse = np.linalg.inv(turned)
+            return np.triu(inverse[::-1, ::-1]), order
+        except np.linalg.LinAlgError:
+            damping *= 10
