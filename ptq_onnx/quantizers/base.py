@@ -215,7 +215,7 @@ class SiteQuantizer(VitQuantizer):
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""
-        if rule.granularity == "row":
+        if rule.granularity == "row" or rule.method == "fixed":
             return tensor_spec(site, rule, 0.0, 1.0)
         if site.tensor in self.plan.fixed:
             return tensor_spec(site, rule, *self.plan.fixed[site.tensor])

@@ -3,7 +3,8 @@
 The inputs and weights of the products (patch embedding, linears, QKᵀ, A·V); LayerNorm,
 softmax, GELU and the residual stream stay float, and so does every product's output, so
 that ONNX Runtime fuses each product to one MatMulIntegerToFloat. Weights int8 per output
-channel, activations uint8 with one scale per tensor: what differs between channels is the
+channel, activations 8 bits with one scale per tensor, with or without a sign as the target
+takes them (``targets.py``): what differs between channels is the
 business of equalisation (``equalization/``), which goes before.
 """
 
@@ -40,9 +41,17 @@ class Deploy(SiteQuantizer):
         if site.is_parameter:
             return Rule(widths.weights, True, True, "channel", method="minmax")
         method = self.plan.config.effective_method
+        target = self.plan.config.runtime
         if site.role == "softmax":
-            return Rule(widths.attention, False, False, "row", method="fixed")
-        return Rule(widths.activations, False, False, "tensor", method=method)
+            sign, grain = target.signed_attention, "row" if target.rows else "tensor"
+            stored = target.stored(sign)
+            return Rule(widths.attention, sign, sign, grain, method="fixed", stored=stored)
+        products = [self.nodes[name].op_type for name in site.consumers]
+        sign = target.symmetric
+        if "MatMul" in products:
+            sign = target.symmetric_attention
+        stored = target.stored(sign)
+        return Rule(widths.activations, sign, sign, "tensor", method=method, stored=stored)
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
