@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ptq_onnx.calibration.statistics import ChannelStatistics
 
 Array = NDArray[np.float32]
+Double = NDArray[np.float64]
 
 HORIZON = 8.0
 """The range is expected to be passed once in this many times the calibration images."""
@@ -72,8 +73,9 @@ def shared_range(
     if stats.images < 2:
         return least, most
     values = stats.count / stats.images
-    above = _clipping(stats.highest, stats.images, most * WIDTHS, power)
-    below = _clipping(-stats.lowest, stats.images, -least * WIDTHS, power)
+    origin = np.zeros(stats.power.size) if stats.origin is None else stats.origin
+    above = _clipping(stats.highest, origin, stats.images, most * WIDTHS, power)
+    below = _clipping(-stats.lowest, -origin, stats.images, -least * WIDTHS, power)
     rounding = values * float(power.sum()) / 12 / (levels - 1) ** 2
     if symmetric:
         cost = above + below + rounding * (2 * most * WIDTHS) ** 2
@@ -86,10 +88,13 @@ def shared_range(
 
 
 def _clipping(
-    extremes: Array, images: int, bounds: NDArray[np.float64], power: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Expected squared error per image beyond each bound [W], from maxima [k, C]."""
-    first, second = extremes[:2].astype(np.float64)
+    extremes: Array, origin: Double, images: int, bounds: Double, power: Double
+) -> Double:
+    """Expected squared error per image beyond each bound [W], from maxima [k, C].
+
+    Records are ratios to zero: where the tensor was shifted, to its ``origin`` [C].
+    """
+    first, second = extremes[:2].astype(np.float64) - origin
     usable = second > 0
     if not usable.any():
         return np.zeros(len(bounds))
@@ -97,8 +102,8 @@ def _clipping(
     # Quantiles, the largest ratio among them: the tail is what matters
     sample = ratio[np.linspace(0, len(ratio) - 1, min(SAMPLES, len(ratio))).round().astype(int)]
     cost = np.zeros(len(bounds))
-    records = first[usable]
+    records, start = first[usable], origin[usable]
     for one in sample:
-        over = np.maximum(one * records - bounds[:, None], 0) ** 2
+        over = np.maximum(one * records + start - bounds[:, None], 0) ** 2
         cost += over @ power[usable]
     return np.asarray(cost / len(sample) / (images + 1), np.float64)

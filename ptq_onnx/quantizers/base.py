@@ -165,7 +165,12 @@ class SiteQuantizer(VitQuantizer):
         sites = [s for s in plan.sites.values() if not s.is_parameter and s.tensor in self.rules]
         report = plan.progress or (lambda _: lambda __: None)
         threads = plan.config.threads
-        stats = collect(plan.model, sites, batches, threads=threads, progress=report("Calibrating"))
+        known = plan.statistics
+        if known is not None and all(s.tensor in known.channels for s in sites):
+            stats = known
+        else:
+            advance = report("Calibrating")
+            stats = collect(plan.model, sites, batches, threads=threads, progress=advance)
         traces = {f"{s.tensor} ({s.label})": stats.channels[s.tensor].trace for s in sites}
         growth = find_growth(traces).warning
         if growth is not None:
