@@ -32,9 +32,10 @@ from ptq_onnx.blocks import (
     through_layout,
 )
 from ptq_onnx.calibration import Statistics, collect
-from ptq_onnx.calibration.robust import robust_range
+from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.moves import (
+    Hidden,
     columns_behind,
     hidden_channels,
     insert_affine,
@@ -43,7 +44,7 @@ from ptq_onnx.equalization.moves import (
     readers_of,
     value_path,
 )
-from ptq_onnx.equalization.strength import Choice, Product, balance, choose_factor
+from ptq_onnx.equalization.strength import Choice, Product, balance, choose_factor, output_noise
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
@@ -163,28 +164,48 @@ class _Equalizer:
         linears = readers_of(value)
         if linears is None or len(site.channel_axes) != 1 or len(low) < 2:
             return
-        half = self.unshifted(low, high, self.target.symmetric)
+        half = self.unshifted(low, high, symmetric=False)
         hidden = hidden_channels(value, linears)
-        products = self.products(linears)
         numbers = tuple(n for n in COPIES if n <= len(low) * MOST_COPIES)
         extra = () if hidden is None else numbers
-        choice = choose_factor(half, variance, products, self.levels, extra=extra)
-        shift = np.zeros(len(low))
+        choice = choose_factor(half, variance, self.products(linears), self.levels, extra=extra)
         if self.target.symmetric:
-            # An Add lets a tensor that is hardly ever negative use both halves of the codes.
-            plain, middle = choice.plain, (low + high) / 2
-            centred = choose_factor((high - low) / 2, variance, products, self.levels, extra=extra)
-            if choice.gain_db + WORTH_A_MUL <= _decibels(plain, centred.noise):
-                shift, choice = middle, replace(centred, plain=plain)
-        if choice.gain_db < WORTH_A_MUL:
-            return
+            halves = self.unshifted(low, high, symmetric=True)
+            ones = np.ones(len(half))
+            plain = output_noise(ones, halves, variance, self.products(linears), self.levels)
+            choice = replace(choice, plain=plain)
+        if choice.gain_db >= WORTH_A_MUL:
+            self.insert(site, value, linears, hidden, choice)
+
+    def insert(
+        self,
+        site: Site,
+        value: ir.Value,
+        linears: tuple[ir.Node, ...],
+        hidden: Hidden | None,
+        choice: Choice,
+    ) -> None:
+        """(value - shift) / factor in front of linears, as Mul and Add.
+
+        Where codes have a sign, the shift is the same for all channels behind the division: it
+        puts the range around zero that one scale and zero point would cover.
+        """
         factor = choice.factor
+        stats = self.stats.channels[site.tensor]
         if hidden is not None and choice.copies is not None:
             hidden.repeat(self.model.graph, choice.copies)
             index = np.repeat(np.arange(len(factor)), choice.copies)
-            self.stats.channels[site.tensor] = self.stats.channels[site.tensor].take(index)
+            stats = self.stats.channels[site.tensor] = stats.take(index)
             # Each copy holds the whole value: its part is taken with the factor.
-            factor, shift = (factor * choice.copies)[index], shift[index]
+            factor = (factor * choice.copies)[index]
+        shift = np.zeros(len(factor))
+        if self.target.symmetric:
+            weights = [w for w in (constant(n.inputs[1]) for n in linears) if w is not None]
+            power = sum(np.sum((w * factor[:, None]) ** 2, axis=1) for w in weights)
+            low, high = shared_range(
+                stats.moved(shift, factor), np.asarray(power), self.levels, symmetric=False
+            )
+            shift = factor * (low + high) / 2
         before = {name_of(node) for node in self.model.graph}
         made = insert_affine(self.model.graph, value, shift, factor, "equalized")
         for linear in linears:
@@ -192,7 +213,7 @@ class _Equalizer:
         for node in self.model.graph:
             if name_of(node) not in before:
                 self.roles[name_of(node)] = Role(site.block, site.role)
-        self.note(site, "Mul" if not shift.any() else "Mul, Add", choice)
+        self.note(site, "Mul, Add" if shift.any() else "Mul", choice)
         self.move_statistics(site.tensor, shift, factor, str(made.name))
 
     def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
@@ -281,10 +302,6 @@ def restructure(model: ir.Model, target: Target) -> dict[str, int]:
         "FoldedScale": forms.fold_attention_scales(model),
         "KeptRank": forms.keep_rank(model) if target.keep_rank else 0,
     }
-
-
-def _decibels(before: float, after: float) -> float:
-    return float(10 * np.log10(max(before, 1e-300) / max(after, 1e-300)))
 
 
 def reads_only_products(site: Site, nodes: dict[str, ir.Node]) -> bool:

@@ -542,7 +542,7 @@ def rows_of(value: ir.Value, read: ir.Value, factor: Factor) -> Factor | None:
     None where a channel of ``read`` mixes several factors.
     """
     if value is read:
-        return factor.ravel() if factor.ndim == 1 else None
+        return factor.ravel() if factor.shape[-1:] == (factor.size,) else None
     indices = layout_indices(value, read)
     if indices is None or value.shape is None:
         return None
