@@ -95,7 +95,8 @@ def _clipping(
     Records are ratios to zero: where the tensor was shifted, to its ``origin`` [C].
     """
     first, second = extremes[:2].astype(np.float64) - origin
-    usable = second > 0
+    # What is left of nothing after a shift in float32 is no record
+    usable = second > 1e-5 * np.abs(origin)
     if not usable.any():
         return np.zeros(len(bounds))
     ratio = np.sort(first[usable] / second[usable])

@@ -49,6 +49,7 @@ from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
+from ptq_onnx.quantizers.uniform import asymmetric_scale
 from ptq_onnx.sites import find_sites, image_input
 from ptq_onnx.spec import Site
 from ptq_onnx.targets import Target
@@ -93,6 +94,8 @@ class _Equalizer:
     weight_bits: int
     moves: list[Move] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
+    fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Ranges that go with a shift, by tensor."""
 
     def __post_init__(self) -> None:
         self.values = {str(v.name): v for n in self.model.graph for v in n.outputs}
@@ -188,7 +191,7 @@ class _Equalizer:
         """(value - shift) / factor in front of linears, as Mul and Add.
 
         Where codes have a sign, the shift is the same for all channels behind the division: it
-        puts the range around zero that one scale and zero point would cover.
+        puts the range around zero that one scale and zero point would cover. The range is kept.
         """
         factor = choice.factor
         stats = self.stats.channels[site.tensor]
@@ -198,14 +201,20 @@ class _Equalizer:
             stats = self.stats.channels[site.tensor] = stats.take(index)
             # Each copy holds the whole value: its part is taken with the factor.
             factor = (factor * choice.copies)[index]
-        shift = np.zeros(len(factor))
+        shift, fixed = np.zeros(len(factor)), None
         if self.target.symmetric:
             weights = [w for w in (constant(n.inputs[1]) for n in linears) if w is not None]
             power = sum(np.sum((w * factor[:, None]) ** 2, axis=1) for w in weights)
             low, high = shared_range(
                 stats.moved(shift, factor), np.asarray(power), self.levels, symmetric=False
             )
-            shift = factor * (low + high) / 2
+            # Zero stays exact: most of what an activation function gives is close to it, and
+            # would be rounded all one way.
+            limits = (0, self.levels - 1)
+            step, zero = asymmetric_scale(np.float32([low]), np.float32([high]), limits)
+            middle = self.levels // 2
+            shift = factor * float(step[0]) * (middle - float(zero[0]))
+            fixed = -middle * float(step[0]), (middle - 1) * float(step[0])
         before = {name_of(node) for node in self.model.graph}
         made = insert_affine(self.model.graph, value, shift, factor, "equalized")
         for linear in linears:
@@ -215,6 +224,8 @@ class _Equalizer:
                 self.roles[name_of(node)] = Role(site.block, site.role)
         self.note(site, "Mul, Add" if shift.any() else "Mul", choice)
         self.move_statistics(site.tensor, shift, factor, str(made.name))
+        if fixed is not None:
+            self.fixed[str(made.name)] = fixed
 
     def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
         """Tensors with statistics that the same norm makes (all that those linears read)."""
@@ -344,7 +355,7 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
         statistics=stats,
         moves=tuple(state.moves),
         forms=counts,
-        fixed=fixed,
+        fixed={**fixed, **state.fixed},
     )
 
 
