@@ -58,7 +58,9 @@ def _products_only(runtime: str) -> dict[str, str]:
     return dict.fromkeys(("vanilla", "channelwise", "fqvit"), reason)
 
 
-_NO_INTEGERS = "it has no integer arithmetic of LayerNorm, softmax and residuals; use --quantizer fqvit"
+_NO_INTEGERS = (
+    "it has no integer arithmetic of LayerNorm, softmax and residuals; use --quantizer fqvit"
+)
 
 LATER = range(20, 24)
 """From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
@@ -88,7 +90,6 @@ OPENVINO = Target(
     quantizer="deploy",
     symmetric_attention=True,
     signed_stored="int8",
-    rows=False,
     patches_as_linear=False,
     keep_rank=False,
 )

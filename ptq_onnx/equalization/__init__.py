@@ -136,9 +136,7 @@ class _Equalizer:
 
     def unshifted(self, low: Double, high: Double, symmetric: bool) -> Double:
         """Half of the range that a channel takes up where all share one zero point."""
-        limits = (
-            (-(self.levels // 2), self.levels // 2 - 1) if symmetric else (0, self.levels - 1)
-        )
+        limits = (-(self.levels // 2), self.levels // 2 - 1) if symmetric else (0, self.levels - 1)
         steps = [
             needed_step(low, high, zero, limits)
             for zero in zero_points(low, high, limits, symmetric)
@@ -342,9 +340,7 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
         model, wanted, batches, threads=plan.config.threads, progress=report("Calibrating")
     )
     widths = plan.config.widths
-    state = _Equalizer(
-        model, blocks, sites, stats, 1 << widths.activations, target, widths.weights
-    )
+    state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
     state.run()
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(
@@ -409,4 +405,6 @@ def image_in_pixels(
     new = [n for n in model.graph if name_of(n) not in before]
     step = float(unit[0]) if shared else 1.0
     tensor = str(made.name) if read is image else str(read.name)
-    return {name_of(n): Role(None, "input") for n in new}, {tensor: (-zero * step, (255 - zero) * step)}
+    return {name_of(n): Role(None, "input") for n in new}, {
+        tensor: (-zero * step, (255 - zero) * step)
+    }
