@@ -95,8 +95,9 @@ class Selector:
 class QuantizeConfig:
     """Everything that decides the numbers of a quantized model.
 
-    ``quantizer`` empty and ``opset`` 0: the target's own. ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
-    as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
+    ``quantizer`` empty and ``opset`` 0: the target's own. ``method`` None: percentile for
+    vanilla, robust for the others. ``ptf_k`` None: as large as the channels need.
+    ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
     blocks with the widest channel ranges). ``multiplier_bits``: of the fixed-point multipliers in
     integer arithmetic. ``attention_blocks`` are drawn; none: the last.
     ``mean`` … ``interpolation`` None: those of

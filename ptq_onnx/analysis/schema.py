@@ -107,7 +107,8 @@ def report_schema() -> Schema:
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
         "symmetric": {"type": "boolean"}, "granularity": {"enum": [*get_args(Granularity)]},
         "code": {"enum": ["uniform", "log2"]}, "method": STRING,
-        "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]}, "scale": {"type": ["number", "array"]},
+        "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
+        "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},
     }  # fmt: skip

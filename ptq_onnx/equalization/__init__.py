@@ -202,14 +202,17 @@ class _Equalizer:
         shift, fixed = np.zeros(len(factor)), None
         if self.target.symmetric:
             weights = [w for w in (constant(n.inputs[1]) for n in linears) if w is not None]
-            power = sum(np.sum((w * factor[:, None]) ** 2, axis=1) for w in weights)
+            power = sum(
+                np.sum((w.astype(np.float64) * factor[:, None]) ** 2, axis=1) for w in weights
+            )
             low, high = shared_range(
                 stats.moved(shift, factor), np.asarray(power), self.levels, symmetric=False
             )
             # Zero stays exact: most of what an activation function gives is close to it, and
             # would be rounded all one way.
             limits = (0, self.levels - 1)
-            step, zero = asymmetric_scale(np.float32([low]), np.float32([high]), limits)
+            ends = np.array([[low], [high]], np.float32)
+            step, zero = asymmetric_scale(ends[0], ends[1], limits)
             middle = self.levels // 2
             shift = factor * float(step[0]) * (middle - float(zero[0]))
             fixed = -middle * float(step[0]), (middle - 1) * float(step[0])

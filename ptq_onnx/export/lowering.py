@@ -505,10 +505,10 @@ class _Lowering:
 def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8 | np.int8]:
     """The zero point of an activation in the file, in the type of the stored codes.
 
-    Where that is uint8, signed codes are stored 128 higher, zero point included: the same numbers, in the type
-    that ONNX Runtime's x86 kernels want. It would convert int8 by itself, but then rejects
-    its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it moves over
-    a Transpose keeps output_dtype INT8).
+    Where that is uint8, signed codes are stored 128 higher, zero point included: the same
+    numbers, in the type that ONNX Runtime's x86 kernels want. It would convert int8 by itself, but
+    then rejects its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it
+    moves over a Transpose keeps output_dtype INT8).
     """
     if spec.rule.stored == "int8":
         return np.asarray(spec.zero_point).astype(np.int8)

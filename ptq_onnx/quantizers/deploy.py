@@ -21,7 +21,7 @@ from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Array, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
-from ptq_onnx.spec import Rule, Site, TensorSpec
+from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "Conv", "MatMul")
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
@@ -43,7 +43,8 @@ class Deploy(SiteQuantizer):
         method = self.plan.config.effective_method
         target = self.plan.config.runtime
         if site.role == "softmax":
-            sign, grain = target.signed_attention, "row" if target.rows else "tensor"
+            sign = target.signed_attention
+            grain: Granularity = "row" if target.rows else "tensor"
             stored = target.stored(sign)
             return Rule(widths.attention, sign, sign, grain, method="fixed", stored=stored)
         products = [self.nodes[name].op_type for name in site.consumers]
