@@ -77,7 +77,12 @@ Json = Annotated[bool, option("--json", None, "a table", "One line of JSON on st
 # What numbers
 Quantizer = Annotated[
     str | None,
-    option("--quantizer", "NAME", DEFAULT.quantizer, f"One of {', '.join(QUANTIZER_NAMES)}."),
+    option(
+        "--quantizer",
+        "NAME",
+        f"{DEFAULT.quantizer}; deploy for tensorrt and openvino",
+        f"One of {', '.join(QUANTIZER_NAMES)}.",
+    ),
 ]
 Bits = Annotated[
     str | None,
@@ -157,7 +162,12 @@ Target = Annotated[
 ]
 Opset = Annotated[
     int | None,
-    option("--opset", "N", DEFAULT.opset, f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}."),
+    option(
+        "--opset",
+        "N",
+        f"{DEFAULT.opset}; 20 for tensorrt and openvino",
+        f"ONNX opset, up to {OPSETS[-1]}.",
+    ),
 ]
 
 # Calibration

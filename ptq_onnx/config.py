@@ -11,13 +11,15 @@ from typing import Any, Literal
 import yaml
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.targets import TARGETS as BY_NAME
+from ptq_onnx.targets import Target
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
-TARGETS = ("onnxruntime", "integer")
+TARGETS = tuple(BY_NAME)
 INTEGER = "integer"
-OPSETS = range(21, 24)
+OPSETS = range(20, 24)
 ALL = "all"
 AUTO = "auto"
 
@@ -94,8 +96,9 @@ class Selector:
 class QuantizeConfig:
     """Everything that decides the numbers of a quantized model.
 
-    ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
-    as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
+    ``quantizer`` empty and ``opset`` 0: the target's own. ``method`` None: percentile for
+    vanilla, robust for the others. ``ptf_k`` None: as large as the channels need.
+    ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
     blocks with the widest channel ranges). ``multiplier_bits``: of the fixed-point multipliers in
     integer arithmetic. ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last.
     ``mean`` … ``interpolation`` None: those of
@@ -103,7 +106,7 @@ class QuantizeConfig:
     makes ``arithmetic`` integer too.
     """
 
-    quantizer: str = "fqvit"
+    quantizer: str = ""
     bits: str = "8/8/8"
     method: str | None = None
     images: int = 128
@@ -126,7 +129,7 @@ class QuantizeConfig:
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
     target: str = "onnxruntime"
-    opset: int = 21
+    opset: int = 0
     report: bool = True
     sensitivity: bool = False
     pictures: bool = True
@@ -144,11 +147,15 @@ class QuantizeConfig:
             value = getattr(self, name)
             if isinstance(value, str):  # one selector, not one per letter
                 object.__setattr__(self, name, (value,))
-        _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         if self.method is not None:
             _choice("method", self.method, METHOD_NAMES)
         _choice("target", self.target, TARGETS)
         _choice("rounding", self.rounding, ROUNDING_NAMES)
+        if not self.quantizer:
+            object.__setattr__(self, "quantizer", self.runtime.quantizer)
+        if self.opset == 0:
+            object.__setattr__(self, "opset", self.runtime.opset)
+        _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
         if self.preprocess is not None:
             _choice("preprocess", self.preprocess, ("imagenet", "inception"))
@@ -157,10 +164,14 @@ class QuantizeConfig:
         _at_least("batch", self.batch, 1)
         _at_least("analysis_images", self.analysis_images, 1)
         _at_least("threads", self.threads, 0)
-        if self.opset not in OPSETS:
+        if self.opset not in self.runtime.opsets:
+            first, last = self.runtime.opsets[0], self.runtime.opsets[-1]
             raise ConfigError(
-                f"--opset {self.opset}: the targets take {OPSETS[0]} to {OPSETS[-1]}."
+                f"--opset {self.opset}: the target {self.target} takes {first} to {last}."
             )
+        refused = self.runtime.quantizers.get(self.quantizer)
+        if refused is not None:
+            raise ConfigError(f"--target {self.target}, quantizer {self.quantizer}: {refused}.")
         if self.target == INTEGER:
             self._check_integer()
         width = self.multiplier_bits
@@ -194,13 +205,7 @@ class QuantizeConfig:
             raise ConfigError("--keep-float takes roles; 'auto' is known to --per-channel only.")
 
     def _check_integer(self) -> None:
-        """The target integer takes fqvit alone, which quantizes every tensor. Its arithmetic
-        is integer."""
-        if self.quantizer != "fqvit":
-            raise ConfigError(
-                f"--target integer: the quantizer {self.quantizer} has no integer arithmetic of"
-                " LayerNorm, softmax and residuals; use --quantizer fqvit."
-            )
+        """The target integer quantizes every tensor. Its arithmetic is integer."""
         for option, used in (
             ("--keep-float", self.keep_float),
             ("--per-channel", self.per_channel),
@@ -208,6 +213,11 @@ class QuantizeConfig:
             if used:
                 raise ConfigError(f"--target integer: {option} would leave tensors in float.")
         object.__setattr__(self, "arithmetic", "integer")
+
+    @property
+    def runtime(self) -> Target:
+        """What the target takes."""
+        return BY_NAME[self.target]
 
     @property
     def widths(self) -> Bits:

@@ -310,6 +310,10 @@ class _Run:
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
             report["integer"] = self._integer(quantizer, lowered)
+        if config.target == "onnxruntime" and config.report:
+            from ptq_onnx.conformance.optimised import optimised_histogram
+
+            report["optimised"] = optimised_histogram(quantized)
         analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
         pictures: list[tuple[str, Path]] = []
         if config.report:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.targets import Stored
+
 Granularity = Literal["tensor", "channel", "ptf", "row"]
 Code = Literal["uniform", "log2"]
 
@@ -51,6 +53,7 @@ class Rule:
     and a power-of-two factor per channel (FQ-ViT), or ``row``: one scale, on every row (last
     axis) divided by its largest value, which is found at run time. ``code``: ``uniform``, or
     ``log2`` for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
+    ``stored``: the type of an activation's codes in the file; weights are int8.
     """
 
     bits: int = 8
@@ -60,6 +63,7 @@ class Rule:
     code: Code = "uniform"
     method: str = "minmax"
     renormalize: bool = False
+    stored: Stored = "uint8"
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -108,6 +112,7 @@ class TensorSpec:
             "code": self.rule.code,
             "method": self.rule.method,
             "renormalize": self.rule.renormalize,
+            "stored": self.rule.stored,
             "scale": self.scale.astype(float).tolist(),
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,
@@ -131,6 +136,7 @@ class TensorSpec:
             code=data["code"],
             method=data["method"],
             renormalize=bool(data["renormalize"]),
+            stored=data.get("stored", "uint8"),
         )
         factor = None
         if "alpha" in data:

@@ -112,6 +112,7 @@ def test_what_selectors_match() -> None:
         ({"rounding": "up"}, "There is no rounding 'up'"),
         ({"rounding": "gptq"}, "--rounding gptq belongs to the quantizer deploy"),
         ({"opset": 20}, "--opset 20"),
+        ({"target": "openvino", "opset": 19}, "20 to 23"),
         ({"opset": 24}, "--opset 24"),
         ({"ptf_k": -1}, "--ptf-k -1: must be from 0 to 12"),
         ({"ptf_k": 13}, "--ptf-k 13"),

@@ -21,6 +21,8 @@ from ptq_onnx.analysis.results import (
     Sensitivity,
     Variation,
 )
+from ptq_onnx.spec import Granularity
+from ptq_onnx.targets import Stored
 
 Schema = dict[str, Any]
 
@@ -103,9 +105,10 @@ def report_schema() -> Schema:
     analysis["required"] = list(analysis["properties"])
     spec = {
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
-        "symmetric": {"type": "boolean"}, "granularity": {"enum": ["tensor", "channel", "ptf"]},
+        "symmetric": {"type": "boolean"}, "granularity": {"enum": [*get_args(Granularity)]},
         "code": {"enum": ["uniform", "log2"]}, "method": STRING,
-        "renormalize": {"type": "boolean"}, "scale": {"type": ["number", "array"]},
+        "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
+        "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},
     }  # fmt: skip

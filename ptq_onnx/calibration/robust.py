@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ptq_onnx.calibration.statistics import ChannelStatistics
 
 Array = NDArray[np.float32]
+Double = NDArray[np.float64]
 
 HORIZON = 8.0
 """The range is expected to be passed once in this many times the calibration images."""
@@ -78,8 +79,9 @@ def shared_range(
     if stats.images < 2:
         return least, most
     values = stats.count / stats.images
-    above = _clipping(stats.highest, stats.images, most * WIDTHS, power, exponent)
-    below = _clipping(-stats.lowest, stats.images, -least * WIDTHS, power, exponent)
+    origin = np.zeros(stats.power.size) if stats.origin is None else stats.origin
+    above = _clipping(stats.highest, origin, stats.images, most * WIDTHS, power, exponent)
+    below = _clipping(-stats.lowest, -origin, stats.images, -least * WIDTHS, power, exponent)
     rounding = values * float(power.sum()) / 12 / (levels - 1) ** 2
     if symmetric:
         cost = above + below + rounding * (2 * most * WIDTHS) ** 2
@@ -93,14 +95,20 @@ def shared_range(
 
 def _clipping(
     extremes: Array,
+    origin: Double,
     images: int,
-    bounds: NDArray[np.float64],
-    power: NDArray[np.float64],
+    bounds: Double,
+    power: Double,
     exponent: float,
-) -> NDArray[np.float64]:
-    """Expected squared error per image beyond each bound [W], from maxima [k, C]."""
-    first, second = extremes[:2].astype(np.float64)
-    ratio = np.where(second > 0, first / np.where(second > 0, second, 1), 1.0)
-    left_out = first * ratio**exponent
+) -> Double:
+    """Expected squared error per image beyond each bound [W], from maxima [k, C].
+
+    Records are ratios to zero: where the tensor was shifted, to its ``origin`` [C].
+    """
+    first, second = extremes[:2].astype(np.float64) - origin
+    # What is left of nothing after a shift in float32 is no record
+    usable = second > 1e-5 * np.abs(origin)
+    ratio = np.where(usable, first / np.where(usable, second, 1), 1.0)
+    left_out = first * ratio**exponent + origin
     over = np.maximum(left_out - bounds[:, None], 0) ** 2
     return np.asarray(over @ power / (images + 1), np.float64)

@@ -36,7 +36,7 @@ class ChannelStatistics:
     per-image minima, ascending. ``ema_low``, ``ema_high`` [C]: moving averages of the
     extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` and ``total`` [C]: sum of
     squares and sum over ``count`` values per channel. ``trace``: how the range of the whole
-    tensor grew.
+    tensor grew. ``origin`` [C]: what zero has become, where the tensor was shifted.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +49,7 @@ class ChannelStatistics:
     count: int = 0
     images: int = 0
     trace: RangeTrace = field(default_factory=RangeTrace)
+    origin: NDArray[np.float64] | None = None
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> ChannelStatistics:
@@ -93,6 +94,7 @@ class ChannelStatistics:
             ema_high=self.ema_high[index],
             power=self.power[index],
             total=self.total[index],
+            origin=None if self.origin is None else self.origin[index],
         )
 
     def pooled(self) -> ChannelStatistics:
@@ -155,6 +157,7 @@ class ChannelStatistics:
             ema_high=move(self.ema_high),
             power=np.maximum(power, 0),
             total=total,
+            origin=((0 if self.origin is None else self.origin) - shift) / factor,
         )
 
 

@@ -32,9 +32,10 @@ from ptq_onnx.blocks import (
     through_layout,
 )
 from ptq_onnx.calibration import Statistics, collect
-from ptq_onnx.calibration.robust import robust_range
+from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.moves import (
+    Hidden,
     columns_behind,
     hidden_channels,
     insert_affine,
@@ -43,13 +44,22 @@ from ptq_onnx.equalization.moves import (
     readers_of,
     value_path,
 )
-from ptq_onnx.equalization.strength import Choice, Product, Records, balance, choose_factor
+from ptq_onnx.equalization.strength import (
+    Choice,
+    Product,
+    Records,
+    balance,
+    choose_factor,
+    output_noise,
+)
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
+from ptq_onnx.quantizers.uniform import asymmetric_scale
 from ptq_onnx.sites import find_sites, image_input
 from ptq_onnx.spec import Site
+from ptq_onnx.targets import Target
 
 Double = NDArray[np.float64]
 
@@ -87,11 +97,13 @@ class _Equalizer:
     sites: dict[str, Site]
     stats: Statistics
     levels: int
-    symmetric: bool
+    target: Target
     weight_bits: int
     moves: list[Move] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
     exponents: dict[str, float] = field(default_factory=dict)
+    fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Ranges that go with a shift, by tensor."""
 
     def __post_init__(self) -> None:
         self.values = {str(v.name): v for n in self.model.graph for v in n.outputs}
@@ -137,14 +149,12 @@ class _Equalizer:
             Move(site.tensor, site.role, site.block, into, choice.gain_db, ratio, more)
         )
 
-    def unshifted(self, low: Double, high: Double) -> Double:
+    def unshifted(self, low: Double, high: Double, symmetric: bool) -> Double:
         """Half of the range that a channel takes up where all share one zero point."""
-        limits = (
-            (-(self.levels // 2), self.levels // 2 - 1) if self.symmetric else (0, self.levels - 1)
-        )
+        limits = (-(self.levels // 2), self.levels // 2 - 1) if symmetric else (0, self.levels - 1)
         steps = [
             needed_step(low, high, zero, limits)
-            for zero in zero_points(low, high, limits, self.symmetric)
+            for zero in zero_points(low, high, limits, symmetric)
         ]
         least = min(steps, key=lambda step: float(np.sum(step**2)))
         return least * (self.levels - 1) / 2
@@ -175,35 +185,79 @@ class _Equalizer:
         linears = readers_of(value)
         if linears is None or len(site.channel_axes) != 1 or len(low) < 2:
             return
-        half = self.unshifted(low, high)
+        half = self.unshifted(low, high, symmetric=False)
         hidden = hidden_channels(value, linears)
+        numbers = tuple(n for n in COPIES if n <= len(low) * MOST_COPIES)
         choice = choose_factor(
             half,
             variance,
             self.products(linears),
             self.levels,
-            extra=() if hidden is None else tuple(n for n in COPIES if n <= len(low) * MOST_COPIES),
+            extra=() if hidden is None else numbers,
             records=self.records(site.tensor),
         )
-        if choice.gain_db < WORTH_A_MUL:
-            return
+        if self.target.symmetric:
+            halves = self.unshifted(low, high, symmetric=True)
+            ones = np.ones(len(half))
+            plain = output_noise(ones, halves, variance, self.products(linears), self.levels)
+            choice = replace(choice, plain=plain)
+        if choice.gain_db >= WORTH_A_MUL:
+            self.insert(site, value, linears, hidden, choice)
+
+    def insert(
+        self,
+        site: Site,
+        value: ir.Value,
+        linears: tuple[ir.Node, ...],
+        hidden: Hidden | None,
+        choice: Choice,
+    ) -> None:
+        """(value - shift) / factor in front of linears, as Mul and Add.
+
+        Where codes have a sign, the shift is the same for all channels behind the division: it
+        puts the range around zero that one scale and zero point would cover. The range is kept.
+        """
         factor = choice.factor
+        stats = self.stats.channels[site.tensor]
         if hidden is not None and choice.copies is not None:
             hidden.repeat(self.model.graph, choice.copies)
             index = np.repeat(np.arange(len(factor)), choice.copies)
-            self.stats.channels[site.tensor] = self.stats.channels[site.tensor].take(index)
+            stats = self.stats.channels[site.tensor] = stats.take(index)
             # Each copy holds the whole value: its part is taken with the factor.
             factor = (factor * choice.copies)[index]
-        zero = np.zeros(len(factor))
-        made = insert_affine(self.model.graph, value, zero, factor, "equalized")
+        shift, fixed = np.zeros(len(factor)), None
+        if self.target.symmetric:
+            weights = [w for w in (constant(n.inputs[1]) for n in linears) if w is not None]
+            power = sum(
+                np.sum((w.astype(np.float64) * factor[:, None]) ** 2, axis=1) for w in weights
+            )
+            low, high = shared_range(
+                stats.moved(shift, factor),
+                np.asarray(power),
+                self.levels,
+                symmetric=False,
+                exponent=choice.exponent,
+            )
+            # Zero stays exact: most of what an activation function gives is close to it, and
+            # would be rounded all one way.
+            limits = (0, self.levels - 1)
+            ends = np.array([[low], [high]], np.float32)
+            step, zero = asymmetric_scale(ends[0], ends[1], limits)
+            middle = self.levels // 2
+            shift = factor * float(step[0]) * (middle - float(zero[0]))
+            fixed = -middle * float(step[0]), (middle - 1) * float(step[0])
+        before = {name_of(node) for node in self.model.graph}
+        made = insert_affine(self.model.graph, value, shift, factor, "equalized")
         for linear in linears:
-            forms.move_rows(self.model.graph, linear, factor, zero)
-        node = made.producer()
-        if node is not None:
-            self.roles[name_of(node)] = Role(site.block, site.role)
-        self.note(site, "Mul", choice)
-        self.move_statistics(site.tensor, zero, factor, str(made.name))
+            forms.move_rows(self.model.graph, linear, factor, shift)
+        for node in self.model.graph:
+            if name_of(node) not in before:
+                self.roles[name_of(node)] = Role(site.block, site.role)
+        self.note(site, "Mul, Add" if shift.any() else "Mul", choice)
+        self.move_statistics(site.tensor, shift, factor, str(made.name))
         self.exponents[str(made.name)] = choice.exponent
+        if fixed is not None:
+            self.fixed[str(made.name)] = fixed
 
     def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
         """Tensors with statistics that the same norm makes (all that those linears read)."""
@@ -228,8 +282,9 @@ class _Equalizer:
         shared = len(np.unique(right.columns)) != right.columns.size
         if keys_may_shift(next(iter(uses))) and not shared:
             shift = (low + high) / 2
-        half_k = self.unshifted(low - shift, high - shift)
-        half_q = self.unshifted(*self.bounds(q.tensor))
+        sign = self.target.symmetric_attention
+        half_k = self.unshifted(low - shift, high - shift, sign)
+        half_q = self.unshifted(*self.bounds(q.tensor), sign)
         factor = np.ones(len(low))
         choice = Choice(factor, 1.0, 1.0)
         if not shared:
@@ -267,9 +322,9 @@ class _Equalizer:
         order = rows.astype(np.int64)
         mean = stats.mean
         low, high = self.bounds(v.tensor)
-        own = self.unshifted(low - mean, high - mean)
+        own = self.unshifted(low - mean, high - mean, self.target.symmetric_attention)
         low, high = self.bounds(av.tensor)
-        attended = self.unshifted(low - mean, high - mean)
+        attended = self.unshifted(low - mean, high - mean, self.target.symmetric)
         weight = self.products([linear])[0].magnitude
         inverse = np.argsort(order)
         ordered = Product(weight[inverse], self.weight_bits)
@@ -289,13 +344,14 @@ class _Equalizer:
         self.note(v, "proj", choice)
 
 
-def restructure(model: ir.Model) -> dict[str, int]:
-    """Bring a fused model into the forms of ``forms.py``, in place; how often each fired."""
+def restructure(model: ir.Model, target: Target) -> dict[str, int]:
+    """Bring a fused model into the forms of ``forms.py`` that help the target, in place; how
+    often each fired."""
     return {
-        "PatchesAsLinear": forms.patches_as_linear(model),
-        "UnpackedAttention": forms.unpack_attention(model),
+        "PatchesAsLinear": forms.patches_as_linear(model) if target.patches_as_linear else 0,
+        "UnpackedAttention": forms.unpack_attention(model) if target.split_qkv else 0,
         "FoldedScale": forms.fold_attention_scales(model),
-        "KeptRank": forms.keep_rank(model),
+        "KeptRank": forms.keep_rank(model) if target.keep_rank else 0,
     }
 
 
@@ -311,11 +367,12 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
     The plan's own model is left as it is. ``batches`` [B, C, H, W] are run once.
     """
     model = plan.model.clone()
-    counts = restructure(model)
+    target = plan.config.runtime
+    counts = restructure(model, target)
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
     if plan.pixels is not None:
-        roles, fixed = image_in_pixels(model, *plan.pixels)
+        roles, fixed = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     sites = find_sites(model, blocks)
     nodes = {name_of(node): node for node in model.graph}
@@ -325,7 +382,7 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
         model, wanted, batches, threads=plan.config.threads, progress=report("Calibrating")
     )
     widths = plan.config.widths
-    state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, False, widths.weights)
+    state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
     state.run()
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(
@@ -337,17 +394,22 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
         moves=tuple(state.moves),
         exponents=state.exponents,
         forms=counts,
-        fixed=fixed,
+        fixed={**fixed, **state.fixed},
     )
 
 
 def image_in_pixels(
-    model: ir.Model, mean: tuple[float, ...], std: tuple[float, ...]
+    model: ir.Model,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    centred: bool = False,
 ) -> tuple[dict[str, Role], dict[str, tuple[float, float]]]:
     """Let the patch embedding read the image in units that 8-bit pixels fill exactly.
 
     A normalised pixel is (p / 255 - mean) / std. Where all channels share a std, an Add that
-    makes black zero is enough, else a Mul brings all to one unit. Returns the roles of the
+    makes black zero is enough, else a Mul brings all to one unit. ``centred``: zero is 128, for
+    codes with a sign. Returns the roles of the
     new nodes and the exact range of the tensor that the patch embedding reads; both are
     empty, and the model as it was, where the image is read by anything else.
     """
@@ -367,7 +429,8 @@ def image_in_pixels(
     unit = 1 / (255 * np.array(std, np.float64))
     shared = bool(np.all(unit == unit[0]))
     factor = np.ones(len(unit)) if shared else unit
-    shift = -np.array(mean, np.float64) / np.array(std, np.float64)
+    zero = 128.0 if centred else 0.0
+    shift = (zero / 255 - np.array(mean, np.float64)) / np.array(std, np.float64)
     if is_linear(node):
         index = np.arange(channels, dtype=np.float32).reshape(channels, 1, 1)
         rows = rows_of(image, read, index)
@@ -383,6 +446,8 @@ def image_in_pixels(
         model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels"
     )
     new = [n for n in model.graph if name_of(n) not in before]
-    top = 255.0 * (unit[0] if shared else 1.0)
+    step = float(unit[0]) if shared else 1.0
     tensor = str(made.name) if read is image else str(read.name)
-    return {name_of(n): Role(None, "input") for n in new}, {tensor: (0.0, float(top))}
+    return {name_of(n): Role(None, "input") for n in new}, {
+        tensor: (-zero * step, (255 - zero) * step)
+    }

@@ -198,11 +198,13 @@ class _Lowering:
     def codes(self, current: ir.Value, value: ir.Value, spec: TensorSpec) -> ir.Value:
         """QuantizeLinear → DequantizeLinear behind ``current``, named after ``value``."""
         scale = self.constant(f"{value.name}_scale", np.asarray(spec.scale, np.float32))
-        zero_point = self.constant(f"{value.name}_zero_point", stored_zero_point(spec))
+        point = stored_zero_point(spec)
+        zero_point = self.constant(f"{value.name}_zero_point", point)
+        dtype = ir.DataType.from_numpy(point.dtype)
         return self.chain(
             current,
             [
-                ("QuantizeLinear", [scale, zero_point], "quantized", ir.DataType.UINT8),
+                ("QuantizeLinear", [scale, zero_point], "quantized", dtype),
                 ("DequantizeLinear", [scale, zero_point], "dequantized", None),
             ],
             value,
@@ -514,14 +516,16 @@ class _Lowering:
             node.replace_input_with(index, real)
 
 
-def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8]:
-    """The zero point of an activation in the file, where codes are uint8.
+def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8 | np.int8]:
+    """The zero point of an activation in the file, in the type of the stored codes.
 
-    Signed codes are stored 128 higher, zero point included: the same numbers, in the type
-    that ONNX Runtime's x86 kernels want. It would convert int8 by itself, but then rejects
-    its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it moves over
-    a Transpose keeps output_dtype INT8).
+    Where that is uint8, signed codes are stored 128 higher, zero point included: the same
+    numbers, in the type that ONNX Runtime's x86 kernels want. It would convert int8 by itself, but
+    then rejects its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it
+    moves over a Transpose keeps output_dtype INT8).
     """
+    if spec.rule.stored == "int8":
+        return np.asarray(spec.zero_point).astype(np.int8)
     shift = 128 if spec.rule.signed else 0
     return np.asarray(spec.zero_point + shift).astype(np.uint8)
 
@@ -552,7 +556,7 @@ def rows_of(value: ir.Value, read: ir.Value, factor: Factor) -> Factor | None:
     None where a channel of ``read`` mixes several factors.
     """
     if value is read:
-        return factor.ravel() if factor.ndim == 1 else None
+        return factor.ravel() if factor.shape[-1:] == (factor.size,) else None
     indices = layout_indices(value, read)
     shape = static_shape(value)
     if indices is None or shape is None:

@@ -167,7 +167,12 @@ class SiteQuantizer(VitQuantizer):
         sites = [s for s in plan.sites.values() if not s.is_parameter and s.tensor in self.rules]
         report = plan.progress or (lambda _: lambda __: None)
         threads = plan.config.threads
-        stats = collect(plan.model, sites, batches, threads=threads, progress=report("Calibrating"))
+        known = plan.statistics
+        if known is not None and all(s.tensor in known.channels for s in sites):
+            stats = known
+        else:
+            advance = report("Calibrating")
+            stats = collect(plan.model, sites, batches, threads=threads, progress=advance)
         traces = {f"{s.tensor} ({s.label})": stats.channels[s.tensor].trace for s in sites}
         growth = find_growth(traces).warning
         if growth is not None:
@@ -217,7 +222,7 @@ class SiteQuantizer(VitQuantizer):
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""
-        if rule.granularity == "row":
+        if rule.granularity == "row" or rule.method == "fixed":
             return tensor_spec(site, rule, 0.0, 1.0)
         if site.tensor in self.plan.fixed:
             return tensor_spec(site, rule, *self.plan.fixed[site.tensor])

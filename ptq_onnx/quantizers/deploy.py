@@ -3,7 +3,8 @@
 The inputs and weights of the products (patch embedding, linears, QKᵀ, A·V); LayerNorm,
 softmax, GELU and the residual stream stay float, and so does every product's output, so
 that ONNX Runtime fuses each product to one MatMulIntegerToFloat. Weights int8 per output
-channel, activations uint8 with one scale per tensor: what differs between channels is the
+channel, activations 8 bits with one scale per tensor, with or without a sign as the target
+takes them (``targets.py``): what differs between channels is the
 business of equalisation (``equalization/``), which goes before.
 """
 
@@ -23,10 +24,9 @@ from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Array, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.quantizers.rounded import rounded_weights
-from ptq_onnx.spec import Rule, Site, TensorSpec
+from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "MatMul")
-"""A Conv whose output is float stays in float in ONNX Runtime (measured, 1.31)."""
 ALONE = "stays float: another input of the product that reads it does"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
@@ -47,9 +47,18 @@ class Deploy(SiteQuantizer):
                 return FLOAT
             return Rule(widths.weights, True, True, "channel", method="minmax")
         method = self.plan.config.effective_method
+        target = self.plan.config.runtime
         if site.role == "softmax":
-            return Rule(widths.attention, False, False, "row", method="fixed")
-        return Rule(widths.activations, False, False, "tensor", method=method)
+            sign = target.signed_attention
+            grain: Granularity = "row" if target.rows else "tensor"
+            stored = target.stored(sign)
+            return Rule(widths.attention, sign, sign, grain, method="fixed", stored=stored)
+        products = [self.nodes[name].op_type for name in site.consumers]
+        sign = target.symmetric
+        if "MatMul" in products:
+            sign = target.symmetric_attention
+        stored = target.stored(sign)
+        return Rule(widths.activations, sign, sign, "tensor", method=method, stored=stored)
 
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
@@ -124,5 +133,6 @@ class Deploy(SiteQuantizer):
         super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:
+        products = (*PRODUCTS, "Conv") if self.plan.config.runtime.convolutions else PRODUCTS
         kinds = [self.nodes[name].op_type for name in site.consumers]
-        return bool(kinds) and all(kind in PRODUCTS for kind in kinds)
+        return bool(kinds) and all(kind in products for kind in kinds)
