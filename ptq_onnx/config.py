@@ -97,8 +97,8 @@ class QuantizeConfig:
     ``method`` None: percentile for vanilla, robust for the others. ``ptf_k`` None: as large
     as the channels need. ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the
     blocks with the widest channel ranges). ``multiplier_bits``: of the fixed-point multipliers in
-    integer arithmetic. ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last.
-    ``mean`` … ``interpolation`` None: those of
+    integer arithmetic. ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none:
+    the last. ``mean`` … ``interpolation`` None: those of
     ``preprocess``, which None means: the model's own, else imagenet. The target ``integer``
     makes ``arithmetic`` integer too.
     """
