@@ -10,7 +10,7 @@ example: $(INSTALLED)
 	$(BIN)/python example.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -80,8 +80,8 @@ Quantizer = Annotated[
     option(
         "--quantizer",
         "NAME",
-        f"{DEFAULT.quantizer}; deploy for tensorrt and openvino",
-        f"One of {', '.join(QUANTIZER_NAMES)}.",
+        DEFAULT.quantizer,
+        f"One of {', '.join(QUANTIZER_NAMES)}; tensorrt and openvino take deploy by themselves.",
     ),
 ]
 Bits = Annotated[
@@ -165,8 +165,8 @@ Opset = Annotated[
     option(
         "--opset",
         "N",
-        f"{DEFAULT.opset}; 20 for tensorrt and openvino",
-        f"ONNX opset, up to {OPSETS[-1]}.",
+        DEFAULT.opset,
+        f"ONNX opset, up to {OPSETS[-1]}; tensorrt and openvino take 20 by themselves.",
     ),
 ]
 

@@ -10,6 +10,7 @@ business of equalisation (``equalization/``), which goes before.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -65,11 +66,17 @@ class Deploy(SiteQuantizer):
         rules = super()._dispatch()
         sites = self.plan.sites
         while True:
-            inputs: dict[str, list[str]] = {}
-            for tensor, site in sites.items():
-                for name in site.consumers if tensor in rules else ():
-                    inputs.setdefault(name, []).append(tensor)
-            whole = {name for name, found in inputs.items() if len(found) == 2}
+            inputs = Counter(
+                name
+                for tensor in rules
+                for name in sites[tensor].consumers
+                if not sites[tensor].is_parameter
+            )
+            for name in inputs:  # a weight that several linears share is one site
+                weight = self.nodes[name].inputs[1]
+                tensor = "" if weight is None else str(weight.name)
+                inputs[name] += tensor in rules and sites[tensor].is_parameter
+            whole = {name for name, count in inputs.items() if count == 2}
             lost = [t for t in rules if not whole.issuperset(sites[t].consumers)]
             if not lost:
                 return rules

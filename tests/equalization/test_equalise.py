@@ -19,6 +19,7 @@ from ptq_onnx.graph import serialize
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.runtime import session
 from ptq_onnx.sites import find_sites
+from ptq_onnx.targets import ONNXRUNTIME
 
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s).astype(np.float32) * 3 for s in range(3)]
 
@@ -75,14 +76,14 @@ def test_equal_in_float(name: str) -> None:
 def test_forms_fire_once() -> None:
     model = transformer(Choices(), blocks=2)
     copy = model.clone()
-    counts = restructure(copy)
+    counts = restructure(copy, ONNXRUNTIME)
     assert counts == {
         "PatchesAsLinear": 0,
         "UnpackedAttention": 2,
         "FoldedScale": 2,
         "KeptRank": 1,
     }
-    assert sum(restructure(copy).values()) == 0
+    assert sum(restructure(copy, ONNXRUNTIME).values()) == 0
     assert not [n for n in copy.graph if n.op_type in ("Split", "Gemm")]
     assert sum(is_linear(n) for n in copy.graph) == 2 * 6 + 1
     for x in BATCHES:
