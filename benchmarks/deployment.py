@@ -1,0 +1,115 @@
+"""`deploy` beside onnxruntime's own best recipe, on one model: SQNR, top-1, time and speed.
+
+    python benchmarks/deployment.py MODEL.onnx --data ../shared --preprocess inception [--no-val]
+
+The peer is `quantize_static`, U8S8 per channel, min-max, inputs of the products only, after its
+own `quant_pre_process`. Both get the same calibration images and run on the same validation
+images and, interleaved, on the same threads. `--no-val`: for random weights, speed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from ptq_onnx.benchmarking import open_runtime
+from ptq_onnx.benchmarking.benchmark import benchmark
+from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.evaluation import evaluate
+from ptq_onnx.images import open_images
+from ptq_onnx.labels import labels_for
+from ptq_onnx.pipeline import quantize, resolve_preprocess
+
+PRODUCTS = ["Conv", "MatMul", "Gemm"]
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Images one at a time, as the peer wants them."""
+
+    def __init__(self, name: str, source: Any) -> None:
+        self.name, self.batches = name, source.batches(1)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next image, or None at the end."""
+        batch = next(self.batches, None)
+        return None if batch is None else {self.name: batch}
+
+
+def peer(model: Path, output: Path, source: Any) -> None:
+    """onnxruntime's recipe."""
+    prepared = output.with_suffix(".prepared.onnx")
+    quant_pre_process(str(model), str(prepared))
+    quantize_static(
+        str(prepared),
+        str(output),
+        Reader("input", source),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=PRODUCTS,
+        extra_options={"OpTypesToExcludeOutputQuantization": PRODUCTS},
+    )
+
+
+def main() -> None:
+    """Print a row for each file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared"))
+    parser.add_argument("--preprocess", default="inception")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--no-val", action="store_true")
+    options = parser.parse_args()
+    config = QuantizeConfig(
+        quantizer="deploy",
+        images=options.images,
+        preprocess=options.preprocess,
+        report=False,
+        check_preprocess=False,
+    )
+    calib = options.data / "imagenet/calib"
+    preprocess = resolve_preprocess(options.model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"FP32": options.model}
+        started = time.perf_counter()
+        quantize(options.model, config=config, output=Path(folder) / "out", calib=calib)
+        ours = time.perf_counter() - started
+        files["deploy"] = Path(folder) / "out/quantized.onnx"
+        files["onnxruntime"] = Path(folder) / "peer.onnx"
+        started = time.perf_counter()
+        source = open_images(calib, preprocess, limit=options.images)
+        peer(options.model, files["onnxruntime"], source)
+        theirs = time.perf_counter() - started
+        print(f"quantizing, {options.images} images: deploy {ours:.1f} s, peer {theirs:.1f} s")
+        if not options.no_val:
+            val = open_images(options.data / "imagenet/val", preprocess)
+            truth = labels_for(val, options.data / "imagenet/val.txt")
+            for name, path in files.items():
+                found = evaluate(path, val, truth, reference=options.model)
+                print(f"{name}: top-1 {found.top1:.1f} %, SQNR {found.sqnr_db:.1f} dB", flush=True)
+        timed = benchmark(
+            list(files.values()),
+            open_runtime("onnxruntime"),
+            batches=(1, 8),
+            threads=options.threads,
+            seconds=options.seconds,
+        )
+        names = {str(path): name for name, path in files.items()}
+        for timing in timed.timings:
+            print(
+                f"{names.get(str(timing.path), timing.path)}, batch {timing.batch},"
+                f" {options.threads} threads: {timing.median_ms:.1f} ms, {timing.speedup:.2f}x"
+            )
+
+
+if __name__ == "__main__":
+    main()
