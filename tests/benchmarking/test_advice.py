@@ -36,7 +36,7 @@ def test_no_advice_without_a_quantized_file() -> None:
 def test_cpu_without_int8_products() -> None:
     (note,) = advice(FAST, runtime="openvino", on_gpu=False, cpu=OLD)
     assert "VNNI" in note
-    assert "--reduce-range" in note
+    assert "--bits 7/8/8" in note
 
 
 def test_cuda_provider() -> None:
