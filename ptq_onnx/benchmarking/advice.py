@@ -39,7 +39,7 @@ def advice(
     if not on_gpu and multiplies_int8(cpu) is False:
         notes.append(
             "This CPU has neither VNNI nor AMX: int8 products run in 16-bit steps, gain little,"
-            " and may overflow. Quantize with --bits 7/8/8 (7-bit weights, the reduced range) for it."
+            " and may overflow. Quantize with --bits 7/8/8 (weights of reduced range) for it."
         )
     for t in quantized:
         if t is not written[0] and t.speedup < LITTLE:
