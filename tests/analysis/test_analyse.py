@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         (["compare", str(tmp_path)], "--val"),
         (["compare", str(tmp_path), "--val", str(CALIB)], "--reference"),
     ):
-        command = ["python", "-m", "ptq_onnx", *arguments, "--output", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "ptq_onnx", *arguments, "--output", str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1
