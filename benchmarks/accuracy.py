@@ -33,6 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "deploy 8/8/8": {"quantizer": "deploy"},
     "deploy 8/8/8, gptq": {"quantizer": "deploy", "rounding": "gptq"},
     "deploy 8/8/8, adaround": {"quantizer": "deploy", "rounding": "adaround"},
+    "deploy 8/8/8, tensorrt": {"target": "tensorrt"},
     "fqvit 8/8/8": {"quantizer": "fqvit"},
     "fqvit 8/8/8, no LIS": {"quantizer": "fqvit", "lis": False},
     "fqvit 8/8/4": {"quantizer": "fqvit", "bits": "8/8/4"},

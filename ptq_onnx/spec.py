@@ -53,7 +53,8 @@ class Rule:
     and a power-of-two factor per channel (FQ-ViT), or ``row``: one scale, on every row (last
     axis) divided by its largest value, which is found at run time. ``code``: ``uniform``, or
     ``log2`` for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
-    ``stored``: the type of an activation's codes in the file; weights are int8.
+    ``stored``: the type of an activation's codes in the file; weights are int8. ``centred``:
+    the mean over tokens is taken out before, and added to A V (see ``centring.py``).
     """
 
     bits: int = 8
@@ -64,6 +65,7 @@ class Rule:
     method: str = "minmax"
     renormalize: bool = False
     stored: Stored = "uint8"
+    centred: bool = False
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -113,6 +115,7 @@ class TensorSpec:
             "method": self.rule.method,
             "renormalize": self.rule.renormalize,
             "stored": self.rule.stored,
+            "centred": self.rule.centred,
             "scale": self.scale.astype(float).tolist(),
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,
@@ -137,6 +140,7 @@ class TensorSpec:
             method=data["method"],
             renormalize=bool(data["renormalize"]),
             stored=data.get("stored", "uint8"),
+            centred=bool(data.get("centred", False)),
         )
         factor = None
         if "alpha" in data:

@@ -31,8 +31,9 @@ from ptq_onnx.blocks import (
     name_of,
     through_layout,
 )
-from ptq_onnx.calibration import Statistics, collect
+from ptq_onnx.calibration import Statistics
 from ptq_onnx.calibration.robust import robust_range, shared_range
+from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.moves import (
     Hidden,
@@ -321,8 +322,10 @@ class _Equalizer:
             return
         order = rows.astype(np.int64)
         mean = stats.mean
-        low, high = self.bounds(v.tensor)
-        own = self.unshifted(low - mean, high - mean, self.target.symmetric_attention)
+        centred = v.tensor + SUFFIX in self.stats.channels
+        low, high = self.bounds(v.tensor + SUFFIX if centred else v.tensor)
+        shift = np.zeros(len(mean)) if centred else mean
+        own = self.unshifted(low - shift, high - shift, self.target.symmetric_attention)
         low, high = self.bounds(av.tensor)
         attended = self.unshifted(low - mean, high - mean, self.target.symmetric)
         weight = self.products([linear])[0].magnitude
@@ -338,7 +341,8 @@ class _Equalizer:
         )
         columns.apply(self.model.graph, mean, choice.factor)
         forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
-        self.move_statistics(v.tensor, mean, choice.factor)
+        name = v.tensor + SUFFIX if centred else v.tensor
+        self.move_statistics(name, shift, choice.factor)
         self.move_statistics(av.tensor, mean, choice.factor)
         self.exponents.update({v.tensor: choice.exponent, av.tensor: choice.exponent})
         self.note(v, "proj", choice)
@@ -378,8 +382,19 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
     nodes = {name_of(node): node for node in model.graph}
     wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
     report = plan.progress or (lambda _: lambda __: None)
-    stats = collect(
-        model, wanted, batches, threads=plan.config.threads, progress=report("Calibrating")
+    values = {str(v.name): v for n in model.graph for v in n.outputs}
+    centred = [
+        s
+        for s in wanted
+        if target.centred_values and s.role == "v" and takes_centring(values[s.tensor])
+    ]
+    stats = collect_centred(
+        model,
+        wanted,
+        centred,
+        batches,
+        threads=plan.config.threads,
+        progress=report("Calibrating"),
     )
     widths = plan.config.widths
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)

@@ -31,6 +31,7 @@ from ptq_onnx.blocks import (
     source,
     through_layout,
 )
+from ptq_onnx.centring import GRID, TOKENS
 from ptq_onnx.layout import channel_map, layout_indices, static_shape
 from ptq_onnx.quantizers.log2 import THRESHOLD, log2_values, top_code
 from ptq_onnx.quantizers.uniform import quantize
@@ -123,6 +124,9 @@ class _Lowering:
         if spec.rule.granularity == "row":
             self.rows(value, spec, uses)
             return
+        if spec.rule.centred:
+            self.centred(value, spec, uses)
+            return
         out = self.uniform(value, spec)
         if spec.factor is None:
             self.redirect(value, uses, out)
@@ -144,17 +148,56 @@ class _Lowering:
             top.shape = ir.Shape([*list(value.shape)[:-1], 1])
         part = self.add(top.producer(), "Div", [value, top], value, "row_scaled")
         out = self.codes(self.clipped(part, value, spec), value, spec)
-        products = [use for use in uses if is_product(use[0]) and use[1] == 0]
+        self.behind_product(value, out, uses, 0, ("Mul", top, "row_rescaled"))
+
+    def centred(self, value: ir.Value, spec: TensorSpec, uses: list[tuple[ir.Node, int]]) -> None:
+        """V without its mean over the tokens, quantized; A·V gets it back."""
+        axes = self.constant(f"{value.name}_tokens", np.array([TOKENS], np.int64))
+        mean = self.add(value.producer(), "ReduceMean", [value, axes], value, "mean")
+        if value.shape is not None:
+            sizes = list(value.shape)
+            sizes[TOKENS] = 1
+            mean.shape = ir.Shape(sizes)
+        # Any constant will do. On a grid it does not depend on the order of the sum, which ONNX
+        # Runtime's optimizer changes with the layout: the last bit would move codes behind it.
+        step = np.float32(GRID * float(spec.scale))
+        inverse = self.constant(f"{value.name}_mean_inverse_step", np.float32(1) / step)
+        by = self.constant(f"{value.name}_mean_step", step)
+        mean = self.chain(
+            mean,
+            [
+                ("Mul", [inverse], "mean_scaled", None),
+                ("Round", [], "mean_rounded", None),
+                ("Mul", [by], "mean_on_grid", None),
+            ],
+            mean,
+        )
+        part = self.add(mean.producer(), "Sub", [value, mean], value, "centred")
+        out = self.codes(self.clipped(part, value, spec), value, spec)
+        self.behind_product(value, out, uses, 1, ("Add", mean, "mean_restored"))
+
+    def behind_product(
+        self,
+        value: ir.Value,
+        out: ir.Value,
+        uses: list[tuple[ir.Node, int]],
+        index: int,
+        restore: tuple[str, ir.Value, str],
+    ) -> None:
+        """Let products that read ``value`` as input ``index`` read ``out``, and restore behind
+        them (an op, its other input, a suffix); other readers get ``out`` with that done."""
+        op, other, suffix = restore
+        products = [use for use in uses if is_product(use[0]) and use[1] == index]
         plain = [use for use in uses if use not in products]
         for node, _ in products:
-            result = node.outputs[0]
+            result = self.renormalized.get(node.outputs[0], node.outputs[0])
             readers = list(consumers(result))
-            back = self.add(node, "Mul", [result, top], result, "row_rescaled")
-            self.renormalized[result] = back
+            back = self.add(result.producer(), op, [result, other], result, suffix)
+            self.renormalized[node.outputs[0]] = back
             self.redirect(result, readers, back)
         self.redirect(value, products, out, outputs=False)
         if plain or value.is_graph_output():
-            real = self.add(out.producer(), "Mul", [out, top], value, "rescaled")
+            real = self.add(out.producer(), op, [out, other], value, suffix)
             self.redirect(value, plain, real)
 
     def redirect(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -172,7 +172,7 @@ class SiteQuantizer(VitQuantizer):
             stats = known
         else:
             advance = report("Calibrating")
-            stats = collect(plan.model, sites, batches, threads=threads, progress=advance)
+            stats = self.collect(sites, batches, advance)
         traces = {f"{s.tensor} ({s.label})": stats.channels[s.tensor].trace for s in sites}
         growth = find_growth(traces).warning
         if growth is not None:
@@ -192,6 +192,13 @@ class SiteQuantizer(VitQuantizer):
                 progress=report("Histograms"),
             )
         return stats
+
+    def collect(
+        self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
+    ) -> Statistics:
+        """Statistics of the sites, from one run of the batches."""
+        threads = self.plan.config.threads
+        return collect(self.plan.model, sites, batches, threads=threads, progress=advance)
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         """Specs from statistics; activations first, then weights."""

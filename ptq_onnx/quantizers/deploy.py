@@ -11,18 +11,20 @@ business of equalisation (``equalization/``), which goes before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.calibration import ChannelStatistics, Statistics
+from ptq_onnx.calibration import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
+from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
-from ptq_onnx.quantizers.base import Array, SiteQuantizer
+from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.quantizers.rounded import rounded_weights
 from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
@@ -59,7 +61,10 @@ class Deploy(SiteQuantizer):
         if "MatMul" in products:
             sign = target.symmetric_attention
         stored = target.stored(sign)
-        return Rule(widths.activations, sign, sign, "tensor", method=method, stored=stored)
+        centred = self._centred(site)
+        if centred and method in FROM_HISTOGRAM:
+            method = "robust"  # histograms are of the tensor with its mean
+        return Rule(widths.activations, sign, sign, method=method, stored=stored, centred=centred)
 
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
@@ -87,8 +92,9 @@ class Deploy(SiteQuantizer):
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
         if rule.method != "robust" or rule.granularity != "tensor":
-            return super().bounds(site, rule, stats)
-        found = stats.channels[site.tensor]
+            name = site.tensor + SUFFIX if rule.centred else site.tensor
+            return super().bounds(replace(site, tensor=name), rule, stats)
+        found = stats.channels[site.tensor + SUFFIX if rule.centred else site.tensor]
         power = self._row_power(site, found)
         smallest, largest = rule.limits
         low, high = shared_range(
@@ -99,6 +105,22 @@ class Deploy(SiteQuantizer):
             exponent=self.plan.exponents.get(site.tensor, 0.0),
         )
         return np.array([low], np.float32), np.array([high], np.float32)
+
+    def _centred(self, site: Site) -> bool:
+        """True for a v that is quantized without the mean of its image."""
+        if site.role != "v" or not self.plan.config.runtime.centred_values:
+            return False
+        read = self.nodes[site.consumers[0]].inputs[1]
+        return read is not None and read.name == site.tensor and takes_centring(read)
+
+    def collect(
+        self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
+    ) -> Statistics:
+        centred = [s for s in sites if self.rules[s.tensor].centred]
+        threads = self.plan.config.threads
+        return collect_centred(
+            self.plan.model, sites, centred, batches, threads=threads, progress=advance
+        )
 
     def _row_power(self, site: Site, stats: ChannelStatistics) -> NDArray[np.float64]:
         """Σ_n W² of the weights behind each channel; ones where channels are not their rows."""
