@@ -14,6 +14,7 @@ import typer
 from ptq_onnx.config import (
     METHOD_NAMES,
     OPSETS,
+    PRECISION_NAMES,
     QUANTIZER_NAMES,
     ROUNDING_NAMES,
     TARGETS,
@@ -87,6 +88,15 @@ Quantizer = Annotated[
 Bits = Annotated[
     str | None,
     option("--bits", "W/A/ATTN", DEFAULT.bits, "Of weights/activations/attention, 2 to 8 each."),
+]
+Precision = Annotated[
+    str | None,
+    option(
+        "--precision",
+        "NAME",
+        DEFAULT.precision,
+        f"One of {', '.join(PRECISION_NAMES)}; fp8 is E4M3, for the target tensorrt.",
+    ),
 ]
 KeepFloat = Annotated[
     list[str] | None,

@@ -16,6 +16,7 @@ from ptq_onnx.targets import Target
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
+PRECISION_NAMES = ("int8", "fp8")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
 TARGETS = tuple(BY_NAME)
 INTEGER = "integer"
@@ -107,6 +108,7 @@ class QuantizeConfig:
 
     quantizer: str = ""
     bits: str = "8/8/8"
+    precision: str = "int8"
     method: str | None = None
     images: int = 128
     batch: int = 8
@@ -150,6 +152,7 @@ class QuantizeConfig:
             _choice("method", self.method, METHOD_NAMES)
         _choice("target", self.target, TARGETS)
         _choice("rounding", self.rounding, ROUNDING_NAMES)
+        _choice("precision", self.precision, PRECISION_NAMES)
         if not self.quantizer:
             object.__setattr__(self, "quantizer", self.runtime.quantizer)
         if self.opset == 0:
@@ -173,6 +176,8 @@ class QuantizeConfig:
             raise ConfigError(f"--target {self.target}, quantizer {self.quantizer}: {refused}.")
         if self.target == INTEGER:
             self._check_integer()
+        if self.precision == "fp8":
+            self._check_fp8()
         width = self.multiplier_bits
         if isinstance(width, bool) or not isinstance(width, int) or not 4 <= width <= 31:
             raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")
@@ -203,6 +208,21 @@ class QuantizeConfig:
         if AUTO in self.keep_float:
             raise ConfigError("--keep-float takes roles; 'auto' is known to --per-channel only.")
 
+    def _check_fp8(self) -> None:
+        """8-bit floats are for TensorRT, have one width, and no integer grid to search on."""
+        for found, wrong, why in (
+            (f"--target {self.target}", not self.runtime.eight_bit_floats,
+             "its runtime has no FP8 products; use --target tensorrt"),
+            (f"--bits {self.bits}", str(self.widths) != "8/8/8", "FP8 has 8 bits; leave it out"),
+            (f"--rounding {self.rounding}", self.rounding != "nearest",
+             "it rounds to integers; use nearest"),
+            (f"--method {self.method}", self.method not in (None, "minmax", "ema", "robust"),
+             "it searches on an integer grid; use minmax, ema or robust"),
+            ("--per-channel", bool(self.per_channel), "activations have one scale; leave it out"),
+        ):  # fmt: skip
+            if wrong:
+                raise ConfigError(f"--precision fp8 with {found}: {why}.")
+
     def _check_integer(self) -> None:
         """The target integer quantizes every tensor. Its arithmetic is integer."""
         for option, used in (
@@ -222,6 +242,11 @@ class QuantizeConfig:
     def widths(self) -> Bits:
         """The bit widths, parsed."""
         return Bits.parse(self.bits)
+
+    @property
+    def code(self) -> Literal["uniform", "e4m3"]:
+        """The code of what deploy quantizes."""
+        return "e4m3" if self.precision == "fp8" else "uniform"
 
     @property
     def equalizes(self) -> bool:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import is_constant, is_layout, name_of
 from ptq_onnx.export.lowering import lower, rows_of
+from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
 
 
@@ -101,7 +102,7 @@ class NodeKernels:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = ir.to_proto(self.model_of(name, active)).SerializeToString()
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return open_with_fp8(data, options, ["CPUExecutionProvider"])
 
 
 def carried_specs(

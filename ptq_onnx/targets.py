@@ -37,6 +37,8 @@ class Target:
     """Every row of an attention map is divided by its largest value at run time."""
     centred_values: bool = False
     """v is quantized without its mean over the tokens of the image, which is added to A·V."""
+    eight_bit_floats: bool = False
+    """It computes products of FP8 E4M3."""
     convolutions: bool = False
     """A Conv with a float output is computed in int8 (ONNX Runtime 1.31 leaves it in float)."""
     patches_as_linear: bool = True
@@ -83,6 +85,7 @@ TENSORRT = Target(
     signed_stored="int8",
     rows=False,
     centred_values=True,
+    eight_bit_floats=True,
     convolutions=True,
     patches_as_linear=False,
     split_qkv=False,

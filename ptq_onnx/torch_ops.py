@@ -59,6 +59,9 @@ def quantize(x: Tensor, spec: TensorSpec) -> Tensor:
     """Codes (float tensor that holds integers, shape of ``x``)."""
     scale, zero, factor = _parts(spec, x)
     low, high = spec.rule.limits
+    if spec.rule.code == "e4m3":
+        held = torch.clamp(x / factor / scale, low, high)
+        return held.to(torch.float8_e4m3fn).to(x.dtype)
     return torch.clamp(torch.round(x / factor / scale) + zero, low, high)
 
 

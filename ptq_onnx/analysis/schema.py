@@ -21,7 +21,7 @@ from ptq_onnx.analysis.results import (
     Sensitivity,
     Variation,
 )
-from ptq_onnx.spec import Granularity
+from ptq_onnx.spec import Code, Granularity
 from ptq_onnx.targets import Stored
 
 Schema = dict[str, Any]
@@ -106,7 +106,7 @@ def report_schema() -> Schema:
     spec = {
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
         "symmetric": {"type": "boolean"}, "granularity": {"enum": [*get_args(Granularity)]},
-        "code": {"enum": ["uniform", "log2"]}, "method": STRING,
+        "code": {"enum": [*get_args(Code)]}, "method": STRING,
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
         "centred": {"type": "boolean"},
         "scale": {"type": ["number", "array"]},

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import consumers, is_constant, is_layout
 from ptq_onnx.export.lowering import lower
+from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -134,7 +135,7 @@ class Segments:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = graphs.serialize(lower(self.model_of(first, last), specs_within(self, specs, first)))
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return open_with_fp8(data, options, ["CPUExecutionProvider"])
 
     def model_of(self, first: int, last: int) -> ir.Model:
         """Segments ``first`` to ``last`` as a model of their own."""

@@ -84,7 +84,8 @@ def fake_quantize(value: Array, spec: TensorSpec) -> Array:
         return log2_values(log2_codes(value, spec.rule.bits), spec.rule.bits)
     if spec.rule.centred:
         mean = value.mean(axis=TOKENS, keepdims=True)
-        return dequantize(quantize(value - mean, spec), spec) + mean
+        found: Array = dequantize(quantize(value - mean, spec), spec) + mean
+        return found
     return dequantize(quantize(value, spec), spec)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -494,9 +495,11 @@ class _Lowering:
             return weight
         codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)
         scale = np.asarray(spec.scale, np.float32) if scale is None else scale
-        zero = np.zeros(scale.shape, np.int8)
+        floats = spec.rule.code == "e4m3"
+        zero = np.zeros(scale.shape, ml_dtypes.float8_e4m3fn if floats else np.int8)
+        stored = codes.astype(np.uint8).view(zero.dtype) if floats else codes.astype(zero.dtype)
         inputs: list[ir.Value | None] = [
-            self.constant(f"{weight.name}_quantized", codes.astype(zero.dtype)),
+            self.constant(f"{weight.name}_quantized", stored),
             self.constant(f"{weight.name}_scale", scale),
             self.constant(f"{weight.name}_zero_point", zero),
         ]
@@ -559,7 +562,7 @@ class _Lowering:
             node.replace_input_with(index, real)
 
 
-def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8 | np.int8]:
+def stored_zero_point(spec: TensorSpec) -> NDArray[Any]:
     """The zero point of an activation in the file, in the type of the stored codes.
 
     Where that is uint8, signed codes are stored 128 higher, zero point included: the same
@@ -567,6 +570,8 @@ def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8 | np.int8]:
     then rejects its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it
     moves over a Transpose keeps output_dtype INT8).
     """
+    if spec.rule.code == "e4m3":
+        return np.zeros(spec.zero_point.shape, ml_dtypes.float8_e4m3fn)
     if spec.rule.stored == "int8":
         return np.asarray(spec.zero_point).astype(np.int8)
     shift = 128 if spec.rule.signed else 0

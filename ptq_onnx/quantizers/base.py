@@ -244,7 +244,8 @@ class SiteQuantizer(VitQuantizer):
         if factor is not None:
             weight = weight / factor
         axis = site.channel_axes[0] if rule.granularity != "tensor" else None
-        scale = weight_scale(weight, axis, rule.bits)
+        largest = rule.limits[1] if rule.code == "e4m3" else None
+        scale = weight_scale(weight, axis, rule.bits, largest)
         return TensorSpec(
             tensor=site.tensor,
             rule=rule,

@@ -45,17 +45,20 @@ class Deploy(SiteQuantizer):
         if not site.is_parameter and not self._read_by_product(site):
             return FLOAT
         widths = self.plan.config.widths
+        code = self.plan.config.code
         if site.is_parameter:
             if not self._read_by_product(site):
                 return FLOAT
-            return Rule(widths.weights, True, True, "channel", method="minmax")
+            return Rule(widths.weights, True, True, "channel", code=code, method="minmax")
         method = self.plan.config.effective_method
         target = self.plan.config.runtime
         if site.role == "softmax":
             sign = target.signed_attention
             grain: Granularity = "row" if target.rows else "tensor"
             stored = target.stored(sign)
-            return Rule(widths.attention, sign, sign, grain, method="fixed", stored=stored)
+            return Rule(
+                widths.attention, sign, sign, grain, code=code, method="fixed", stored=stored
+            )
         products = [self.nodes[name].op_type for name in site.consumers]
         sign = target.symmetric
         if "MatMul" in products:
@@ -64,7 +67,15 @@ class Deploy(SiteQuantizer):
         centred = self._centred(site)
         if centred and method in FROM_HISTOGRAM:
             method = "robust"  # histograms are of the tensor with its mean
-        return Rule(widths.activations, sign, sign, method=method, stored=stored, centred=centred)
+        return Rule(
+            widths.activations,
+            sign,
+            sign,
+            code=code,
+            method=method,
+            stored=stored,
+            centred=centred,
+        )
 
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
@@ -91,7 +102,8 @@ class Deploy(SiteQuantizer):
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
-        if rule.method != "robust" or rule.granularity != "tensor":
+        # A floating grid has the same relative precision everywhere: its range need not be small.
+        if rule.method != "robust" or rule.granularity != "tensor" or rule.code == "e4m3":
             name = site.tensor + SUFFIX if rule.centred else site.tensor
             return super().bounds(replace(site, tensor=name), rule, stats)
         found = stats.channels[site.tensor + SUFFIX if rule.centred else site.tensor]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.quantizers.e4m3 import e4m3_codes, e4m3_values
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -36,6 +37,8 @@ def quantize(x: Array, spec: TensorSpec) -> NDArray[np.int32]:
     low, high = spec.rule.limits
     scaled = x if spec.factor is None else x / spec.factor
     step = along(spec.scale, spec.axis, x.ndim)
+    if spec.rule.code == "e4m3":
+        return e4m3_codes(scaled / step)
     zero = along(spec.zero_point, spec.axis, x.ndim)
     codes = np.rint(scaled / step) + zero
     return np.asarray(np.clip(codes, low, high), np.int32)
@@ -45,7 +48,8 @@ def dequantize(codes: NDArray[np.int32], spec: TensorSpec) -> Array:
     """Float32 values of integer codes: (code - zero_point) * scale * factor."""
     step = along(spec.scale, spec.axis, codes.ndim)
     zero = along(spec.zero_point, spec.axis, codes.ndim)
-    value = (codes - zero).astype(np.float32) * step.astype(np.float32)
+    unit = e4m3_values(codes) if spec.rule.code == "e4m3" else (codes - zero).astype(np.float32)
+    value = unit * step.astype(np.float32)
     return np.asarray(value if spec.factor is None else value * spec.factor, np.float32)
 
 
