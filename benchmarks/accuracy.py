@@ -34,6 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "deploy 8/8/8, gptq": {"quantizer": "deploy", "rounding": "gptq"},
     "deploy 8/8/8, adaround": {"quantizer": "deploy", "rounding": "adaround"},
     "deploy 8/8/8, tensorrt": {"target": "tensorrt"},
+    "deploy 8/8/8, residual, tensorrt": {"target": "tensorrt", "quantize_residual": True},
     "deploy fp8, tensorrt": {"target": "tensorrt", "precision": "fp8"},
     "fqvit 8/8/8": {"quantizer": "fqvit"},
     "fqvit 8/8/8, no LIS": {"quantizer": "fqvit", "lis": False},

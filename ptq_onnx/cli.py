@@ -82,6 +82,7 @@ def quantize(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    quantize_residual: o.QuantizeResidual = None,
     arithmetic: o.Arithmetic = None,
     multiplier_bits: o.MultiplierBits = None,
     target: o.Target = None,

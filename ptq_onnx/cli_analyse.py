@@ -35,6 +35,7 @@ def analyse(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    quantize_residual: o.QuantizeResidual = None,
     arithmetic: o.Arithmetic = None,
     opset: o.Opset = None,
     sensitivity: o.Sensitivity = None,

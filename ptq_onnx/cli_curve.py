@@ -47,6 +47,7 @@ def calibration_curve(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    quantize_residual: o.QuantizeResidual = None,
     target: o.Target = None,
     opset: o.Opset = None,
     threads: o.Threads = None,

@@ -148,6 +148,14 @@ Rounding = Annotated[
         f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
     ),
 ]
+QuantizeResidual = Annotated[
+    bool | None,
+    switch(
+        "quantize-residual",
+        DEFAULT.quantize_residual,
+        "tensorrt: Q/DQ on the skip input of residual adds, so that they fuse with the product.",
+    ),
+]
 Arithmetic = Annotated[
     str | None,
     option(

@@ -127,6 +127,7 @@ class QuantizeConfig:
     equalize: bool = True
     bias_correction: bool = True
     rounding: str = "nearest"
+    quantize_residual: bool = False
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
     target: str = "onnxruntime"
@@ -178,6 +179,11 @@ class QuantizeConfig:
             self._check_integer()
         if self.precision == "fp8":
             self._check_fp8()
+        if self.quantize_residual and not self.runtime.quantized_residuals:
+            raise ConfigError(
+                f"--quantize-residual with --target {self.target}: deploy leaves residual adds in"
+                " float there, because the runtime does not fuse them; use --target tensorrt."
+            )
         width = self.multiplier_bits
         if isinstance(width, bool) or not isinstance(width, int) or not 4 <= width <= 31:
             raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")

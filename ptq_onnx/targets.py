@@ -39,6 +39,8 @@ class Target:
     """v is quantized without its mean over the tokens of the image, which is added to A·V."""
     eight_bit_floats: bool = False
     """It computes products of FP8 E4M3."""
+    quantized_residuals: bool = False
+    """A residual add takes its skip input in int8, where asked for."""
     convolutions: bool = False
     """A Conv with a float output is computed in int8 (ONNX Runtime 1.31 leaves it in float)."""
     patches_as_linear: bool = True
@@ -86,6 +88,7 @@ TENSORRT = Target(
     rows=False,
     centred_values=True,
     eight_bit_floats=True,
+    quantized_residuals=True,
     convolutions=True,
     patches_as_linear=False,
     split_qkv=False,

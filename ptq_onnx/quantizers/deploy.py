@@ -30,6 +30,9 @@ from ptq_onnx.quantizers.rounded import rounded_weights
 from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "MatMul")
+RESIDUALS = ("residual1", "residual2")
+STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
+"""What makes the residual stream; None: it is the model's input."""
 ALONE = "stays float: another input of the product that reads it does"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
@@ -40,6 +43,10 @@ class Deploy(SiteQuantizer):
     name: ClassVar[str] = "deploy"
 
     def rule(self, site: Site) -> Rule | str:
+        if self._skips(site):
+            target, bits = self.plan.config.runtime, self.plan.config.widths.activations
+            code, method = self.plan.config.code, self.plan.config.effective_method
+            return Rule(bits, code=code, method=method, stored=target.stored(True))
         if site.role == "pos_embed":
             return FLOAT
         if not site.is_parameter and not self._read_by_product(site):
@@ -93,7 +100,11 @@ class Deploy(SiteQuantizer):
                 tensor = "" if weight is None else str(weight.name)
                 inputs[name] += tensor in rules and sites[tensor].is_parameter
             whole = {name for name, count in inputs.items() if count == 2}
-            lost = [t for t in rules if not whole.issuperset(sites[t].consumers)]
+            lost = [
+                t
+                for t in rules
+                if not whole.issuperset(sites[t].consumers) and not self._skips(sites[t])
+            ]
             if not lost:
                 return rules
             for tensor in lost:
@@ -117,6 +128,19 @@ class Deploy(SiteQuantizer):
             exponent=self.plan.exponents.get(site.tensor, 0.0),
         )
         return np.array([low], np.float32), np.array([high], np.float32)
+
+    def _skips(self, site: Site) -> bool:
+        """True for what a residual add passes by its branch, where that is to be quantized.
+
+        The branch itself keeps the product's float output, so that product and add fuse to one
+        kernel, whose output is quantized in turn as the next add's skip input.
+        """
+        if not self.plan.config.quantize_residual or site.is_parameter:
+            return False
+        roles = self.plan.blocks.roles
+        adds = [n for n in site.consumers if roles[n].name in RESIDUALS]
+        made = None if site.producer is None else roles[site.producer].name
+        return bool(adds) and made in STREAM
 
     def _centred(self, site: Site) -> bool:
         """True for a v that is quantized without the mean of its image."""
