@@ -10,6 +10,9 @@ calibration run, which are carried over to the new graph.
 * v → proj, and the mean of every value channel, which A·V passes on because A's rows sum to
   one: the rounding of A then multiplies values without their common part;
 * the image in the units of its pixels, so that 8 bits hold it exactly.
+
+For 8-bit floats the model is only brought into form: their precision is relative, so that a shift
+away from zero costs it and factors gain nothing (measured: ViT-Ti 14.1 dB without, 0.2 dB with).
 """
 
 from __future__ import annotations
@@ -375,7 +378,8 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
     counts = restructure(model, target)
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
-    if plan.pixels is not None:
+    moves = plan.config.code == "uniform"  # see the module's text
+    if plan.pixels is not None and moves:
         roles, fixed = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     sites = find_sites(model, blocks)
@@ -398,7 +402,8 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
     )
     widths = plan.config.widths
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
-    state.run()
+    if moves:
+        state.run()
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(
         plan,
