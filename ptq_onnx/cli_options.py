@@ -81,7 +81,7 @@ Quantizer = Annotated[
         "--quantizer",
         "NAME",
         DEFAULT.quantizer,
-        f"One of {', '.join(QUANTIZER_NAMES)}; tensorrt and openvino take deploy by themselves.",
+        f"One of {', '.join(QUANTIZER_NAMES)}; the target integer takes fqvit by itself.",
     ),
 ]
 Bits = Annotated[

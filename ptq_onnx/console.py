@@ -98,7 +98,7 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
     """The ops with the largest noise-to-signal ratio, worst first."""
     ops = sorted(analysis["ops"], key=lambda op: op["snr"], reverse=True)
     source = "held apart" if analysis["held_apart"] else "of the calibration"
-    title = f"Worst {min(count, len(ops))} of {len(ops)} ops, all of them quantized, on"
+    title = f"Worst {min(count, len(ops))} of {len(ops)} ops, everything quantized at once, on"
     title += f" {analysis['images']} images {source}"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for name in ("role", "block", "op"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -109,6 +110,9 @@ def quantize(
         from ptq_onnx.labels import labels_for
 
         truth = labels_for(tested, labels)
+    # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
+    importlib.import_module("ptq_onnx.engine")
+
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:

@@ -68,7 +68,7 @@ LATER = range(20, 24)
 """From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
 such a file is no worse for its own runtime, but cannot be compared in ONNX Runtime."""
 
-ONNXRUNTIME = Target("onnxruntime", quantizers={}, quantizer="fqvit")
+ONNXRUNTIME = Target("onnxruntime", quantizers={}, quantizer="deploy")
 TENSORRT = Target(
     "tensorrt",
     opsets=LATER,

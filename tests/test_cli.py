@@ -488,9 +488,27 @@ def test_quantize_and_evaluate(command: Command, tmp_path: Path) -> None:
     assert Path("b/config.yaml").read_bytes() == Path("a/config.yaml").read_bytes()
     assert Path("b/quantized.onnx").read_bytes() == Path("a/quantized.onnx").read_bytes()
 
-    # A report of an earlier run instead of calibration
-    command("quantize", MODEL, "--scales", "a/report.json", "--output", "c", *QUICK)
+
+@pytest.mark.parametrize(
+    "options", [("fqvit",), ("deploy", "--no-equalize", "--no-bias-correction")]
+)
+def test_scales_of_an_earlier_run(
+    command: Command, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A report of an earlier run instead of calibration gives the same file."""
+    words = ("--quantizer", *options, *QUICK)
+    command("quantize", MODEL, "--calib", DIGITS / "calib", "--output", "a", *words)
+    done = command("quantize", MODEL, "--scales", "a/report.json", "--output", "c", *words)
+    assert (done.code, done.err) == (0, "")
     assert Path("c/quantized.onnx").read_bytes() == Path("a/quantized.onnx").read_bytes()
+
+
+def test_scales_do_not_go_with_equalisation(command: Command, tmp_path: Path) -> None:
+    command("quantize", MODEL, "--calib", DIGITS / "calib", "--output", "a", *QUICK)
+    done = command("quantize", MODEL, "--scales", "a/report.json", "--output", "c", *QUICK)
+    assert done.code == 2
+    assert "equalisation needs the images" in done.err
+    assert not Path("c").exists()
 
 
 def test_report_on_the_console() -> None:

@@ -110,13 +110,16 @@ def test_what_selectors_match() -> None:
         ({"analysis_images": 0}, "--analysis-images must be at least 1"),
         ({"threads": -1}, "--threads must be at least 0"),
         ({"rounding": "up"}, "There is no rounding 'up'"),
-        ({"rounding": "gptq"}, "--rounding gptq belongs to the quantizer deploy"),
+        (
+            {"quantizer": "fqvit", "rounding": "gptq"},
+            "--rounding gptq belongs to the quantizer deploy",
+        ),
         ({"opset": 20}, "--opset 20"),
         ({"target": "openvino", "opset": 19}, "20 to 23"),
         ({"opset": 24}, "--opset 24"),
         ({"ptf_k": -1}, "--ptf-k -1: must be from 0 to 12"),
         ({"ptf_k": 13}, "--ptf-k 13"),
-        ({"ptf": False, "ptf_k": 3}, "exclude each other"),
+        ({"quantizer": "fqvit", "ptf": False, "ptf_k": 3}, "exclude each other"),
         ({"keep_float": ("auto",)}, "known to --per-channel only"),
         ({"per_channel": ("fc2@9-1",)}, "runs backwards"),
         ({"quantizer": "vanilla", "ptf": False}, "--no-ptf belongs to the quantizer fqvit"),
@@ -157,8 +160,9 @@ CONFIGS = [
     QuantizeConfig(quantizer="vanilla", bits="4/8/8", method="omse", images=7, threads=2),
     QuantizeConfig(quantizer="channelwise", per_channel=("auto", "fc1@0-3"), report=False),
     QuantizeConfig(
-        ptf_k=0, lis=False, keep_float=("head", "softmax@1,2"), mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.25, 0.125), size=(224, 192), crop_pct=0.9, interpolation="bicubic", opset=23,
+        quantizer="fqvit", ptf_k=0, lis=False, keep_float=("head", "softmax@1,2"),
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125), size=(224, 192), crop_pct=0.9,
+        interpolation="bicubic", opset=23,
     ),
 ]  # fmt: skip
 
