@@ -83,6 +83,7 @@ def quantize(
     rounding: o.Rounding = None,
     arithmetic: o.Arithmetic = None,
     multiplier_bits: o.MultiplierBits = None,
+    gelu: o.Gelu = None,
     target: o.Target = None,
     opset: o.Opset = None,
     report: o.Report = None,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ptq_onnx.config import (
+    GELU_NAMES,
     METHOD_NAMES,
     OPSETS,
     QUANTIZER_NAMES,
@@ -154,6 +155,15 @@ MultiplierBits = Annotated[
         "N",
         DEFAULT.multiplier_bits,
         "Integer arithmetic: width of the fixed-point multipliers, 4 to 31.",
+    ),
+]
+Gelu = Annotated[
+    str | None,
+    option(
+        "--gelu",
+        "NAME",
+        DEFAULT.gelu,
+        f"Integer arithmetic: how GELU is computed, one of {', '.join(GELU_NAMES)}.",
     ),
 ]
 Target = Annotated[

@@ -475,8 +475,10 @@ class _Run:
         from ptq_onnx.conformance.integer import violations
         from ptq_onnx.export.integer import lower_integer
 
-        width = self.config.multiplier_bits
-        lowered = lower_integer(self.prepared.model, quantizer.specs, width)
+        config = self.config
+        lowered = lower_integer(
+            self.prepared.model, quantizer.specs, config.multiplier_bits, config.gelu
+        )
         broken = violations(lowered)
         if broken:
             raise ModelError(f"Node '{broken[0].node}' ({broken[0].rule}): {broken[0].text}")
@@ -497,8 +499,12 @@ class _Run:
         overrides: dict[str, Any] = {}
         left: list[str] = []
         if self.config.arithmetic == "integer":
-            width = self.config.multiplier_bits
-            overrides, left = integer_overrides(self.prepared.model, quantizer.specs, width)
+            overrides, left = integer_overrides(
+                self.prepared.model,
+                quantizer.specs,
+                self.config.multiplier_bits,
+                self.config.gelu,
+            )
             if self.config.target != INTEGER:
                 self.notes.append(
                     "The analysis simulates integer arithmetic, that of --target integer;"

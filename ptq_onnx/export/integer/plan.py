@@ -54,6 +54,7 @@ class Plan:
     model: ir.Model
     specs: Mapping[str, TensorSpec]
     bits: int = MULTIPLIER_BITS
+    gelu: str = "table"
     left: list[ir.Node] = field(default_factory=list)
     """Compute nodes that cannot be in integers, where that is allowed."""
     steps: dict[ir.Node, Planned] = field(default_factory=dict)
