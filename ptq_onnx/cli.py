@@ -90,6 +90,7 @@ def quantize(
     sensitivity: o.Sensitivity = None,
     pictures: o.Pictures = None,
     attention_blocks: o.AttentionBlocks = None,
+    attention_heads: o.AttentionHeads = None,
     analysis_images: o.AnalysisImages = None,
     threads: o.Threads = None,
 ) -> None:

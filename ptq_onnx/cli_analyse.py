@@ -42,6 +42,7 @@ def analyse(
     sensitivity: o.Sensitivity = None,
     pictures: o.Pictures = None,
     attention_blocks: o.AttentionBlocks = None,
+    attention_heads: o.AttentionHeads = None,
     analysis_images: o.AnalysisImages = None,
     threads: o.Threads = None,
 ) -> None:

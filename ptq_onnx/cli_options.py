@@ -263,6 +263,10 @@ AttentionBlocks = Annotated[
     list[int] | None,
     option("--attention-blocks", "BLOCK", "the last", "Block whose attention to draw; repeatable."),
 ]
+AttentionHeads = Annotated[
+    list[int] | None,
+    option("--attention-heads", "HEAD", "all", "Head to draw by itself; repeatable."),
+]
 AnalysisImages = Annotated[
     int | None,
     option(

@@ -102,9 +102,10 @@ class QuantizeConfig:
     ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the blocks with the widest
     channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic;
     ``gelu``: how that computes GELU.
-    ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last. ``mean`` …
-    ``interpolation`` None: those of ``preprocess``, which None means: the model's own, else
-    imagenet. The target ``integer`` makes ``arithmetic`` integer too.
+    ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last; of them
+    ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
+    which None means: the model's own, else imagenet. The target ``integer`` makes
+    ``arithmetic`` integer too.
     """
 
     quantizer: str = ""
@@ -136,12 +137,14 @@ class QuantizeConfig:
     sensitivity: bool = False
     pictures: bool = True
     attention_blocks: tuple[int, ...] = ()
+    attention_heads: tuple[int, ...] = ()
     analysis_images: int = 32
     threads: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError, one line, for values that make no sense alone or together."""
-        for name in ("mean", "std", "size", "keep_float", "per_channel", "attention_blocks"):
+        lists = ("mean", "std", "size", "keep_float", "per_channel", "attention_blocks")
+        for name in (*lists, "attention_heads"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -182,6 +185,8 @@ class QuantizeConfig:
             raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")
         for block in self.attention_blocks:
             _at_least("attention_blocks", block, 0)
+        for head in self.attention_heads:
+            _at_least("attention_heads", head, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
             raise ConfigError(f"--ptf-k {self.ptf_k}: must be from 0 to 12.")
         for option, used, owners in (
