@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ptq_onnx.config import (
+    GELU_NAMES,
     METHOD_NAMES,
     OPSETS,
     QUANTIZER_NAMES,
@@ -156,6 +157,15 @@ MultiplierBits = Annotated[
         "Integer arithmetic: width of the fixed-point multipliers, 4 to 31.",
     ),
 ]
+Gelu = Annotated[
+    str | None,
+    option(
+        "--gelu",
+        "NAME",
+        DEFAULT.gelu,
+        f"Integer arithmetic: how GELU is computed, one of {', '.join(GELU_NAMES)}.",
+    ),
+]
 Target = Annotated[
     str | None,
     option("--target", "NAME", DEFAULT.target, f"What the file is for: {', '.join(TARGETS)}."),
@@ -252,6 +262,10 @@ Pictures = Annotated[
 AttentionBlocks = Annotated[
     list[int] | None,
     option("--attention-blocks", "BLOCK", "the last", "Block whose attention to draw; repeatable."),
+]
+AttentionHeads = Annotated[
+    list[int] | None,
+    option("--attention-heads", "HEAD", "all", "Head to draw by itself; repeatable."),
 ]
 AnalysisImages = Annotated[
     int | None,

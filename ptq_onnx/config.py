@@ -17,6 +17,7 @@ from ptq_onnx.targets import Target
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
+GELU_NAMES = ("table", "polynomial")
 TARGETS = tuple(BY_NAME)
 INTEGER = "integer"
 OPSETS = range(20, 24)
@@ -99,10 +100,12 @@ class QuantizeConfig:
     ``quantizer`` empty and ``opset`` 0: the target's own. ``method`` None: percentile for
     vanilla, robust for the others. ``ptf_k`` None: as large as the channels need.
     ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the blocks with the widest
-    channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic.
-    ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last. ``mean`` …
-    ``interpolation`` None: those of ``preprocess``, which None means: the model's own, else
-    imagenet. The target ``integer`` makes ``arithmetic`` integer too.
+    channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic;
+    ``gelu``: how that computes GELU.
+    ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last; of them
+    ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
+    which None means: the model's own, else imagenet. The target ``integer`` makes
+    ``arithmetic`` integer too.
     """
 
     quantizer: str = ""
@@ -127,18 +130,21 @@ class QuantizeConfig:
     rounding: str = "nearest"
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
+    gelu: str = "table"
     target: str = "onnxruntime"
     opset: int = 0
     report: bool = True
     sensitivity: bool = False
     pictures: bool = True
     attention_blocks: tuple[int, ...] = ()
+    attention_heads: tuple[int, ...] = ()
     analysis_images: int = 32
     threads: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError, one line, for values that make no sense alone or together."""
-        for name in ("mean", "std", "size", "keep_float", "per_channel", "attention_blocks"):
+        lists = ("mean", "std", "size", "keep_float", "per_channel", "attention_blocks")
+        for name in (*lists, "attention_heads"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -150,6 +156,7 @@ class QuantizeConfig:
             _choice("method", self.method, METHOD_NAMES)
         _choice("target", self.target, TARGETS)
         _choice("rounding", self.rounding, ROUNDING_NAMES)
+        _choice("gelu", self.gelu, GELU_NAMES)
         if not self.quantizer:
             object.__setattr__(self, "quantizer", self.runtime.quantizer)
         if self.opset == 0:
@@ -178,6 +185,8 @@ class QuantizeConfig:
             raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")
         for block in self.attention_blocks:
             _at_least("attention_blocks", block, 0)
+        for head in self.attention_heads:
+            _at_least("attention_heads", head, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
             raise ConfigError(f"--ptf-k {self.ptf_k}: must be from 0 to 12.")
         for option, used, owners in (
@@ -195,6 +204,10 @@ class QuantizeConfig:
                     f"{option} belongs to the quantizer {' or '.join(owners)},"
                     f" not {self.quantizer}."
                 )
+        if self.gelu != "table" and self.arithmetic != "integer":
+            raise ConfigError(
+                f"--gelu {self.gelu} belongs to integer arithmetic: add --target integer."
+            )
         if not self.ptf and self.ptf_k:
             raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
         for text in (*self.keep_float, *self.per_channel):

@@ -117,6 +117,7 @@ def quantize(
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         run = _Run(prepared, config, preprocess, images, notes, work, progress)
+        run.validation = validation(tested, labels)
         report = run.run(tested, truth, scales)
         if not keep_models:
             for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
@@ -141,6 +142,19 @@ def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
         raise ConfigError(
             f"--attention-blocks {beyond[0]}: the model has {prepared.blocks.count} blocks,"
             " counted from 0."
+        )
+    heads = [
+        node.outputs[0].shape[1]
+        for node in prepared.model.graph
+        if prepared.blocks.roles[node.name or str(node.outputs[0].name)].name == "softmax"
+        and node.outputs[0].shape is not None
+        and len(node.outputs[0].shape) == 4
+    ]
+    most = max((h for h in heads if isinstance(h, int)), default=None)
+    absent = [h for h in config.attention_heads if most is not None and h >= most]
+    if absent:
+        raise ConfigError(
+            f"--attention-heads {absent[0]}: the model has {most} heads, counted from 0."
         )
 
 
@@ -253,6 +267,12 @@ class _Run:
     work: Path
     progress: Progress | None
     analysis: Analysis | None = None
+    original: Prepared | None = None
+    """The model before equalisation, where there is any."""
+    picture: Path | None = None
+    """The image whose attention is drawn, as the model sees it."""
+    validation: dict[str, Any] | None = None
+    """Names of the folder measured on and of its labels."""
 
     @property
     def fixed(self) -> int | None:
@@ -311,6 +331,7 @@ class _Run:
             "forms": dict(plan.forms),
             "moves": [asdict(move) for move in plan.moves],
         }
+        report["validation"] = self.validation
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
             report["integer"] = self._integer(quantizer, lowered)
@@ -339,6 +360,7 @@ class _Run:
             )
         mean, std = self.preprocess.mean, self.preprocess.std
         pictures = isinstance(self.images, FolderSource)
+        self.original = self.prepared
         plan = equalise(
             replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
         )
@@ -479,8 +501,10 @@ class _Run:
         from ptq_onnx.conformance.integer import violations
         from ptq_onnx.export.integer import lower_integer
 
-        width = self.config.multiplier_bits
-        lowered = lower_integer(self.prepared.model, quantizer.specs, width)
+        config = self.config
+        lowered = lower_integer(
+            self.prepared.model, quantizer.specs, config.multiplier_bits, config.gelu
+        )
         broken = violations(lowered)
         if broken:
             raise ModelError(f"Node '{broken[0].node}' ({broken[0].rule}): {broken[0].text}")
@@ -501,8 +525,12 @@ class _Run:
         overrides: dict[str, Any] = {}
         left: list[str] = []
         if self.config.arithmetic == "integer":
-            width = self.config.multiplier_bits
-            overrides, left = integer_overrides(self.prepared.model, quantizer.specs, width)
+            overrides, left = integer_overrides(
+                self.prepared.model,
+                quantizer.specs,
+                self.config.multiplier_bits,
+                self.config.gelu,
+            )
             if self.config.target != INTEGER:
                 self.notes.append(
                     "The analysis simulates integer arithmetic, that of --target integer;"
@@ -541,6 +569,7 @@ class _Run:
     ) -> list[tuple[str, Path]]:
         """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
         import torch
+        from PIL import Image
 
         from ptq_onnx.analysis.attention import attention_maps, code_runs
         from ptq_onnx.analysis.attention_map import draw_attention
@@ -552,7 +581,8 @@ class _Run:
         simulators = {"float": reference}
         if config.quantizer != "vanilla":
             plain = QuantizeConfig(quantizer="vanilla", bits=config.bits, threads=config.threads)
-            plan = Plan(prepared.model, prepared.blocks, prepared.sites, plain, self.stage)
+            whole = self.original or prepared
+            plan = Plan(whole.model, whole.blocks, whole.sites, plain, self.stage)
             vanilla = make_quantizer(plan)
             few = self.images
             if isinstance(few, FolderSource):
@@ -560,7 +590,7 @@ class _Run:
             channels, height, width = self.preprocess.shape
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
-            simulators["vanilla"] = Simulator(prepared.model, vanilla, threads=config.threads)
+            simulators["vanilla"] = Simulator(whole.model, vanilla, threads=config.threads)
         simulators[config.quantizer] = simulator
         names, batch = next(source.named_batches(1))
         repeated = np.repeat(batch, self.fixed or 1, axis=0)
@@ -572,11 +602,13 @@ class _Run:
             return []
         folder = self.work / "attention"
         folder.mkdir()
+        self.picture = folder / f"picture_{Path(maps[0].image_name).stem}.png"
+        Image.fromarray(maps[0].image).save(self.picture)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
             path = folder / f"{kind}block_{found.block:02d}_{Path(found.image_name).stem}.png"
-            draw_attention(found, path)
+            draw_attention(found, path, config.attention_heads)
             what = ", maps of the float model in 8 and 4 bits" if kind else ""
             pictures.append((f"Block {found.block}, {found.image_name}{what}", path))
         return pictures
@@ -635,7 +667,7 @@ class _Run:
         from ptq_onnx.analysis.results import OpError
 
         ops = [OpError(**op) for op in analysed["analysis"]["ops"]]
-        page = render(report, snr_over_blocks(ops), pictures)
+        page = render(report, snr_over_blocks(ops), pictures, self.picture)
         (self.work / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -685,6 +717,16 @@ def _value(value: ir.Value) -> dict[str, Any]:
         else [d if isinstance(d, int) else str(d.value) for d in value.shape]
     )
     return {"name": value.name, "shape": shape}
+
+
+def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[str, Any] | None:
+    """What ``--val`` and ``--labels`` name, without their folders."""
+    if tested is None:
+        return None
+    return {
+        "source": _source_name(tested),
+        "labels": None if labels is None else Path(labels).name,
+    }
 
 
 def _source_name(images: ImageSource) -> str:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"
 DIGITS = ROOT / "img" / "digits"
 OWN = {"images", "check_preprocess", "report", "pictures", "attention_blocks", "analysis_images"}
-OWN |= {"sensitivity", "multiplier_bits"}
+OWN |= {"sensitivity", "multiplier_bits", "gelu", "attention_heads"}
 """What the command decides itself, or does not do."""
 
 

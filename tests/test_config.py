@@ -132,6 +132,8 @@ def test_what_selectors_match() -> None:
         ({"multiplier_bits": 3}, "--multiplier-bits 3: must be from 4 to 31"),
         ({"multiplier_bits": True}, "--multiplier-bits True"),
         ({"quantizer": "vanilla", "multiplier_bits": 16}, "--multiplier-bits belongs to"),
+        ({"gelu": "polynomial"}, "--gelu polynomial belongs to integer arithmetic"),
+        ({"target": "integer", "gelu": "sigmoid"}, "no gelu 'sigmoid'; choose one of table"),
         ({"target": "integer", "keep_float": ("fc2",)}, "--keep-float would leave tensors"),
         ({"target": "integer", "per_channel": ("fc2",)}, "--per-channel would leave tensors"),
     ],

@@ -86,7 +86,7 @@ def analyse_quantized(
     )
     few = min(VARIATION_IMAGES, count)
     varied = variation(
-        subject.model,
+        subject.other or subject.model,
         subject.blocks,
         subject.sites,
         specs,
@@ -97,7 +97,7 @@ def analyse_quantized(
     looked = attention_values(
         subject.model,
         subject.blocks,
-        floats,
+        other or floats,
         subject.simulator,
         named(source, fixed or SMALL, fixed, ATTENTION_IMAGES),
     )

@@ -21,6 +21,7 @@ from ptq_onnx.analysis.results import (
     Sensitivity,
     Variation,
 )
+from ptq_onnx.equalization import Move
 from ptq_onnx.spec import Granularity
 from ptq_onnx.targets import Stored
 
@@ -148,6 +149,23 @@ def report_schema() -> Schema:
             "notes": _list(STRING),
         }
     )  # fmt: skip
+    whole["properties"] |= {  # of some runs only
+        "equalization": _object(
+            {"forms": {"type": "object", "additionalProperties": COUNT},
+             "moves": _list(schema_of(Move))}
+        ),
+        "optimised": {"type": "object", "additionalProperties": COUNT,
+                      "description": "Ops of the graph that ONNX Runtime runs."},
+        "integer": _object(
+            {"ops": {"type": "object", "additionalProperties": COUNT},
+             "widest": {"type": "object", "additionalProperties": _object(
+                 {"tensor": STRING, "bits": COUNT, "of": COUNT, "seen_bits": _or_null(COUNT)})},
+             "operations": {"type": "object", "additionalProperties": COUNT},
+             "traffic": {"type": "object", "additionalProperties": NUMBER},
+             "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
+        ),
+        "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
+    }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "report.json of ptq_onnx",

@@ -67,30 +67,34 @@ def sensitivity(
 ) -> Sensitivity:
     """Both analyses of the float ``model`` with its ``specs``, on all ``images``.
 
-    ``reference``: the float model whose logits are compared with, where that is not ``model``
-    (an equalised copy). ``apart``: weights and activations also by themselves. ``progress`` is
-    called with the number of runs done, of :func:`run_count`. Raises ModelError where there is
-    no image.
+    ``reference``: the float model that ``model`` came from, where that is another: its weights
+    not yet rounded, its biases not yet corrected. Its logits are compared with, and a linear
+    whose weight a run leaves in float has its constants, not ``model``'s. ``apart``: weights and
+    activations also by themselves. ``progress`` is called with the number of runs done, of
+    :func:`run_count`. Raises ModelError where there is no image.
     """
     if not len(images.values):
         raise ModelError("There are no images to analyse the quantized model on.")
     started = time.perf_counter()
     modules = [m for m in find_modules(model, blocks, sites, specs) if apart or m.part == "all"]
     features = _last_norm(model, blocks)
-    first = _Runs(reference or model, threads, features)
+    start = partial(
+        _Runs, reference or model, threads, features, None if reference is None else model
+    )
+    first = start()
     truth = first.measured(
         images, first.segments.run(images.values, 0, first.last, {}, images.batch)
     )
     judge = partial(_judged, truth)
     alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
-    runs = _Runs(model, threads, features)
+    runs = start()
     layerwise = {m: judge(found) for m, found in runs.each({}, alone, images, progress)}
     but = {
         m: {t: spec for t, spec in specs.items() if t not in m.tensors}
         for m in modules
         if m.part == "all" or m.scope in APART
     }
-    runs = _Runs(model, threads, features)
+    runs = start()
     left = {m: judge(found) for m, found in runs.each(specs, but, images, progress)}
     baseline = judge(runs.baseline)
     return Sensitivity(
@@ -165,9 +169,15 @@ def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switche
 class _Runs:
     """Runs of one model in which the specs differ from a background in some tensors."""
 
-    def __init__(self, model: ir.Model, threads: int, features: str | None) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        threads: int,
+        features: str | None,
+        rounded: ir.Model | None = None,
+    ) -> None:
         self.output = str(model.graph.outputs[0].name)
-        self.segments = Segments(model, self.output, threads, features=features)
+        self.segments = Segments(model, self.output, threads, features=features, rounded=rounded)
         self.last = len(self.segments.parts) - 1
         self.baseline: Outcome = np.zeros(0, np.float32), None
 

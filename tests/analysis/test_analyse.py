@@ -21,6 +21,7 @@ from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity, Variatio
 from ptq_onnx.analysis.schema import report_schema, text, violations
 from ptq_onnx.cli import app
 from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation import evaluate
 from ptq_onnx.images import open_images
 from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
@@ -224,6 +225,25 @@ def test_size_grows_with_numbers_not_with_weights(page: str) -> None:
     assert len(bands) == 4
     per_channel = max(map(len, bands)) / 64
     assert 4 * 768 * per_channel + 2.5 * (len(page) - sum(map(len, bands))) < 5_000_000
+
+
+def test_the_picture_stands_beside_its_rollout(
+    page: str, result: Result, report: dict[str, Any]
+) -> None:
+    rollout = report["analysis"]["attention"]["rollout"]
+    name = Path(rollout["image_name"]).stem
+    assert (result.output / "attention" / f"picture_{name}.png").exists()
+    beside = page.split('id="rollout"')[1].split("</figure>")[1]
+    assert f"{rollout['image_name']}, as the model sees it" in beside
+    assert '<img id="picture" src="data:image/png;base64,' in beside
+
+
+def test_heads_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    config = QuantizeConfig(quantizer="vanilla", attention_heads=(1, 4), threads=1)
+    with pytest.raises(ConfigError, match=r"^--attention-heads 4: the model has 4 heads"):
+        quantize(DIGITS, config=config, calib=CALIB, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="--attention-heads must be at least 0, got -1"):
+        QuantizeConfig(attention_heads=(-1,))
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
