@@ -168,6 +168,37 @@ def test_tables_of_variation_and_attention(report: dict[str, Any], page: str) ->
         assert advice.split(":")[0] in page
 
 
+def test_every_number_of_every_table_is_in_the_json(report: dict[str, Any], page: str) -> None:
+    """As it is, or as a percentage; apart from the row's own number and its rank."""
+    numbers: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            numbers.update((repr(float(value)), repr(float(100 * value))))
+        for item in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        ):
+            collect(item)
+
+    collect(report)
+    tables = re.findall(r'<table class="[^"]*" id="([^"]*)"', page)
+    assert set(tables) >= {"ops", "modules", "blocks", "outliers", "kinds", "varied", "attention",
+                           "tensors"}  # fmt: skip
+    checked = 0
+    for table in tables:
+        for line, row in enumerate(cells(page, table)):
+            for place, shown in enumerate(row):
+                number = re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", shown)
+                if number is None or shown == "-1":  # what sorts names that are in no block
+                    continue
+                if table == "ops" and place < 2:
+                    assert place or float(shown) == line
+                    continue
+                assert repr(float(shown)) in numbers, (table, line, place, shown)
+                checked += 1
+    assert checked > 5_000
+
+
 PROBE = """<script>
 const seen = {errors: 0};
 addEventListener("error", () => seen.errors++);
