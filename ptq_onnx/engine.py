@@ -19,6 +19,7 @@ import types
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -293,7 +294,7 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
             if variable.is_parameter and tensor in values:
                 variable.value = torch.from_numpy(np.array(values[tensor]))
 
-    @property
+    @cached_property
     def quant_operation_types(self) -> set[str]:
         """Every type of op that touches a tensor with a rule."""
         return {

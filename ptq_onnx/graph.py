@@ -152,25 +152,25 @@ def _write_streamed(model: ir.Model, path: Path) -> None:
     proto, large = _without_weights(model)
     graph = proto.graph.SerializeToString()
     proto.ClearField("graph")
-    sizes = [_tensor(name, weight).ByteSize() for name, weight in large.items()]
-    heads = [_head(INITIALIZER, size) for size in sizes]
+    heads = []
+    for name, weight in large.items():
+        described = onnx.TensorProto(name=name, data_type=int(weight.dtype))
+        described.dims.extend(weight.shape.numpy())
+        fields = described.SerializeToString() + _head(RAW_DATA, weight.nbytes)
+        heads.append(_head(INITIALIZER, len(fields) + weight.nbytes) + fields)
+    weights = sum(len(head) for head in heads) + sum(w.nbytes for w in large.values())
     with path.open("wb") as file:
         file.write(proto.SerializeToString())
-        file.write(_head(GRAPH, len(graph) + sum(sizes) + sum(len(head) for head in heads)))
+        file.write(_head(GRAPH, len(graph) + weights))
         file.write(graph)
-        for head, (name, weight) in zip(heads, large.items(), strict=True):
+        for head, weight in zip(heads, large.values(), strict=True):
             file.write(head)
-            file.write(_tensor(name, weight).SerializeToString())
-
-
-def _tensor(name: str, weight: ir.TensorProtocol) -> onnx.TensorProto:
-    proto: onnx.TensorProto = ir.to_proto(weight)
-    proto.name = name
-    return proto
+            file.write(weight.tobytes())
 
 
 GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
 INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
+RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
 
 
 def _head(field: int, length: int) -> bytes:
