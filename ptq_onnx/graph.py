@@ -39,7 +39,7 @@ EXTERNAL_LIMIT = 1_900_000_000
 """Bytes from which weights go to a file of their own; a protobuf ends at 2 GiB."""
 
 SHARED_LIMIT = 64_000_000
-"""Bytes from which weights are checked, run and written where they are, without whole copies."""
+"""Bytes from which no protobuf of all weights is made to check, run or write a model."""
 
 
 def load(path: str | Path) -> ir.Model:
@@ -342,10 +342,8 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
 
 
 def open_plain(model: ir.Model, threads: int = 0) -> ort.InferenceSession:
-    """A session for a few images: the products read the weights where they are.
-
-    ONNX Runtime would make a packed copy of each, which takes memory and time.
-    """
+    """A session for a few images, without the packed copies of the weights, which would take
+    memory and time."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -356,7 +354,7 @@ def open_plain(model: ir.Model, threads: int = 0) -> ort.InferenceSession:
 def open_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU of a model in standard form.
 
-    The weights of large models are handed over where they are, without a copy.
+    The weights of large models are handed over where they are, not in a protobuf.
     """
     providers = ["CPUExecutionProvider"]
     if _size(model) <= min(SHARED_LIMIT, EXTERNAL_LIMIT):
