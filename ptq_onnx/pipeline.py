@@ -300,9 +300,10 @@ class _Run:
         from ptq_onnx.quantizers import make_quantizer
         from ptq_onnx.quantizers.base import Plan
 
-        prepared = self.prepared
         config = self._resolve_auto()
         checked = None if scales is not None else self._check_preprocess()
+        graphs.save(self.prepared.model, self.work / "fused.onnx")
+        prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
         if config.equalizes:
             plan = self._equalise(plan, scales)
@@ -324,7 +325,6 @@ class _Run:
         else:
             lowered = lower(quantizer.model, quantizer.specs)
         graphs.save(lowered, quantized)
-        graphs.save(prepared.model, self.work / "fused.onnx")
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
         report["equalization"] = {
@@ -350,8 +350,11 @@ class _Run:
         return report
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
-        """The plan for the equalised model, which from here on is the prepared one."""
-        from ptq_onnx.equalization import equalise
+        """The plan for the equalised model, which from here on is the prepared one.
+
+        The model as it was is in its file by now, and kept beside it for pictures alone.
+        """
+        from ptq_onnx.equalization import equalise_in_place
 
         if scales is not None:
             raise ConfigError(
@@ -360,8 +363,9 @@ class _Run:
             )
         mean, std = self.preprocess.mean, self.preprocess.std
         pictures = isinstance(self.images, FolderSource)
-        self.original = self.prepared
-        plan = equalise(
+        if self.config.report and self.config.pictures:  # drawn beside, by vanilla
+            self.original = replace(self.prepared, model=self.prepared.model.clone())
+        plan = equalise_in_place(
             replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
         )
         self.prepared = replace(
@@ -390,9 +394,10 @@ class _Run:
         few = open_images(source.root, plain, limit=min(MOST, self.config.images))
         pictures = np.concatenate(list(few.batches(8)))
         try:
-            classifier = Classifier(self.prepared.path, self.config.threads)
+            opened = graphs.open_plain(model, self.config.threads)
+            classifier = Classifier(opened)
             found = check_preprocess(classifier, pictures, self.preprocess)
-        except ModelError:  # what calibration can use need not run as it came
+        except ModelError:  # no classifier after all
             return None
         if found.warning is not None:
             self.notes.append(found.warning)

@@ -218,7 +218,8 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tup
     """A copy of the model with four reductions per site as extra outputs.
 
     Returns the names of (minimum [B, C…], maximum [B, C…], sum of squares [C…], sum [C…]) by
-    tensor.
+    tensor. Squares are a Mul of their own: ONNX Runtime's ReduceSumSquare takes 14 ns a value
+    over the tokens of [B, T, C], Mul and ReduceSum 0.3 ns (measured, 1.31, one thread).
     """
     copy = graphs.to_standard(model)
     graph = copy.graph
@@ -230,23 +231,27 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tup
         rank = len(site.shape)
         shared = [a for a in range(1, rank) if a not in site.channel_axes]
         outputs = []
+        square = ir.node("Mul", [value, value], num_outputs=1)
+        square.outputs[0].name = f"tap/Mul/{site.tensor}"
+        square.outputs[0].dtype = ir.DataType.FLOAT
+        graph.append(square)
         taps = (
-            ("ReduceMin", shared),
-            ("ReduceMax", shared),
-            ("ReduceSumSquare", [0, *shared]),
-            ("ReduceSum", [0, *shared]),
+            ("Min", "ReduceMin", value, shared),
+            ("Max", "ReduceMax", value, shared),
+            ("SumSquare", "ReduceSum", square.outputs[0], [0, *shared]),
+            ("Sum", "ReduceSum", value, [0, *shared]),
         )
-        for op, axes in taps:
-            name = f"tap/{op}/{site.tensor}"
+        for kind, op, data, axes in taps:
+            name = f"tap/{kind}/{site.tensor}"
             if not axes:
-                node = ir.node("Identity", [value], num_outputs=1)
+                node = ir.node("Identity", [data], num_outputs=1)
             else:
                 constant = ir.Value(
                     name=f"{name}/axes", const_value=ir.tensor(np.array(axes, np.int64))
                 )
                 constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(axes)])
                 graph.register_initializer(constant)
-                node = ir.node(op, [value, constant], {"keepdims": 0}, num_outputs=1)
+                node = ir.node(op, [data, constant], {"keepdims": 0}, num_outputs=1)
             node.outputs[0].name = name
             node.outputs[0].dtype = ir.DataType.FLOAT
             graph.append(node)

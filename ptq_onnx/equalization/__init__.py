@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks import (
@@ -366,9 +367,15 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
 
     The plan's own model is left as it is. ``batches`` [B, C, H, W] are run once.
     """
-    model = plan.model.clone()
+    return equalise_in_place(replace(plan, model=plan.model.clone()), batches)
+
+
+def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
+    """As :func:`equalise`, on the plan's own model: each weight goes as a new one comes."""
+    model = plan.model
     target = plan.config.runtime
     counts = restructure(model, target)
+    common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
     if plan.pixels is not None:
