@@ -28,6 +28,7 @@ def analyse(
     interpolation: o.Interpolation = None,
     check_preprocess: o.CheckPreprocess = None,
     keep_float: o.KeepFloat = None,
+    more_bits: o.MoreBits = None,
     per_channel: o.PerChannel = None,
     ptf: o.Ptf = None,
     ptf_k: o.PtfK = None,

@@ -39,6 +39,7 @@ def calibration_curve(
     crop_pct: o.CropPct = None,
     interpolation: o.Interpolation = None,
     keep_float: o.KeepFloat = None,
+    more_bits: o.MoreBits = None,
     per_channel: o.PerChannel = None,
     ptf: o.Ptf = None,
     ptf_k: o.PtfK = None,

@@ -13,7 +13,9 @@ import typer
 
 from ptq_onnx.config import (
     GELU_NAMES,
+    MAX_DROP,
     METHOD_NAMES,
+    MIN_SQNR,
     OPSETS,
     QUANTIZER_NAMES,
     ROUNDING_NAMES,
@@ -96,6 +98,41 @@ KeepFloat = Annotated[
         "ROLE[@BLOCKS]",
         "none",
         "Leave a role in float, as in fc2 or fc2@5,6; repeatable.",
+    ),
+]
+MoreBits = Annotated[
+    list[str] | None,
+    option(
+        "--more-bits",
+        "ROLE[@BLOCKS]",
+        "none",
+        "8 bits for a role where --bits has fewer, as in fc2 or fc2@5,6; repeatable.",
+    ),
+]
+Auto = Annotated[
+    bool | None,
+    switch(
+        "auto",
+        DEFAULT.auto,
+        "Leave the fewest, cheapest ops in float, or at 8 bits, that keep the loss in bounds.",
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    option(
+        "--max-drop",
+        "POINTS",
+        f"{MAX_DROP} where --val has labels",
+        "auto: top-1 that may be lost on the images of --val.",
+    ),
+]
+MinSqnr = Annotated[
+    float | None,
+    option(
+        "--min-sqnr",
+        "DB",
+        f"{MIN_SQNR:g} without labels",
+        "auto: SQNR that the logits must have, on --val or on calibration images held apart.",
     ),
 ]
 PerChannel = Annotated[
@@ -315,6 +352,7 @@ PARSERS: dict[str, Callable[[str, str], tuple[Any, ...]]] = {
     "std": _numbers,
     "size": _sides,
     "keep_float": _one,
+    "more_bits": _one,
     "per_channel": _one,
 }
 """Options whose text is not their value yet."""

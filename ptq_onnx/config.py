@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +24,9 @@ INTEGER = "integer"
 OPSETS = range(20, 24)
 ALL = "all"
 AUTO = "auto"
+MOST_BITS = 8
+MAX_DROP, MIN_SQNR = 0.5, 20.0
+"""Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ class QuantizeConfig:
     ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last; of them
     ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
     which None means: the model's own, else imagenet. The target ``integer`` makes
-    ``arithmetic`` integer too.
+    ``arithmetic`` integer too. ``more_bits``: selectors of what gets 8 bits whatever ``bits`` say.
+    ``auto`` adds to it and to ``keep_float`` what brings the loss of top-1 down to ``max_drop``
+    points, or the SQNR of the logits up to ``min_sqnr`` dB.
     """
 
     quantizer: str = ""
@@ -121,7 +127,11 @@ class QuantizeConfig:
     interpolation: str | None = None
     check_preprocess: bool = True
     keep_float: tuple[str, ...] = ()
+    more_bits: tuple[str, ...] = ()
     per_channel: tuple[str, ...] = ()
+    auto: bool = False
+    max_drop: float | None = None
+    min_sqnr: float | None = None
     ptf: bool = True
     ptf_k: int | None = None
     lis: bool = True
@@ -143,12 +153,13 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, one line, for values that make no sense alone or together."""
-        lists = ("mean", "std", "size", "keep_float", "per_channel", "attention_blocks")
-        for name in (*lists, "attention_heads"):
+        selectors = ("keep_float", "more_bits", "per_channel")
+        lists = ("mean", "std", "size", *selectors, "attention_blocks", "attention_heads")
+        for name in lists:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("keep_float", "per_channel"):
+        for name in selectors:
             value = getattr(self, name)
             if isinstance(value, str):  # one selector, not one per letter
                 object.__setattr__(self, name, (value,))
@@ -210,20 +221,40 @@ class QuantizeConfig:
             )
         if not self.ptf and self.ptf_k:
             raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
-        for text in (*self.keep_float, *self.per_channel):
+        for text in (*self.keep_float, *self.more_bits, *self.per_channel):
             if text != AUTO:
                 Selector.parse(text)
-        if AUTO in self.keep_float:
-            raise ConfigError("--keep-float takes roles; 'auto' is known to --per-channel only.")
+        for option, given in (("--keep-float", self.keep_float), ("--more-bits", self.more_bits)):
+            if AUTO in given:
+                raise ConfigError(f"{option} takes roles; 'auto' is known to --per-channel only.")
+        self._check_auto()
+
+    def _check_auto(self) -> None:
+        """The bounds belong to ``auto``, one at a time."""
+        for option, value in (("--max-drop", self.max_drop), ("--min-sqnr", self.min_sqnr)):
+            if value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise ConfigError(f"{option} {value}: must be a number.")
+            if not self.auto:
+                raise ConfigError(f"{option} is the bound of --auto: add --auto, or leave it out.")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise ConfigError(f"--max-drop {self.max_drop:g}: must be from 0 to 100 points.")
+        if self.max_drop is not None and self.min_sqnr is not None:
+            raise ConfigError("--max-drop and --min-sqnr exclude each other: leave one out.")
 
     def _check_integer(self) -> None:
         """The target integer quantizes every tensor. Its arithmetic is integer."""
         for option, used in (
             ("--keep-float", self.keep_float),
             ("--per-channel", self.per_channel),
+            ("--auto", self.auto),
         ):
             if used:
                 raise ConfigError(f"--target integer: {option} would leave tensors in float.")
+        if self.more_bits:
+            raise ConfigError("--target integer: its widths are those of --bits, not --more-bits.")
         object.__setattr__(self, "arithmetic", "integer")
 
     @property

@@ -80,6 +80,8 @@ def show(result: Result) -> None:
     console, report = stdout(), result.report
     if report.get("analysis"):
         console.print(worst_ops(report["analysis"]))
+    if report.get("auto"):
+        console.print(decisions(report["auto"]))
     console.print(summary(report))
     for note in report.get("notes", ()):
         console.print(Text(f"note: {note}"), soft_wrap=True)
@@ -110,6 +112,28 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
         cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", f"{op['snr_db']:.1f}"
         table.add_row(*map(Text, cells))
     return table
+
+
+def decisions(auto: Mapping[str, Any]) -> Table:
+    """What ``--auto`` decided, and the file measured without each decision."""
+    rows = [("", "nothing decided", "", "", *_closeness(auto["before"]))]
+    for one in auto["decisions"]:
+        cells = str(one["step"]), one["module"], one["decision"], f"{one['cost']:.3f}"
+        rows.append((*cells, *_closeness(one["without"])))
+    rows.append(("", "all", "", f"{auto['cost']:.2f} %", *_closeness(auto["after"])))
+    names = ("step", "module", "decision", "cost, M operations")
+    table = simple_table((*names, "points lost without", "SQNR without"), rows)
+    bound = "--max-drop" if auto["bound"] == "max_drop" else "--min-sqnr"
+    table.title = f"Decisions of --auto, {bound} {auto['limit']:g}, on {auto['images']} images"
+    table.title_justify = "left"
+    return table
+
+
+def _closeness(found: Mapping[str, Any] | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
+    drop = "-" if found["drop"] is None else f"{found['drop']:.1f}"
+    return drop, decibels(found["sqnr_db"])
 
 
 def summary(report: Mapping[str, Any]) -> Table:

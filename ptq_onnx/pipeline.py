@@ -26,7 +26,7 @@ from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.spec import Site, TensorSpec
 
 if TYPE_CHECKING:
-    from ptq_onnx.analysis.results import Analysis
+    from ptq_onnx.analysis.results import Analysis, Automatic
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """Called with (stage, images in all); returns what is called with images done."""
@@ -99,6 +99,11 @@ def quantize(
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     _check_attention_blocks(prepared, config)
+    if config.auto and scales is not None:
+        raise ConfigError(
+            f"--scales {scales}: --auto decides what is quantized, so that the scales of another"
+            " run do not fit; leave one out."
+        )
     preprocess = resolve_preprocess(prepared.model, config)
     prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
     images = _calibration_images(calib, preprocess, config, notes)
@@ -110,13 +115,18 @@ def quantize(
         from ptq_onnx.labels import labels_for
 
         truth = labels_for(tested, labels)
+    if config.max_drop is not None and truth is None:
+        raise ConfigError(
+            "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
+            " bound the logits with --min-sqnr."
+        )
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        run = _Run(prepared, config, preprocess, images, notes, work, progress)
+        run = _Run(prepared, config, preprocess, images, notes, work, progress, labels=labels)
         run.validation = validation(tested, labels)
         report = run.run(tested, truth, scales)
         if not keep_models:
@@ -273,6 +283,9 @@ class _Run:
     """The image whose attention is drawn, as the model sees it."""
     validation: dict[str, Any] | None = None
     """Names of the folder measured on and of its labels."""
+    labels: str | Path | None = None
+    apart: tuple[ImageSource, bool] | None = None
+    """Images of the analysis, once they were chosen, and whether calibration did not see them."""
 
     @property
     def fixed(self) -> int | None:
@@ -307,6 +320,11 @@ class _Run:
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
         if config.equalizes:
             plan = self._equalise(plan, scales)
+        graphs.save(prepared.model, self.work / "fused.onnx")
+        decided = None
+        if config.auto:
+            plan, decided = self._decide(plan, tested, labelled=truth is not None)
+            config = plan.config
         quantizer = make_quantizer(plan)
         if scales is not None:
             quantizer.reuse(read_scales(scales), str(scales))
@@ -332,6 +350,7 @@ class _Run:
             "moves": [asdict(move) for move in plan.moves],
         }
         report["validation"] = self.validation
+        report["auto"] = None if decided is None else asdict(decided)
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
             report["integer"] = self._integer(quantizer, lowered)
@@ -372,6 +391,29 @@ class _Run:
             self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
         )
         return plan
+
+    def _decide(
+        self, plan: Any, tested: ImageSource | None, labelled: bool
+    ) -> tuple[Any, Automatic]:
+        """The plan with what ``--auto`` decides, on ``--val`` or on images held apart."""
+        from ptq_onnx.analysis.sensitivity import load
+        from ptq_onnx.auto import Evidence, decide, notes_on
+        from ptq_onnx.labels import labels_for
+
+        few, apart = self._held_apart(tested)
+        images = few if tested is None else tested
+        evidence = Evidence(
+            reference=self.work / "fused.onnx",
+            images=images,
+            labels_of=(lambda n: labels_for(images, self.labels, n)) if labelled else None,
+            held_apart=apart or tested is not None,
+            sample=load(few, self.fixed, self.config.batch),
+            work=self.work,
+        )
+        stage = self.progress or (lambda *_: lambda _: None)
+        plan, found = decide(plan, self.batches(self.images), evidence, stage)
+        self.notes.extend(notes_on(found))
+        return plan, found
 
     def _check_preprocess(self) -> PreprocessCheck | None:
         """Whether another normalisation suits the model better; None where that cannot be told.
@@ -554,6 +596,11 @@ class _Run:
 
     def _held_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:
         """Images that calibration did not see: the folder's others, else ``--val``'s."""
+        if self.apart is None:
+            self.apart = self._choose_apart(tested)
+        return self.apart
+
+    def _choose_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:
         limit = self.config.analysis_images
         if isinstance(self.images, FolderSource):
             others = self.images.others(limit)
@@ -640,9 +687,11 @@ class _Run:
             reference=self.work / "fused.onnx",
             progress=advance,
         )
+        # JSON has no infinity: without any noise 200 dB, as everywhere in the report.
+        sqnr = None if found.sqnr_db is None else max(-200.0, min(found.sqnr_db, 200.0))
         fidelity = {
             "images": found.count,
-            "sqnr_db": found.sqnr_db,
+            "sqnr_db": sqnr,
             "agreement": found.agreement,
         }
         if truth is None:
@@ -654,7 +703,7 @@ class _Run:
             "quantized": {
                 "top1": found.top1,
                 "top5": found.top5,
-                "sqnr_db": found.sqnr_db,
+                "sqnr_db": sqnr,
                 "agreement": found.agreement,
             },
         }

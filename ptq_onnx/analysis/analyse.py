@@ -14,7 +14,7 @@ from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.modules import find_modules
 from ptq_onnx.analysis.results import Analysis
-from ptq_onnx.analysis.sensitivity import Images, run_count, sensitivity
+from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
 from ptq_onnx.analysis.variation import variation
 from ptq_onnx.blocks import Blocks
 from ptq_onnx.engine import Simulator, VitQuantizer
@@ -109,7 +109,7 @@ def analyse_quantized(
             specs,
             subject.blocks,
             subject.sites,
-            _images(source, fixed, batch),
+            load(source, fixed, batch),
             held_apart=held_apart,
             reference=subject.other,
             threads=threads,
@@ -117,16 +117,6 @@ def analyse_quantized(
         )
     advice = advise(subject.sites, specs, varied, switched, looked)
     return Analysis(ops, switched, varied, looked, advice)
-
-
-def _images(source: ImageSource, fixed: int | None, batch: int) -> Images:
-    """All images in memory; filled up to whole batches where the batch size is fixed."""
-    values = np.concatenate(list(source.batches(batch)))
-    count = len(values)
-    missing = 0 if fixed is None else -count % fixed
-    if missing:
-        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
-    return Images(values, fixed or batch, count)
 
 
 def named(

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ptq_onnx.analysis.results import (
     AttentionAnalysis,
+    Automatic,
     Graphwise,
     Sensitivity,
     Variation,
@@ -165,6 +166,7 @@ def report_schema() -> Schema:
              "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
         ),
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
+        "auto": _or_null(schema_of(Automatic)),
     }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -24,6 +24,7 @@ from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels
 from ptq_onnx.analysis.segments import Segments, Specs
 from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.errors import ModelError
+from ptq_onnx.image_source import ImageSource
 from ptq_onnx.spec import Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -50,6 +51,16 @@ class Images:
     def real(self) -> int:
         """The number of images."""
         return self.count or len(self.values)
+
+
+def load(source: ImageSource, fixed: int | None, batch: int) -> Images:
+    """All images in memory; filled up to whole batches where the batch size is fixed."""
+    values = np.concatenate(list(source.batches(batch)))
+    count = len(values)
+    missing = 0 if fixed is None else -count % fixed
+    if missing:
+        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
+    return Images(values, fixed or batch, count)
 
 
 def sensitivity(
@@ -106,6 +117,23 @@ def sensitivity(
         leave_one_out=tuple(_switched(m, left[m], baseline) for m in but),
         seconds=time.perf_counter() - started,
     )
+
+
+def layerwise_errors(
+    model: ir.Model,
+    alone: Mapping[Module, Specs],
+    images: Images,
+    *,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[Module, Error]:
+    """The error of the logits with the specs of one module, the rest float, for each module.
+
+    ``progress`` is called with the number of modules done.
+    """
+    runs = _Runs(model, threads, None)
+    found = dict(runs.each({}, alone, images, progress))
+    return {m: logits_error(runs.baseline[0], outcome[0]) for m, outcome in found.items()}
 
 
 def errors_of(

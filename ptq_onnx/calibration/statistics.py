@@ -287,6 +287,8 @@ def collect(
 
     Raises ModelError where an activation is NaN or infinite (it names the tensor).
     """
+    if not sites:
+        return Statistics()
     tapped, names = tap(model, sites)
     session = _session(tapped, threads)
     feed = session.get_inputs()[0].name

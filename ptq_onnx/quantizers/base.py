@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks import Blocks, is_linear, name_of
 from ptq_onnx.calibration import FROM_HISTOGRAM, Statistics, add_histograms, collect, ranges
 from ptq_onnx.calibration.growth import find_growth
-from ptq_onnx.config import ALL, QuantizeConfig, Selector
+from ptq_onnx.config import ALL, MOST_BITS, QuantizeConfig, Selector
 from ptq_onnx.engine import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
@@ -40,6 +41,8 @@ class Plan:
     """Mean and std of the normalisation, where the images are 8-bit pictures."""
     statistics: Statistics | None = None
     """Statistics of the sites, where an earlier step has collected them."""
+    rounded: dict[tuple[str, int], Array] = field(default_factory=dict)
+    """Weights that were rounded before, by name and bits."""
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that are known and not to be calibrated, by tensor."""
     moves: tuple[Any, ...] = ()
@@ -74,11 +77,19 @@ class SiteQuantizer(VitQuantizer):
         """Selectors of what is quantized per channel, on top of the rules."""
         return tuple(Selector.parse(t) for t in self.plan.config.per_channel)
 
+    def rules_under(self, config: QuantizeConfig) -> Mapping[str, Rule]:
+        """The rules that the same plan would get with another config; changes nothing."""
+        other = copy.copy(self)
+        other.plan, other.floats = replace(self.plan, config=config), {}
+        return other._dispatch()
+
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
         floats = [Selector.parse(t) for t in config.keep_float]
+        wider = [Selector.parse(t) for t in config.more_bits]
         channels = self.per_channel()
         self._check(floats, "--keep-float")
+        self._check(wider, "--more-bits")
         self._check(channels, "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
@@ -92,6 +103,8 @@ class SiteQuantizer(VitQuantizer):
             wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
             if wide and site.channel_axes and rule.granularity == "tensor":
                 rule = replace(rule, granularity="channel")
+            if any(self._concerns(s, site) for s in wider):
+                rule = replace(rule, bits=MOST_BITS)
             rules[site.tensor] = rule
         return rules
 
@@ -177,7 +190,11 @@ class SiteQuantizer(VitQuantizer):
         growth = find_growth(traces).warning
         if growth is not None:
             self.notes.append(growth)
-        rows = [s for s in sites if self.rules[s.tensor].method in FROM_HISTOGRAM]
+        rows = [
+            s
+            for s in sites
+            if self.rules[s.tensor].method in FROM_HISTOGRAM and s.tensor not in stats.histograms
+        ]
         if rows:
             wide = {
                 s.tensor for s in rows if self.rules[s.tensor].granularity not in ("tensor", "row")

@@ -167,16 +167,14 @@ class FqVit(SiteQuantizer):
             return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}
         bounds = {s.tensor: self.bounds(s, self.rules[s.tensor], stats) for s in (q, k)}
         moments = {s.tensor: stats.channels[s.tensor].second_moment for s in (q, k)}
-        limits = self.rules[q.tensor].limits
-        middle = (limits[0] + limits[1] + 1) // 2
         need_q, need_k = (
             needed_step(
                 bounds[s.tensor][0].astype(np.float64),
                 bounds[s.tensor][1].astype(np.float64),
-                middle,
+                (limits[0] + limits[1] + 1) // 2,
                 limits,
             )
-            for s in (q, k)
+            for s, limits in ((s, self.rules[s.tensor].limits) for s in (q, k))
         )
         if need_q.shape != need_k.shape:
             return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}

@@ -45,7 +45,8 @@ def rounded_weights(
     """Weights [K, N] by name, rounded as the plan's config says, and notes on those left out.
 
     Where the bias takes the mean error out, only the covariance of the input counts. Runs the
-    batches again, once for each group of ``collect_moments``.
+    batches again, once for each group of ``collect_moments``, but for weights in
+    ``plan.rounded``, to which it adds.
     """
     config = plan.config
     if config.rounding == "nearest":
@@ -53,7 +54,12 @@ def rounded_weights(
     method = METHODS[config.rounding]
     linears, notes = _linears(plan.model, specs)
     report = plan.progress or (lambda _: lambda __: None)
-    found: dict[str, Array] = {}
+    bits = {linear.name: specs[linear.name].rule.bits for linear in linears}
+    done = plan.rounded  # an earlier dispatch of the plan may have rounded some: the same numbers
+    found = {name: done[name, b] for name, b in bits.items() if (name, b) in done}
+    linears = [linear for linear in linears if linear.name not in found]
+    if not linears:
+        return found, notes
     for group in collect_moments(
         plan.model,
         {linear.read: len(linear.weight) for linear in linears},
@@ -72,6 +78,7 @@ def rounded_weights(
             scale = np.broadcast_to(spec.scale, linear.weight.shape[1:])
             codes = method(linear.weight, scale, shrunk(power, moments.rows), spec.rule.bits)
             found[linear.name] = dequantize(codes.astype(np.int32), spec)
+            done[linear.name, spec.rule.bits] = found[linear.name]
     return found, notes
 
 
