@@ -280,8 +280,7 @@ class _Run:
         config = self._resolve_auto()
         checked = None if scales is not None else self._check_preprocess()
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
-        if config.equalizes:
-            plan = self._equalise(plan, scales)
+        plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         quantizer = make_quantizer(plan)
         if scales is not None:
             quantizer.reuse(read_scales(scales), str(scales))
@@ -325,7 +324,7 @@ class _Run:
         return report
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
-        """The plan for the equalised model, which from here on is the prepared one."""
+        """The plan for the equalised model."""
         from ptq_onnx.equalization import equalise
 
         if scales is not None:
@@ -338,6 +337,16 @@ class _Run:
         plan = equalise(
             replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
         )
+        return self._adopt(plan)
+
+    def _in_form(self, plan: Any) -> Any:
+        """The plan for the model in the form that the target computes in integers."""
+        from ptq_onnx.equalization import in_form
+
+        return self._adopt(in_form(plan))
+
+    def _adopt(self, plan: Any) -> Any:
+        """The plan, whose model from here on is the prepared one."""
         self.prepared = replace(
             self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
         )

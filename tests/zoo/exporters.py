@@ -157,11 +157,19 @@ EXPORTERS: dict[str, Exporter] = {
 }
 
 
+UNFUSED: dict[tuple[str, str], Exporter] = {
+    ("eva02", "ts14"): torchscript(14, plain=True),
+    ("eva02", "ts20"): torchscript(20, plain=True),
+}
+"""With timm's ``fused_attn`` off: TorchScript cannot trace the ``is_causal`` that EVA hands over."""
+
+
 def export(architecture: str, exporter: str, path: Path, full: bool = False) -> Path:
     """Write one cell's file and return its path."""
     from zoo.architectures import make
 
     module, shape = make(architecture, full)
-    EXPORTERS[exporter](module, shape, path)
+    chosen = UNFUSED.get((architecture, exporter)) or EXPORTERS[exporter]
+    chosen(module, shape, path)
     onnx.load(path, load_external_data=False)
     return path
