@@ -156,6 +156,7 @@ def _cells() -> list[Cell]:
     # The session makes an RMS norm of the patch embedding's LayerNorm, and leaves its Sub over.
     cells += [Cell("swin", "ort-session", leftover=("Sub",))]
     cells += [Cell("vit", "tf2onnx"), Cell("vit", "paddle2onnx"), Cell("swin", "tf2onnx")]
+    cells += [Cell("vit", "keras")]
     return cells
 
 

@@ -154,6 +154,7 @@ EXPORTERS: dict[str, Exporter] = {
     "ort-session": session_optimized,
     "tf2onnx": spelled("tf2onnx"),
     "paddle2onnx": spelled("paddle2onnx"),
+    "keras": spelled("keras"),
 }
 
 
@@ -161,7 +162,7 @@ UNFUSED: dict[tuple[str, str], Exporter] = {
     ("eva02", "ts14"): torchscript(14, plain=True),
     ("eva02", "ts20"): torchscript(20, plain=True),
 }
-"""With timm's ``fused_attn`` off: TorchScript cannot trace the ``is_causal`` that EVA hands over."""
+"""With timm's ``fused_attn`` off: TorchScript cannot trace the ``is_causal`` of EVA."""
 
 
 def export(architecture: str, exporter: str, path: Path, full: bool = False) -> Path:
