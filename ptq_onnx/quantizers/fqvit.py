@@ -262,6 +262,17 @@ class FqVit(SiteQuantizer):
         low = np.minimum(bounds[v.tensor][0], bounds[av.tensor][0])
         high = np.maximum(bounds[v.tensor][1], bounds[av.tensor][1])
         readers = self._readers(av, stats)
+        if readers is None and self.linear_behind(av) is not None:
+            # A factor that proj cannot take would keep it in float.
+            return {
+                s.tensor: tensor_spec(
+                    s,
+                    self.rules[s.tensor],
+                    float(bounds[s.tensor][0].min()),
+                    float(bounds[s.tensor][1].max()),
+                )
+                for s in (v, av)
+            }
         found = find_factors(
             low,
             high,
