@@ -318,9 +318,7 @@ class _Run:
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
-        if config.equalizes:
-            plan = self._equalise(plan, scales)
-        graphs.save(prepared.model, self.work / "fused.onnx")
+        plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         decided = None
         if config.auto:
             plan, decided = self._decide(plan, tested, labelled=truth is not None)
@@ -369,7 +367,7 @@ class _Run:
         return report
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
-        """The plan for the equalised model, which from here on is the prepared one.
+        """The plan for the equalised model.
 
         The model as it was is in its file by now, and kept beside it for pictures alone.
         """
@@ -387,6 +385,16 @@ class _Run:
         plan = equalise_in_place(
             replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
         )
+        return self._adopt(plan)
+
+    def _in_form(self, plan: Any) -> Any:
+        """The plan for the model in the form that the target computes in integers."""
+        from ptq_onnx.equalization import in_form
+
+        return self._adopt(in_form(plan))
+
+    def _adopt(self, plan: Any) -> Any:
+        """The plan, whose model from here on is the prepared one."""
         self.prepared = replace(
             self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
         )
