@@ -15,7 +15,7 @@ from ptq_onnx.targets import TARGETS as BY_NAME
 from ptq_onnx.targets import Target
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
-METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
+METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
 TARGETS = tuple(BY_NAME)
 INTEGER = "integer"
