@@ -25,13 +25,11 @@ def correlation(output: Array, candidates: Array, weight: Double) -> Double:
     found = candidates.reshape(len(candidates), *exact.shape)
     total = float(weight.sum()) * exact.shape[0] * exact.shape[2]
     middle = np.float32(_sum(exact[None], weight)[0] / max(total, 1e-300))
-    # Less its mean, so that float32 products lose nothing to it; ρ does not see an offset.
+    # Less the mean: float32 products lose nothing to it, and sums with O need no mean of Ô.
     exact, found = exact - middle, found - middle
-    mean = _sum(exact[None], weight)[0] / max(total, 1e-300)
-    means = _sum(found, weight) / max(total, 1e-300)
-    power = _sum((exact * exact)[None], weight)[0] - total * mean**2
-    powers = _sum(found * found, weight) - total * means**2
-    shared = _sum(found * exact, weight) - total * mean * means
+    power = _sum((exact * exact)[None], weight)[0]
+    powers = _sum(found * found, weight) - _sum(found, weight) ** 2 / max(total, 1e-300)
+    shared = _sum(found * exact, weight)
     both = np.maximum(power, 0) * np.maximum(powers, 0)
     return np.asarray(np.where(both > 0, shared / np.sqrt(np.where(both > 0, both, 1)), 0.0))
 
