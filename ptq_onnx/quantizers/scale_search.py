@@ -111,7 +111,8 @@ def searched_scales(
     ``fixed``: tensors whose scale stays. The batches are run once.
     """
     methods = {t: s.rule.method for t, s in specs.items() if s.rule.method in FROM_PRODUCTS}
-    free = {t for t in methods if t not in fixed}
+    constants = model.graph.initializers
+    free = {t for t in methods if t not in fixed and t not in constants}
     if not free:
         return dict(specs)
     score = FROM_PRODUCTS[next(iter(methods.values()))]
@@ -119,7 +120,7 @@ def searched_scales(
     readers: dict[str, list[tuple[Product, int]]] = {}
     for product in products:
         for index, operand in enumerate(product.operands):
-            weight = operand.spec is not None and operand.tensor in model.graph.initializers
+            weight = operand.spec is not None and operand.tensor in constants
             if operand.tensor in free or weight:
                 readers.setdefault(operand.tensor, []).append((product, index))
     candidates = np.linspace(LEAST, MOST, NUMBER)
