@@ -62,6 +62,7 @@ def quantize(
     config: o.Config = None,
     quantizer: o.Quantizer = None,
     bits: o.Bits = None,
+    weights: o.Weights = None,
     method: o.Method = None,
     images: o.Images = None,
     batch: o.Batch = None,

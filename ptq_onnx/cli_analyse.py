@@ -16,6 +16,7 @@ def analyse(
     config: o.Config = None,
     quantizer: o.Quantizer = None,
     bits: o.Bits = None,
+    weights: o.Weights = None,
     method: o.Method = None,
     images: o.Images = None,
     batch: o.Batch = None,

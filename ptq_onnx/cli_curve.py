@@ -30,6 +30,7 @@ def calibration_curve(
     config: o.Config = None,
     quantizer: o.Quantizer = None,
     bits: o.Bits = None,
+    weights: o.Weights = None,
     method: o.Method = None,
     batch: o.Batch = None,
     preprocess: o.PreprocessName = None,

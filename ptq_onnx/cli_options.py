@@ -91,6 +91,15 @@ Bits = Annotated[
     str | None,
     option("--bits", "W/A/ATTN", DEFAULT.bits, "Of weights/activations/attention, 2 to 8 each."),
 ]
+Weights = Annotated[
+    int | None,
+    option(
+        "--weights",
+        "N",
+        DEFAULT.weights,
+        "4: int4 weights of linears in blocks, for onnxruntime; activations stay float.",
+    ),
+]
 KeepFloat = Annotated[
     list[str] | None,
     option(

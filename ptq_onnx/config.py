@@ -16,11 +16,12 @@ from ptq_onnx.targets import TARGETS as BY_NAME
 from ptq_onnx.targets import Target
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
-METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
+METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
 GELU_NAMES = ("table", "polynomial")
 TARGETS = tuple(BY_NAME)
 INTEGER = "integer"
+WEIGHTS = (8, 4)
 OPSETS = range(20, 24)
 ALL = "all"
 AUTO = "auto"
@@ -106,7 +107,8 @@ class QuantizeConfig:
     ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the blocks with the widest
     channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic;
     ``gelu``: how that computes GELU.
-    ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last; of them
+    ``rounding``: of deploy's weights. ``weights`` 4: those of linears in blocks of 4-bit codes,
+    nothing else. ``attention_blocks`` are drawn; none: the last; of them
     ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
     which None means: the model's own, else imagenet. The target ``integer`` makes
     ``arithmetic`` integer too. ``more_bits``: selectors of what gets 8 bits whatever ``bits`` say.
@@ -116,6 +118,7 @@ class QuantizeConfig:
 
     quantizer: str = ""
     bits: str = "8/8/8"
+    weights: int = 8
     method: str | None = None
     images: int = 128
     batch: int = 8
@@ -168,8 +171,11 @@ class QuantizeConfig:
         _choice("target", self.target, TARGETS)
         _choice("rounding", self.rounding, ROUNDING_NAMES)
         _choice("gelu", self.gelu, GELU_NAMES)
+        if self.weights not in WEIGHTS or isinstance(self.weights, bool):
+            raise ConfigError(f"--weights {self.weights!r}: must be 8, or 4 for weights alone.")
         if not self.quantizer:
-            object.__setattr__(self, "quantizer", self.runtime.quantizer)
+            weights = "deploy" if self.weight_only else self.runtime.quantizer
+            object.__setattr__(self, "quantizer", weights)
         if self.opset == 0:
             object.__setattr__(self, "opset", self.runtime.opset)
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
@@ -191,6 +197,8 @@ class QuantizeConfig:
             raise ConfigError(f"--target {self.target}, quantizer {self.quantizer}: {refused}.")
         if self.target == INTEGER:
             self._check_integer()
+        if self.weight_only:
+            self._check_weight_only()
         width = self.multiplier_bits
         if isinstance(width, bool) or not isinstance(width, int) or not 4 <= width <= 31:
             raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")
@@ -256,6 +264,28 @@ class QuantizeConfig:
         if self.more_bits:
             raise ConfigError("--target integer: its widths are those of --bits, not --more-bits.")
         object.__setattr__(self, "arithmetic", "integer")
+
+    def _check_weight_only(self) -> None:
+        """Only the weights of linears have codes, in blocks that ONNX Runtime alone fuses."""
+        for option, used, advice in (
+            (f"--target {self.target}", self.target != "onnxruntime", "use --target onnxruntime"),
+            (f"--quantizer {self.quantizer}", self.quantizer != "deploy", "use --quantizer deploy"),
+            (f"--bits {self.bits}", self.bits != "8/8/8", "leave it out"),
+            (f"--method {self.method}", self.method is not None, "leave it out"),
+            ("--per-channel", bool(self.per_channel), "leave it out"),
+            ("--more-bits", bool(self.more_bits), "leave it out"),
+            ("--auto", self.auto, "leave it out"),
+        ):
+            if used:
+                raise ConfigError(
+                    f"--weights {self.weights} leaves activations in float and its weights have"
+                    f" scales per block; it cannot go with {option}: {advice}."
+                )
+
+    @property
+    def weight_only(self) -> bool:
+        """True where only weights have codes."""
+        return self.weights < 8
 
     @property
     def runtime(self) -> Target:

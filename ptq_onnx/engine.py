@@ -391,7 +391,10 @@ class Executor(TorchExecutor):  # type: ignore[misc]
             return tensor
         spec: TensorSpec | None = config.detail.get(SPEC)
         if spec is not None and (
-            spec.factor is not None or spec.rule.code == "log2" or spec.rule.granularity == "row"
+            spec.factor is not None
+            or spec.rule.code == "log2"
+            or spec.rule.granularity == "row"
+            or spec.rule.block_size
         ):
             return fake_quantize(tensor, spec)
         quantized: torch.Tensor = super().quantize_function(tensor, config)

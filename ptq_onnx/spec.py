@@ -53,7 +53,8 @@ class Rule:
     and a power-of-two factor per channel (FQ-ViT), or ``row``: one scale, on every row (last
     axis) divided by its largest value, which is found at run time. ``code``: ``uniform``, or
     ``log2`` for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
-    ``stored``: the type of an activation's codes in the file; weights are int8.
+    ``stored``: the type of an activation's codes in the file; weights are int8, or int4 where
+    ``block_size``, the number of rows that share a scale and zero point of a column, is not 0.
     """
 
     bits: int = 8
@@ -64,6 +65,7 @@ class Rule:
     method: str = "minmax"
     renormalize: bool = False
     stored: Stored = "uint8"
+    block_size: int = 0
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -78,8 +80,9 @@ class TensorSpec:
     """The calibrated numbers of one tensor.
 
     Dequantized value = (code - zero_point) * scale * factor. ``scale`` and ``zero_point``
-    are scalars, or vectors along ``axis`` (weights). ``factor`` broadcasts against the
-    tensor: powers of two for PTF, free ratios for ``channel``, ``None`` where all are one.
+    are scalars, or vectors along ``axis`` (weights), or [B, N] of B blocks of rows. ``factor``
+    broadcasts against the tensor: powers of two for PTF, free ratios for ``channel``, ``None``
+    where all are one.
     For ``log2`` codes the value is 2**-code, and the top code stands for zero.
     """
 
@@ -113,6 +116,7 @@ class TensorSpec:
             "method": self.rule.method,
             "renormalize": self.rule.renormalize,
             "stored": self.rule.stored,
+            "block_size": self.rule.block_size,
             "scale": self.scale.astype(float).tolist(),
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,
@@ -137,6 +141,7 @@ class TensorSpec:
             method=data["method"],
             renormalize=bool(data["renormalize"]),
             stored=data.get("stored", "uint8"),
+            block_size=int(data.get("block_size", 0)),
         )
         factor = None
         if "alpha" in data:

@@ -110,6 +110,7 @@ def report_schema() -> Schema:
         "symmetric": {"type": "boolean"}, "granularity": {"enum": [*get_args(Granularity)]},
         "code": {"enum": ["uniform", "log2"]}, "method": STRING,
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
+        "block_size": COUNT,
         "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},

@@ -349,19 +349,12 @@ def add_histograms(
     ``per_channel`` names the tensors with one histogram per channel; others get one in all.
     The ranges are those that :func:`collect` found on the same images.
     """
-    copy = graphs.to_standard(model)
-    values = {v.name: v for v in copy.graph.inputs}
-    values.update({v.name: v for node in copy.graph for v in node.outputs})
-    outputs = {str(v.name) for v in copy.graph.outputs}
     for site in sites:
         stats = statistics.channels[site.tensor]
         rows = stats if site.tensor in per_channel else stats.pooled()
         statistics.histograms[site.tensor] = Histogram.over(rows.lowest[0], rows.highest[0])
-        if site.tensor not in outputs and values[site.tensor].producer() is not None:
-            copy.graph.outputs.append(values[site.tensor])
-    session = _session(copy, threads)
-    feed = session.get_inputs()[0].name
-    wanted = [s.tensor for s in sites if s.tensor != feed]
+    copy = graphs.to_standard(model)
+    session, feed, wanted = open_taps(copy, [s.tensor for s in sites], threads)
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True)) if wanted else {}
         found[feed] = batch
@@ -370,6 +363,24 @@ def add_histograms(
             histogram.add(_rows(found.pop(site.tensor), site, len(histogram.low)))
         if progress is not None:
             progress(len(batch))
+
+
+def open_taps(
+    model: ir.Model, tensors: Iterable[str], threads: int
+) -> tuple[ort.InferenceSession, str, list[str]]:
+    """A session of a standard model, which is changed, with the named tensors as outputs.
+
+    Returns the session, the input's name, and the tensors without that.
+    """
+    values = {v.name: v for v in model.graph.inputs}
+    values.update({v.name: v for node in model.graph for v in node.outputs})
+    outputs = {str(v.name) for v in model.graph.outputs}
+    for tensor in tensors:
+        if tensor not in outputs and values[tensor].producer() is not None:
+            model.graph.outputs.append(values[tensor])
+    session = _session(model, threads)
+    feed = str(session.get_inputs()[0].name)
+    return session, feed, [tensor for tensor in tensors if tensor != feed]
 
 
 def _rows(value: Array, site: Site, rows: int) -> Array:

@@ -432,7 +432,8 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     )
     widths = plan.config.widths
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
-    state.run()
+    if not plan.config.weight_only:  # factors for activations do not help weights (measured)
+        state.run()
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(
         plan,

@@ -457,6 +457,9 @@ class _Lowering:
                 node.replace_input_with(1, self.constant(f"{weight.name}_scaled", scaled))
             return
         self.keep_from_gemm(node)
+        if spec.rule.block_size:
+            node.replace_input_with(1, self.weight(node, weight, spec))
+            return
         scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
         if spec.factor is not None and node not in self.absorbed:
             real = self.weight(node, weight, spec, scale)
@@ -544,18 +547,26 @@ class _Lowering:
         self, node: ir.Node, weight: ir.Value, spec: TensorSpec, scale: Factor | None = None
     ) -> ir.Value:
         """DequantizeLinear of the weight's codes, before ``node``, by the spec's scale or by
-        ``scale`` ([] or along the spec's axis). Weights are symmetric: zero point 0."""
+        ``scale`` ([] or along the spec's axis). Weights are symmetric, zero point 0, but for
+        those in blocks, whose codes are uint4."""
         if weight.const_value is None:
             return weight
         codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)
         scale = np.asarray(spec.scale, np.float32) if scale is None else scale
-        zero = np.zeros(scale.shape, np.int8)
+        kind = ir.DataType.UINT4.numpy() if spec.rule.block_size else np.int8
+        zero = (
+            np.asarray(spec.zero_point, kind)
+            if spec.rule.block_size
+            else np.zeros(scale.shape, kind)
+        )
         inputs: list[ir.Value | None] = [
-            self.constant(f"{weight.name}_quantized", codes.astype(zero.dtype)),
+            self.constant(f"{weight.name}_quantized", codes.astype(kind)),
             self.constant(f"{weight.name}_scale", scale),
             self.constant(f"{weight.name}_zero_point", zero),
         ]
         attributes = {} if scale.ndim == 0 or spec.axis is None else {"axis": spec.axis}
+        if spec.rule.block_size:
+            attributes["block_size"] = spec.rule.block_size
         previous = ir.node(
             "DequantizeLinear",
             inputs,

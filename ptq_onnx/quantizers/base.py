@@ -13,12 +13,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks import Blocks, is_linear, name_of
-from ptq_onnx.calibration import FROM_HISTOGRAM, Statistics, add_histograms, collect, ranges
+from ptq_onnx.calibration import (
+    FALLBACK,
+    FROM_HISTOGRAM,
+    FROM_PRODUCTS,
+    Statistics,
+    add_histograms,
+    collect,
+    ranges,
+)
 from ptq_onnx.calibration.growth import find_growth
 from ptq_onnx.config import ALL, MOST_BITS, QuantizeConfig, Selector
 from ptq_onnx.engine import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
+from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
 from ptq_onnx.quantizers.weights import weight_scale
 from ptq_onnx.spec import Rule, Site, TensorSpec
@@ -105,8 +114,14 @@ class SiteQuantizer(VitQuantizer):
                 rule = replace(rule, granularity="channel")
             if any(self._concerns(s, site) for s in wider):
                 rule = replace(rule, bits=MOST_BITS)
+            if rule.method in FROM_PRODUCTS and not self._only_products_read(site):
+                rule = replace(rule, method=FALLBACK)
             rules[site.tensor] = rule
         return rules
+
+    def _only_products_read(self, site: Site) -> bool:
+        readers = [self.nodes[name] for name in site.consumers]
+        return bool(readers) and all(map(is_searched, readers))
 
     @staticmethod
     def _by_channel(selector: Selector, site: Site) -> bool:
@@ -154,7 +169,24 @@ class SiteQuantizer(VitQuantizer):
         """Specs of all sites with a rule, from batches [B, C, H, W] that can be run twice."""
         if self._given is not None:
             return {t: self._given[t] for t in self.rules}
-        return self.solve(self.measure(batches))
+        return self.searched(self.solve(self.measure(batches)), batches)
+
+    def searched(
+        self, specs: dict[str, TensorSpec], batches: Iterable[Any]
+    ) -> dict[str, TensorSpec]:
+        """The specs, with the scales searched where the method asks for it."""
+        if not any(rule.method in FROM_PRODUCTS for rule in self.rules.values()):
+            return specs
+        plan = self.plan
+        report = plan.progress or (lambda _: lambda __: None)
+        return searched_scales(
+            plan.model,
+            specs,
+            plan.fixed,
+            batches,
+            threads=plan.config.threads,
+            progress=report("Searching scales"),
+        )
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
         """Take the specs of an earlier run instead of calibrating.

@@ -122,7 +122,7 @@ class Deploy(SiteQuantizer):
         if self._given is not None:
             return super().calibrate(batches)
         stats = self.measure(batches)
-        specs = self.solve(stats)
+        specs = self.searched(self.solve(stats), batches)
         constants, notes = rounded_weights(self.plan, specs, stats, batches)
         self.notes.extend(notes)
         if self.plan.config.bias_correction:

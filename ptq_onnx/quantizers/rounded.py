@@ -20,7 +20,7 @@ from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import corrected_mean
 from ptq_onnx.quantizers.rounding import adaround, gptq, shrunk
-from ptq_onnx.quantizers.uniform import dequantize
+from ptq_onnx.quantizers.uniform import dequantize, over
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -75,9 +75,15 @@ def rounded_weights(
             centred = config.bias_correction and mean is not None
             power = moments.covariance if centred else moments.second_moment
             spec = specs[linear.name]
-            scale = np.broadcast_to(spec.scale, linear.weight.shape[1:])
-            codes = method(linear.weight, scale, shrunk(power, moments.rows), spec.rule.bits)
-            found[linear.name] = dequantize(codes.astype(np.int32), spec)
+            shape = linear.weight.shape
+            if spec.rule.block_size:
+                scale, zero = (over(v, spec, shape) for v in (spec.scale, spec.zero_point))
+            else:
+                scale, zero = np.broadcast_to(spec.scale, shape[1:]), None
+            bits = spec.rule.bits
+            codes = method(linear.weight, scale, shrunk(power, moments.rows), bits, zero)
+            whole = codes.astype(np.int32) + (0 if zero is None else zero)
+            found[linear.name] = dequantize(whole, spec)
             done[linear.name, spec.rule.bits] = found[linear.name]
     return found, notes
 
