@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -148,7 +147,9 @@ def evaluate(
             batch_size=options.batch,
             threads=options.threads,
             reference=other,
-            progress=None if progress is None else _totals(progress("Evaluating", len(source))),
+            progress=None
+            if progress is None
+            else evaluation.since(progress("Evaluating", len(source))),
         )
     if as_json:
         numbers = {
@@ -222,18 +223,6 @@ def _truth(source: Any, labels: str | None, needed: bool) -> Any:
         if labels is not None or needed:
             raise
         return None
-
-
-def _totals(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """From 'done so far, of all' to 'done since'."""
-    before = 0
-
-    def tell(done: int, _: int) -> None:
-        nonlocal before
-        advance(done - before)
-        before = done
-
-    return tell
 
 
 def _finite(value: float | None) -> float | None:

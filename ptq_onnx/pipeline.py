@@ -675,25 +675,17 @@ class _Run:
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
         """Accuracy of the files in ONNX Runtime, where there are images to measure on."""
-        from ptq_onnx.evaluation import evaluate
+        from ptq_onnx.evaluation import evaluate, since
 
         if tested is None:
             return {"accuracy": None, "fidelity": None}
-        bar = self.stage("Evaluating", len(tested))
-        done = 0
-
-        def advance(now: int, _: int) -> None:
-            nonlocal done
-            bar(now - done)
-            done = now
-
         found = evaluate(
             self.work / "quantized.onnx",
             tested,
             truth,
             threads=self.config.threads,
             reference=self.work / "fused.onnx",
-            progress=advance,
+            progress=since(self.stage("Evaluating", len(tested))),
         )
         # JSON has no infinity: without any noise 200 dB, as everywhere in the report.
         sqnr = None if found.sqnr_db is None else max(-200.0, min(found.sqnr_db, 200.0))

@@ -20,7 +20,7 @@ from ptq_onnx.auto.closeness import Labels, closeness, drop_error
 from ptq_onnx.auto.costs import cost
 from ptq_onnx.auto.search import Option, Stage
 from ptq_onnx.config import ALL
-from ptq_onnx.evaluation import logits
+from ptq_onnx.evaluation import logits, since
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.preprocess import FloatArray
@@ -57,7 +57,7 @@ class Trials:
             evidence.reference,
             evidence.images,
             threads=plan.config.threads,
-            progress=_since(stage("Float model", len(evidence.images))),
+            progress=since(stage("Float model", len(evidence.images))),
         )
         labels = evidence.labels_of
         self.truth = None if labels is None else labels(self.reference.shape[1])
@@ -138,15 +138,3 @@ class Trials:
         return {
             c: noise[m].snr - (left[m].snr if c.kind == "8 bits" else 0) for c, m in module.items()
         }
-
-
-def _since(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """From 'done so far, of all' to 'done since'."""
-    before = 0
-
-    def tell(done: int, _: int) -> None:
-        nonlocal before
-        advance(done - before)
-        before = done
-
-    return tell
