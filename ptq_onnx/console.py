@@ -153,11 +153,14 @@ def summary(report: Mapping[str, Any]) -> Table:
     return simple_table(("", "float", "quantized"), rows)
 
 
-def simple_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of text, its first column to the left."""
+def simple_table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
+) -> Table:
+    """A table of text, its first column to the left, the others to the right unless they hold
+    ``words``."""
     table = Table(box=box.SIMPLE)
     for index, name in enumerate(names):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index and not words else "left")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -350,7 +350,10 @@ def restructure(model: ir.Model, target: Target, *, products: bool = False) -> d
     often each fired. ``products``: only those without which a product would stay float."""
     wanted = {
         "PatchesAsLinear": (forms.patches_as_linear, target.patches_as_linear),
-        "PackedPixelsAsLinear": (forms.packed_pixels_as_linear, target.patches_as_linear),
+        "PackedPixelsAsLinear": (
+            forms.packed_pixels_as_linear,
+            target.codes_of_convolutions and products,
+        ),
         "UnpackedAttention": (forms.unpack_attention, target.split_qkv and not products),
         "FoldedScale": (forms.fold_attention_scales, not products),
         "KeptRank": (forms.keep_rank, target.keep_rank),
