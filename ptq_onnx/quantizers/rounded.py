@@ -80,11 +80,11 @@ def rounded_weights(
                 scale, zero = (over(v, spec, shape) for v in (spec.scale, spec.zero_point))
             else:
                 scale, zero = np.broadcast_to(spec.scale, shape[1:]), None
-            bits = spec.rule.bits
-            codes = method(linear.weight, scale, shrunk(power, moments.rows), bits, zero)
+            width = spec.rule.bits
+            codes = method(linear.weight, scale, shrunk(power, moments.rows), width, zero)
             whole = codes.astype(np.int32) + (0 if zero is None else zero)
             found[linear.name] = dequantize(whole, spec)
-            done[linear.name, spec.rule.bits] = found[linear.name]
+            done[linear.name, width] = found[linear.name]
     return found, notes
 
 
