@@ -24,7 +24,7 @@ def options() -> argparse.Namespace:
     add("--calib", help="calibration images (default: the embedded digits)")
     add("--val", help="images to measure on (default: the embedded ones for the embedded model)")
     add("--labels", help="lines 'name label' for --val (default: its class folders, if any)")
-    add("--quantizer", default="fqvit", help="vanilla, channelwise or fqvit (default: fqvit)")
+    add("--quantizer", default="deploy", help="vanilla, channelwise, fqvit or deploy (default)")
     add("--bits", default="8/8/8", help="weights/activations/attention (default: 8/8/8)")
     add("--output", default="output", help="folder of the results (default: output)")
     return parser.parse_args()

@@ -1,15 +1,18 @@
 """`deploy` beside onnxruntime's own best recipe, on one model: SQNR, top-1, time and speed.
 
     python benchmarks/deployment.py MODEL.onnx --data ../shared --preprocess inception [--no-val]
+        [--nncf PYTHON]
 
 The peer is `quantize_static`, U8S8 per channel, min-max, inputs of the products only, after its
 own `quant_pre_process`. Both get the same calibration images and run on the same validation
 images and, interleaved, on the same threads. `--no-val`: for random weights, speed alone.
+`--nncf`: an interpreter that has nncf, whose file joins in.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +31,27 @@ from ptq_onnx.labels import labels_for
 from ptq_onnx.pipeline import quantize, resolve_preprocess
 
 PRODUCTS = ["Conv", "MatMul", "Gemm"]
+
+
+NNCF = """
+import sys
+import numpy as np
+import nncf
+import onnx
+
+model, images, output = sys.argv[1:]
+loaded = onnx.load(model)
+name = loaded.graph.input[0].name
+pictures = np.load(images, mmap_mode="r")
+quantized = nncf.quantize(
+    loaded,
+    nncf.Dataset(pictures, lambda picture: {name: np.array(picture[None])}),
+    subset_size=len(pictures),
+    model_type=nncf.ModelType.TRANSFORMER,
+    target_device=nncf.TargetDevice.CPU,
+)
+onnx.save(quantized, output)
+"""
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -58,6 +82,16 @@ def peer(model: Path, output: Path, source: Any) -> None:
     )
 
 
+def nncf(python: Path, model: Path, output: Path, source: Any) -> None:
+    """nncf's file, made by an interpreter that has it."""
+    images = output.with_suffix(".npy")
+    np.save(images, np.concatenate(list(source.batches(8))))
+    command = [str(python), "-c", NNCF, str(model), str(images), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{python}: nncf fails: {done.stderr[-500:]}")
+
+
 def main() -> None:
     """Print a row for each file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -68,6 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--no-val", action="store_true")
+    parser.add_argument("--nncf", type=Path, metavar="PYTHON")
     options = parser.parse_args()
     config = QuantizeConfig(
         quantizer="deploy",
@@ -89,6 +124,10 @@ def main() -> None:
         source = open_images(calib, preprocess, limit=options.images)
         peer(options.model, files["onnxruntime"], source)
         theirs = time.perf_counter() - started
+        if options.nncf is not None:
+            files["nncf"] = Path(folder) / "nncf.onnx"
+            source = open_images(calib, preprocess, limit=options.images)
+            nncf(options.nncf, options.model, files["nncf"], source)
         print(f"quantizing, {options.images} images: deploy {ours:.1f} s, peer {theirs:.1f} s")
         if not options.no_val:
             val = open_images(options.data / "imagenet/val", preprocess)

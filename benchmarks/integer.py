@@ -1,6 +1,7 @@
 """The target integer beside the same quantizer in float arithmetic: accuracy, time, size.
 
     python benchmarks/integer.py --data ../shared [--models vit,deit] [--bits 8/8/8,8/8/4]
+        [--gelu polynomial]
 
 For each model and bit widths: top-1 and SQNR of the float model, of the file with float
 LayerNorm and softmax (``onnxruntime``) and of the file in integers, each in ONNX Runtime with
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--models", default="vit,deit")
     parser.add_argument("--bits", default="8/8/8,8/8/4")
     parser.add_argument("--images", type=int, default=128, help="calibration images")
+    parser.add_argument("--gelu", default="table", choices=("table", "polynomial"))
     parser.add_argument("--exact", type=int, default=2, help="images for the interpreter")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -104,7 +106,13 @@ def measure(
 ) -> dict[str, Any]:
     """Quantize for one target and measure the file."""
     config = QuantizeConfig(
-        bits=bits, target=target, images=options.images, preprocess=preprocess, report=False
+        quantizer="fqvit",
+        bits=bits,
+        target=target,
+        images=options.images,
+        preprocess=preprocess,
+        report=False,
+        gelu=options.gelu if target == "integer" else "table",
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"

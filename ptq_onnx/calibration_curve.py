@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.errors import ConfigError, ImageError
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.image_source import NOISE, ImageSource
 from ptq_onnx.preprocess import FloatArray
 
@@ -90,6 +90,8 @@ def measure_curve(
     from ptq_onnx.images import open_images
 
     sizes = _checked(sizes)
+    if config.auto:
+        raise ConfigError("auto would decide anew for every size; use it with quantize.")
     if calib == NOISE:
         raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
     preprocess = pipeline.resolve_preprocess(model, config)
@@ -212,23 +214,13 @@ def _checked(sizes: Sequence[int]) -> tuple[int, ...]:
 def _truth(
     source: ImageSource, labels: str | Path | None, classes: int | None = None
 ) -> NDArray[np.int64] | None:
-    """Labels from the file or the class folders; None where there are neither.
-
-    Raises ImageError, also for a label beyond the model's ``classes``.
-    """
+    """Labels from the file or the class folders; None where there are neither."""
     from ptq_onnx.labels import labels_for
     from ptq_onnx.pipeline import has_class_folders
 
     if labels is None and not has_class_folders(source):
         return None
-    truth = labels_for(source, labels)
-    if classes is not None and (truth >= classes).any():
-        name = source.names[int(truth.argmax())]
-        raise ImageError(
-            f"Label {truth.max()} of image '{name}' is out of range: the model has {classes}"
-            f" classes, 0…{classes - 1}."
-        )
-    return truth
+    return labels_for(source, labels, classes)
 
 
 def _top1(logits: FloatArray, truth: NDArray[np.int64]) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -63,6 +62,7 @@ def quantize(
     quantizer: o.Quantizer = None,
     bits: o.Bits = None,
     precision: o.Precision = None,
+    weights: o.Weights = None,
     method: o.Method = None,
     images: o.Images = None,
     batch: o.Batch = None,
@@ -75,7 +75,11 @@ def quantize(
     interpolation: o.Interpolation = None,
     check_preprocess: o.CheckPreprocess = None,
     keep_float: o.KeepFloat = None,
+    more_bits: o.MoreBits = None,
     per_channel: o.PerChannel = None,
+    auto: o.Auto = None,
+    max_drop: o.MaxDrop = None,
+    min_sqnr: o.MinSqnr = None,
     ptf: o.Ptf = None,
     ptf_k: o.PtfK = None,
     lis: o.Lis = None,
@@ -85,12 +89,14 @@ def quantize(
     quantize_residual: o.QuantizeResidual = None,
     arithmetic: o.Arithmetic = None,
     multiplier_bits: o.MultiplierBits = None,
+    gelu: o.Gelu = None,
     target: o.Target = None,
     opset: o.Opset = None,
     report: o.Report = None,
     sensitivity: o.Sensitivity = None,
     pictures: o.Pictures = None,
     attention_blocks: o.AttentionBlocks = None,
+    attention_heads: o.AttentionHeads = None,
     analysis_images: o.AnalysisImages = None,
     threads: o.Threads = None,
 ) -> None:
@@ -143,7 +149,9 @@ def evaluate(
             batch_size=options.batch,
             threads=options.threads,
             reference=other,
-            progress=None if progress is None else _totals(progress("Evaluating", len(source))),
+            progress=None
+            if progress is None
+            else evaluation.since(progress("Evaluating", len(source))),
         )
     if as_json:
         numbers = {
@@ -217,18 +225,6 @@ def _truth(source: Any, labels: str | None, needed: bool) -> Any:
         if labels is not None or needed:
             raise
         return None
-
-
-def _totals(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """From 'done so far, of all' to 'done since'."""
-    before = 0
-
-    def tell(done: int, _: int) -> None:
-        nonlocal before
-        advance(done - before)
-        before = done
-
-    return tell
 
 
 def _finite(value: float | None) -> float | None:

@@ -34,17 +34,21 @@ def inspect(model: o.Model, as_json: o.Json = False) -> None:
 def show(found: Inspection) -> None:
     """Print it as tables."""
     console = stdout()
-    console.print(simple_table((found.path, ""), _summary(found)))
-    console.print(simple_table(("block", "roles"), _blocks(found)))
+    console.print(simple_table((found.path, ""), _summary(found), words=True))
+    console.print(simple_table(("block", "roles"), _blocks(found), words=True))
     if found.unrecognised:
         rows = [(u.node, u.op_type) for u in found.unrecognised[:SHOWN]]
         rest = len(found.unrecognised) - len(rows)
-        console.print(simple_table((f"without a role: {len(found.unrecognised)}", "op"), rows))
+        console.print(
+            simple_table((f"without a role: {len(found.unrecognised)}", "op"), rows, words=True)
+        )
         if rest:
             console.print(f"and {rest} more; --json lists all.")
     if found.near_misses:
         misses = [(m.node, f"{m.op_type}: {m.family}? {m.reason}") for m in found.near_misses]
-        console.print(simple_table(("left as it is", "closest, and why not"), misses[:SHOWN]))
+        console.print(
+            simple_table(("left as it is", "closest, and why not"), misses[:SHOWN], words=True)
+        )
     for note in found.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
 

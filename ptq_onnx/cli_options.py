@@ -12,7 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from ptq_onnx.config import (
+    GELU_NAMES,
+    MAX_DROP,
     METHOD_NAMES,
+    MIN_SQNR,
     OPSETS,
     PRECISION_NAMES,
     QUANTIZER_NAMES,
@@ -82,7 +85,7 @@ Quantizer = Annotated[
         "--quantizer",
         "NAME",
         DEFAULT.quantizer,
-        f"One of {', '.join(QUANTIZER_NAMES)}; tensorrt and openvino take deploy by themselves.",
+        f"One of {', '.join(QUANTIZER_NAMES)}; the target integer takes fqvit by itself.",
     ),
 ]
 Bits = Annotated[
@@ -98,6 +101,15 @@ Precision = Annotated[
         f"One of {', '.join(PRECISION_NAMES)}; fp8 is E4M3, for the target tensorrt.",
     ),
 ]
+Weights = Annotated[
+    int | None,
+    option(
+        "--weights",
+        "N",
+        DEFAULT.weights,
+        "4: int4 weights of linears in blocks, for onnxruntime; activations stay float.",
+    ),
+]
 KeepFloat = Annotated[
     list[str] | None,
     option(
@@ -105,6 +117,41 @@ KeepFloat = Annotated[
         "ROLE[@BLOCKS]",
         "none",
         "Leave a role in float, as in fc2 or fc2@5,6; repeatable.",
+    ),
+]
+MoreBits = Annotated[
+    list[str] | None,
+    option(
+        "--more-bits",
+        "ROLE[@BLOCKS]",
+        "none",
+        "8 bits for a role where --bits has fewer, as in fc2 or fc2@5,6; repeatable.",
+    ),
+]
+Auto = Annotated[
+    bool | None,
+    switch(
+        "auto",
+        DEFAULT.auto,
+        "Leave the fewest, cheapest ops in float, or at 8 bits, that keep the loss in bounds.",
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    option(
+        "--max-drop",
+        "POINTS",
+        f"{MAX_DROP} where --val has labels",
+        "auto: top-1 that may be lost on the images of --val.",
+    ),
+]
+MinSqnr = Annotated[
+    float | None,
+    option(
+        "--min-sqnr",
+        "DB",
+        f"{MIN_SQNR:g} without labels",
+        "auto: SQNR that the logits must have, on --val or on calibration images held apart.",
     ),
 ]
 PerChannel = Annotated[
@@ -172,6 +219,15 @@ MultiplierBits = Annotated[
         "N",
         DEFAULT.multiplier_bits,
         "Integer arithmetic: width of the fixed-point multipliers, 4 to 31.",
+    ),
+]
+Gelu = Annotated[
+    str | None,
+    option(
+        "--gelu",
+        "NAME",
+        DEFAULT.gelu,
+        f"Integer arithmetic: how GELU is computed, one of {', '.join(GELU_NAMES)}.",
     ),
 ]
 Target = Annotated[
@@ -271,6 +327,10 @@ AttentionBlocks = Annotated[
     list[int] | None,
     option("--attention-blocks", "BLOCK", "the last", "Block whose attention to draw; repeatable."),
 ]
+AttentionHeads = Annotated[
+    list[int] | None,
+    option("--attention-heads", "HEAD", "all", "Head to draw by itself; repeatable."),
+]
 AnalysisImages = Annotated[
     int | None,
     option(
@@ -319,6 +379,7 @@ PARSERS: dict[str, Callable[[str, str], tuple[Any, ...]]] = {
     "std": _numbers,
     "size": _sides,
     "keep_float": _one,
+    "more_bits": _one,
     "per_channel": _one,
 }
 """Options whose text is not their value yet."""

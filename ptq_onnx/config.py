@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,14 +16,19 @@ from ptq_onnx.targets import TARGETS as BY_NAME
 from ptq_onnx.targets import Target
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
-METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust")
+METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
 PRECISION_NAMES = ("int8", "fp8")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
+GELU_NAMES = ("table", "polynomial")
 TARGETS = tuple(BY_NAME)
 INTEGER = "integer"
+WEIGHTS = (8, 4)
 OPSETS = range(20, 24)
 ALL = "all"
 AUTO = "auto"
+MOST_BITS = 8
+MAX_DROP, MIN_SQNR = 0.5, 20.0
+"""Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +106,21 @@ class QuantizeConfig:
     ``quantizer`` empty and ``opset`` 0: the target's own. ``method`` None: percentile for
     vanilla, robust for the others. ``ptf_k`` None: as large as the channels need.
     ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the blocks with the widest
-    channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic.
-    ``rounding``: of deploy's weights. ``attention_blocks`` are drawn; none: the last. ``mean`` …
-    ``interpolation`` None: those of ``preprocess``, which None means: the model's own, else
-    imagenet. The target ``integer`` makes ``arithmetic`` integer too.
+    channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic;
+    ``gelu``: how that computes GELU.
+    ``rounding``: of deploy's weights. ``weights`` 4: those of linears in blocks of 4-bit codes,
+    nothing else. ``attention_blocks`` are drawn; none: the last; of them
+    ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
+    which None means: the model's own, else imagenet. The target ``integer`` makes
+    ``arithmetic`` integer too. ``more_bits``: selectors of what gets 8 bits whatever ``bits`` say.
+    ``auto`` adds to it and to ``keep_float`` what brings the loss of top-1 down to ``max_drop``
+    points, or the SQNR of the logits up to ``min_sqnr`` dB.
     """
 
     quantizer: str = ""
     bits: str = "8/8/8"
     precision: str = "int8"
+    weights: int = 8
     method: str | None = None
     images: int = 128
     batch: int = 8
@@ -120,7 +132,11 @@ class QuantizeConfig:
     interpolation: str | None = None
     check_preprocess: bool = True
     keep_float: tuple[str, ...] = ()
+    more_bits: tuple[str, ...] = ()
     per_channel: tuple[str, ...] = ()
+    auto: bool = False
+    max_drop: float | None = None
+    min_sqnr: float | None = None
     ptf: bool = True
     ptf_k: int | None = None
     lis: bool = True
@@ -130,22 +146,26 @@ class QuantizeConfig:
     quantize_residual: bool = False
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
+    gelu: str = "table"
     target: str = "onnxruntime"
     opset: int = 0
     report: bool = True
     sensitivity: bool = False
     pictures: bool = True
     attention_blocks: tuple[int, ...] = ()
+    attention_heads: tuple[int, ...] = ()
     analysis_images: int = 32
     threads: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError, one line, for values that make no sense alone or together."""
-        for name in ("mean", "std", "size", "keep_float", "per_channel", "attention_blocks"):
+        selectors = ("keep_float", "more_bits", "per_channel")
+        lists = ("mean", "std", "size", *selectors, "attention_blocks", "attention_heads")
+        for name in lists:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("keep_float", "per_channel"):
+        for name in selectors:
             value = getattr(self, name)
             if isinstance(value, str):  # one selector, not one per letter
                 object.__setattr__(self, name, (value,))
@@ -154,8 +174,12 @@ class QuantizeConfig:
         _choice("target", self.target, TARGETS)
         _choice("rounding", self.rounding, ROUNDING_NAMES)
         _choice("precision", self.precision, PRECISION_NAMES)
+        _choice("gelu", self.gelu, GELU_NAMES)
+        if self.weights not in WEIGHTS or isinstance(self.weights, bool):
+            raise ConfigError(f"--weights {self.weights!r}: must be 8, or 4 for weights alone.")
         if not self.quantizer:
-            object.__setattr__(self, "quantizer", self.runtime.quantizer)
+            weights = "deploy" if self.weight_only else self.runtime.quantizer
+            object.__setattr__(self, "quantizer", weights)
         if self.opset == 0:
             object.__setattr__(self, "opset", self.runtime.opset)
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
@@ -184,11 +208,15 @@ class QuantizeConfig:
                 f"--quantize-residual with --target {self.target}: deploy leaves residual adds in"
                 " float there, because the runtime does not fuse them; use --target tensorrt."
             )
+        if self.weight_only:
+            self._check_weight_only()
         width = self.multiplier_bits
         if isinstance(width, bool) or not isinstance(width, int) or not 4 <= width <= 31:
             raise ConfigError(f"--multiplier-bits {width}: must be from 4 to 31.")
         for block in self.attention_blocks:
             _at_least("attention_blocks", block, 0)
+        for head in self.attention_heads:
+            _at_least("attention_heads", head, 0)
         if self.ptf_k is not None and not 0 <= self.ptf_k <= 12:
             raise ConfigError(f"--ptf-k {self.ptf_k}: must be from 0 to 12.")
         for option, used, owners in (
@@ -206,13 +234,34 @@ class QuantizeConfig:
                     f"{option} belongs to the quantizer {' or '.join(owners)},"
                     f" not {self.quantizer}."
                 )
+        if self.gelu != "table" and self.arithmetic != "integer":
+            raise ConfigError(
+                f"--gelu {self.gelu} belongs to integer arithmetic: add --target integer."
+            )
         if not self.ptf and self.ptf_k:
             raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
-        for text in (*self.keep_float, *self.per_channel):
+        for text in (*self.keep_float, *self.more_bits, *self.per_channel):
             if text != AUTO:
                 Selector.parse(text)
-        if AUTO in self.keep_float:
-            raise ConfigError("--keep-float takes roles; 'auto' is known to --per-channel only.")
+        for option, given in (("--keep-float", self.keep_float), ("--more-bits", self.more_bits)):
+            if AUTO in given:
+                raise ConfigError(f"{option} takes roles; 'auto' is known to --per-channel only.")
+        self._check_auto()
+
+    def _check_auto(self) -> None:
+        """The bounds belong to ``auto``, one at a time."""
+        for option, value in (("--max-drop", self.max_drop), ("--min-sqnr", self.min_sqnr)):
+            if value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise ConfigError(f"{option} {value}: must be a number.")
+            if not self.auto:
+                raise ConfigError(f"{option} is the bound of --auto: add --auto, or leave it out.")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise ConfigError(f"--max-drop {self.max_drop:g}: must be from 0 to 100 points.")
+        if self.max_drop is not None and self.min_sqnr is not None:
+            raise ConfigError("--max-drop and --min-sqnr exclude each other: leave one out.")
 
     def _check_fp8(self) -> None:
         """8-bit floats are for TensorRT, have one width, and no integer grid to search on."""
@@ -234,10 +283,35 @@ class QuantizeConfig:
         for option, used in (
             ("--keep-float", self.keep_float),
             ("--per-channel", self.per_channel),
+            ("--auto", self.auto),
         ):
             if used:
                 raise ConfigError(f"--target integer: {option} would leave tensors in float.")
+        if self.more_bits:
+            raise ConfigError("--target integer: its widths are those of --bits, not --more-bits.")
         object.__setattr__(self, "arithmetic", "integer")
+
+    def _check_weight_only(self) -> None:
+        """Only the weights of linears have codes, in blocks that ONNX Runtime alone fuses."""
+        for option, used, advice in (
+            (f"--target {self.target}", self.target != "onnxruntime", "use --target onnxruntime"),
+            (f"--quantizer {self.quantizer}", self.quantizer != "deploy", "use --quantizer deploy"),
+            (f"--bits {self.bits}", self.bits != "8/8/8", "leave it out"),
+            (f"--method {self.method}", self.method is not None, "leave it out"),
+            ("--per-channel", bool(self.per_channel), "leave it out"),
+            ("--more-bits", bool(self.more_bits), "leave it out"),
+            ("--auto", self.auto, "leave it out"),
+        ):
+            if used:
+                raise ConfigError(
+                    f"--weights {self.weights} leaves activations in float and its weights have"
+                    f" scales per block; it cannot go with {option}: {advice}."
+                )
+
+    @property
+    def weight_only(self) -> bool:
+        """True where only weights have codes."""
+        return self.weights < 8
 
     @property
     def runtime(self) -> Target:

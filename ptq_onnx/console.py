@@ -80,6 +80,8 @@ def show(result: Result) -> None:
     console, report = stdout(), result.report
     if report.get("analysis"):
         console.print(worst_ops(report["analysis"]))
+    if report.get("auto"):
+        console.print(decisions(report["auto"]))
     console.print(summary(report))
     for note in report.get("notes", ()):
         console.print(Text(f"note: {note}"), soft_wrap=True)
@@ -98,7 +100,7 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
     """The ops with the largest noise-to-signal ratio, worst first."""
     ops = sorted(analysis["ops"], key=lambda op: op["snr"], reverse=True)
     source = "held apart" if analysis["held_apart"] else "of the calibration"
-    title = f"Worst {min(count, len(ops))} of {len(ops)} ops, all of them quantized, on"
+    title = f"Worst {min(count, len(ops))} of {len(ops)} ops, everything quantized at once, on"
     title += f" {analysis['images']} images {source}"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for name in ("role", "block", "op"):
@@ -110,6 +112,28 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
         cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", f"{op['snr_db']:.1f}"
         table.add_row(*map(Text, cells))
     return table
+
+
+def decisions(auto: Mapping[str, Any]) -> Table:
+    """What ``--auto`` decided, and the file measured without each decision."""
+    rows = [("", "nothing decided", "", "", *_closeness(auto["before"]))]
+    for one in auto["decisions"]:
+        cells = str(one["step"]), one["module"], one["decision"], f"{one['cost']:.3f}"
+        rows.append((*cells, *_closeness(one["without"])))
+    rows.append(("", "all", "", f"{auto['cost']:.2f} %", *_closeness(auto["after"])))
+    names = ("step", "module", "decision", "cost, M operations")
+    table = simple_table((*names, "points lost without", "SQNR without"), rows)
+    bound = "--max-drop" if auto["bound"] == "max_drop" else "--min-sqnr"
+    table.title = f"Decisions of --auto, {bound} {auto['limit']:g}, on {auto['images']} images"
+    table.title_justify = "left"
+    return table
+
+
+def _closeness(found: Mapping[str, Any] | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
+    drop = "-" if found["drop"] is None else f"{found['drop']:.1f}"
+    return drop, decibels(found["sqnr_db"])
 
 
 def summary(report: Mapping[str, Any]) -> Table:
@@ -129,11 +153,14 @@ def summary(report: Mapping[str, Any]) -> Table:
     return simple_table(("", "float", "quantized"), rows)
 
 
-def simple_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of text, its first column to the left."""
+def simple_table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
+) -> Table:
+    """A table of text, its first column to the left, the others to the right unless they hold
+    ``words``."""
     table = Table(box=box.SIMPLE)
     for index, name in enumerate(names):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index and not words else "left")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

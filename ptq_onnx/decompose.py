@@ -2,7 +2,8 @@
 
 Quantization looks inside attention: at the logits, the map and their product with the values. So
 the single op is written out when a model is loaded, in the same form as exporters of older opsets
-write it. What cannot be (grouped heads, a cache, softcap) is left as it is, with a note.
+write it; where several heads of q share one of k and v, that one is repeated. What cannot be (a
+cache, softcap) is left as it is, with a note.
 """
 
 from __future__ import annotations
@@ -98,6 +99,24 @@ def heads_last(build: Builder, value: ir.Value) -> ir.Value:
     return build("Reshape", moved, build.integers(0, 0, -1))
 
 
+def repeat_heads(
+    build: Builder, value: ir.Value, heads: int, times: int, width: int | None
+) -> ir.Value:
+    """[B, H / times, L, d] → [B, H, L, d], each head ``times`` times in a row."""
+    if width is None:
+        raise Refusal("grouped heads of an unknown size")
+    apart = build("Unsqueeze", value, build.integers(2))
+    spread = build("Expand", apart, build.integers(1, 1, times, 1, 1))
+    return build("Reshape", spread, build.integers(0, heads, -1, width))
+
+
+def _width(value: ir.Value, heads: int) -> int | None:
+    """The size of a head of [B, L, H·d], or of [B, H, L, d] with ``heads`` 1."""
+    dims = sizes(value)
+    last = None if dims is None else dims[-1]
+    return last // heads if isinstance(last, int) else None
+
+
 def attention(
     build: Builder,
     q: ir.Value,
@@ -155,15 +174,26 @@ def _attention(build: Builder, node: ir.Node) -> None:
         masks.append(additive(build, given))
     if flat:
         heads, shared = attributes.get_int("q_num_heads", 0), attributes.get_int("kv_num_heads", 0)
-        if heads != shared or not heads:
-            raise Refusal("grouped heads")
-        q, k, v = (heads_first(build, x, heads) for x in (q, k, v))
+        if not heads or not shared or heads % shared:
+            raise Refusal(f"{heads} heads of q on {shared} of k and v")
+        widths = [_width(x, x_heads) for x, x_heads in ((k, shared), (v, shared))]
+        q = heads_first(build, q, heads)
+        k, v = (heads_first(build, x, shared) for x in (k, v))
         size = dims[-1] // heads if isinstance(dims[-1], int) else None
     else:
         others = sizes(k)
-        if others is None or others[1] != dims[1]:
-            raise Refusal("grouped heads")
+        if others is None or not isinstance(others[1], int) or not isinstance(dims[1], int):
+            raise Refusal("an unknown number of heads")
+        heads, shared = dims[1], others[1]
+        if heads % shared:
+            raise Refusal(f"{heads} heads of q on {shared} of k and v")
+        widths = [_width(x, 1) for x in (k, v)]
         size = dims[-1] if isinstance(dims[-1], int) else None
+    if heads != shared:
+        k, v = (
+            repeat_heads(build, x, heads, heads // shared, width)
+            for x, width in zip((k, v), widths, strict=True)
+        )
     scale = attributes.get_float("scale", None)
     if scale is None:
         if size is None:

@@ -19,6 +19,7 @@ import types
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -28,7 +29,6 @@ import torch
 
 from ptq_onnx.blocks import is_constant, name_of
 from ptq_onnx.errors import ModelError
-from ptq_onnx.graph import EXTERNAL_LIMIT, size_of
 from ptq_onnx.kernels import NodeKernels
 from ptq_onnx.spec import Rule, TensorSpec
 from ptq_onnx.torch_ops import HANDLERS, fake_quantize
@@ -100,7 +100,6 @@ def build_graph(model: ir.Model) -> BaseGraph:
     refuses shared ones); ``extension_attrib[ORIGIN]`` maps the copies' names back.
     """
     graph = BaseGraph(name=model.graph.name or "model")
-    shared = size_of(model) > EXTERNAL_LIMIT
     origin: dict[str, str] = {}
     variables: dict[str, Variable] = {}
 
@@ -113,7 +112,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
         if name not in variables:
             data = None
             if constant and value.const_value is not None:
-                data = _tensor(value.const_value.numpy(), shared)
+                data = _tensor(value.const_value.numpy())
             variables[name] = Variable(name=name, value=data, is_parameter=constant)
             graph.append_variable(variables[name])
         return variables[name]
@@ -147,22 +146,16 @@ def build_graph(model: ir.Model) -> BaseGraph:
     return graph
 
 
-def _tensor(array: np.ndarray[Any, Any], shared: bool) -> torch.Tensor:
-    """A copy that PPQ may change; of very large models the weights themselves."""
-    if not shared:
-        return torch.from_numpy(np.array(array))
+def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The weight itself: what runs here replaces parameters, and changes none in place."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mapped files cannot be written to, nor is that wanted
         return torch.from_numpy(np.asarray(array))
 
 
 @contextlib.contextmanager
-def _without_clones(graph: BaseGraph) -> Iterator[None]:
-    """PPQ keeps a second copy of every weight; of very large models only a reference."""
-    weights = [v.value for v in graph.variables.values() if v.is_parameter and v.value is not None]
-    if sum(w.nbytes for w in weights) <= EXTERNAL_LIMIT:
-        yield
-        return
+def _without_clones() -> Iterator[None]:
+    """PPQ keeps a second copy of every weight; here only a reference."""
 
     def store(self: QuantableOperation) -> QuantableOperation:
         for variable in [*self.inputs, *self.outputs]:
@@ -301,7 +294,7 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
             if variable.is_parameter and tensor in values:
                 variable.value = torch.from_numpy(np.array(values[tensor]))
 
-    @property
+    @cached_property
     def quant_operation_types(self) -> set[str]:
         """Every type of op that touches a tensor with a rule."""
         return {
@@ -364,7 +357,7 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
 
     def run(self, image: torch.Tensor, batches: Iterable[Any], device: str = "cpu") -> None:
         """Dispatch, calibrate and activate (PPQ's ``quantize``)."""
-        with _without_clones(self._graph):
+        with _without_clones():
             self.quantize(
                 inputs=image,
                 calib_dataloader=batches,
@@ -402,6 +395,7 @@ class Executor(TorchExecutor):  # type: ignore[misc]
             or spec.rule.code != "uniform"
             or spec.rule.granularity == "row"
             or spec.rule.centred
+            or spec.rule.block_size
         ):
             return fake_quantize(tensor, spec)
         quantized: torch.Tensor = super().quantize_function(tensor, config)

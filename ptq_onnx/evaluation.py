@@ -120,6 +120,18 @@ def logits(
     return np.concatenate(parts)
 
 
+def since(advance: Callable[[int], Any]) -> Progress:
+    """From 'done so far, of all' to 'done since'."""
+    before = 0
+
+    def tell(done: int, _: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return tell
+
+
 def _by_name(images: ImageSource, labels: NDArray[np.int64] | None) -> dict[str, int] | None:
     """Class by image name: names stay right when an unreadable image drops out on the way."""
     if labels is None:

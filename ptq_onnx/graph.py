@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from ptq_onnx.cleaning import CleanReport, clean, skeleton
+from ptq_onnx.cleaning import SMALL, CleanReport, clean, skeleton
 from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
 from ptq_onnx.standard import to_standard
@@ -26,17 +26,20 @@ __all__ = [
     "CleanReport",
     "clean",
     "load",
+    "open_plain",
     "open_session",
     "outline",
     "read",
     "save",
     "serialize",
-    "size_of",
     "to_standard",
 ]
 
 EXTERNAL_LIMIT = 1_900_000_000
 """Bytes from which weights go to a file of their own; a protobuf ends at 2 GiB."""
+
+SHARED_LIMIT = 64_000_000
+"""Bytes from which no protobuf of all weights is made to check, run or write a model."""
 
 
 def load(path: str | Path) -> ir.Model:
@@ -62,6 +65,7 @@ def read(path: str | Path) -> ir.Model:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
     _map_external_data(model, path)
     _check(proto, model, path)
+    _let_go(model)
     return model
 
 
@@ -93,11 +97,15 @@ def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     weights = path.with_name(f".{path.name}.{os.getpid()}.data.tmp")
     try:
-        if _size(standard) <= EXTERNAL_LIMIT:
+        if _size(standard) <= min(SHARED_LIMIT, EXTERNAL_LIMIT):
             content = _to_bytes(standard)
             if check:
                 onnx.checker.check_model(content, full_check=True)
             temporary.write_bytes(content)
+        elif _size(standard) <= EXTERNAL_LIMIT:
+            if check:
+                onnx.checker.check_model(skeleton(standard), full_check=True)
+            _write_streamed(standard, temporary)
         else:
             if check:
                 onnx.checker.check_model(skeleton(standard), full_check=True)
@@ -133,6 +141,67 @@ def _size(model: ir.Model) -> int:
     """Bytes of all initializers."""
     tensors = (v.const_value for v in model.graph.initializers.values())
     return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _write_streamed(model: ir.Model, path: Path) -> None:
+    """One file, its large weights one after the other: no second copy of all is made.
+
+    A protobuf's fields may come in any order: those of the model, then the graph, whose large
+    initializers are its last fields. Source: protobuf.dev, "Encoding".
+    """
+    proto, large = _without_weights(model)
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    heads = []
+    for name, weight in large.items():
+        described = onnx.TensorProto(name=name, data_type=int(weight.dtype))
+        described.dims.extend(weight.shape.numpy())
+        fields = described.SerializeToString() + _head(RAW_DATA, weight.nbytes)
+        heads.append(_head(INITIALIZER, len(fields) + weight.nbytes) + fields)
+    weights = sum(len(head) for head in heads) + sum(w.nbytes for w in large.values())
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString())
+        file.write(_head(GRAPH, len(graph) + weights))
+        file.write(graph)
+        for head, weight in zip(heads, large.values(), strict=True):
+            file.write(head)
+            file.write(weight.tobytes())
+
+
+GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
+INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
+RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
+
+
+def _head(field: int, length: int) -> bytes:
+    """What stands in a protobuf before a field of bytes: its number and type 2, the length."""
+    out = bytearray()
+    for number in (field << 3 | 2, length):
+        while number > 127:
+            out.append(number & 127 | 128)
+            number >>= 7
+        out.append(number)
+    return bytes(out)
+
+
+def _without_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """The model as protobuf without its large initializers, and those by name."""
+    proto = skeleton(model)
+    inputs = {value.name for value in model.graph.inputs}
+    kept: list[onnx.ValueInfoProto] = []
+    described: list[onnx.ValueInfoProto] = []
+    large: dict[str, ir.TensorProtocol] = {}
+    for info in proto.graph.input:
+        value = model.graph.initializers.get(info.name)
+        if value is None or value.const_value is None or value.const_value.size <= SMALL:
+            kept.append(info)
+            continue
+        large[info.name] = value.const_value
+        (kept if info.name in inputs else described).append(info)
+    proto.graph.value_info.extend(described)
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+    return proto, large
 
 
 def _write_external(model: ir.Model, path: Path, weights: Path, location: str) -> None:
@@ -219,6 +288,34 @@ def _map_external_data(model: ir.Model, path: Path) -> None:
         value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
+def _let_go(model: ir.Model) -> None:
+    """Give every tensor an array of its own, so that the protobuf need not stay in memory, nor
+    be copied from at each look at a weight."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.serde.TensorProtoTensor):
+            value.const_value = _own(value.const_value)
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for node in (n for graph in graphs for n in ir.traversal.RecursiveGraphIterator(graph)):
+        for name, attribute in list(node.attributes.items()):
+            if attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
+                continue
+            tensor = attribute.as_tensor()
+            if isinstance(tensor, ir.serde.TensorProtoTensor):
+                node.attributes[name] = ir.AttrTensor(name, _own(tensor), attribute.doc_string)
+
+
+def _own(tensor: ir.serde.TensorProtoTensor) -> ir.TensorProtocol:
+    if tensor.dtype == ir.DataType.STRING:
+        return tensor
+    return ir.Tensor(
+        tensor.numpy(),
+        dtype=tensor.dtype,
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
+
+
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Initializers and the tensors in node attributes, of the graph and its functions."""
     yield from proto.graph.initializer
@@ -236,7 +333,7 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
     """onnx's own checker; large weights, and those of other files, do not go through it."""
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
     try:
-        if external or proto.ByteSize() > EXTERNAL_LIMIT:
+        if external or proto.ByteSize() > min(SHARED_LIMIT, EXTERNAL_LIMIT):
             onnx.checker.check_model(skeleton(model))
         else:
             onnx.checker.check_model(proto)
@@ -244,41 +341,39 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
         raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
 
 
+def open_plain(model: ir.Model, threads: int = 0) -> ort.InferenceSession:
+    """A session for a few images, without the packed copies of the weights, which would take
+    memory and time."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return open_session(to_standard(model), options)
+
+
 def open_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU of a model in standard form.
 
-    Weights beyond what one protobuf holds are handed over where they are, without a copy.
+    The weights of large models are handed over where they are, not in a protobuf.
     """
     providers = ["CPUExecutionProvider"]
-    if _size(model) <= EXTERNAL_LIMIT:
+    if _size(model) <= min(SHARED_LIMIT, EXTERNAL_LIMIT):
         content = ir.to_proto(model).SerializeToString()
         return ort.InferenceSession(content, options, providers=providers)
-    proto = skeleton(model)
+    proto, large = _without_weights(model)
     names, weights = [], []
-    kept = []
-    for info in proto.graph.input:
-        value = model.graph.initializers.get(info.name)
-        if value is None or value.const_value is None:
-            kept.append(info)
-            continue
-        array = np.ascontiguousarray(value.const_value.numpy())
-        names.append(info.name)
+    for name, weight in large.items():
+        array = np.ascontiguousarray(weight.numpy())
+        names.append(name)
         weights.append(ort.OrtValue.ortvalue_from_numpy(array))
         tensor = proto.graph.initializer.add()
-        tensor.name, tensor.data_type = info.name, info.type.tensor_type.elem_type
+        tensor.name, tensor.data_type = name, int(weight.dtype)
         tensor.dims.extend(array.shape)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, text in (("location", "memory"), ("offset", "0"), ("length", str(array.nbytes))):
             entry = tensor.external_data.add()
             entry.key, entry.value = key, text
-    del proto.graph.input[:]
-    proto.graph.input.extend(kept)
     options.add_external_initializers(names, weights)
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
     session.weights = weights  # they must live as long as the session
     return session
-
-
-def size_of(model: ir.Model) -> int:
-    """Bytes of all initializers."""
-    return _size(model)

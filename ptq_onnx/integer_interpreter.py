@@ -159,6 +159,14 @@ def divide(x: Array, y: Array) -> Array:
     return np.asarray(quotient + ((remainder != 0) & ((x < 0) != (y < 0))), x.dtype)
 
 
+def absolute(x: Array) -> Array:
+    """|x|; the lowest integer of a type has none."""
+    low, high = extremes(x)
+    if not fits(0, max(-low, high), x.dtype):
+        raise IntegerOverflow(f"the magnitude of {low} does not fit {x.dtype}")
+    return np.asarray(np.abs(x))
+
+
 def bit_shift(inputs: list[Any], attributes: Attributes) -> Array:
     x, by = inputs
     width = x.dtype.itemsize * 8
@@ -318,6 +326,7 @@ OPS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Sub": lambda i, _: exact(lambda x, y: x - y, i[0], i[1]),
     "Mul": lambda i, _: exact(lambda x, y: x * y, i[0], i[1]),
     "Div": lambda i, _: divide(i[0], i[1]),
+    "Abs": lambda i, _: absolute(i[0]),
     "BitShift": bit_shift,
     "BitwiseAnd": lambda i, _: np.bitwise_and(i[0], i[1]),
     "Cast": cast,

@@ -28,12 +28,15 @@ Override = Callable[[list[Tensor]], Tensor]
 
 
 def integer_overrides(
-    model: ir.Model, specs: Mapping[str, TensorSpec], bits: int = MULTIPLIER_BITS
+    model: ir.Model,
+    specs: Mapping[str, TensorSpec],
+    bits: int = MULTIPLIER_BITS,
+    gelu: str = "table",
 ) -> tuple[dict[str, Override], list[str]]:
     """The integer arithmetic of every node that has one, by node name, and the names of the
     compute nodes that stay in float, because a tensor around them does. ``bits``: width of the
-    fixed-point multipliers."""
-    plan = make_plan(model, specs, strict=False, bits=bits)
+    fixed-point multipliers; ``gelu``: how GELU is computed."""
+    plan = make_plan(model, specs, strict=False, bits=bits, gelu=gelu)
     image = image_input(model)
     found: dict[str, Override] = {
         name_of(node): StepOverride(

@@ -251,6 +251,13 @@ class _Analysis:
             return x.collapsed()
         return corners(truncated, x, y)
 
+    def absolute(self, node: ir.Node) -> Interval | None:
+        x = self.interval(node.inputs[0])
+        if x is None:
+            return None
+        least = np.maximum(np.maximum(x.low, -x.high), 0)
+        return Interval(least, np.maximum(-x.low, x.high))
+
     def bit_shift(self, node: ir.Node) -> Interval:
         x, by = self.pair(node)
         dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
@@ -386,6 +393,7 @@ RULES: dict[str, Callable[[_Analysis, ir.Node], Interval | None]] = {
     "Sub": _Analysis.sub,
     "Mul": _Analysis.mul,
     "Div": _Analysis.div,
+    "Abs": _Analysis.absolute,
     "BitShift": _Analysis.bit_shift,
     "BitwiseAnd": _Analysis.bitwise_and,
     "Clip": _Analysis.clip,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import is_constant, is_layout, name_of
-from ptq_onnx.export.lowering import lower, rows_of
+from ptq_onnx.export.lowering import Factor, lower, rows_of
 from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
 
@@ -111,8 +111,8 @@ def carried_specs(
     """Specs that quantized tensors keep on their way through layout ops to a compute op.
 
     By the name of the tensor that the compute op reads: the quantized tensor's name, and its
-    spec with the factor moved to the last axis. A tensor whose factor does not fit the last
-    axis is left out: it is read as floats.
+    spec with the factor moved to the last axis, or to axis 1 where the channels are there. A
+    tensor whose factor fits neither is left out: it is read as floats.
     """
     found: dict[str, tuple[str, TensorSpec]] = {}
     for node in model.graph:
@@ -126,12 +126,22 @@ def carried_specs(
                 continue
             spec = specs[str(start.name)]
             if spec.factor is not None:
-                factor = rows_of(start, value, spec.factor)
+                factor = moved_factor(start, value, spec.factor)
                 if factor is None:
                     continue
                 spec = spec.with_factor(factor)
             found[str(value.name)] = (str(start.name), replace(spec, tensor=str(value.name)))
     return found
+
+
+def moved_factor(start: ir.Value, value: ir.Value, factor: Factor) -> Factor | None:
+    """The factor of ``start`` as one of ``value``, a layout of it: [C], or [C, 1, …] where axis 1
+    holds the channels; None where neither holds."""
+    last = rows_of(start, value, factor)
+    if last is not None or value.shape is None or len(value.shape) < 3:
+        return last
+    first = rows_of(start, value, factor, 1)
+    return None if first is None else first.reshape(-1, *[1] * (len(value.shape) - 2))
 
 
 def _quantized_before(value: ir.Value, specs: Mapping[str, TensorSpec]) -> ir.Value | None:

@@ -40,15 +40,27 @@ def read_labels(path: str | Path) -> dict[str, int]:
     return labels
 
 
-def labels_for(source: ImageSource, labels_file: str | Path | None = None) -> NDArray[np.int64]:
+def labels_for(
+    source: ImageSource, labels_file: str | Path | None = None, classes: int | None = None
+) -> NDArray[np.int64]:
     """Class index of each of ``source.names``, int64 [N].
 
     From ``labels_file`` (a name there is a relative path, a file name, or an index into an array);
     without one, from the folders as torchvision's ImageFolder does: the sub-folders of the first
-    level, sorted, are the classes 0, 1, …. Raises ImageError.
+    level, sorted, are the classes 0, 1, …. Raises ImageError, also for a label beyond the model's
+    ``classes``.
     """
-    if labels_file is None:
-        return _from_folders(source)
+    truth = _from_folders(source) if labels_file is None else _from_file(source, labels_file)
+    if classes is not None and (truth >= classes).any():
+        name = source.names[int(truth.argmax())]
+        raise ImageError(
+            f"Label {truth.max()} of image '{name}' is out of range: the model has {classes}"
+            f" classes, 0…{classes - 1}."
+        )
+    return truth
+
+
+def _from_file(source: ImageSource, labels_file: str | Path) -> NDArray[np.int64]:
     labels, names = read_labels(labels_file), source.names
     found = [labels.get(name, labels.get(PurePosixPath(name).name)) for name in names]
     missing = [name for name, label in zip(names, found, strict=True) if label is None]

@@ -47,9 +47,11 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     return np.asarray(found[0], dtype=np.int64)
 
 
-def channel_map(start: ir.Value, end: ir.Value, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
-    """For a per-channel array of ``shape`` on ``end``: the last-axis index of ``start`` each
-    entry comes from (int64, that shape), or None where one entry mixes several.
+def channel_map(
+    start: ir.Value, end: ir.Value, shape: tuple[int, ...], axis: int = -1
+) -> NDArray[np.int64] | None:
+    """For a per-channel array of ``shape`` on ``end``: the index along ``axis`` of ``start`` that
+    each entry comes from (int64, that shape), or None where one entry mixes several.
 
     ``shape`` broadcasts against ``end`` without its batch axis, 1 on axes that are shared.
     """
@@ -57,7 +59,7 @@ def channel_map(start: ir.Value, end: ir.Value, shape: tuple[int, ...]) -> NDArr
     columns = static_shape(start)
     if indices is None or columns is None:
         return None
-    column = indices % columns[-1]
+    column = np.unravel_index(indices, columns)[axis]
     if not np.array_equal(column, np.broadcast_to(column[:1], column.shape)):
         return None
     column = column[0]

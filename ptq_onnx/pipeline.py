@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.spec import Site, TensorSpec
 
 if TYPE_CHECKING:
-    from ptq_onnx.analysis.results import Analysis
+    from ptq_onnx.analysis.results import Analysis, Automatic
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """Called with (stage, images in all); returns what is called with images done."""
@@ -98,6 +99,11 @@ def quantize(
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     _check_attention_blocks(prepared, config)
+    if config.auto and scales is not None:
+        raise ConfigError(
+            f"--scales {scales}: --auto decides what is quantized, so that the scales of another"
+            " run do not fit; leave one out."
+        )
     preprocess = resolve_preprocess(prepared.model, config)
     prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
     images = _calibration_images(calib, preprocess, config, notes)
@@ -109,10 +115,19 @@ def quantize(
         from ptq_onnx.labels import labels_for
 
         truth = labels_for(tested, labels)
+    if config.max_drop is not None and truth is None:
+        raise ConfigError(
+            "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
+            " bound the logits with --min-sqnr."
+        )
+    # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
+    importlib.import_module("ptq_onnx.engine")
+
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        run = _Run(prepared, config, preprocess, images, notes, work, progress)
+        run = _Run(prepared, config, preprocess, images, notes, work, progress, labels=labels)
+        run.validation = validation(tested, labels)
         report = run.run(tested, truth, scales)
         if not keep_models:
             for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
@@ -137,6 +152,19 @@ def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
         raise ConfigError(
             f"--attention-blocks {beyond[0]}: the model has {prepared.blocks.count} blocks,"
             " counted from 0."
+        )
+    heads = [
+        node.outputs[0].shape[1]
+        for node in prepared.model.graph
+        if prepared.blocks.roles[node.name or str(node.outputs[0].name)].name == "softmax"
+        and node.outputs[0].shape is not None
+        and len(node.outputs[0].shape) == 4
+    ]
+    most = max((h for h in heads if isinstance(h, int)), default=None)
+    absent = [h for h in config.attention_heads if most is not None and h >= most]
+    if absent:
+        raise ConfigError(
+            f"--attention-heads {absent[0]}: the model has {most} heads, counted from 0."
         )
 
 
@@ -249,6 +277,15 @@ class _Run:
     work: Path
     progress: Progress | None
     analysis: Analysis | None = None
+    original: Prepared | None = None
+    """The model before equalisation, where there is any."""
+    picture: Path | None = None
+    """The image whose attention is drawn, as the model sees it."""
+    validation: dict[str, Any] | None = None
+    """Names of the folder measured on and of its labels."""
+    labels: str | Path | None = None
+    apart: tuple[ImageSource, bool] | None = None
+    """Images of the analysis, once they were chosen, and whether calibration did not see them."""
 
     @property
     def fixed(self) -> int | None:
@@ -276,12 +313,16 @@ class _Run:
         from ptq_onnx.quantizers import make_quantizer
         from ptq_onnx.quantizers.base import Plan
 
-        prepared = self.prepared
         config = self._resolve_auto()
         checked = None if scales is not None else self._check_preprocess()
+        graphs.save(self.prepared.model, self.work / "fused.onnx")
+        prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
-        if config.equalizes:
-            plan = self._equalise(plan, scales)
+        plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
+        decided = None
+        if config.auto:
+            plan, decided = self._decide(plan, tested, labelled=truth is not None)
+            config = plan.config
         quantizer = make_quantizer(plan)
         if scales is not None:
             quantizer.reuse(read_scales(scales), str(scales))
@@ -300,13 +341,14 @@ class _Run:
         else:
             lowered = lower(quantizer.model, quantizer.specs)
         graphs.save(lowered, quantized)
-        graphs.save(prepared.model, self.work / "fused.onnx")
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
         report["equalization"] = {
             "forms": dict(plan.forms),
             "moves": [asdict(move) for move in plan.moves],
         }
+        report["validation"] = self.validation
+        report["auto"] = None if decided is None else asdict(decided)
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
             report["integer"] = self._integer(quantizer, lowered)
@@ -325,8 +367,11 @@ class _Run:
         return report
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
-        """The plan for the equalised model, which from here on is the prepared one."""
-        from ptq_onnx.equalization import equalise
+        """The plan for the equalised model.
+
+        The model as it was is in its file by now, and kept beside it for pictures alone.
+        """
+        from ptq_onnx.equalization import equalise_in_place
 
         if scales is not None:
             raise ConfigError(
@@ -335,13 +380,48 @@ class _Run:
             )
         mean, std = self.preprocess.mean, self.preprocess.std
         pictures = isinstance(self.images, FolderSource)
-        plan = equalise(
+        if self.config.report and self.config.pictures:  # drawn beside, by vanilla
+            self.original = replace(self.prepared, model=self.prepared.model.clone())
+        plan = equalise_in_place(
             replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
         )
+        return self._adopt(plan)
+
+    def _in_form(self, plan: Any) -> Any:
+        """The plan for the model in the form that the target computes in integers."""
+        from ptq_onnx.equalization import in_form
+
+        return self._adopt(in_form(plan))
+
+    def _adopt(self, plan: Any) -> Any:
+        """The plan, whose model from here on is the prepared one."""
         self.prepared = replace(
             self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
         )
         return plan
+
+    def _decide(
+        self, plan: Any, tested: ImageSource | None, labelled: bool
+    ) -> tuple[Any, Automatic]:
+        """The plan with what ``--auto`` decides, on ``--val`` or on images held apart."""
+        from ptq_onnx.analysis.sensitivity import load
+        from ptq_onnx.auto import Evidence, decide, notes_on
+        from ptq_onnx.labels import labels_for
+
+        few, apart = self._held_apart(tested)
+        images = few if tested is None else tested
+        evidence = Evidence(
+            reference=self.work / "fused.onnx",
+            images=images,
+            labels_of=(lambda n: labels_for(images, self.labels, n)) if labelled else None,
+            held_apart=apart or tested is not None,
+            sample=load(few, self.fixed, self.config.batch),
+            work=self.work,
+        )
+        stage = self.progress or (lambda *_: lambda _: None)
+        plan, found = decide(plan, self.batches(self.images), evidence, stage)
+        self.notes.extend(notes_on(found))
+        return plan, found
 
     def _check_preprocess(self) -> PreprocessCheck | None:
         """Whether another normalisation suits the model better; None where that cannot be told.
@@ -364,9 +444,10 @@ class _Run:
         few = open_images(source.root, plain, limit=min(MOST, self.config.images))
         pictures = np.concatenate(list(few.batches(8)))
         try:
-            classifier = Classifier(self.prepared.path, self.config.threads)
+            opened = graphs.open_plain(model, self.config.threads)
+            classifier = Classifier(opened)
             found = check_preprocess(classifier, pictures, self.preprocess)
-        except ModelError:  # what calibration can use need not run as it came
+        except ModelError:  # no classifier after all
             return None
         if found.warning is not None:
             self.notes.append(found.warning)
@@ -475,8 +556,10 @@ class _Run:
         from ptq_onnx.conformance.integer import violations
         from ptq_onnx.export.integer import lower_integer
 
-        width = self.config.multiplier_bits
-        lowered = lower_integer(self.prepared.model, quantizer.specs, width)
+        config = self.config
+        lowered = lower_integer(
+            self.prepared.model, quantizer.specs, config.multiplier_bits, config.gelu
+        )
         broken = violations(lowered)
         if broken:
             raise ModelError(f"Node '{broken[0].node}' ({broken[0].rule}): {broken[0].text}")
@@ -497,8 +580,12 @@ class _Run:
         overrides: dict[str, Any] = {}
         left: list[str] = []
         if self.config.arithmetic == "integer":
-            width = self.config.multiplier_bits
-            overrides, left = integer_overrides(self.prepared.model, quantizer.specs, width)
+            overrides, left = integer_overrides(
+                self.prepared.model,
+                quantizer.specs,
+                self.config.multiplier_bits,
+                self.config.gelu,
+            )
             if self.config.target != INTEGER:
                 self.notes.append(
                     "The analysis simulates integer arithmetic, that of --target integer;"
@@ -517,6 +604,11 @@ class _Run:
 
     def _held_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:
         """Images that calibration did not see: the folder's others, else ``--val``'s."""
+        if self.apart is None:
+            self.apart = self._choose_apart(tested)
+        return self.apart
+
+    def _choose_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:
         limit = self.config.analysis_images
         if isinstance(self.images, FolderSource):
             others = self.images.others(limit)
@@ -537,6 +629,7 @@ class _Run:
     ) -> list[tuple[str, Path]]:
         """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
         import torch
+        from PIL import Image
 
         from ptq_onnx.analysis.attention import attention_maps, code_runs
         from ptq_onnx.analysis.attention_map import draw_attention
@@ -548,7 +641,8 @@ class _Run:
         simulators = {"float": reference}
         if config.quantizer != "vanilla":
             plain = QuantizeConfig(quantizer="vanilla", bits=config.bits, threads=config.threads)
-            plan = Plan(prepared.model, prepared.blocks, prepared.sites, plain, self.stage)
+            whole = self.original or prepared
+            plan = Plan(whole.model, whole.blocks, whole.sites, plain, self.stage)
             vanilla = make_quantizer(plan)
             few = self.images
             if isinstance(few, FolderSource):
@@ -556,7 +650,7 @@ class _Run:
             channels, height, width = self.preprocess.shape
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
-            simulators["vanilla"] = Simulator(prepared.model, vanilla, threads=config.threads)
+            simulators["vanilla"] = Simulator(whole.model, vanilla, threads=config.threads)
         simulators[config.quantizer] = simulator
         names, batch = next(source.named_batches(1))
         repeated = np.repeat(batch, self.fixed or 1, axis=0)
@@ -568,40 +662,36 @@ class _Run:
             return []
         folder = self.work / "attention"
         folder.mkdir()
+        self.picture = folder / f"picture_{Path(maps[0].image_name).stem}.png"
+        Image.fromarray(maps[0].image).save(self.picture)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
             path = folder / f"{kind}block_{found.block:02d}_{Path(found.image_name).stem}.png"
-            draw_attention(found, path)
+            draw_attention(found, path, config.attention_heads)
             what = ", maps of the float model in 8 and 4 bits" if kind else ""
             pictures.append((f"Block {found.block}, {found.image_name}{what}", path))
         return pictures
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
         """Accuracy of the files in ONNX Runtime, where there are images to measure on."""
-        from ptq_onnx.evaluation import evaluate
+        from ptq_onnx.evaluation import evaluate, since
 
         if tested is None:
             return {"accuracy": None, "fidelity": None}
-        bar = self.stage("Evaluating", len(tested))
-        done = 0
-
-        def advance(now: int, _: int) -> None:
-            nonlocal done
-            bar(now - done)
-            done = now
-
         found = evaluate(
             self.work / "quantized.onnx",
             tested,
             truth,
             threads=self.config.threads,
             reference=self.work / "fused.onnx",
-            progress=advance,
+            progress=since(self.stage("Evaluating", len(tested))),
         )
+        # JSON has no infinity: without any noise 200 dB, as everywhere in the report.
+        sqnr = None if found.sqnr_db is None else max(-200.0, min(found.sqnr_db, 200.0))
         fidelity = {
             "images": found.count,
-            "sqnr_db": found.sqnr_db,
+            "sqnr_db": sqnr,
             "agreement": found.agreement,
         }
         if truth is None:
@@ -613,7 +703,7 @@ class _Run:
             "quantized": {
                 "top1": found.top1,
                 "top5": found.top5,
-                "sqnr_db": found.sqnr_db,
+                "sqnr_db": sqnr,
                 "agreement": found.agreement,
             },
         }
@@ -631,7 +721,7 @@ class _Run:
         from ptq_onnx.analysis.results import OpError
 
         ops = [OpError(**op) for op in analysed["analysis"]["ops"]]
-        page = render(report, snr_over_blocks(ops), pictures)
+        page = render(report, snr_over_blocks(ops), pictures, self.picture)
         (self.work / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -681,6 +771,16 @@ def _value(value: ir.Value) -> dict[str, Any]:
         else [d if isinstance(d, int) else str(d.value) for d in value.shape]
     )
     return {"name": value.name, "shape": shape}
+
+
+def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[str, Any] | None:
+    """What ``--val`` and ``--labels`` name, without their folders."""
+    if tested is None:
+        return None
+    return {
+        "source": _source_name(tested),
+        "labels": None if labels is None else Path(labels).name,
+    }
 
 
 def _source_name(images: ImageSource) -> str:

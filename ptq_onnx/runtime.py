@@ -126,9 +126,13 @@ class Classifier:
     just that many images at a time, the last batch padded. Raises ModelError.
     """
 
-    def __init__(self, model: Model, threads: int = 0) -> None:
-        self.name = "The model" if isinstance(model, bytes) else f"Model '{model}'"
-        self._session = session(model, threads)
+    def __init__(self, model: Model | ort.InferenceSession, threads: int = 0) -> None:
+        """``model``: a file, its bytes, or a session that is open."""
+        self.name = f"Model '{model}'" if isinstance(model, str | Path) else "The model"
+        if isinstance(model, str | Path | bytes):
+            self._session = session(model, threads)
+        else:
+            self._session = model
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or inputs[0].type not in _FLOATS or len(inputs[0].shape) != 4:
             found = ", ".join(f"{i.name}: {i.type}{list(i.shape)}" for i in inputs)

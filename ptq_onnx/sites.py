@@ -137,7 +137,7 @@ def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None
         tensor=place.name,
         role=role,
         block=block,
-        channel_axes=_channel_axes(role, shape, producer),
+        channel_axes=_channel_axes(role, shape, producer, cut=place is not value),
         shape=shape,
         producer=None if producer is None else name_of(producer),
         consumers=tuple(name_of(n) for n, _ in readers),
@@ -151,20 +151,22 @@ def _shape(value: ir.Value) -> tuple[int | str, ...]:
 
 
 def _channel_axes(
-    role: str, shape: tuple[int | str, ...], producer: ir.Node | None
+    role: str, shape: tuple[int | str, ...], producer: ir.Node | None, cut: bool
 ) -> tuple[int, ...]:
     """Axes that tell channels apart: the last; heads too for q, k, v; k's rows are channels.
 
-    Attention logits and maps have heads, which are their channels, and no others.
+    Attention logits and maps have heads, which are their channels, and no others. ``cut``: layout
+    ops have made heads of the channels; before them q, k and v of convolutions are images.
     """
     rank = len(shape)
     if role in ("qk", "softmax", "bias", "head_mix") or rank < 2:
         return (1,) if rank == 4 and isinstance(shape[1], int) else ()
-    if role in ("q", "k", "v", "av"):
+    image = rank == 4 and producer is not None and _is_nchw(producer)
+    if role in ("q", "k", "v", "av") and (cut or not image):
         channel = rank - 2 if role == "k" else rank - 1
         axes = (1, channel) if rank == 4 else (channel,)
         return tuple(axis for axis in axes if isinstance(shape[axis], int))
-    if rank == 4 and (producer is None or _is_nchw(producer)):
+    if image or (rank == 4 and producer is None):
         return (1,) if isinstance(shape[1], int) else ()
     if not isinstance(shape[rank - 1], int):
         return ()
@@ -174,14 +176,14 @@ def _channel_axes(
 CHANNELS_FIRST = frozenset(
     ("Conv", "BatchNormalization", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize")
 )
-ELEMENTWISE = ACTIVATIONS | {"Add", "Mul", "Sub", "Div"}
+CHANNELWISE = ACTIVATIONS | {"Add", "Mul", "Sub", "Div", "ReduceMean"}
 
 
 def _is_nchw(node: ir.Node, depth: int = 4) -> bool:
     """True for convolutions and pools, and for arithmetic on what they make."""
     if node.op_type in CHANNELS_FIRST:
         return True
-    if node.op_type not in ELEMENTWISE or depth == 0:
+    if node.op_type not in CHANNELWISE or depth == 0:
         return False
     makers = [v.producer() for v in node.inputs if v is not None and not is_constant(v)]
     return any(m is not None and _is_nchw(m, depth - 1) for m in makers)

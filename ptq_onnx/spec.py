@@ -54,8 +54,9 @@ class Rule:
     axis) divided by its largest value, which is found at run time. ``code``: ``uniform``;
     ``log2`` for attention maps; ``e4m3``: 8-bit floats, whose limits are -448 and 448.
     ``renormalize`` divides A V by the sum of the row's codes' values. ``stored``: the type of an
-    activation's integer codes in the file; weights are int8. ``centred``: the mean over tokens
-    is taken out before, and added to A V (see ``centring.py``).
+    activation's integer codes in the file; weights are int8, or int4 where ``block_size``, the
+    number of rows that share a scale and zero point of a column, is not 0. ``centred``: the mean
+    over tokens is taken out before, and added to A V (see ``centring.py``).
     """
 
     bits: int = 8
@@ -67,6 +68,7 @@ class Rule:
     renormalize: bool = False
     stored: Stored = "uint8"
     centred: bool = False
+    block_size: int = 0
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -83,9 +85,9 @@ class TensorSpec:
     """The calibrated numbers of one tensor.
 
     Dequantized value = (code - zero_point) * scale * factor. ``scale`` and ``zero_point``
-    are scalars, or vectors along ``axis`` (weights). ``factor`` broadcasts against the
-    tensor: powers of two for PTF, free ratios for ``channel``, ``None`` where all are one.
-    For ``e4m3`` the codes are bits, whose value takes the place of the code.
+    are scalars, or vectors along ``axis`` (weights), or [B, N] of B blocks of rows. ``factor``
+    broadcasts against the tensor: powers of two for PTF, free ratios for ``channel``, ``None``
+    where all are one. For ``e4m3`` the codes are bits, whose value takes the place of the code.
     For ``log2`` codes the value is 2**-code, and the top code stands for zero.
     """
 
@@ -120,6 +122,7 @@ class TensorSpec:
             "renormalize": self.rule.renormalize,
             "stored": self.rule.stored,
             "centred": self.rule.centred,
+            "block_size": self.rule.block_size,
             "scale": self.scale.astype(float).tolist(),
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,
@@ -145,6 +148,7 @@ class TensorSpec:
             renormalize=bool(data["renormalize"]),
             stored=data.get("stored", "uint8"),
             centred=bool(data.get("centred", False)),
+            block_size=int(data.get("block_size", 0)),
         )
         factor = None
         if "alpha" in data:

@@ -45,6 +45,8 @@ class Target:
     """A Conv with a float output is computed in int8 (ONNX Runtime 1.31 leaves it in float)."""
     patches_as_linear: bool = True
     """The patch embedding as a matrix product, where a Conv would stay float."""
+    codes_of_convolutions: bool = False
+    """The only integer convolution gives codes: every output of a Conv is quantized."""
     split_qkv: bool = True
     """q, k and v as linears of their own."""
     keep_rank: bool = True
@@ -74,7 +76,7 @@ LATER = range(20, 24)
 """From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
 such a file is no worse for its own runtime, but cannot be compared in ONNX Runtime."""
 
-ONNXRUNTIME = Target("onnxruntime", quantizers={}, quantizer="fqvit")
+ONNXRUNTIME = Target("onnxruntime", quantizers={}, quantizer="deploy", codes_of_convolutions=True)
 TENSORRT = Target(
     "tensorrt",
     opsets=LATER,
@@ -110,6 +112,8 @@ INTEGER = Target(
     "integer",
     quantizers=dict.fromkeys(("vanilla", "channelwise", "deploy"), _NO_INTEGERS),
     quantizer="fqvit",
+    patches_as_linear=False,
+    keep_rank=False,
 )
 
 TARGETS = {target.name: target for target in (ONNXRUNTIME, TENSORRT, OPENVINO, INTEGER)}

@@ -47,7 +47,10 @@ def _parts(spec: TensorSpec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape[spec.axis] = -1
     scale = torch.as_tensor(spec.scale, device=x.device)
     zero = torch.as_tensor(spec.zero_point, device=x.device)
-    if spec.axis is not None:
+    if spec.rule.block_size:
+        size = spec.rule.block_size
+        scale, zero = (v.repeat_interleave(size, 0)[: x.shape[0]] for v in (scale, zero))
+    elif spec.axis is not None:
         scale, zero = scale.reshape(shape), zero.reshape(shape)
     factor = torch.ones((), device=x.device)
     if spec.factor is not None:

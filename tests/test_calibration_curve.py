@@ -25,14 +25,15 @@ from ptq_onnx.calibration_curve import (
 )
 from ptq_onnx.cli_curve import calibration_curve, table
 from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.errors import ImageError
+from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.image_source import NOISE
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"
 DIGITS = ROOT / "img" / "digits"
 OWN = {"images", "check_preprocess", "report", "pictures", "attention_blocks", "analysis_images"}
-OWN |= {"sensitivity", "multiplier_bits"}
+OWN |= {"sensitivity", "multiplier_bits", "gelu", "attention_heads"}
+OWN |= {"auto", "max_drop", "min_sqnr"}
 """What the command decides itself, or does not do."""
 
 
@@ -138,6 +139,11 @@ def test_a_label_beyond_the_classes(few: Path, tmp_path: Path) -> None:
     labels.write_text("".join(f"{name} 10\n" for name in os.listdir(few)))
     with pytest.raises(ImageError, match=r"Label 10 .* 10 classes"):
         measure_curve(MODEL, config=QuantizeConfig(), val=few, labels=labels)
+
+
+def test_auto_is_not_for_curves(few: Path) -> None:
+    with pytest.raises(ConfigError, match="use it with quantize"):
+        measure_curve(MODEL, config=QuantizeConfig(auto=True), val=few)
 
 
 def test_options_are_those_of_quantize() -> None:

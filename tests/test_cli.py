@@ -170,7 +170,8 @@ def test_every_option_reaches_the_config(command: Command, given_options: dict[s
         "--calib a --val b --labels c --output d --scales e --quantizer fqvit --bits 6/7/4"
         " --method omse --images 9 --batch 3 --mean 0.1,0.2,0.3 --std 1,2,3 --size 24x32"
         " --preprocess inception --crop-pct 0.9 --interpolation bilinear --keep-float fc1"
-        " --keep-float fc2@1-2 --per-channel auto --per-channel norm1 --ptf-k 5 --no-lis"
+        " --keep-float fc2@1-2 --more-bits qkv --auto --min-sqnr 25.5"
+        " --per-channel auto --per-channel norm1 --ptf-k 5 --no-lis"
         " --arithmetic integer --multiplier-bits 16 --target onnxruntime --opset 22"
         " --no-report --no-pictures --analysis-images 4 --threads 1 --no-check-preprocess"
     )
@@ -190,6 +191,9 @@ def test_every_option_reaches_the_config(command: Command, given_options: dict[s
         interpolation="bilinear",
         check_preprocess=False,
         keep_float=("fc1", "fc2@1-2"),
+        more_bits=("qkv",),
+        auto=True,
+        min_sqnr=25.5,
         per_channel=("auto", "norm1"),
         ptf_k=5,
         lis=False,
@@ -258,6 +262,12 @@ def test_defaults_are_those_of_the_config(command: Command, given_options: dict[
         (("--quantizer", "vanilla", "--no-lis"), "fqvit"),
         (("--opset", "9"), "21 to 23"),
         (("--multiplier-bits", "32"), "from 4 to 31"),
+        (("--max-drop", "1"), "add --auto"),
+        (("--auto", "--max-drop", "-1"), "from 0 to 100"),
+        (("--auto", "--max-drop", "1"), "--val DIR and --labels FILE"),
+        (("--auto", "--scales", "x.json"), "--scales x.json: --auto decides"),
+        (("--auto", "--target", "integer"), "--auto would leave"),
+        (("--more-bits", "nix", *QUICK), "has no role 'nix'"),
         (("--target", "integer", "--quantizer", "deploy"), "use --quantizer fqvit"),
         (("--config", "nix.yaml"), "nix.yaml"),
         (("--scales", "nix.json", *QUICK), "nix.json"),
@@ -488,9 +498,27 @@ def test_quantize_and_evaluate(command: Command, tmp_path: Path) -> None:
     assert Path("b/config.yaml").read_bytes() == Path("a/config.yaml").read_bytes()
     assert Path("b/quantized.onnx").read_bytes() == Path("a/quantized.onnx").read_bytes()
 
-    # A report of an earlier run instead of calibration
-    command("quantize", MODEL, "--scales", "a/report.json", "--output", "c", *QUICK)
+
+@pytest.mark.parametrize(
+    "options", [("fqvit",), ("deploy", "--no-equalize", "--no-bias-correction")]
+)
+def test_scales_of_an_earlier_run(
+    command: Command, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A report of an earlier run instead of calibration gives the same file."""
+    words = ("--quantizer", *options, *QUICK)
+    command("quantize", MODEL, "--calib", DIGITS / "calib", "--output", "a", *words)
+    done = command("quantize", MODEL, "--scales", "a/report.json", "--output", "c", *words)
+    assert (done.code, done.err) == (0, "")
     assert Path("c/quantized.onnx").read_bytes() == Path("a/quantized.onnx").read_bytes()
+
+
+def test_scales_do_not_go_with_equalisation(command: Command, tmp_path: Path) -> None:
+    command("quantize", MODEL, "--calib", DIGITS / "calib", "--output", "a", *QUICK)
+    done = command("quantize", MODEL, "--scales", "a/report.json", "--output", "c", *QUICK)
+    assert done.code == 2
+    assert "equalisation needs the images" in done.err
+    assert not Path("c").exists()
 
 
 def test_report_on_the_console() -> None:

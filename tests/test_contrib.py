@@ -170,16 +170,6 @@ def test_attention_of_opset_23() -> None:
             np.testing.assert_allclose(run(model, X)[0], run(proto, X)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_attention_with_grouped_heads_stays_one_op() -> None:
-    g = SmallGraph(("batch", 5, D), 23)
-    small = g("MatMul", "x", sample(D, 4, seed=1))
-    out = g("Attention", "x", small, small, q_num_heads=2, kv_num_heads=1)
-    model = g.model(out)
-    report = clean(model)
-    assert report.opset == 23
-    assert "grouped heads" in " ".join(report.notes)
-
-
 def test_rms_normalization_of_opset_23() -> None:
     g = SmallGraph(("batch", 5, D), 23)
     proto = g.proto(g("RMSNormalization", "x", GAMMA, axis=-1, epsilon=1e-6))

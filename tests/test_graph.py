@@ -13,9 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from small_graph import SmallGraph, assert_same, ops, run, sample, text
 
+from ptq_onnx import graph
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import clean, load, save, serialize, to_standard
+from ptq_onnx.graph import clean, load, open_plain, save, serialize, to_standard
 
 SHAPE = ("batch", 3, 8, 8)
 X = sample(2, 3, 8, 8)
@@ -476,6 +477,48 @@ def test_save_with_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ptq_onnx.graph.EXTERNAL_LIMIT", 100)
     with pytest.raises(ModelError, match="GB of weights"):
         serialize(model)
+
+
+def test_a_large_model_is_written_weight_by_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same protobuf as in one piece, but for the order of its fields."""
+    monkeypatch.setattr("ptq_onnx.cleaning.SMALL", 4)
+    monkeypatch.setattr("ptq_onnx.graph.SMALL", 4)
+    _, _, model = linear_model()
+    save(model, tmp_path / "whole.onnx")
+    monkeypatch.setattr("ptq_onnx.graph.SHARED_LIMIT", 0)
+    save(model, tmp_path / "streamed.onnx")
+    whole, streamed = (onnx.load(tmp_path / f"{n}.onnx") for n in ("whole", "streamed"))
+    onnx.checker.check_model(str(tmp_path / "streamed.onnx"), full_check=True)
+    for proto in (whole, streamed):
+        proto.graph.initializer.sort(key=lambda tensor: tensor.name)
+        proto.graph.value_info.sort(key=lambda info: info.name)
+    assert streamed == whole
+    assert sum(np.prod(t.dims) > 4 for t in whole.graph.initializer) >= 2
+    expected = run(tmp_path / "whole.onnx", X)[0]
+    for path in sorted(tmp_path.iterdir()):  # read without the proto, too
+        np.testing.assert_array_equal(run(load(path), X)[0], expected)
+    session = open_plain(load(tmp_path / "whole.onnx"), threads=1)
+    found = session.run(None, {session.get_inputs()[0].name: X})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 300, 2**31 - 1])
+def test_heads_of_fields_are_those_of_protobuf(length: int) -> None:
+    head = graph._head(7, length)
+    assert head[0] == 7 << 3 | 2
+    assert sum((byte & 127) << 7 * i for i, byte in enumerate(head[1:])) == length
+    assert [byte >> 7 for byte in head[1:]] == [1] * (len(head) - 2) + [0]
+
+
+def test_a_loaded_model_holds_no_protobuf(tmp_path: Path) -> None:
+    """A weight is one array, not copied at each look, and the file's bytes are gone."""
+    _, _, model = linear_model()
+    save(model, tmp_path / "out.onnx")
+    for value in load(tmp_path / "out.onnx").graph.initializers.values():
+        assert isinstance(value.const_value, ir.Tensor)
+        assert np.shares_memory(value.const_value.numpy(), value.const_value.numpy())
 
 
 def broken(model: ir.Model) -> None:

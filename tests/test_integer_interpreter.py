@@ -46,6 +46,7 @@ OVERFLOWS = {
         (np.array([31], np.uint32),),
         {"direction": "LEFT"},
     ),
+    "magnitude": ("Abs", np.array([5, -(2**31)], np.int32), (), {}),
     "zero divisor": ("Div", np.array([1]), (np.array([0]),), {}),
     "row": ("ReduceSum", np.full(3, 2**30, np.int32), (np.array([0]),), {}),
     "index": ("Gather", np.arange(4), (np.array([4]),), {}),
@@ -76,6 +77,7 @@ def test_extremes_that_never_meet_are_no_overflow() -> None:
     [
         ("Div", np.array([-7, 7, -7, 6, 0]), (np.array([2, -2, -2, 3, 5]),), {}),
         ("Div", np.array([7, 255], np.uint8), (np.array([2, 16], np.uint8),), {}),
+        ("Abs", np.array([-(2**31) + 1, -1, 0, 7], np.int32), (), {}),
         ("Clip", np.arange(-5, 5), (np.int64(-2), np.int64(3)), {}),
         ("ReduceMax", np.arange(12, dtype=np.uint8).reshape(3, 4), (np.array([-1]),), {}),
         ("Slice", np.arange(12).reshape(3, 4), (np.array([1]), np.array([9]), np.array([1])), {}),

@@ -51,6 +51,8 @@ KNOWN = [
     ((TO64, ("Sub", [None, np.array([0, 100, 255, 10])])), (-255, 255)),
     ((TO64, ("Mul", [None, np.int64(-3)])), (-765, 0)),
     ((TO64, ("Sub", [None, np.int64(100)]), ("Mul", [None, None])), (0, 155**2)),
+    ((TO64, ("Sub", [None, np.int64(100)]), ("Abs", [None])), (0, 155)),
+    ((TO64, ("Sub", [None, np.int64(300)]), ("Abs", [None])), (45, 300)),
     ((TO64, ("Sub", [None, np.int64(100)]), ("Div", [None, np.int64(7)])), (-14, 22)),
     ((TO64, ("ReduceSum", [None, np.array([-1])])), (0, 1020)),
     (

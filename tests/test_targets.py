@@ -142,7 +142,7 @@ def test_other_quantizers_are_refused_with_the_reason(target: str, quantizer: st
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_has_its_own_quantizer_and_opset(name: str) -> None:
     config = QuantizeConfig(target=name)
-    expected = "deploy" if name in ("tensorrt", "openvino") else "fqvit"
+    expected = "fqvit" if name == "integer" else "deploy"
     assert (config.quantizer, config.opset) == (expected, TARGETS[name].opset)
     assert QuantizeConfig.from_mapping({"target": name}, "options") == config
     assert replace(config, images=3).quantizer == config.quantizer

@@ -43,7 +43,7 @@ def advise(
         found += _channels(variation, sites, specs)
         found += _clipping(variation)
         found += _weights(variation, specs)
-        found += _massive(variation.outliers)
+        found += _massive(variation.outliers, specs)
     if attention is not None:
         found += _attention(attention, sites, specs)
     return tuple(found)
@@ -142,9 +142,10 @@ def _weights(variation: Variation, specs: Mapping[str, TensorSpec]) -> list[str]
     ]
 
 
-def _massive(outliers: Sequence[Outlier]) -> list[str]:
-    """The one token that stands out most, and where it appears."""
-    tokens = [o for o in outliers if o.kind == "token"]
+def _massive(outliers: Sequence[Outlier], specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The one token that stands out most, and where it appears; of tensors that are quantized
+    with a range or a scale that could suit it better."""
+    tokens = [o for o in outliers if o.kind == "token" and _remedies(specs.get(o.tensor))]
     if not tokens:
         return []
     worst = max(tokens, key=lambda o: o.ratio)
@@ -153,9 +154,20 @@ def _massive(outliers: Sequence[Outlier]) -> list[str]:
     return [
         f"Massive tokens{since}: up to {worst.value:.4g} in {_label(worst.role, worst.block)},"
         f" token {worst.token}, channel {worst.channel}, {worst.ratio:.0f}× the median token"
-        " → calibrate on many images and do not clip (--method robust), or give the channel a"
-        " scale of its own."
+        f" → {', or '.join(_remedies(specs.get(worst.tensor)))}."
     ]
+
+
+def _remedies(spec: TensorSpec | None) -> list[str]:
+    """What is left to try for a massive token; nothing where the tensor stays in float."""
+    if spec is None:
+        return []
+    found = []
+    if spec.rule.method not in ("robust", "minmax"):
+        found.append("calibrate on many images and do not clip (--method robust)")
+    if spec.rule.granularity == "tensor":
+        found.append("give the channel a scale of its own (--quantizer fqvit)")
+    return found
 
 
 def _attention(

@@ -14,7 +14,7 @@ from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.modules import find_modules
 from ptq_onnx.analysis.results import Analysis
-from ptq_onnx.analysis.sensitivity import Images, run_count, sensitivity
+from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
 from ptq_onnx.analysis.variation import variation
 from ptq_onnx.blocks import Blocks
 from ptq_onnx.engine import Simulator, VitQuantizer
@@ -86,7 +86,7 @@ def analyse_quantized(
     )
     few = min(VARIATION_IMAGES, count)
     varied = variation(
-        subject.model,
+        subject.other or subject.model,
         subject.blocks,
         subject.sites,
         specs,
@@ -97,7 +97,7 @@ def analyse_quantized(
     looked = attention_values(
         subject.model,
         subject.blocks,
-        floats,
+        other or floats,
         subject.simulator,
         named(source, fixed or SMALL, fixed, ATTENTION_IMAGES),
     )
@@ -109,7 +109,7 @@ def analyse_quantized(
             specs,
             subject.blocks,
             subject.sites,
-            _images(source, fixed, batch),
+            load(source, fixed, batch),
             held_apart=held_apart,
             reference=subject.other,
             threads=threads,
@@ -117,16 +117,6 @@ def analyse_quantized(
         )
     advice = advise(subject.sites, specs, varied, switched, looked)
     return Analysis(ops, switched, varied, looked, advice)
-
-
-def _images(source: ImageSource, fixed: int | None, batch: int) -> Images:
-    """All images in memory; filled up to whole batches where the batch size is fixed."""
-    values = np.concatenate(list(source.batches(batch)))
-    count = len(values)
-    missing = 0 if fixed is None else -count % fixed
-    if missing:
-        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
-    return Images(values, fixed or batch, count)
 
 
 def named(

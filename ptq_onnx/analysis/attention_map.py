@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -51,15 +52,16 @@ def overlay(picture: Picture, weights: Array) -> Picture:
     return np.asarray(mixed, np.uint8)
 
 
-def draw_attention(found: AttentionMap, path: Path) -> None:
-    """Write one PNG of at most 400 kB: picture, maps of all models, and their heads.
+def draw_attention(found: AttentionMap, path: Path, chosen: Sequence[int] = ()) -> None:
+    """Write one PNG of at most 400 kB: picture, maps of all models, and their heads, all or
+    those ``chosen`` that there are.
 
     Maps are means over heads, in one colour scale for all models; a head has a scale of its
     own, again one for all models. The file appears in one step.
     """
     maps = {k: np.nan_to_num(v.astype(np.float32)) for k, v in found.maps.items()}
     aspect = found.image.shape[0] / found.image.shape[1]
-    sheet = _Sheet(found, maps, aspect)
+    sheet = _Sheet(found, maps, aspect, chosen)
     with mpl.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.titlepad": 3}):
         save_png(sheet.draw(), path, DPI, LARGEST_FILE)
 
@@ -67,11 +69,18 @@ def draw_attention(found: AttentionMap, path: Path) -> None:
 class _Sheet:
     """One figure, its panels laid out in inches from the top left corner."""
 
-    def __init__(self, found: AttentionMap, maps: dict[str, Array], aspect: float) -> None:
+    def __init__(
+        self,
+        found: AttentionMap,
+        maps: dict[str, Array],
+        aspect: float,
+        chosen: Sequence[int] = (),
+    ) -> None:
         self.found, self.maps, self.aspect = found, maps, aspect
-        self.heads = max(heads.shape[0] for heads in maps.values())
-        self.lines = -(-self.heads // HEADS_IN_A_ROW)
-        self.per_line = -(-self.heads // self.lines)
+        count = max(heads.shape[0] for heads in maps.values())
+        self.heads = [h for h in dict.fromkeys(chosen) if h < count] if chosen else [*range(count)]
+        self.lines = -(-len(self.heads) // HEADS_IN_A_ROW)
+        self.per_line = -(-len(self.heads) // max(self.lines, 1))
         self.width = 2 * MARGIN + max(1 + len(maps), 3) * (PANEL + GAP) - GAP
         columns = max(self.per_line, 6)
         self.small = (self.width - 2 * MARGIN + GAP) / columns - GAP
@@ -95,8 +104,8 @@ class _Sheet:
             x = MARGIN / self.width
             self.figure.text(x, at, text, va="center", fontsize=size, parse_math=False)
         self.large()
-        for head in range(self.heads):
-            self.head(head)
+        for place, head in enumerate(self.heads):
+            self.head(place, head)
         return self.figure
 
     def panel(self, left: float, top: float, width: float, height: float) -> Axes:
@@ -145,19 +154,19 @@ class _Sheet:
         bar.set_label("attention weight")
         axes.set_title("mean over heads,\none scale for all models", loc="left", pad=6)
 
-    def head(self, head: int) -> None:
-        """The maps of one head, the models under each other."""
+    def head(self, place: int, head: int) -> None:
+        """The maps of one head, the models under each other; ``place`` counts the heads drawn."""
         present = {label: heads[head] for label, heads in self.maps.items() if head < len(heads)}
         top = _top(*present.values())
-        left = MARGIN + head % self.per_line * (self.small + GAP)
-        above = self.start + head // self.per_line * self.line + TEXT
+        left = MARGIN + place % self.per_line * (self.small + GAP)
+        above = self.start + place // self.per_line * self.line + TEXT
         tall = self.small * self.aspect
         for row, (label, weights) in enumerate(present.items()):
             axes = self.panel(left, above + row * (tall + GAP), self.small, tall)
             axes.imshow(weights, cmap=COLORS, vmin=0, vmax=top, aspect="auto")
             if row == 0:
                 axes.set_title(f"head {head}", fontsize=8)
-            if head % self.per_line == 0:
+            if place % self.per_line == 0:
                 axes.set_ylabel(label, fontsize=8, parse_math=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from ptq_onnx.evaluation import evaluate
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.preparation import prepare
 from ptq_onnx.runtime import Classifier, session
+from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 QUANTIZED = "quantized.onnx"
 FLOAT = "fused.onnx"
+REPORT = "report.json"
 LOOKED = 2
 """Images that matching looks at."""
 ROUNDS = 21
@@ -95,7 +97,7 @@ def compare(
             threads=threads,
             reference=base if index else None,
         )
-        tapped = Tapped(file, threads)
+        tapped = Tapped(file, threads, _specs(file) if index else None)
         contenders.append(
             Contender(
                 name=name,
@@ -174,6 +176,17 @@ class FloatBlocks:
             else:
                 out.append(BlockMatch(block, one[0], one[1], decibels(sums[tensor].snr)))
         return tuple(out)
+
+
+def _specs(file: Path) -> Mapping[str, TensorSpec]:
+    """What the codes of an integer file mean, by the report beside it; nothing where there is
+    none of this tool."""
+    from ptq_onnx.pipeline import read_scales
+
+    try:
+        return read_scales(file.parent / REPORT)
+    except ConfigError:
+        return {}
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -30,6 +30,7 @@ NAMES = {
     "Less": "comparisons",
     "Greater": "comparisons",
     "GreaterOrEqual": "comparisons",
+    "Abs": "comparisons",
     "Max": "comparisons",
     "Min": "comparisons",
     "ReduceMax": "comparisons",

@@ -17,6 +17,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError
+from ptq_onnx.quantizers.uniform import dequantize
+from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
 How = Literal["name", "position"]
@@ -36,10 +38,17 @@ ALIKE = 0.5
 
 
 class Tapped:
-    """A quantized file whose inner tensors can be read, dequantized where they are codes."""
+    """A quantized file whose inner tensors can be read, dequantized where they are codes.
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    ``specs``: what codes mean that have no scale in the file (of the target integer), by the
+    float model's tensor.
+    """
+
+    def __init__(
+        self, path: Path, threads: int = 0, specs: Mapping[str, TensorSpec] | None = None
+    ) -> None:
         self.path, self._threads = path, threads
+        self._specs = specs or {}
         try:
             self._model = onnx.load(str(path))
         except Exception as error:
@@ -52,8 +61,14 @@ class Tapped:
                 self._readers.setdefault(name, []).append(node)
 
     def named(self, tensor: str) -> str | None:
-        """The tensor that the file calls by that name, or by it and a suffix of codes."""
-        return next((tensor + s for s in SUFFIXES if tensor + s in self.made), None)
+        """The tensor that the file calls by that name, or by it and a suffix of codes; codes
+        only where their scale is known."""
+        for suffix in SUFFIXES:
+            name = tensor + suffix
+            known = not suffix or tensor in self._specs
+            if name in self.made and (known or self._scale_of(name) is not None):
+                return name
+        return None
 
     def sums(self) -> list[str]:
         """Outputs of ops that add, in graph order."""
@@ -89,7 +104,13 @@ class Tapped:
         except Exception as error:  # its exceptions share no base class
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"Model {self.path} is refused by ONNX Runtime: {reason}") from error
-        return Reader(opened, outputs)
+        codes = {
+            tensor + suffix: spec
+            for tensor, spec in self._specs.items()
+            for suffix in SUFFIXES[1:]
+            if outputs.get(tensor + suffix) == tensor + suffix
+        }
+        return Reader(opened, outputs, codes)
 
     def _tap(self, graph: onnx.GraphProto, tensor: str) -> str:
         """The name to read a tensor by: its own, or that of a DequantizeLinear behind codes."""
@@ -112,16 +133,25 @@ class Tapped:
 
 
 class Reader:
-    """Reads tapped tensors of a file, batch by batch."""
+    """Reads tapped tensors of a file, batch by batch; ``codes``: what integers mean."""
 
-    def __init__(self, session: ort.InferenceSession, outputs: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        outputs: Mapping[str, str],
+        codes: Mapping[str, TensorSpec],
+    ) -> None:
         self._session, self._outputs = session, dict(outputs)
+        self._codes = codes
+        self.integers: set[str] = set()
+        """Tensors of integers without a scale, as seen so far: no values to compare."""
         self._input = session.get_inputs()[0]
         size = self._input.shape[0]
         self._fixed = size if isinstance(size, int) else None
 
     def run(self, batch: Array) -> dict[str, Array]:
-        """The tensors of images [B, C, H, W], as float32 [B, …]."""
+        """The tensors of images [B, C, H, W], as float32 [B, …]; integers as they are where
+        nothing tells their scale."""
         size = self._fixed or len(batch)
         parts: list[list[Array]] = []
         for start in range(0, len(batch), size):
@@ -131,10 +161,21 @@ class Reader:
                 part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
             names = list(self._outputs.values())
             found: list[Any] = self._session.run(names, {self._input.name: part})
-            parts.append([np.asarray(f, np.float32)[: size - missing] for f in found])
+            values = [self._value(t, f) for t, f in zip(self._outputs, found, strict=True)]
+            parts.append([v[: size - missing] for v in values])
         return {
             tensor: np.concatenate([p[i] for p in parts]) for i, tensor in enumerate(self._outputs)
         }
+
+    def _value(self, tensor: str, found: Any) -> Array:
+        """The numbers that a tensor stands for."""
+        array = np.asarray(found)
+        if array.dtype.kind not in "iub":
+            return np.asarray(array, np.float32)
+        if tensor in self._codes:
+            return dequantize(array.astype(np.int32), self._codes[tensor])
+        self.integers.add(tensor)
+        return np.asarray(array, np.float32)
 
 
 def match(
@@ -154,7 +195,10 @@ def match(
     left = [tensor for tensor, one in found.items() if one is None]
     candidates = tapped.sums() if left else []
     if candidates:
-        values = tapped.session(candidates).run(batch)
+        reader = tapped.session(candidates)
+        values = reader.run(batch)
+        candidates = [name for name in candidates if name not in reader.integers]
+    if candidates:
         likeness = np.array(
             [[_cosine(wanted[tensor], values[name]) for name in candidates] for tensor in left]
         )

@@ -45,11 +45,14 @@ ARITHMETIC = {
 }
 
 
-def render(report: Entry, svg: str, pictures: Sequence[tuple[str, Path]]) -> str:
+def render(
+    report: Entry, svg: str, pictures: Sequence[tuple[str, Path]], picture: Path | None = None
+) -> str:
     """The HTML page. ``svg``: the figure of error over blocks, trusted, inlined as it is.
 
-    ``pictures``: caption and file of each attention map; they are embedded. The page asks
-    for nothing from outside. All other text is escaped.
+    ``pictures``: caption and file of each attention map; ``picture``: that of the image itself,
+    to stand beside its rollout. They are embedded. The page asks for nothing from outside. All
+    other text is escaped.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -57,7 +60,7 @@ def render(report: Entry, svg: str, pictures: Sequence[tuple[str, Path]]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, size=size, cell=cell)
+    environment.filters.update(number=number, size=size, cell=cell, counts=counts)
     analysis = report.get("analysis")
     return environment.get_template("report.html").render(
         report=report,
@@ -71,10 +74,12 @@ def render(report: Entry, svg: str, pictures: Sequence[tuple[str, Path]]) -> str
         analysis=analysis,
         ops=_ops((analysis or {}).get("ops") or [], (analysis or {}).get("sensitivity")),
         advice=(analysis or {}).get("advice") or [],
+        moves=(report.get("equalization") or {}).get("moves") or [],
         **sections(report),
         tensors=[_tensor(t) for t in report.get("tensors") or []],
         floats=_by_reason(report.get("floats") or []),
         pictures=[(caption, _embedded(path)) for caption, path in pictures],
+        picture=None if picture is None else _embedded(picture),
         yaml=yaml.safe_dump(dict(report.get("config") or {}), sort_keys=False),
         command=_command(report),
     )
@@ -154,6 +159,8 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
         cards.append(("File", text, ratio))
     if config:
         bits = f"bits {config.get('bits')}: weights, activations, attention"
+        if config.get("target"):
+            bits += f"; for {config['target']}"
         cards.append(("Quantizer", str(config.get("quantizer")), bits))
     return cards
 
@@ -245,6 +252,10 @@ def _command(report: Entry) -> str:
         parts += ["--scales", "report.json"]
     else:
         parts += ["--calib", str(calibration.get("source") or "calib")]
+    measured = report.get("validation") or {}
+    if measured.get("source") not in (None, "arrays"):
+        parts += ["--val", str(measured["source"])]
+        parts += ["--labels", str(measured["labels"])] if measured.get("labels") else []
     return shlex.join(parts)
 
 
@@ -274,6 +285,11 @@ def cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return "1e999" if value == math.inf else repr(float(value))
+
+
+def counts(found: Mapping[str, int]) -> str:
+    """``MatMul 49, Add 12``; what occurs never is left out."""
+    return ", ".join(f"{name} {count}" for name, count in found.items() if count)
 
 
 def size(count: int) -> str:

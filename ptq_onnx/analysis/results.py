@@ -322,6 +322,70 @@ class Analysis:
 
 
 @dataclass(frozen=True)
+class Closeness:
+    """A quantized file in its runtime, against the float model, on the images of ``auto``.
+
+    ``drop``: points of top-1 lost; None without labels. ``sqnr_db``: of the logits. ``agreement``:
+    the percentage of images with the same top class.
+    """
+
+    drop: float | None
+    sqnr_db: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One module that ``auto`` leaves in ``float``, or gives ``8 bits``.
+
+    ``tensors``: how many that changes. ``noise``: noise to signal at the logits that it is
+    expected to take away, from the module quantized alone. ``cost``: million operations of one
+    image, each counted by the bits that it gains over the 24 from 8 bits to float. ``without``:
+    the file measured with all decisions but this one; None where the search was cut short.
+    """
+
+    step: int
+    module: str
+    role: str
+    block: int | None
+    decision: Literal["float", "8 bits"]
+    tensors: int
+    noise: float
+    cost: float
+    without: Closeness | None
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What ``auto`` decided, and on what grounds.
+
+    ``bound``: which option it is, of value ``limit``. ``before``: the file without a decision;
+    ``after``: with all. ``met``: within the bound. ``minimal``: no single decision can be undone,
+    or made cheaper, within it. ``trials``: files measured. ``cost``: of all decisions together,
+    in percent of the whole model's in float. ``images``: measured on; ``held_apart``: calibration
+    did not use them. ``drop_error``: one standard error of the drop, in points; None without
+    labels.
+    """
+
+    bound: Literal["max_drop", "min_sqnr"]
+    limit: float
+    images: int
+    held_apart: bool
+    float_top1: float | None
+    before: Closeness
+    after: Closeness
+    met: bool
+    minimal: bool
+    decisions: tuple[Decision, ...]
+    keep_float: tuple[str, ...]
+    more_bits: tuple[str, ...]
+    cost: float
+    drop_error: float | None
+    trials: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class BlockMatch:
     """One transformer block in a quantized file: its output tensor, how it was found (by
     ``name``, or by ``position``: shape, order and likeness), and its SNR against float.

@@ -17,10 +17,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ptq_onnx.analysis.results import (
     AttentionAnalysis,
+    Automatic,
     Graphwise,
     Sensitivity,
     Variation,
 )
+from ptq_onnx.equalization import Move
 from ptq_onnx.spec import Code, Granularity
 from ptq_onnx.targets import Stored
 
@@ -109,6 +111,7 @@ def report_schema() -> Schema:
         "code": {"enum": [*get_args(Code)]}, "method": STRING,
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
         "centred": {"type": "boolean"},
+        "block_size": COUNT,
         "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},
@@ -149,6 +152,24 @@ def report_schema() -> Schema:
             "notes": _list(STRING),
         }
     )  # fmt: skip
+    whole["properties"] |= {  # of some runs only
+        "equalization": _object(
+            {"forms": {"type": "object", "additionalProperties": COUNT},
+             "moves": _list(schema_of(Move))}
+        ),
+        "optimised": {"type": "object", "additionalProperties": COUNT,
+                      "description": "Ops of the graph that ONNX Runtime runs."},
+        "integer": _object(
+            {"ops": {"type": "object", "additionalProperties": COUNT},
+             "widest": {"type": "object", "additionalProperties": _object(
+                 {"tensor": STRING, "bits": COUNT, "of": COUNT, "seen_bits": _or_null(COUNT)})},
+             "operations": {"type": "object", "additionalProperties": COUNT},
+             "traffic": {"type": "object", "additionalProperties": NUMBER},
+             "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
+        ),
+        "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
+        "auto": _or_null(schema_of(Automatic)),
+    }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "report.json of ptq_onnx",

@@ -74,6 +74,8 @@ class Segments:
 
     ``keep`` sessions stay open, those used last; memory is that of the weights in them.
     ``features``: a tensor of the last segment that runs to the end give beside the output.
+    ``rounded``: the same graph with weights rounded and biases corrected; a product has those
+    of its constants where a run quantizes its weight, and ``model``'s where it does not.
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class Segments:
         threads: int = 0,
         keep: int = 3,
         features: str | None = None,
+        rounded: ir.Model | None = None,
     ) -> None:
         self._model = model
         self._features = features
         self.parts = find_segments(model, output)
         self._threads, self._keep = threads, keep
+        self._changed = {} if rounded is None else changed_constants(model, rounded)
         self.seen: Array | None = None
         """The features of the last run; None where it did not reach them."""
         self._open: OrderedDict[tuple[int, int, str], ort.InferenceSession] = OrderedDict()
@@ -134,8 +138,18 @@ class Segments:
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        data = graphs.serialize(lower(self.model_of(first, last), specs_within(self, specs, first)))
+        model = self.model_of(first, last)
+        self._round(model, specs)
+        data = graphs.serialize(lower(model, specs_within(self, specs, first)))
         return open_with_fp8(data, options, ["CPUExecutionProvider"])
+
+    def _round(self, model: ir.Model, specs: Specs) -> None:
+        """Give products whose weight is quantized their rounded weight and corrected bias."""
+        for node in model.graph:
+            names = [str(v.name) for v in node.inputs[1:] if v is not None]
+            if names and names[0] in specs:
+                for name in self._changed.keys() & names:
+                    model.graph.initializers[name].const_value = self._changed[name]
 
     def model_of(self, first: int, last: int) -> ir.Model:
         """Segments ``first`` to ``last`` as a model of their own."""
@@ -160,6 +174,19 @@ class Segments:
         for name in [n for n, v in graph.initializers.items() if not v.uses()]:
             del graph.initializers[name]
         return copy
+
+
+def changed_constants(model: ir.Model, other: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """The initializers of ``other`` that differ from ``model``'s of the same name."""
+    found = {}
+    for name, value in other.graph.initializers.items():
+        mine = model.graph.initializers.get(name)
+        old, new = (None if v is None else v.const_value for v in (mine, value))
+        if old is None or new is None or old is new:
+            continue
+        if old.shape == new.shape and not np.array_equal(old.numpy(), new.numpy()):
+            found[name] = new
+    return found
 
 
 def specs_within(segments: Segments, specs: Specs, first: int) -> dict[str, TensorSpec]:

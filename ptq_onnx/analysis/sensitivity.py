@@ -24,6 +24,7 @@ from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels
 from ptq_onnx.analysis.segments import Segments, Specs
 from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.errors import ModelError
+from ptq_onnx.image_source import ImageSource
 from ptq_onnx.spec import Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -52,6 +53,16 @@ class Images:
         return self.count or len(self.values)
 
 
+def load(source: ImageSource, fixed: int | None, batch: int) -> Images:
+    """All images in memory; filled up to whole batches where the batch size is fixed."""
+    values = np.concatenate(list(source.batches(batch)))
+    count = len(values)
+    missing = 0 if fixed is None else -count % fixed
+    if missing:
+        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
+    return Images(values, fixed or batch, count)
+
+
 def sensitivity(
     model: ir.Model,
     specs: Mapping[str, TensorSpec],
@@ -67,30 +78,34 @@ def sensitivity(
 ) -> Sensitivity:
     """Both analyses of the float ``model`` with its ``specs``, on all ``images``.
 
-    ``reference``: the float model whose logits are compared with, where that is not ``model``
-    (an equalised copy). ``apart``: weights and activations also by themselves. ``progress`` is
-    called with the number of runs done, of :func:`run_count`. Raises ModelError where there is
-    no image.
+    ``reference``: the float model that ``model`` came from, where that is another: its weights
+    not yet rounded, its biases not yet corrected. Its logits are compared with, and a linear
+    whose weight a run leaves in float has its constants, not ``model``'s. ``apart``: weights and
+    activations also by themselves. ``progress`` is called with the number of runs done, of
+    :func:`run_count`. Raises ModelError where there is no image.
     """
     if not len(images.values):
         raise ModelError("There are no images to analyse the quantized model on.")
     started = time.perf_counter()
     modules = [m for m in find_modules(model, blocks, sites, specs) if apart or m.part == "all"]
     features = _last_norm(model, blocks)
-    first = _Runs(reference or model, threads, features)
+    start = partial(
+        _Runs, reference or model, threads, features, None if reference is None else model
+    )
+    first = start()
     truth = first.measured(
         images, first.segments.run(images.values, 0, first.last, {}, images.batch)
     )
     judge = partial(_judged, truth)
     alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
-    runs = _Runs(model, threads, features)
+    runs = start()
     layerwise = {m: judge(found) for m, found in runs.each({}, alone, images, progress)}
     but = {
         m: {t: spec for t, spec in specs.items() if t not in m.tensors}
         for m in modules
         if m.part == "all" or m.scope in APART
     }
-    runs = _Runs(model, threads, features)
+    runs = start()
     left = {m: judge(found) for m, found in runs.each(specs, but, images, progress)}
     baseline = judge(runs.baseline)
     return Sensitivity(
@@ -102,6 +117,23 @@ def sensitivity(
         leave_one_out=tuple(_switched(m, left[m], baseline) for m in but),
         seconds=time.perf_counter() - started,
     )
+
+
+def layerwise_errors(
+    model: ir.Model,
+    alone: Mapping[Module, Specs],
+    images: Images,
+    *,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[Module, Error]:
+    """The error of the logits with the specs of one module, the rest float, for each module.
+
+    ``progress`` is called with the number of modules done.
+    """
+    runs = _Runs(model, threads, None)
+    found = dict(runs.each({}, alone, images, progress))
+    return {m: logits_error(runs.baseline[0], outcome[0]) for m, outcome in found.items()}
 
 
 def errors_of(
@@ -165,9 +197,15 @@ def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switche
 class _Runs:
     """Runs of one model in which the specs differ from a background in some tensors."""
 
-    def __init__(self, model: ir.Model, threads: int, features: str | None) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        threads: int,
+        features: str | None,
+        rounded: ir.Model | None = None,
+    ) -> None:
         self.output = str(model.graph.outputs[0].name)
-        self.segments = Segments(model, self.output, threads, features=features)
+        self.segments = Segments(model, self.output, threads, features=features, rounded=rounded)
         self.last = len(self.segments.parts) - 1
         self.baseline: Outcome = np.zeros(0, np.float32), None
 

@@ -166,7 +166,8 @@ def attention_levels(found: BlockAttention, bits: int = 4) -> str:
         at = x(exponent)
         body.append(f'<path d="M{at:.1f} {base}v10" class="log2"/>')
     for exponent in range(lowest, 1, 4):
-        body.append(_text(x(exponent), base + 24, f"2^{exponent}"))
+        anchor = "end" if exponent == 0 else "middle"
+        body.append(_text(x(exponent), base + 24, f"2^{exponent}", anchor))
     body.append(_text(LEFT, base + 38, f"{bits} bits: uniform levels (from 1/{steps}) | log2 levels"
                       " (ticks below)", "start"))  # fmt: skip
     return _svg("".join(body), WIDTH, height, f"Attention values of block {found.block}")

@@ -37,7 +37,7 @@ from ptq_onnx.calibration.statistics import ChannelStatistics, collect
 from ptq_onnx.centring import TOKENS
 from ptq_onnx.layout import channel_map
 from ptq_onnx.quantizers.log2 import log2_codes, log2_values
-from ptq_onnx.quantizers.uniform import along, dequantize, quantize
+from ptq_onnx.quantizers.uniform import dequantize, over, quantize
 from ptq_onnx.spec import Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -134,21 +134,21 @@ class _Rounding:
 
     def add(self, value: Array, rounded: Array) -> None:
         self.sums.add(value, rounded)
-        low, high = self.bounds(value.ndim)
+        low, high = self.bounds(value.shape)
         outside = (value < low) | (value > high)
         self.clipped += int(np.count_nonzero(outside))
         if self.clipped:
             error = (rounded - value)[outside].astype(np.float64)
             self.clip_noise += float(error @ error)
 
-    def bounds(self, ndim: int) -> tuple[Any, Any]:
+    def bounds(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
         """Lowest and highest value that a code reaches, half a step beyond, per channel."""
         spec = self.spec
         if spec.rule.code == "log2":
             return np.float32(-np.inf), np.float32(np.inf)
         factor = np.float32(1) if spec.factor is None else spec.factor
-        zero = along(spec.zero_point, spec.axis, ndim).astype(np.float32)
-        step = along(spec.scale, spec.axis, ndim) * factor
+        zero = over(spec.zero_point, spec, shape).astype(np.float32)
+        step = over(spec.scale, spec, shape) * factor
         low, high = (edge - zero for edge in spec.rule.limits)
         return (low - 0.5) * step, (high + 0.5) * step
 

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from ptq_onnx.preprocess import FloatArray, Preprocess
 
-STAGES = (8, 16, 32)
-"""Numbers of images after which only those normalisations go on that are ahead of the one in
-force: where none is, 8 images are all it takes."""
+STAGES = (4, 8, 16, 32)
+"""Numbers of images after which only those normalisations go on that may yet be ahead of the one
+in force by the margin: where none is, 4 images are all it takes. Over 500 draws of 32 of 96 images
+ViT-Ti under imagenet's is told inception's in 483, in 489 with 8 images at first; the right one
+raised no warning on ViT-Ti and DeiT-Ti."""
 MOST = STAGES[-1]
 MARGIN = 0.05
 """Confidence by which another one must be ahead: ViT-Ti shows 0.15 under the wrong one of
@@ -88,7 +90,7 @@ def check_preprocess(
         own = more(own, force, chosen)
         for n in ahead:
             found[n] = more(found[n], rivals[n], chosen)
-        ahead = [n for n in ahead if found[n].mean() > own.mean()]
+        ahead = [n for n in ahead if may_be_surer(found[n], own)]
     return PreprocessCheck(
         _confidence(name, force, own),
         tuple(_confidence(n, rivals[n], c) for n, c in found.items()),
@@ -103,6 +105,16 @@ def top_confidence(outputs: FloatArray) -> Array:
         return np.asarray(values.max(axis=1))
     powers = np.exp(values - values.max(axis=1, keepdims=True))
     return np.asarray(1 / powers.sum(axis=1))
+
+
+def may_be_surer(other: Array, own: Array) -> bool:
+    """Whether ``other`` is ahead by the margin, give or take one standard error of the mean
+    difference: more images may show it. A model that does not mind costs no more images."""
+    difference = other - own
+    if len(difference) < 2:
+        return True
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    return bool(difference.mean() + error > MARGIN)
 
 
 def clearly_surer(other: Array, own: Array) -> bool:

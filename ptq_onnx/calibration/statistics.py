@@ -218,7 +218,8 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tup
     """A copy of the model with four reductions per site as extra outputs.
 
     Returns the names of (minimum [B, C…], maximum [B, C…], sum of squares [C…], sum [C…]) by
-    tensor.
+    tensor. Squares are a Mul of their own: ONNX Runtime's ReduceSumSquare takes 14 ns a value
+    over the tokens of [B, T, C], Mul and ReduceSum 0.3 ns (measured, 1.31, one thread).
     """
     copy = graphs.to_standard(model)
     graph = copy.graph
@@ -230,23 +231,27 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tup
         rank = len(site.shape)
         shared = [a for a in range(1, rank) if a not in site.channel_axes]
         outputs = []
+        square = ir.node("Mul", [value, value], num_outputs=1)
+        square.outputs[0].name = f"tap/Mul/{site.tensor}"
+        square.outputs[0].dtype = ir.DataType.FLOAT
+        graph.append(square)
         taps = (
-            ("ReduceMin", shared),
-            ("ReduceMax", shared),
-            ("ReduceSumSquare", [0, *shared]),
-            ("ReduceSum", [0, *shared]),
+            ("Min", "ReduceMin", value, shared),
+            ("Max", "ReduceMax", value, shared),
+            ("SumSquare", "ReduceSum", square.outputs[0], [0, *shared]),
+            ("Sum", "ReduceSum", value, [0, *shared]),
         )
-        for op, axes in taps:
-            name = f"tap/{op}/{site.tensor}"
+        for kind, op, data, axes in taps:
+            name = f"tap/{kind}/{site.tensor}"
             if not axes:
-                node = ir.node("Identity", [value], num_outputs=1)
+                node = ir.node("Identity", [data], num_outputs=1)
             else:
                 constant = ir.Value(
                     name=f"{name}/axes", const_value=ir.tensor(np.array(axes, np.int64))
                 )
                 constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(axes)])
                 graph.register_initializer(constant)
-                node = ir.node(op, [value, constant], {"keepdims": 0}, num_outputs=1)
+                node = ir.node(op, [data, constant], {"keepdims": 0}, num_outputs=1)
             node.outputs[0].name = name
             node.outputs[0].dtype = ir.DataType.FLOAT
             graph.append(node)
@@ -282,6 +287,8 @@ def collect(
 
     Raises ModelError where an activation is NaN or infinite (it names the tensor).
     """
+    if not sites:
+        return Statistics()
     tapped, names = tap(model, sites)
     session = _session(tapped, threads)
     feed = session.get_inputs()[0].name
@@ -342,19 +349,12 @@ def add_histograms(
     ``per_channel`` names the tensors with one histogram per channel; others get one in all.
     The ranges are those that :func:`collect` found on the same images.
     """
-    copy = graphs.to_standard(model)
-    values = {v.name: v for v in copy.graph.inputs}
-    values.update({v.name: v for node in copy.graph for v in node.outputs})
-    outputs = {str(v.name) for v in copy.graph.outputs}
     for site in sites:
         stats = statistics.channels[site.tensor]
         rows = stats if site.tensor in per_channel else stats.pooled()
         statistics.histograms[site.tensor] = Histogram.over(rows.lowest[0], rows.highest[0])
-        if site.tensor not in outputs and values[site.tensor].producer() is not None:
-            copy.graph.outputs.append(values[site.tensor])
-    session = _session(copy, threads)
-    feed = session.get_inputs()[0].name
-    wanted = [s.tensor for s in sites if s.tensor != feed]
+    copy = graphs.to_standard(model)
+    session, feed, wanted = open_taps(copy, [s.tensor for s in sites], threads)
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True)) if wanted else {}
         found[feed] = batch
@@ -363,6 +363,24 @@ def add_histograms(
             histogram.add(_rows(found.pop(site.tensor), site, len(histogram.low)))
         if progress is not None:
             progress(len(batch))
+
+
+def open_taps(
+    model: ir.Model, tensors: Iterable[str], threads: int
+) -> tuple[ort.InferenceSession, str, list[str]]:
+    """A session of a standard model, which is changed, with the named tensors as outputs.
+
+    Returns the session, the input's name, and the tensors without that.
+    """
+    values = {v.name: v for v in model.graph.inputs}
+    values.update({v.name: v for node in model.graph for v in node.outputs})
+    outputs = {str(v.name) for v in model.graph.outputs}
+    for tensor in tensors:
+        if tensor not in outputs and values[tensor].producer() is not None:
+            model.graph.outputs.append(values[tensor])
+    session = _session(model, threads)
+    feed = str(session.get_inputs()[0].name)
+    return session, feed, [tensor for tensor in tensors if tensor != feed]
 
 
 def _rows(value: Array, site: Site, rows: int) -> Array:

@@ -6,13 +6,13 @@ A rule takes a model (or anything that holds one as ``model``) and yields findin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import onnx_ir as ir
 
 from ptq_onnx.blocks import consumers, is_constant, name_of
-from ptq_onnx.conformance.result import Finding, Violation
+from ptq_onnx.conformance.result import Facts, Finding, Violation
 from ptq_onnx.conformance.target import Target, rule_name
 from ptq_onnx.integer_ranges import INTEGERS, Ranges, integer_ranges, with_types
 
@@ -157,12 +157,13 @@ def widest(ranges: Ranges) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-def facts(subject: ir.Model | Subject) -> Mapping[str, Mapping[str, int]]:
-    """Bits that the widest tensor of each type needs, beside those of its type."""
+def facts(subject: ir.Model | Subject) -> Facts:
+    """The widest tensor of each type, and the widest accumulator: the bits that it needs, and
+    those that its type has."""
     found = widest(integer_ranges(model_of(subject)))
-    title = "bits of the widest tensor, of its type"
     return {
-        title: {f"{kind} ({tensor}) of {has}": bits for kind, (tensor, bits, has) in found.items()}
+        f"widest {kind}": {"tensor": tensor, "bits": bits, "of": has}
+        for kind, (tensor, bits, has) in found.items()
     }
 
 

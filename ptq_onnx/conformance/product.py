@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks import name_of
@@ -12,12 +13,16 @@ from ptq_onnx.conformance.coding import (
     DEQUANTIZE,
     EIGHT_BITS,
     FOUR_BITS,
+    INT8,
     QUANTIZE,
+    UINT8,
     Coding,
     back_through_moves,
     constant,
+    type_of,
 )
 
+CODES = (INT8, UINT8)
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 """Ops whose inputs 0 and 1 are multiplied, and whose input 2 is a bias."""
 
@@ -46,6 +51,8 @@ class Operand:
     """None for codes that are stored in the file."""
     weight: bool
     """The factor is a constant of the file."""
+    log2: bool = False
+    """The factor is looked up in a table of powers of two, by 8-bit codes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +75,12 @@ class Product:
     def touched(self) -> bool:
         """At least one factor is quantized."""
         return any(operand.dequantize for operand in self.operands)
+
+    @property
+    def log2(self) -> bool:
+        """One factor is in log2 codes, the other quantized."""
+        first, second = self.operands
+        return bool((first.log2 and second.dequantize) or (second.log2 and first.dequantize))
 
     @property
     def quantized(self) -> bool:
@@ -118,7 +131,8 @@ def _operand(index: int, value: ir.Value) -> Operand:
     behind, moves = back_through_moves(value)
     node = behind.producer()
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None:
-        return Operand(index, value, moves, None, None, constant(behind) is not None)
+        stored = constant(behind) is not None
+        return Operand(index, value, moves, None, None, stored, _is_log2_table(node))
     codes, _ = back_through_moves(node.inputs[0])
     source = codes.producer()
     if source is None or source.op_type != QUANTIZE or source.inputs[0] is None:
@@ -126,6 +140,30 @@ def _operand(index: int, value: ir.Value) -> Operand:
     data, _ = back_through_moves(source.inputs[0])
     weight = constant(data) is not None
     return Operand(index, value, moves, Coding(node), Coding(source), weight)
+
+
+def _is_log2_table(node: ir.Node | None) -> bool:
+    """True for a Gather of numbers that are powers of two, or zero, by codes of 8 bits.
+
+    What DequantizeLinear is to uniform codes, this is to log2 codes.
+    """
+    if node is None or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
+        return False
+    table, index = constant(node.inputs[0]), node.inputs[1]
+    if table is None or index is None or table.ndim != 1 or table.dtype.kind != "f":
+        return False
+    levels = table[table != 0].astype(np.float64)
+    mantissas, _ = np.frexp(levels)
+    if len(np.unique(levels)) < 2 or not np.all(mantissas == 0.5):
+        return False
+    while type_of(index) not in CODES:
+        cast = index.producer()
+        if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
+            return False
+        if cast.attributes.get_int("to", 0) in CODES:
+            return True
+        index = cast.inputs[0]
+    return True
 
 
 def _axes(product: Product, operand: Operand) -> tuple[int, int] | None:

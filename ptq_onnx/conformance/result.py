@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["error", "warning"]
+Facts = Mapping[str, Mapping[str, int | str]]
+"""What only one target counts or names, by title."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Report:
     products: int
     """Products of two activations."""
     quantized_products: int
-    facts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Counts that only this target has, by name."""
+    facts: Facts = field(default_factory=dict)
+    """Counts and names that only this target has."""
 
     @property
     def errors(self) -> tuple[Violation, ...]:

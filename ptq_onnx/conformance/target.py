@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ptq_onnx.conformance.quantized_model import QuantizedModel
-from ptq_onnx.conformance.result import Finding
+from ptq_onnx.conformance.result import Facts, Finding
 
 Rule = Callable[[QuantizedModel], Iterator[Finding]]
-Facts = Callable[[QuantizedModel], Mapping[str, Mapping[str, int]]]
+Count = Callable[[QuantizedModel], Facts]
 
 
-def no_facts(_: QuantizedModel) -> Mapping[str, Mapping[str, int]]:
+def no_facts(_: QuantizedModel) -> Facts:
     """A target that counts nothing of its own."""
     return {}
 
@@ -23,7 +23,7 @@ class Target:
     """``rules`` run in order; ``facts`` counts what only this target has."""
 
     rules: tuple[Rule, ...]
-    facts: Facts = no_facts
+    facts: Count = no_facts
 
 
 def rule_name(rule: Rule) -> str:

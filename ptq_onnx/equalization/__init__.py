@@ -17,12 +17,13 @@ away from zero costs it and factors gain nothing (measured: ViT-Ti 14.1 dB witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks import (
@@ -351,15 +352,60 @@ class _Equalizer:
         self.note(v, "proj", choice)
 
 
-def restructure(model: ir.Model, target: Target) -> dict[str, int]:
+def restructure(model: ir.Model, target: Target, *, products: bool = False) -> dict[str, int]:
     """Bring a fused model into the forms of ``forms.py`` that help the target, in place; how
-    often each fired."""
-    return {
-        "PatchesAsLinear": forms.patches_as_linear(model) if target.patches_as_linear else 0,
-        "UnpackedAttention": forms.unpack_attention(model) if target.split_qkv else 0,
-        "FoldedScale": forms.fold_attention_scales(model),
-        "KeptRank": forms.keep_rank(model) if target.keep_rank else 0,
+    often each fired. ``products``: only those without which a product would stay float."""
+    wanted = {
+        "PatchesAsLinear": (forms.patches_as_linear, target.patches_as_linear),
+        "PackedPixelsAsLinear": (
+            forms.packed_pixels_as_linear,
+            target.codes_of_convolutions and products,
+        ),
+        "UnpackedAttention": (forms.unpack_attention, target.split_qkv and not products),
+        "FoldedScale": (forms.fold_attention_scales, not products),
+        "KeptRank": (forms.keep_rank, target.keep_rank),
     }
+    return {name: form(model) if wished else 0 for name, (form, wished) in wanted.items()}
+
+
+def in_form(plan: Plan) -> Plan:
+    """The plan for a model whose products the target computes in integers; see ``forms.py``.
+
+    For quantizers that take the model as it is otherwise. The plan's own model is left alone.
+    """
+    model = plan.model.clone()
+    counts = restructure(model, plan.config.runtime, products=True)
+    blocks = find_blocks(model)
+    sites = find_sites(model, blocks)
+    extra: dict[str, Site] = {}
+    if plan.config.runtime.codes_of_convolutions:
+        extra = convolution_outputs(model, blocks, sites)
+    if not extra and not any(counts.values()):
+        return plan
+    return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
+
+
+def convolution_outputs(
+    model: ir.Model, blocks: Blocks, sites: Mapping[str, Site]
+) -> dict[str, Site]:
+    """Outputs of convolutions that are no sites, as sites: of those that a Concat stands behind,
+    only what it makes is one."""
+    found: dict[str, Site] = {}
+    for node in model.graph:
+        output = node.outputs[0]
+        if node.op_type != "Conv" or str(output.name) in sites or output.shape is None:
+            continue
+        role = blocks.roles.get(name_of(node))
+        found[str(output.name)] = Site(
+            tensor=str(output.name),
+            role="other" if role is None else role.name,
+            block=None if role is None else role.block,
+            channel_axes=(1,),
+            shape=tuple(d if isinstance(d, int) else str(d.value) for d in output.shape),
+            producer=name_of(node),
+            consumers=tuple(name_of(n) for n, _ in through_layout(output)),
+        )
+    return found
 
 
 def reads_only_products(site: Site, nodes: dict[str, ir.Node]) -> bool:
@@ -373,9 +419,15 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
 
     The plan's own model is left as it is. ``batches`` [B, C, H, W] are run once.
     """
-    model = plan.model.clone()
+    return equalise_in_place(replace(plan, model=plan.model.clone()), batches)
+
+
+def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
+    """As :func:`equalise`, on the plan's own model: each weight goes as a new one comes."""
+    model = plan.model
     target = plan.config.runtime
     counts = restructure(model, target)
+    common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
     moves = plan.config.code == "uniform"  # see the module's text
@@ -402,7 +454,7 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
     )
     widths = plan.config.widths
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
-    if moves:
+    if moves and not plan.config.weight_only:  # factors do not help weights alone (measured)
         state.run()
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(

@@ -2,6 +2,8 @@
 
 * a patch embedding as Reshape → Transpose → Linear: ONNX Runtime leaves a Conv without a
   quantized output in float, a matrix product it does not;
+* a packed projection of one pixel as Transpose → Linear → Transpose: the parts are quantized
+  apart, so that the Conv has no quantized output either;
 * q, k and v as linears of their own: the packed result would be transposed and split as floats;
 * the scale of QKᵀ in the weights of q;
 * a linear on [batch, C] as one on [batch, 1, C]: ONNX Runtime makes a float Gemm of the other.
@@ -116,6 +118,47 @@ def _patches_as_linear(graph: ir.Graph, conv: ir.Node) -> bool:
     return True
 
 
+def packed_pixels_as_linear(model: ir.Model) -> int:
+    """Write convolutions of one pixel that several products read parts of as linears; returns how
+    many."""
+    return sum(_packed_pixels_as_linear(model.graph, node) for node in list(model.graph))
+
+
+def _packed_pixels_as_linear(graph: ir.Graph, conv: ir.Node) -> bool:
+    image, output = conv.inputs[0], conv.outputs[0]
+    weight = constant(conv.inputs[1]) if conv.op_type == "Conv" else None
+    if weight is None or image is None or weight.shape[2:] != (1, 1) or not _is_pointwise(conv):
+        return False
+    leaves = list(through_layout(output))
+    if len(leaves) < 2 or not all(is_product(node) for node, _ in leaves):
+        return False
+    if image.shape is None or output.shape is None or output.is_graph_output():
+        return False
+    write = _Writer(graph, conv)
+    batch, channels, height, width = image.shape
+    sizes = [batch, height, width]
+    turned = write.node("Transpose", [image], [*sizes, channels], image, "last", perm=(0, 2, 3, 1))
+    matrix = np.ascontiguousarray(weight[:, :, 0, 0].T)
+    inputs = [turned, new_constant(graph, f"{conv.inputs[1].name}_matrix", matrix)]  # type: ignore[union-attr]
+    inputs += [bias for bias in conv.inputs[2:] if bias is not None]
+    result = write.node("Linear", inputs, [*sizes, len(weight)], output, "linear", "ptq_onnx")
+    _describe_node(result, conv)
+    order = [batch, len(weight), height, width]
+    back = write.node("Transpose", [result], order, output, "first", perm=(0, 3, 1, 2))
+    _take_over(graph, output, back)
+    return True
+
+
+def _is_pointwise(conv: ir.Node) -> bool:
+    """One group, step 1, nothing padded."""
+    get = conv.attributes
+    return (
+        get.get_int("group", 1) == 1
+        and set(get.get_ints("strides", (1,))) == {1}
+        and not any(get.get_ints("pads", ()))
+    )
+
+
 def _tokens(value: ir.Value) -> ir.Value | None:
     """The first tensor behind a convolution's output that holds it with channels last.
 
@@ -125,7 +168,8 @@ def _tokens(value: ir.Value) -> ir.Value | None:
         return None
     sizes = [d for d in list(value.shape)[1:] if isinstance(d, int)]
     channels, size = sizes[0], math.prod(sizes)
-    expected = np.arange(size).reshape(channels, -1).T.ravel()
+    images = value.shape[0] if isinstance(value.shape[0], int) else 1
+    expected = np.arange(images * size).reshape(images, channels, -1).transpose(0, 2, 1).ravel()
     current = value
     while True:
         uses = list(consumers(current))

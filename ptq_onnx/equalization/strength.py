@@ -19,6 +19,7 @@ and b = 1 - a.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Product:
     magnitude: NDArray[np.float32]
     bits: int = 8
 
-    @property
+    @cached_property
     def row_power(self) -> Double:
         """Σ_n W² per row, [C]."""
         return np.asarray(np.einsum("cn,cn->c", self.magnitude, self.magnitude, dtype=np.float64))
@@ -99,10 +100,13 @@ def output_noise(
     copies: NDArray[np.int64] | None = None,
     records: Records | None = None,
     exponent: float = 0.0,
+    limit: float = np.inf,
 ) -> float:
     """Expected noise power of the products for a factor [C]; see the module's text.
 
-    With ``records``, of the best range: wider than needed where unseen images would clip.
+    The weights' part costs most: beyond ``limit`` it is left out, and what is returned is at
+    least ``limit``. With ``records``, of the best range: wider than needed where unseen images
+    would clip.
 
     ``half`` [C] is half the range of each channel, ``levels`` the number of codes. ``others``
     are half ranges of further tensors that carry the same factor and reach the same
@@ -123,6 +127,8 @@ def output_noise(
     rest = float(np.sum(variance / factor**2))
     single = factor.astype(np.float32)[:, None]
     for product in products:
+        if total / 12 >= limit:
+            break
         largest = (product.magnitude * single).max(axis=0) / ((1 << (product.bits - 1)) - 1)
         total += float(np.sum(largest.astype(np.float64) ** 2)) * rest
     return total / 12
@@ -156,7 +162,16 @@ def choose_factor(
             for b in WEIGHT_POWERS:
                 factor = normalized(parts**a / weights**b)
                 noise = output_noise(
-                    factor, half, variance, products, levels, others, copies, records, float(a)
+                    factor,
+                    half,
+                    variance,
+                    products,
+                    levels,
+                    others,
+                    copies,
+                    records,
+                    float(a),
+                    found.noise,
                 )
                 if noise < found.noise:
                     found = Choice(factor, noise, plain, copies, float(a))

@@ -129,13 +129,21 @@ class _Lowering:
             self.centred(value, spec, uses)
             return
         out = self.uniform(value, spec)
+        producer = value.producer()
+        if producer is not None and producer.op_type == "Conv":
+            # ONNX Runtime fuses a Conv whose output nothing but QuantizeLinear reads.
+            shapes = [(node, i) for node, i in consumers(value) if node.op_type == "Shape"]
+            self.redirect(value, shapes, out, outputs=False)
         if spec.factor is None:
             self.redirect(value, uses, out)
             return
         factor = spec.factor
         scaled = [use for use in uses if self.takes_scaled(value, use, factor)]
+        self.absorbed.update(leaf for use in scaled for leaf, _ in _leaves(use))
         plain = [use for use in uses if use not in scaled]
         self.redirect(value, scaled, out, outputs=False)
+        for use in plain:
+            self.split_readers(value, use, out, factor)
         if plain or value.is_graph_output():
             shape = self.constant(f"{value.name}_factor", factor)
             real = self.add(out.producer(), "Mul", [out, shape], value, "rescaled")
@@ -303,28 +311,61 @@ class _Lowering:
 
     def takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
         """True where a reader computes the right result from the tensor divided by f."""
-        node, _ = use
-        leaves = (
-            [use]
-            if not is_layout(node)
-            else [leaf for out in node.outputs for leaf in through_layout(out)]
-        )
+        leaves = _leaves(use)
         return bool(leaves) and all(self.leaf_takes_scaled(value, leaf, factor) for leaf in leaves)
+
+    def split_readers(
+        self, value: ir.Value, use: tuple[ir.Node, int], out: ir.Value, factor: Factor
+    ) -> None:
+        """Give readers that take the scaled tensor, behind layout ops that others share, layout
+        ops of their own on ``out``."""
+        if not is_layout(use[0]) or use[1] != 0:
+            return
+        for node, index in _leaves(use):
+            read = node.inputs[index]
+            way = None if read is None else _way(value, read)
+            if way is None or not self.leaf_takes_scaled(value, (node, index), factor):
+                continue
+            self.absorbed.add(node)
+            current = out
+            for step, position in way:
+                copy = ir.node(
+                    step.op_type,
+                    [current, *step.inputs[1:]],
+                    name=self.unique(f"{step.name}_scaled"),
+                    num_outputs=len(step.outputs),
+                )
+                copy.attributes.update({a.name: a for a in step.attributes.values()})
+                for new, old in zip(copy.outputs, step.outputs, strict=True):
+                    new.name = self.unique(f"{old.name}_scaled")
+                    new.shape, new.type = old.shape, old.type
+                self.graph.insert_before(step, copy)
+                current = copy.outputs[position]
+            node.replace_input_with(index, current)
 
     def leaf_takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
         node, index = use
-        if is_linear(node) and index == 0:
+        if self.coded_between(value, node.inputs[index]):
+            return False
+        if (is_linear(node) or is_convolution(node)) and index == 0:
             weight, read = node.inputs[1], node.inputs[0]
             spec = None if weight is None else self.specs.get(str(weight.name))
             if spec is None or spec.factor is None or read is None:
                 return False
-            rows = rows_of(value, read, factor)
-            taken = rows is not None and cancels(rows, spec.factor.ravel())
-            if taken:
-                self.absorbed.add(node)
-            return taken
+            axis = -1 if is_linear(node) else 1
+            rows = rows_of(value, read, factor, axis)
+            return rows is not None and cancels(rows_in_weight(node, rows), spec.factor)
         if is_product(node):
             return self.product_takes_scaled(node, index, value)
+        return False
+
+    def coded_between(self, value: ir.Value, read: ir.Value | None) -> bool:
+        """True where what a reader takes of ``value`` is quantized again on the way."""
+        while read is not None and read is not value:
+            if read in self.original:
+                return True
+            node = read.producer()
+            read = None if node is None or not is_layout(node) else node.inputs[0]
         return False
 
     def product_takes_scaled(self, node: ir.Node, index: int, value: ir.Value) -> bool:
@@ -380,23 +421,28 @@ class _Lowering:
                 and self.product_takes_scaled(node, 1, value)
             )
         linear = source(value)
-        if linear is None or not is_linear(linear):
+        if linear is None or not (is_linear(linear) or is_convolution(linear)):
             return False
         return self.fold_into_columns(linear, value, factor)
 
     def fold_into_columns(self, linear: ir.Node, value: ir.Value, factor: Factor) -> bool:
-        """Divide the linear's columns that end up in ``value`` by their factor."""
-        weight = linear.inputs[1]
+        """Divide the linear's columns that end up in ``value`` by their factor; the output
+        channels of a convolution likewise."""
+        weight, output = linear.inputs[1], linear.outputs[0]
         if weight is None or weight.const_value is None or weight.shape is None:
             return False
         spec = self.specs.get(str(weight.name))
-        if spec is not None and spec.axis != 1:
+        axis = 1 if is_linear(linear) else 0
+        if spec is not None and spec.axis != axis:
             return False
-        columns = channel_map(linear.outputs[0], value, factor.shape)
+        if value is output:
+            columns = own_channels(output, factor, -1 if is_linear(linear) else 1)
+        else:
+            columns = channel_map(output, value, factor.shape, -1 if is_linear(linear) else 1)
         if columns is None or not self.only_reader_of(linear, value, columns):
             return False
         scale = linear.meta.setdefault(
-            "column_factor", np.ones(weight.const_value.shape.numpy()[1], np.float32)
+            "column_factor", np.ones(weight.const_value.shape.numpy()[axis], np.float32)
         )
         scale[columns.ravel()] = factor.ravel()
         return True
@@ -421,7 +467,7 @@ class _Lowering:
                 if start.shape is None
                 else tuple(1 if not isinstance(d, int) else d for d in list(start.shape)[1:])
             )
-            other = channel_map(output, start, shape)
+            other = channel_map(output, start, shape, -1 if is_linear(linear) else 1)
             if other is None or mine & set(other.ravel().tolist()):
                 return False
         return True
@@ -447,17 +493,17 @@ class _Lowering:
         if weight is None or weight.const_value is None:
             return
         spec = self.specs.get(str(weight.name))
-        if columns is not None and len(node.inputs) > 2 and node.inputs[2] is not None:
-            bias = node.inputs[2]
-            if bias.const_value is not None:
-                new = self.constant(f"{bias.name}_scaled", bias.const_value.numpy() / columns)
-                node.replace_input_with(2, new)
+        if columns is not None:
+            self.scale_bias(node, columns)
         if spec is None:
             if columns is not None:
                 scaled = weight.const_value.numpy() / columns
                 node.replace_input_with(1, self.constant(f"{weight.name}_scaled", scaled))
             return
         self.keep_from_gemm(node)
+        if spec.rule.block_size:
+            node.replace_input_with(1, self.weight(node, weight, spec))
+            return
         scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
         if spec.factor is not None and node not in self.absorbed:
             real = self.weight(node, weight, spec, scale)
@@ -472,6 +518,61 @@ class _Lowering:
             real = self.weight(node, weight, spec, np.array(1, np.float32))
             real = self.add(real.producer(), "Mul", [real, by], weight, "rescaled")
         node.replace_input_with(1, real)
+
+    def convolution(self, node: ir.Node) -> None:
+        """As ``linear``: rows are input channels, columns output channels."""
+        weight = node.inputs[1]
+        columns: Factor | None = node.meta.get("column_factor")
+        if weight is None or weight.const_value is None:
+            return
+        self.codes_at(node)
+        spec = self.specs.get(str(weight.name))
+        if columns is not None:
+            self.scale_bias(node, columns)
+        if spec is None:
+            if columns is not None:
+                scaled = weight.const_value.numpy() / spread(columns, weight)
+                node.replace_input_with(1, self.constant(f"{weight.name}_scaled", scaled))
+            return
+        scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
+        real = self.weight(node, weight, spec, scale)
+        if spec.factor is not None and node not in self.absorbed:
+            factor = self.constant(f"{weight.name}_factor", spec.factor)
+            real = self.add(real.producer(), "Mul", [real, factor], weight, "rescaled")
+        node.replace_input_with(1, real)
+
+    def codes_at(self, node: ir.Node) -> None:
+        """The same codes once more in front of a convolution that reads them behind a Split or a
+        Slice, over which ONNX Runtime does not move DequantizeLinear. Nothing is rounded twice."""
+        read = node.inputs[0]
+        before, cut = read, False
+        maker = None if before is None else before.producer()
+        while maker is not None and is_layout(maker):
+            cut = cut or maker.op_type in ("Split", "Slice", "Gather")
+            before = maker.inputs[0]
+            maker = None if before is None else before.producer()
+        if read is None or not cut or maker is None or maker.op_type != "DequantizeLinear":
+            return
+        scale, zero_point = maker.inputs[1:3]
+        if zero_point is None or zero_point.const_value is None:
+            return
+        steps: list[tuple[str, list[ir.Value | None], str, ir.DataType | None]] = [
+            (
+                "QuantizeLinear",
+                [scale, zero_point],
+                "again_quantized",
+                zero_point.const_value.dtype,
+            ),
+            ("DequantizeLinear", [scale, zero_point], "again_dequantized", None),
+        ]
+        node.replace_input_with(0, self.chain(read, steps, read))
+
+    def scale_bias(self, node: ir.Node, columns: Factor) -> None:
+        """Divide the bias, where there is one, like the columns."""
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and bias.const_value is not None:
+            new = self.constant(f"{bias.name}_scaled", bias.const_value.numpy() / columns)
+            node.replace_input_with(2, new)
 
     def keep_from_gemm(self, node: ir.Node) -> None:
         """Give the bias the rank of the output where all sizes are fixed.
@@ -490,20 +591,26 @@ class _Lowering:
         self, node: ir.Node, weight: ir.Value, spec: TensorSpec, scale: Factor | None = None
     ) -> ir.Value:
         """DequantizeLinear of the weight's codes, before ``node``, by the spec's scale or by
-        ``scale`` ([] or along the spec's axis). Weights are symmetric: zero point 0."""
+        ``scale`` ([] or along the spec's axis). Weights are symmetric, zero point 0, but for
+        those in blocks, whose codes are uint4."""
         if weight.const_value is None:
             return weight
         codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)
         scale = np.asarray(spec.scale, np.float32) if scale is None else scale
-        floats = spec.rule.code == "e4m3"
-        zero = np.zeros(scale.shape, ml_dtypes.float8_e4m3fn if floats else np.int8)
-        stored = codes.astype(np.uint8).view(zero.dtype) if floats else codes.astype(zero.dtype)
+        rule, zero = spec.rule, np.zeros(scale.shape, np.int8)
+        if rule.code == "e4m3":
+            zero = zero.view(ml_dtypes.float8_e4m3fn)
+        elif rule.block_size:
+            zero = np.asarray(spec.zero_point, ir.DataType.UINT4.numpy())
+        stored = codes.astype(np.uint8 if rule.code == "e4m3" else zero.dtype).view(zero.dtype)
         inputs: list[ir.Value | None] = [
             self.constant(f"{weight.name}_quantized", stored),
             self.constant(f"{weight.name}_scale", scale),
             self.constant(f"{weight.name}_zero_point", zero),
         ]
         attributes = {} if scale.ndim == 0 or spec.axis is None else {"axis": spec.axis}
+        if spec.rule.block_size:
+            attributes["block_size"] = spec.rule.block_size
         previous = ir.node(
             "DequantizeLinear",
             inputs,
@@ -544,11 +651,13 @@ class _Lowering:
         for node in nodes:
             if is_linear(node):
                 self.linear(node)
+            elif is_convolution(node):
+                self.convolution(node)
             else:
                 self.constants(node)
 
     def constants(self, node: ir.Node) -> None:
-        """Quantized convolution weights and constants that are added to activations."""
+        """Quantized constants that are added to activations."""
         for index, value in enumerate(node.inputs):
             if value is None or value.const_value is None or is_layout(node):
                 continue
@@ -598,17 +707,74 @@ def cancels(one: Factor, other: Factor) -> bool:
     return bool(np.all(np.abs(one.astype(np.float64) * other - 1) < 1e-6))
 
 
-def rows_of(value: ir.Value, read: ir.Value, factor: Factor) -> Factor | None:
-    """The factor of ``value`` per channel (last axis) of ``read``, behind layout ops.
+def _leaves(use: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
+    """The compute ops that a use leads to, itself or behind layout ops."""
+    if not is_layout(use[0]):
+        return [use]
+    return [leaf for made in use[0].outputs for leaf in through_layout(made)]
+
+
+def _way(start: ir.Value, end: ir.Value) -> list[tuple[ir.Node, int]] | None:
+    """The layout ops from ``start`` to ``end``, each with the index of its output, in order; None
+    where one reads more than constants besides."""
+    way: list[tuple[ir.Node, int]] = []
+    while end is not start:
+        node = end.producer()
+        if node is None or not is_layout(node) or node.op_type == "Concat":
+            return None
+        if node.inputs[0] is None or not all(is_constant(v) for v in node.inputs[1:]):
+            return None
+        way.append((node, list(node.outputs).index(end)))
+        end = node.inputs[0]
+    return way[::-1]
+
+
+def is_convolution(node: ir.Node) -> bool:
+    """True for a Conv whose weight, and bias if it has one, are constants."""
+    return node.op_type == "Conv" and all(is_constant(v) for v in node.inputs[1:])
+
+
+def rows_in_weight(node: ir.Node, rows: Factor) -> Factor:
+    """A factor per input channel [C] in the shape in which it divides the weight: [C, 1] of a
+    linear, [N, C/groups, 1, …] of a convolution."""
+    weight = node.inputs[1]
+    if is_linear(node) or weight is None or weight.shape is None:
+        return rows.reshape(-1, 1)
+    outputs, inside = (int(d) for d in list(weight.shape)[:2] if isinstance(d, int))
+    group = np.arange(outputs) // (outputs // node.attributes.get_int("group", 1))
+    index = group[:, None] * inside + np.arange(inside)
+    shape = (outputs, inside, *[1] * (len(weight.shape) - 2))
+    return np.asarray(rows[index].reshape(shape), np.float32)
+
+
+def spread(columns: Factor, weight: ir.Value) -> Factor:
+    """[N] against a convolution's weight [N, C, …]."""
+    rank = 1 if weight.shape is None else len(weight.shape)
+    return columns.reshape(-1, *[1] * (rank - 1))
+
+
+def own_channels(value: ir.Value, factor: Factor, axis: int) -> NDArray[np.int64] | None:
+    """The channels of ``value`` along ``axis`` that the entries of a factor are for, in its
+    shape; None for a factor of something else."""
+    rank = factor.ndim if value.shape is None else len(value.shape)
+    padded = (1,) * (rank - factor.ndim) + factor.shape
+    if factor.ndim == 0 or factor.ndim > rank or padded[axis] != factor.size:
+        return None
+    return np.arange(factor.size, dtype=np.int64).reshape(factor.shape)
+
+
+def rows_of(value: ir.Value, read: ir.Value, factor: Factor, axis: int = -1) -> Factor | None:
+    """The factor of ``value`` per channel (along ``axis``) of ``read``, behind layout ops.
 
     None where a channel of ``read`` mixes several factors.
     """
     if value is read:
-        return factor.ravel() if factor.shape[-1:] == (factor.size,) else None
+        return None if own_channels(read, factor, axis) is None else factor.reshape(-1)
     indices = layout_indices(value, read)
     shape = static_shape(value)
     if indices is None or shape is None:
         return None
+    indices = np.moveaxis(indices, axis, -1)
     values = np.broadcast_to(factor, shape).ravel()[indices.reshape(-1, indices.shape[-1])]
     return values[0] if bool(np.all(values == values[0])) else None
 

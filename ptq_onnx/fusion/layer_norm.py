@@ -121,7 +121,11 @@ class LayerNormAffine(_LayerNorm):
             op.Pow(shifted, power),
         )
         scale = op.Mul(pattern.OrValue(spellings), gamma)
-        return op.Add(op.Mul(x, scale), op.Sub(beta, op.Mul(mean, scale)))
+        return op.Add(op.Mul(x, scale), self.offset(op, beta, mean, scale))
+
+    def offset(self, op: Op, beta: Term, mean: Term, scale: Term) -> Term:
+        """β - μ·s"""
+        return op.Sub(beta, op.Mul(mean, scale))
 
     def check(  # type: ignore[override]
         self, context: Context, x: ir.Value, gamma: ir.Value, beta: ir.Value, **parts: ir.Value
@@ -139,6 +143,13 @@ class LayerNormAffine(_LayerNorm):
     ) -> ir.Value:
         flat = [_flat(self.graph, value) for value in (gamma, beta)]
         return self.named(op.LayerNormalization(x, *flat, axis=-1, epsilon=self.epsilon))
+
+
+class LayerNormNegated(LayerNormAffine):
+    """The same with (-μ)·s + β, as Keras 3 writes it."""
+
+    def offset(self, op: Op, beta: Term, mean: Term, scale: Term) -> Term:
+        return op.Add(op.Mul(op.Neg(mean), scale), beta)
 
 
 class Gamma(Rule):
@@ -225,15 +236,37 @@ def _attributes(norm: ir.Value) -> dict[str, ir.Attr]:
 
 
 _fuse_affine = fuse_with(LayerNormAffine)
+_fuse_negated = fuse_with(LayerNormNegated)
 _fuse_core = fuse_with(LayerNormDiv, LayerNormMul)
 _fuse_gamma = fuse_with(Gamma)
 _fuse_beta = fuse_with(Beta)
 
 
+def _pools_as_means(graph: ir.Graph) -> None:
+    """GlobalAveragePool of [N, T, C] is a mean over the last axis; tf2onnx writes it so."""
+    for node in list(graph):
+        x = node.inputs[0] if node.op_type == "GlobalAveragePool" else None
+        dims = sizes(x)
+        if x is None or dims is None or len(dims) != 3 or node.outputs[0].is_graph_output():
+            continue
+        old = node.outputs[0]
+        axes = new_constant(graph, f"{old.name}_axes", np.array([-1], np.int64))
+        mean = ir.node("ReduceMean", [x, axes], {"keepdims": 1}, name=node.name)
+        new = mean.outputs[0]
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        mean.metadata_props.update(node.metadata_props)
+        graph.insert_before(node, mean)
+        old.replace_all_uses_with(new)
+        graph.remove(node, safe=True)
+
+
 def fuse_layer_norm(model: ir.Model) -> int:
     """Fuse all decomposed layer norms; returns how many."""
+    _pools_as_means(model.graph)
     offsets = (n for n in model.graph if n.op_type == "Sub" and constant(n.inputs[0]) is not None)
     count = _fuse_affine(model) if any(offsets) else 0  # 60 orders of operands: not for nothing
+    if any(n.op_type == "Neg" for n in model.graph):
+        count += _fuse_negated(model)
     count += _fuse_core(model)
     _fuse_gamma(model)
     _fuse_beta(model)

@@ -28,6 +28,7 @@ def simplify_layout(graph: ir.Graph) -> int:
         _transpose_detour,
         _empty_pad,
         _softmax_detour,
+        _product_detour,
         _split_constant,
     )
     changes = 0
@@ -201,6 +202,26 @@ def _softmax_detour(graph: ir.Graph, node: ir.Node) -> bool:
     if node.outputs[0].is_graph_output():
         return False
     _replace(graph, back, ir.node("Softmax", [data], {"axis": -1}, name=node.name))
+    graph.remove(node, safe=True)
+    return True
+
+
+def _product_detour(graph: ir.Graph, node: ir.Node) -> bool:
+    """Flatten to rows, MatMul with a constant, Reshape back (Keras): MatMul alone."""
+    weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
+    flat = _producer(node.inputs[0], "Reshape") if weight is not None else None
+    uses = list(node.outputs[0].uses())
+    if weight is None or weight.ndim != 2 or flat is None or flat.inputs[0] is None:
+        return False
+    if len(uses) != 1 or uses[0].node.op_type != "Reshape" or uses[0].idx != 0:
+        return False
+    back, data = uses[0].node, flat.inputs[0]
+    dims, rows = sizes(data), sizes(flat.outputs[0])
+    if dims is None or rows is None or len(rows) != 2 or node.outputs[0].is_graph_output():
+        return False
+    if dims[-1] != weight.shape[0] or sizes(back.outputs[0]) != [*dims[:-1], weight.shape[1]]:
+        return False
+    _replace(graph, back, ir.node("MatMul", [data, node.inputs[1]], name=node.name))
     graph.remove(node, safe=True)
     return True
 

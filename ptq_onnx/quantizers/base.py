@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks import Blocks, is_linear, name_of
-from ptq_onnx.calibration import FROM_HISTOGRAM, Statistics, add_histograms, collect, ranges
+from ptq_onnx.calibration import (
+    FALLBACK,
+    FROM_HISTOGRAM,
+    FROM_PRODUCTS,
+    Statistics,
+    add_histograms,
+    collect,
+    ranges,
+)
 from ptq_onnx.calibration.growth import find_growth
-from ptq_onnx.config import ALL, QuantizeConfig, Selector
+from ptq_onnx.config import ALL, MOST_BITS, QuantizeConfig, Selector
 from ptq_onnx.engine import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
+from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
 from ptq_onnx.quantizers.weights import weight_scale
 from ptq_onnx.spec import Rule, Site, TensorSpec
@@ -40,6 +50,8 @@ class Plan:
     """Mean and std of the normalisation, where the images are 8-bit pictures."""
     statistics: Statistics | None = None
     """Statistics of the sites, where an earlier step has collected them."""
+    rounded: dict[tuple[str, int], Array] = field(default_factory=dict)
+    """Weights that were rounded before, by name and bits."""
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that are known and not to be calibrated, by tensor."""
     moves: tuple[Any, ...] = ()
@@ -74,11 +86,19 @@ class SiteQuantizer(VitQuantizer):
         """Selectors of what is quantized per channel, on top of the rules."""
         return tuple(Selector.parse(t) for t in self.plan.config.per_channel)
 
+    def rules_under(self, config: QuantizeConfig) -> Mapping[str, Rule]:
+        """The rules that the same plan would get with another config; changes nothing."""
+        other = copy.copy(self)
+        other.plan, other.floats = replace(self.plan, config=config), {}
+        return other._dispatch()
+
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
         floats = [Selector.parse(t) for t in config.keep_float]
+        wider = [Selector.parse(t) for t in config.more_bits]
         channels = self.per_channel()
         self._check(floats, "--keep-float")
+        self._check(wider, "--more-bits")
         self._check(channels, "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
@@ -92,8 +112,16 @@ class SiteQuantizer(VitQuantizer):
             wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
             if wide and site.channel_axes and rule.granularity == "tensor":
                 rule = replace(rule, granularity="channel")
+            if any(self._concerns(s, site) for s in wider):
+                rule = replace(rule, bits=MOST_BITS)
+            if rule.method in FROM_PRODUCTS and not self._only_products_read(site):
+                rule = replace(rule, method=FALLBACK)
             rules[site.tensor] = rule
         return rules
+
+    def _only_products_read(self, site: Site) -> bool:
+        readers = [self.nodes[name] for name in site.consumers]
+        return bool(readers) and all(map(is_searched, readers))
 
     @staticmethod
     def _by_channel(selector: Selector, site: Site) -> bool:
@@ -141,7 +169,24 @@ class SiteQuantizer(VitQuantizer):
         """Specs of all sites with a rule, from batches [B, C, H, W] that can be run twice."""
         if self._given is not None:
             return {t: self._given[t] for t in self.rules}
-        return self.solve(self.measure(batches))
+        return self.searched(self.solve(self.measure(batches)), batches)
+
+    def searched(
+        self, specs: dict[str, TensorSpec], batches: Iterable[Any]
+    ) -> dict[str, TensorSpec]:
+        """The specs, with the scales searched where the method asks for it."""
+        if not any(rule.method in FROM_PRODUCTS for rule in self.rules.values()):
+            return specs
+        plan = self.plan
+        report = plan.progress or (lambda _: lambda __: None)
+        return searched_scales(
+            plan.model,
+            specs,
+            plan.fixed,
+            batches,
+            threads=plan.config.threads,
+            progress=report("Searching scales"),
+        )
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
         """Take the specs of an earlier run instead of calibrating.
@@ -177,7 +222,11 @@ class SiteQuantizer(VitQuantizer):
         growth = find_growth(traces).warning
         if growth is not None:
             self.notes.append(growth)
-        rows = [s for s in sites if self.rules[s.tensor].method in FROM_HISTOGRAM]
+        rows = [
+            s
+            for s in sites
+            if self.rules[s.tensor].method in FROM_HISTOGRAM and s.tensor not in stats.histograms
+        ]
         if rows:
             wide = {
                 s.tensor for s in rows if self.rules[s.tensor].granularity not in ("tensor", "row")

@@ -7,14 +7,14 @@ Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks import is_linear, name_of
-from ptq_onnx.calibration import Statistics
+from ptq_onnx.calibration import ChannelStatistics, Statistics
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import trim
@@ -80,6 +80,25 @@ def corrected_mean(
 
 def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics) -> Double | None:
     """E[x] of a linear's input, [K], or None where it was not measured."""
+    return _of_input(linear, sites, statistics, lambda stats: stats.mean)
+
+
+def input_power(
+    linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics, *, centred: bool
+) -> Double | None:
+    """E[x²] of a linear's input, less E[x]² if ``centred``, [K]; None as above."""
+    if centred:
+        return _of_input(linear, sites, statistics, lambda stats: stats.variance)
+    return _of_input(linear, sites, statistics, lambda stats: stats.second_moment)
+
+
+def _of_input(
+    linear: ir.Node,
+    sites: Mapping[str, Site],
+    statistics: Statistics,
+    value_of: Callable[[ChannelStatistics], Double],
+) -> Double | None:
+    """A value per channel of a linear's input, in the order of its rows."""
     read, name = linear.inputs[0], name_of(linear)
     if read is None:
         return None
@@ -88,10 +107,10 @@ def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistic
         if site.is_parameter or name not in site.consumers or stats is None:
             continue
         start = start_of(read, site.tensor)
-        mean = stats.mean
-        if start is None or mean.size < 2:
+        value = value_of(stats)
+        if start is None or value.size < 2:
             return None
-        rows = rows_of(start, read, trim(mean.astype(np.float32).reshape(stats.shape)))
+        rows = rows_of(start, read, trim(value.astype(np.float32).reshape(stats.shape)))
         return None if rows is None else rows.astype(np.float64)
     return None
 

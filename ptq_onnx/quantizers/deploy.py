@@ -180,7 +180,7 @@ class Deploy(SiteQuantizer):
         if self._given is not None:
             return super().calibrate(batches)
         stats = self.measure(batches)
-        specs = self.solve(stats)
+        specs = self.searched(self.solve(stats), batches)
         constants, notes = rounded_weights(self.plan, specs, stats, batches)
         self.notes.extend(notes)
         if self.plan.config.bias_correction:
@@ -190,11 +190,16 @@ class Deploy(SiteQuantizer):
         return specs
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
-        if self.plan.config.rounding != "nearest":
-            raise ConfigError(
-                f"--scales {where}: --rounding {self.plan.config.rounding} needs the images;"
-                " calibrate anew, or leave one out."
-            )
+        config = self.plan.config
+        for option, used, without in (
+            (f"--rounding {config.rounding}", config.rounding != "nearest", "--rounding nearest"),
+            ("bias correction", config.bias_correction, "--no-bias-correction"),
+        ):
+            if used:
+                raise ConfigError(
+                    f"--scales {where}: {option} needs the images; calibrate anew, or use"
+                    f" {without}."
+                )
         super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:

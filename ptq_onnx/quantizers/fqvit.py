@@ -8,10 +8,12 @@ uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps. Beyond the pa
 * PTF also wherever its factor moves at no run-time cost: LayerNorm's γ, β → the next
   weight; GELU's requantization → fc2; v → A·V → proj; q ↔ k;
 * the outputs of proj and fc2 are not rounded by themselves: an integer machine adds the
-  linear's 32-bit accumulator to the residual and requantizes once;
+  linear's 32-bit accumulator to the residual and requantizes once (where they are convolutions
+  they are rounded for ONNX Runtime, whose only integer convolution gives codes);
 * the rows of a log2 attention map, which do not sum to one, are divided by their sum after
   A·V;
-* for the target integer, a tensor that several linears read has no factors.
+* several linears or convolutions that read a tensor take its factor each into their weight; for
+  the target integer, a tensor that several linears read has no factors instead.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+import onnx_ir as ir
 
-from ptq_onnx.blocks import is_linear
+from ptq_onnx.blocks import is_layout, is_linear
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.config import INTEGER
+from ptq_onnx.export.lowering import is_convolution, rows_in_weight
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
 from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.spec import Code, Granularity, Rule, Site, TensorSpec
@@ -80,6 +84,9 @@ class FqVit(SiteQuantizer):
         return bool(readers) and all(n.op_type == "MatMul" for n in readers)
 
     def _only_added(self, site: Site) -> bool:
+        made = None if site.producer is None else self.nodes[site.producer]
+        if made is not None and made.op_type == "Conv" and self.plan.config.target != INTEGER:
+            return False
         roles = self.plan.blocks.roles
         return all(roles[n].name in ("residual1", "residual2") for n in site.consumers)
 
@@ -92,7 +99,7 @@ class FqVit(SiteQuantizer):
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
         rows: dict[str, Array] = {}
-        """Factor of the input per weight, [K, 1], to be divided out of the weight's rows."""
+        """Factor of the input per weight, in a shape to divide the weight by."""
         places = {(s.role, s.block): s for s in self.plan.sites.values() if s.tensor in self.rules}
         for site in self.plan.sites.values():
             rule = self.rules.get(site.tensor)
@@ -126,33 +133,69 @@ class FqVit(SiteQuantizer):
         factor = None if rows is None else (1 / rows).astype(np.float32)
         return self.parameter(site, rule, factor)
 
-    def _reader(self, site: Site, stats: Statistics) -> tuple[str, Reader] | None:
-        """The weight behind the site into whose rows its factor moves, if there is one."""
-        linear = self.linear_behind(site)
-        weight = None if linear is None else linear.inputs[1]
-        if weight is None or str(weight.name) not in self.rules:
-            return None
+    def _readers(self, site: Site, stats: Statistics) -> tuple[list[ir.Node], Reader] | None:
+        """The linears and convolutions into whose weights the site's factor moves, if any."""
+        alone = self.linear_behind(site)
+        nodes = [self.nodes[name] for name in site.consumers]
+        if self.plan.config.target == INTEGER:
+            nodes = [] if alone is None else [alone]
         moment = stats.channels[site.tensor].second_moment
-        bits = self.rules[str(weight.name)].bits
-        value = self.constant(str(weight.name))
-        if value.shape[0] != len(moment):
+        taking = [
+            n for n in nodes if self._takes_factor(n, len(moment)) and self._reads(n, site.tensor)
+        ]
+        found: Reader | None = None
+        for node in taking:
+            name = str(node.inputs[1].name) if node.inputs[1] is not None else ""
+            value, bits = self.constant(name), self.rules[name].bits
+            if is_linear(node):
+                one = Reader.of(value, moment, bits)
+            else:
+                groups = node.attributes.get_int("group", 1)
+                one = Reader.of_convolution(value, groups, moment, bits)
+            found = one if found is None else found.beside(one)
+        if found is None:
             return None
-        return str(weight.name), Reader.of(value, moment, bits)
+        return taking, found if len(taking) == len(nodes) else found.passed_on()
+
+    def _reads(self, node: ir.Node, tensor: str) -> bool:
+        """True where nothing is quantized between the tensor and the node's first input."""
+        value = node.inputs[0]
+        while value is not None and str(value.name) not in self.rules:
+            before = value.producer()
+            value = None if before is None or not is_layout(before) else before.inputs[0]
+        return value is not None and str(value.name) == tensor
+
+    def _takes_factor(self, node: ir.Node, channels: int) -> bool:
+        """True for a linear or convolution with a quantized weight and that many inputs."""
+        weight = node.inputs[1] if is_linear(node) or is_convolution(node) else None
+        if weight is None or str(weight.name) not in self.rules or weight.shape is None:
+            return False
+        groups = 1 if is_linear(node) else node.attributes.get_int("group", 1)
+        inside = weight.shape[0 if is_linear(node) else 1]
+        return len(list(weight.uses())) == 1 and inside == channels // groups
 
     def _ptf(self, site: Site, rule: Rule, stats: Statistics, rows: dict[str, Array]) -> TensorSpec:
-        """PTF of one tensor; through the weight that reads it where one alone does."""
+        """PTF of one tensor; through the weights that read it where they take it."""
         low, high = self.bounds(site, rule, stats)
-        reader = self._reader(site, stats)
+        readers = self._readers(site, stats)
         found = find_factors(
             low,
             high,
             rule.limits,
             max_k=self.plan.config.ptf_k,
-            reader=None if reader is None else reader[1],
+            reader=None if readers is None else readers[1],
         )
-        if reader is not None:
-            rows[reader[0]] = np.exp2(found.alpha.astype(np.float32))[:, None]
+        self._move(readers, np.exp2(found.alpha.astype(np.float32)), rows)
         return ptf_spec(site, rule, found, stats.channels[site.tensor].shape)
+
+    @staticmethod
+    def _move(
+        readers: tuple[list[ir.Node], Reader] | None, factor: Array, rows: dict[str, Array]
+    ) -> None:
+        """Note the factor [C] that is to be divided out of the readers' weights."""
+        for node in () if readers is None else readers[0]:
+            if node.inputs[1] is not None:
+                rows[str(node.inputs[1].name)] = rows_in_weight(node, factor)
 
     def _pair(
         self, site: Site, pair: tuple[Site | None, Site | None], stats: Statistics
@@ -167,16 +210,14 @@ class FqVit(SiteQuantizer):
             return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}
         bounds = {s.tensor: self.bounds(s, self.rules[s.tensor], stats) for s in (q, k)}
         moments = {s.tensor: stats.channels[s.tensor].second_moment for s in (q, k)}
-        limits = self.rules[q.tensor].limits
-        middle = (limits[0] + limits[1] + 1) // 2
         need_q, need_k = (
             needed_step(
                 bounds[s.tensor][0].astype(np.float64),
                 bounds[s.tensor][1].astype(np.float64),
-                middle,
+                (limits[0] + limits[1] + 1) // 2,
                 limits,
             )
-            for s in (q, k)
+            for s, limits in ((s, self.rules[s.tensor].limits) for s in (q, k))
         )
         if need_q.shape != need_k.shape:
             return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}
@@ -212,25 +253,33 @@ class FqVit(SiteQuantizer):
     ) -> dict[str, TensorSpec]:
         """v and A·V: one factor for both, which then passes into the rows of proj."""
         v, av = pair
-        if v is None or av is None:
-            return {site.tensor: self._ptf(site, self.rules[site.tensor], stats, {})}
-        shapes = {stats.channels[s.tensor].shape for s in (v, av)}
-        if len(shapes) != 1:
-            return {site.tensor: self._ptf(site, self.rules[site.tensor], stats, {})}
+        shapes = {None if s is None else stats.channels[s.tensor].shape for s in pair}
+        if v is None or av is None or len(shapes) != 1:
+            return {site.tensor: self._value_alone(site, stats, rows)}
         bounds = {s.tensor: self.bounds(s, self.rules[s.tensor], stats) for s in (v, av)}
         low = np.minimum(bounds[v.tensor][0], bounds[av.tensor][0])
         high = np.maximum(bounds[v.tensor][1], bounds[av.tensor][1])
-        reader = self._reader(av, stats)
+        readers = self._readers(av, stats)
+        if readers is None and self.linear_behind(av) is not None:
+            # A factor that proj cannot take would keep it in float.
+            return {
+                s.tensor: tensor_spec(
+                    s,
+                    self.rules[s.tensor],
+                    float(bounds[s.tensor][0].min()),
+                    float(bounds[s.tensor][1].max()),
+                )
+                for s in (v, av)
+            }
         found = find_factors(
             low,
             high,
             self.rules[v.tensor].limits,
             max_k=self.plan.config.ptf_k,
-            reader=None if reader is None else reader[1],
+            reader=None if readers is None else readers[1],
         )
         factor = np.exp2(found.alpha.astype(np.float32))
-        if reader is not None:
-            rows[reader[0]] = factor[:, None]
+        self._move(readers, factor, rows)
         shape = shapes.pop()
         return {
             one.tensor: tensor_spec(
@@ -242,6 +291,15 @@ class FqVit(SiteQuantizer):
             )
             for one in (v, av)
         }
+
+    def _value_alone(self, site: Site, stats: Statistics, rows: dict[str, Array]) -> TensorSpec:
+        """v or A·V by itself. A convolution and A·V that both read v have no factor in common."""
+        rule = self.rules[site.tensor]
+        kinds = {self.nodes[name].op_type for name in site.consumers}
+        if kinds >= {"Conv", "MatMul"}:
+            low, high = self.bounds(site, rule, stats)
+            return tensor_spec(site, rule, float(low.min()), float(high.max()))
+        return self._ptf(site, rule, stats, rows if site.role == "av" else {})
 
 
 def attention_spec(site: Site, rule: Rule) -> TensorSpec:

@@ -31,10 +31,10 @@ ENOUGH = 1.02
 
 @dataclass(frozen=True)
 class Reader:
-    """The product that reads a tensor whose factor moves into its weight's rows.
+    """The products that read a tensor whose factor moves into their weights' rows.
 
     ``magnitude`` [C, N] is |W|, ``row_power`` [C] Σ_n W², ``second_moment`` [C] E[x²] of the
-    tensor, ``bits`` those of the weight.
+    tensor, ``bits`` those of the weights.
     """
 
     magnitude: Array
@@ -47,6 +47,35 @@ class Reader:
         """The reader with weight [C, N] of a tensor with second moments [C]."""
         power = np.sum(weight.astype(np.float64) ** 2, axis=1)
         return cls(np.abs(weight).astype(np.float32), power, second_moment, bits)
+
+    @classmethod
+    def of_convolution(
+        cls, weight: Array, groups: int, second_moment: Double, bits: int = 8
+    ) -> Reader:
+        """The reader with weight [N, C/groups, …] of a tensor with second moments [C].
+
+        The Σ_c of the weight's own rounding runs over all A = Π(kernel) places of a channel, so
+        |W| is the largest of them, times √A. With groups, a factor scales whole output channels:
+        their rounding does not depend on it, and is left out.
+        """
+        outputs, inside = weight.shape[:2]
+        places = np.abs(weight.reshape(outputs, inside, -1)).astype(np.float32)
+        power = np.sum(places.astype(np.float64) ** 2, axis=2)
+        power = power.reshape(groups, outputs // groups, inside).sum(axis=1).ravel()
+        largest = places.max(axis=2).T * np.float32(np.sqrt(places.shape[2]))
+        if groups > 1:
+            largest = np.zeros((len(second_moment), 0), np.float32)
+        return cls(largest, power, second_moment, bits)
+
+    def beside(self, other: Reader) -> Reader:
+        """Both read the tensor."""
+        magnitude = np.concatenate([self.magnitude, other.magnitude], axis=1)
+        power = self.row_power + other.row_power
+        return Reader(magnitude, power, self.second_moment, self.bits)
+
+    def passed_on(self) -> Reader:
+        """Something else reads the tensor too, as it is: its rounding counts by itself."""
+        return Reader(self.magnitude, self.row_power + 1, self.second_moment, self.bits)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import corrected_mean
 from ptq_onnx.quantizers.rounding import adaround, gptq, shrunk
-from ptq_onnx.quantizers.uniform import dequantize
+from ptq_onnx.quantizers.uniform import dequantize, over
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -45,7 +45,8 @@ def rounded_weights(
     """Weights [K, N] by name, rounded as the plan's config says, and notes on those left out.
 
     Where the bias takes the mean error out, only the covariance of the input counts. Runs the
-    batches again, once for each group of ``collect_moments``.
+    batches again, once for each group of ``collect_moments``, but for weights in
+    ``plan.rounded``, to which it adds.
     """
     config = plan.config
     if config.rounding == "nearest":
@@ -53,7 +54,12 @@ def rounded_weights(
     method = METHODS[config.rounding]
     linears, notes = _linears(plan.model, specs)
     report = plan.progress or (lambda _: lambda __: None)
-    found: dict[str, Array] = {}
+    bits = {linear.name: specs[linear.name].rule.bits for linear in linears}
+    done = plan.rounded  # an earlier dispatch of the plan may have rounded some: the same numbers
+    found = {name: done[name, b] for name, b in bits.items() if (name, b) in done}
+    linears = [linear for linear in linears if linear.name not in found]
+    if not linears:
+        return found, notes
     for group in collect_moments(
         plan.model,
         {linear.read: len(linear.weight) for linear in linears},
@@ -69,9 +75,16 @@ def rounded_weights(
             centred = config.bias_correction and mean is not None
             power = moments.covariance if centred else moments.second_moment
             spec = specs[linear.name]
-            scale = np.broadcast_to(spec.scale, linear.weight.shape[1:])
-            codes = method(linear.weight, scale, shrunk(power, moments.rows), spec.rule.bits)
-            found[linear.name] = dequantize(codes.astype(np.int32), spec)
+            shape = linear.weight.shape
+            if spec.rule.block_size:
+                scale, zero = (over(v, spec, shape) for v in (spec.scale, spec.zero_point))
+            else:
+                scale, zero = np.broadcast_to(spec.scale, shape[1:]), None
+            width = spec.rule.bits
+            codes = method(linear.weight, scale, shrunk(power, moments.rows), width, zero)
+            whole = codes.astype(np.int32) + (0 if zero is None else zero)
+            found[linear.name] = dequantize(whole, spec)
+            done[linear.name, width] = found[linear.name]
     return found, notes
 
 

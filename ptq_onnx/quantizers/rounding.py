@@ -1,12 +1,15 @@
 """Rounding of a linear's weight by what it does to the output, not to the weight.
 
-All functions take ``weight`` [K, N], ``scale`` [N] and ``moments`` H = E[xᵀx] [K, K] of the
-rows x [K] that the linear reads, and return int8 codes [K, N]. The scales stay as they are.
+All functions take ``weight`` [K, N], ``scale`` [N] or [K, N] and ``moments`` H = E[xᵀx] [K, K]
+of the rows x [K] that the linear reads, and return int8 codes [K, N]. The scales stay as they are.
+Codes have a sign, or count from ``zero`` [K, N] where one is given.
 With Δ = scale·codes - weight, the output's mean squared error is ΔᵀHΔ per column; columns do
 not depend on each other.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 Codes = NDArray[np.int8]
+Zero = NDArray[np.int32] | None
 
 DAMPING = 0.01
 """Of H's mean diagonal, added to the diagonal: keeps the inverse finite."""
@@ -29,14 +33,16 @@ GAMMA, ZETA = -0.1, 1.1
 """Ends of the stretched sigmoid."""
 
 
-def limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest signed code."""
+def limits(bits: int, zero: Zero = None) -> tuple[Any, Any]:
+    """Smallest and largest signed code; or of those without a sign, less their zero point."""
+    if zero is not None:
+        return -zero, (1 << bits) - 1 - zero
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def nearest(weight: Array, scale: Array, bits: int) -> Codes:
+def nearest(weight: Array, scale: Array, bits: int, zero: Zero = None) -> Codes:
     """clip(round(w / s)): the least error of each weight by itself."""
-    return np.asarray(np.clip(np.rint(weight / scale), *limits(bits)), np.int8)
+    return np.asarray(np.clip(np.rint(weight / scale), *limits(bits, zero)), np.int8)
 
 
 def loss(weight: Array, scale: Array, moments: Double, codes: Codes) -> Double:
@@ -57,32 +63,37 @@ def shrunk(moments: Double, rows: int) -> Double:
     return result
 
 
-def gptq(weight: Array, scale: Array, moments: Double, bits: int) -> Codes:
+def gptq(weight: Array, scale: Array, moments: Double, bits: int, zero: Zero = None) -> Codes:
     """Rounds one input channel after the other; the channels not rounded yet make up for it.
 
     Channel i's error, times U[i, j] / U[i, i], is taken from channel j, where UᵀU = H⁻¹.
     Channels of large power come first. Source: Frantar et al., "GPTQ" (arXiv 2210.17323).
     """
     factor, order = _inverse_factor(moments)
-    steps = scale.astype(np.float64)
-    lowest, highest = limits(bits)
-    left = weight.astype(np.float64)[order] / steps
+    left = weight.astype(np.float64)[order]
+    steps = np.broadcast_to(scale.astype(np.float64), left.shape)[order]
+    lowest, highest = (np.broadcast_to(edge, left.shape)[order] for edge in limits(bits, zero))
     codes = np.empty(left.shape, np.int8)
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
         errors = np.empty((stop - start, left.shape[1]))
         for i in range(start, stop):
-            rounded = np.clip(np.rint(left[i]), lowest, highest)
+            rounded = np.clip(np.rint(left[i] / steps[i]), lowest[i], highest[i])
             codes[order[i]] = rounded
-            error = (left[i] - rounded) / factor[i, i]
+            error = (left[i] - rounded * steps[i]) / factor[i, i]
             left[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
             errors[i - start] = error
         left[stop:] -= factor[start:stop, stop:].T @ errors
-    return _better(weight, scale, moments, codes, nearest(weight, scale, bits))
+    return _better(weight, scale, moments, codes, nearest(weight, scale, bits, zero))
 
 
 def adaround(
-    weight: Array, scale: Array, moments: Double, bits: int, iterations: int = ITERATIONS
+    weight: Array,
+    scale: Array,
+    moments: Double,
+    bits: int,
+    zero: Zero = None,
+    iterations: int = ITERATIONS,
 ) -> Codes:
     """Learns for each weight whether it is rounded up or down.
 
@@ -91,12 +102,15 @@ def adaround(
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (arXiv
     2004.10568), with the loss from second moments instead of images.
     """
-    lowest, highest = limits(bits)
+    lowest, highest = limits(bits, zero)
     exact = weight.astype(np.float64) / scale
     lower = np.clip(np.floor(exact), lowest, highest - 1)
     power = float(np.trace(moments)) / max(len(moments), 1)
     gram = torch.from_numpy(np.asarray(moments / (power or 1.0), np.float32))
     offset = torch.from_numpy(np.asarray(lower - exact, np.float32))
+    # Steps over their column's mean: one where a column has one step.
+    steps = np.broadcast_to(scale, weight.shape)
+    unit = torch.from_numpy(np.asarray(steps / steps.mean(axis=0), np.float32))
     part = np.clip(exact - lower, 0.0, 1.0)
     inner = np.clip((part - GAMMA) / (ZETA - GAMMA), 1e-3, 1 - 1e-3)
     start = torch.from_numpy(np.asarray(np.log(inner / (1 - inner)), np.float32))
@@ -106,7 +120,7 @@ def adaround(
         sigmoid = torch.sigmoid(v.detach())
         stretched = sigmoid * (ZETA - GAMMA) + GAMMA
         h = stretched.clamp(0, 1)
-        slope = 2 * (gram @ (offset + h))  # of ΔᵀHΔ by h, in units of the steps
+        slope = 2 * unit * (gram @ (unit * (offset + h)))  # of ΔᵀHΔ by h, in units of the steps
         done = (step / max(iterations, 1) - WARM) / (1 - WARM)
         if done > 0:
             beta = COLD + (HOT - COLD) * (1 + np.cos(np.pi * done)) / 2
@@ -116,7 +130,7 @@ def adaround(
         adam.step()
     up = (torch.sigmoid(v.detach()) >= 0.5).numpy()
     codes = np.asarray(lower + up, np.int8)
-    return _better(weight, scale, moments, codes, nearest(weight, scale, bits))
+    return _better(weight, scale, moments, codes, nearest(weight, scale, bits, zero))
 
 
 def _better(weight: Array, scale: Array, moments: Double, one: Codes, other: Codes) -> Codes:

@@ -32,22 +32,29 @@ def along(vector: NDArray[Any], axis: int | None, ndim: int) -> NDArray[Any]:
     return vector.reshape(shape)
 
 
+def over(vector: NDArray[Any], spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The spec's scale or zero point in a form that broadcasts against a tensor of ``shape``."""
+    if not spec.rule.block_size:
+        return along(vector, spec.axis, len(shape))
+    return np.repeat(vector, spec.rule.block_size, axis=0)[: shape[0]]
+
+
 def quantize(x: Array, spec: TensorSpec) -> NDArray[np.int32]:
     """Integer codes (int32, shape of ``x``) of a float tensor. NaN is not allowed."""
     low, high = spec.rule.limits
     scaled = x if spec.factor is None else x / spec.factor
-    step = along(spec.scale, spec.axis, x.ndim)
+    step = over(spec.scale, spec, x.shape)
     if spec.rule.code == "e4m3":
         return e4m3_codes(scaled / step)
-    zero = along(spec.zero_point, spec.axis, x.ndim)
+    zero = over(spec.zero_point, spec, x.shape)
     codes = np.rint(scaled / step) + zero
     return np.asarray(np.clip(codes, low, high), np.int32)
 
 
 def dequantize(codes: NDArray[np.int32], spec: TensorSpec) -> Array:
     """Float32 values of integer codes: (code - zero_point) * scale * factor."""
-    step = along(spec.scale, spec.axis, codes.ndim)
-    zero = along(spec.zero_point, spec.axis, codes.ndim)
+    step = over(spec.scale, spec, codes.shape)
+    zero = over(spec.zero_point, spec, codes.shape)
     unit = e4m3_values(codes) if spec.rule.code == "e4m3" else (codes - zero).astype(np.float32)
     value = unit * step.astype(np.float32)
     return np.asarray(value if spec.factor is None else value * spec.factor, np.float32)

@@ -21,6 +21,7 @@ from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity, Variatio
 from ptq_onnx.analysis.schema import report_schema, text, violations
 from ptq_onnx.cli import app
 from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation import evaluate
 from ptq_onnx.images import open_images
 from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
@@ -167,6 +168,37 @@ def test_tables_of_variation_and_attention(report: dict[str, Any], page: str) ->
         assert advice.split(":")[0] in page
 
 
+def test_every_number_of_every_table_is_in_the_json(report: dict[str, Any], page: str) -> None:
+    """As it is, or as a percentage; apart from the row's own number and its rank."""
+    numbers: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            numbers.update((repr(float(value)), repr(float(100 * value))))
+        for item in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        ):
+            collect(item)
+
+    collect(report)
+    tables = re.findall(r'<table class="[^"]*" id="([^"]*)"', page)
+    assert set(tables) >= {"ops", "modules", "blocks", "outliers", "kinds", "varied", "attention",
+                           "tensors"}  # fmt: skip
+    checked = 0
+    for table in tables:
+        for line, row in enumerate(cells(page, table)):
+            for place, shown in enumerate(row):
+                number = re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", shown)
+                if number is None or shown == "-1":  # what sorts names that are in no block
+                    continue
+                if table == "ops" and place < 2:
+                    assert place or float(shown) == line
+                    continue
+                assert repr(float(shown)) in numbers, (table, line, place, shown)
+                checked += 1
+    assert checked > 5_000
+
+
 PROBE = """<script>
 const seen = {errors: 0};
 addEventListener("error", () => seen.errors++);
@@ -224,6 +256,25 @@ def test_size_grows_with_numbers_not_with_weights(page: str) -> None:
     assert len(bands) == 4
     per_channel = max(map(len, bands)) / 64
     assert 4 * 768 * per_channel + 2.5 * (len(page) - sum(map(len, bands))) < 5_000_000
+
+
+def test_the_picture_stands_beside_its_rollout(
+    page: str, result: Result, report: dict[str, Any]
+) -> None:
+    rollout = report["analysis"]["attention"]["rollout"]
+    name = Path(rollout["image_name"]).stem
+    assert (result.output / "attention" / f"picture_{name}.png").exists()
+    beside = page.split('id="rollout"')[1].split("</figure>")[1]
+    assert f"{rollout['image_name']}, as the model sees it" in beside
+    assert '<img id="picture" src="data:image/png;base64,' in beside
+
+
+def test_heads_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    config = QuantizeConfig(quantizer="vanilla", attention_heads=(1, 4), threads=1)
+    with pytest.raises(ConfigError, match=r"^--attention-heads 4: the model has 4 heads"):
+        quantize(DIGITS, config=config, calib=CALIB, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="--attention-heads must be at least 0, got -1"):
+        QuantizeConfig(attention_heads=(-1,))
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

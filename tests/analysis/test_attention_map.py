@@ -98,6 +98,19 @@ def test_each_head_has_one_scale_for_all_models() -> None:
     np.testing.assert_array_equal(small[4].get_array(), found.maps["vanilla"][1])
 
 
+def test_chosen_heads_are_drawn_alone() -> None:
+    """Their maps, under their numbers; the means stay those of all heads."""
+    found = make_attention(12)
+    axes = _Sheet(found, found.maps, 1.0, (7, 2, 7, 40)).draw().axes
+    assert [t for a in axes if (t := a.get_title()).startswith("head")] == ["head 7", "head 2"]
+    small = [a.images[0] for a in axes[8:]]
+    assert len(small) == 2 * 3
+    np.testing.assert_array_equal(small[1].get_array(), found.maps["vanilla"][7])
+    np.testing.assert_array_equal(small[3].get_array(), found.maps["float"][2])
+    bare = next(a.images[0] for a in axes[1:] if a.images[0].get_array().shape == (14, 14))
+    np.testing.assert_allclose(bare.get_array(), found.maps["float"].mean(axis=0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("labels", [("float",), ("float", "vanilla"), ("a", "b", "c", "$x")])
 def test_any_number_of_models(tmp_path: Path, labels: tuple[str, ...]) -> None:
     draw_attention(make_attention(labels=labels), tmp_path / "a.png")

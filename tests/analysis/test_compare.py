@@ -13,7 +13,13 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from prepared_models import DIGITS, ROOT, images, prepared
 from typer.testing import CliRunner
 
-from ptq_onnx.analysis.compare import block_outputs, compare, find_reference, quantized_file
+from ptq_onnx.analysis.compare import (
+    FloatBlocks,
+    block_outputs,
+    compare,
+    find_reference,
+    quantized_file,
+)
 from ptq_onnx.analysis.compare_page import render_comparison
 from ptq_onnx.analysis.matching import Tapped, in_order, match
 from ptq_onnx.analysis.results import Comparison
@@ -24,7 +30,7 @@ from ptq_onnx.evaluation import evaluate
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
 from ptq_onnx.labels import labels_for
-from ptq_onnx.pipeline import quantize
+from ptq_onnx.pipeline import quantize, read_scales
 
 VAL = ROOT / "img/digits/val"
 
@@ -131,6 +137,26 @@ def test_renamed_tensors_are_found_by_position(folder: Path, tmp_path: Path, fil
     others = Tapped(folder / file).session([b for _, b in pairs]).run(images()[:2])
     for a, b in pairs:
         np.testing.assert_allclose(mine[a], others[b], rtol=1e-5)
+
+
+def test_codes_of_an_integer_file_are_read_by_the_report_beside_it(
+    source: ImageSource, tmp_path: Path
+) -> None:
+    """Nothing in such a file tells the scale of its codes; alone it has no blocks to compare."""
+    config = QuantizeConfig(target="integer", images=8, report=False, threads=1)
+    quantize(DIGITS, config=config, output=tmp_path / "ours")
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes((tmp_path / "ours/quantized.onnx").read_bytes())
+    outputs = block_outputs(DIGITS)
+    floats = FloatBlocks(DIGITS, list(outputs.values()), source, 2, 1)
+    assert {b.tensor for b in floats.blocks(Tapped(alone, 1), outputs)} == {None}
+    specs = read_scales(tmp_path / "ours/report.json")
+    found = floats.blocks(Tapped(tmp_path / "ours/quantized.onnx", 1, specs), outputs)
+    for one, tensor in zip(found, outputs.values(), strict=True):
+        assert (one.tensor, one.how) == (f"{tensor}_quantized", "name")
+        assert one.snr_db is not None
+        assert one.snr_db > 15
+        assert specs[tensor].factor is not None  # which no search for one scale would find
 
 
 def test_order_is_kept() -> None:

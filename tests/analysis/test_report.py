@@ -161,6 +161,41 @@ def test_an_integer_file_shows_widths_and_operations() -> None:
     ]
 
 
+def test_what_equalisation_moved_and_what_the_runtime_runs(picture: Path) -> None:
+    move = {
+        "tensor": "/blocks.0/norm1_output_0", "role": "norm1", "block": 0, "gain_db": 7.83,
+        "into": "LayerNormalization", "largest": 4096.0, "copies": 3,
+    }  # fmt: skip
+    report = make_report() | {
+        "equalization": {"forms": {"KeptRank": 1, "SplitHead": 0}, "moves": [move]},
+        "optimised": {"MatMulIntegerToFloat": 49, "Conv": 0},
+        "validation": {"source": "val", "labels": "val.txt"},
+        "fusions": {"LayerNormalization": 25, "Silu": 0},
+    }
+    page = Page(render(report, "", []))
+    text = " ".join(page.text.split())
+    assert [cells for _, cells, _ in page.body("moves")] == [
+        ["0", "norm1", "LayerNormalization", "7.8", "4096", "3", "/blocks.0/norm1_output_0"]
+    ]
+    for part in (
+        "Forms rewritten: KeptRank 1.", "ONNX Runtime runsMatMulIntegerToFloat 49",
+        "attention; for onnxruntime", "--calib calib --val val --labels val.txt",
+        "FusedLayerNormalization 25 Calibrated",
+    ):  # fmt: skip
+        assert part in text, part
+    plain = render(make_report(), "", [])
+    assert "What equalisation moved" not in plain
+    assert "--val" not in plain.split('id="command"')[1].split("</pre>")[0]
+
+
+def test_columns_that_were_not_measured_are_hidden(html: str) -> None:
+    assert '<table class="sortable graphwise" id="ops">' in html
+    headings = re.findall(r'<th[^>]* data-t="([^"]*)"[^>]*>', html.split('id="ops"')[1])
+    assert headings[12:14] == ["Layerwise dB", "Gain dB"]
+    hidden = "#ops.graphwise :is(th, td):is(:nth-child(13), :nth-child(14)) { display: none; }"
+    assert hidden in html
+
+
 def test_nothing_comes_from_outside(html: str) -> None:
     page = Page(html)
     assert all(link.startswith(("data:", "#")) for link in page.links)

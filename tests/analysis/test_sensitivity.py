@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from prepared_models import DIGITS, images, prepared, quantized
+from prepared_models import DIGITS, images, prepared, quantized, subject
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.errors import logits_error
 from ptq_onnx.analysis.modules import find_modules
 from ptq_onnx.analysis.results import Sensitivity
-from ptq_onnx.analysis.segments import Segments, find_segments
+from ptq_onnx.analysis.segments import Segments, changed_constants, find_segments
 from ptq_onnx.analysis.sensitivity import Images, run_count, sensitivity
 from ptq_onnx.errors import ModelError
 from ptq_onnx.export.lowering import lower
@@ -37,9 +38,9 @@ def found(quantizer: SiteQuantizer) -> Sensitivity:
     )  # fmt: skip
 
 
-def whole(specs: dict[str, TensorSpec]) -> np.ndarray:
+def whole(specs: dict[str, TensorSpec], model: ir.Model | None = None) -> np.ndarray:
     """Logits of the whole model, lowered with those specs: no segments, no restarts."""
-    data = graphs.serialize(lower(prepared(DIGITS).model, specs))
+    data = graphs.serialize(lower(model or prepared(DIGITS).model, specs))
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {session.get_inputs()[0].name: images()[:COUNT]})[0])
 
@@ -167,8 +168,6 @@ def test_reference_is_what_logits_are_compared_with(quantizer: SiteQuantizer) ->
     head = next(s.tensor for s in p.sites.values() if s.role == "head.weight")
     old = other.graph.initializers[head].const_value
     assert old is not None
-    import onnx_ir as ir
-
     other.graph.initializers[head].const_value = ir.tensor(old.numpy() * 2)
     few = {head: quantizer.specs[head]}
     run = sensitivity(
@@ -176,6 +175,33 @@ def test_reference_is_what_logits_are_compared_with(quantizer: SiteQuantizer) ->
         reference=other, threads=1,
     )  # fmt: skip
     assert 3 < run.baseline.snr_db < 9  # half the logits: 6 dB, but for the bias
+
+
+def test_a_linear_left_in_float_has_its_own_weight_and_bias() -> None:
+    """Rounded weights and corrected biases come and go with the quantization of the weight."""
+    quantizer = quantized(quantizer="deploy", bits="4/8/8", rounding="gptq")
+    p, plain = subject(quantizer), quantizer.plan.model
+    weight = next(s.tensor for s in p.sites.values() if (s.role, s.block) == ("fc1.weight", 5))
+    head = next(s.tensor for s in p.sites.values() if s.role == "head.weight")
+    run = sensitivity(
+        p.model, {t: quantizer.specs[t] for t in (weight, head)}, p.blocks, p.sites,
+        Images(images()[:COUNT]), held_apart=False, reference=plain, threads=1,
+    )  # fmt: skip
+    left = {(s.module, s.part): s for s in run.leave_one_out if s.scope in ("model", "kind")}
+    assert left["model", "all"].error.snr_db == 200.0
+    node = next(n for n in plain.graph if weight in [v.name for v in n.inputs if v is not None])
+    constants = {str(v.name) for v in node.inputs[1:] if v is not None}
+    assert len(constants) == 2
+    assert constants <= set(changed_constants(plain, p.model))
+    copy = plain.clone()
+    for name in constants:
+        copy.graph.initializers[name].const_value = p.model.graph.initializers[name].const_value
+    expected = logits_error(whole({}, plain), whole({weight: quantizer.specs[weight]}, copy))
+    (alone,) = [s for s in run.layerwise if (s.module, s.scope) == ("blocks.5.fc1", "op")]
+    assert alone.error.snr_db == pytest.approx(expected.snr_db, abs=0.1)
+    # All but the head is fc1 alone.
+    assert left["head", "all"].error.snr_db == pytest.approx(expected.snr_db, abs=0.1)
+    assert expected.snr_db > run.baseline.snr_db + 3
 
 
 def test_progress_counts_every_run_and_no_images_are_refused(quantizer: SiteQuantizer) -> None:

@@ -154,7 +154,7 @@ def test_advice_names_blocks_ratio_and_options(quantizer: SiteQuantizer, found: 
         for name, gain in (("fc2", 4.2), ("gelu", 0.3))
     )
     run = Sensitivity(4, True, error, None, (), gains, 1.0)
-    token = Outlier("token", "x", "residual2", 3, 41, 7, -560.0, 123.4)
+    token = Outlier("token", tensor_of("residual2", 3), "residual2", 3, 41, 7, -560.0, 123.4)
     made = replace(found, tensors=tensors, outliers=(token,))
     texts = advise(p.sites, quantizer.specs, made, run, None)
     assert len(texts) == 3
@@ -162,6 +162,11 @@ def test_advice_names_blocks_ratio_and_options(quantizer: SiteQuantizer, found: 
     assert texts[1].startswith("gelu (read by fc2) of blocks 2, 3: one channel 43× the median")
     assert "--per-channel fc2@2,3" in texts[1]
     assert "from block 3 on: up to -560 in blocks.3.residual2, token 7, channel 41" in texts[2]
+    assert texts[2].endswith("(--method robust), or give the channel a scale of its own"
+                             " (--quantizer fqvit).")  # fmt: skip
+    others = quantized(quantizer="fqvit"), quantized(quantizer="deploy")
+    for other in others:  # factors per channel and no clipping; in float
+        assert len(advise(p.sites, other.specs, made, None, None)) == 0, other.name
 
 
 def test_advice_on_clipping_and_weights(quantizer: SiteQuantizer, found: Variation) -> None:

@@ -16,6 +16,7 @@ from ptq_onnx.calibration.preprocess_check import (
     PreprocessCheck,
     check_preprocess,
     clearly_surer,
+    may_be_surer,
     top_confidence,
 )
 from ptq_onnx.images import open_images
@@ -62,6 +63,16 @@ def test_clearly_surer_takes_a_margin_and_more_than_chance() -> None:
     assert not clearly_surer(own + swing, own)
     assert not clearly_surer(own - 0.2, own)
     assert not clearly_surer(np.ones(1), np.zeros(1))
+
+
+def test_what_may_yet_be_surer_goes_on() -> None:
+    own = np.full(4, 0.5)
+    assert may_be_surer(own + MARGIN + 0.01, own)
+    assert not may_be_surer(own + MARGIN - 0.01, own)  # ahead, but never by the margin
+    swing = np.array([0.3, -0.3, 0.3, -0.3])  # error 0.17
+    assert may_be_surer(own + swing - 0.1, own)
+    assert not may_be_surer(own + swing - 0.2, own)
+    assert may_be_surer(np.zeros(1), np.ones(1))
 
 
 def by_name(found: PreprocessCheck) -> dict[str, tuple[float, int]]:
@@ -117,6 +128,19 @@ def test_any_number_of_pictures(count: int) -> None:
 def test_a_model_that_does_not_mind_raises_no_warning() -> None:
     found = check_preprocess(lambda x: np.eye(10, dtype=np.float32)[: len(x)], pictures(), IMAGENET)
     assert found.warning is None
+
+
+def test_a_model_that_does_not_mind_costs_few_images() -> None:
+    """Differences of nothing are no reason to go on, whichever sign they have."""
+    sizes = list[int]()
+
+    def classify(images: FloatArray) -> FloatArray:
+        sizes.append(len(images))
+        return np.eye(10, dtype=np.float32)[np.arange(len(images))] * (1 + 1e-4 * len(sizes))
+
+    found = check_preprocess(classify, pictures(), IMAGENET)
+    assert found.warning is None
+    assert sizes == [STAGES[0]] * len(NAMED)
 
 
 @pytest.mark.real

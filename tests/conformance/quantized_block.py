@@ -478,3 +478,39 @@ def middle_value(block: Block) -> None:
 
 def shifted_query(block: Block) -> None:
     block.const("q_zero_point", np.int8(4))
+
+
+def log2_map(block: Block, *levels: float, codes: int = onnx.TensorProto.UINT8) -> None:
+    """The attention map in log2 codes, read back from a table: powers of two, or ``levels``."""
+    found = levels or (*(2.0**-c for c in range(15)), 0.0)
+    block.const("p_levels", np.array(found, np.float32))
+    block.const("p_last", np.float32(len(found) - 1))
+    block.const("p_first", np.float32(0))
+    negated = block.before("av", "Neg", "p_level", block.before("av", "Log", "p_log", "softmax"))
+    clipped = block.before("av", "Clip", "p_clip", negated, "p_first", "p_last")
+    coded = block.before("av", "Cast", "p_codes", clipped, to=codes)
+    index = block.before("av", "Cast", "p_index", coded, to=onnx.TensorProto.INT32)
+    block.set("av", 0, block.before("av", "Gather", "p_values", "p_levels", index))
+    for name in ("p_dq", "p_q"):
+        block.nodes.remove(block.node(name))
+
+
+def other_table(block: Block) -> None:
+    """One level is no power of two."""
+    log2_map(block, 1.0, 0.5, 0.3, 0.125, 0.0)
+
+
+def wide_table_index(block: Block) -> None:
+    """The table is read by what was never a code of 8 bits."""
+    log2_map(block, codes=onnx.TensorProto.INT32)
+
+
+def one_level(block: Block) -> None:
+    """A table that only switches on and off."""
+    log2_map(block, 1.0, 0.0)
+
+
+def log2_map_of_floats(block: Block) -> None:
+    """Log2 codes beside a value in float: the product is float on purpose."""
+    log2_map(block)
+    float_value(block)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import quantized_block as q
+from prepared_models import DIGITS, prepared, quantized
 
 from ptq_onnx import cli
 from ptq_onnx.conformance import TARGETS
+from ptq_onnx.export.integer import lower_integer
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -64,6 +67,41 @@ def test_warnings_alone_conform_unless_strict(command: Command, tmp_path: Path) 
     path = saved(tmp_path, "onnxruntime", q.float_linear)
     assert command(path)[0] == 0
     assert command(path, "--strict")[0] == 1
+
+
+def test_integer_file(command: Command, tmp_path: Path) -> None:
+    """The histogram of ops, the widest accumulator against its type; a float op is an error."""
+    model = lower_integer(prepared(DIGITS).model, quantized(target="integer").specs)
+    good, bad = tmp_path / "good.onnx", tmp_path / "bad.onnx"
+    proto = ir.to_proto(model)
+    onnx.save(proto, good)
+    code, out, err = command(good, "--target", "integer")
+    assert (code, err) == (0, "")
+    table = " ".join(out.split())
+    for text in ("MatMulInteger 49", "BitShift 162", "widest accumulator tensor", "bits 23, of 32"):
+        assert text in table
+    code, out, _ = command(good, "--target", "integer", "--json")
+    found = json.loads(out)
+    assert (code, found["conforms"], found["ops"]["MatMulInteger"]) == (0, True, 49)
+    assert set(found["rules"]) == {"standard-domain", "no-float-inside", "no-overflow"}
+    widest = found["facts"]["widest accumulator"]
+    assert (widest["bits"], widest["of"]) == (23, 32)
+    makers = {o: n.op_type for n in proto.graph.node for o in n.output}
+    assert makers[widest["tensor"]] == "MatMulInteger"
+
+    index, node = next((i, n) for i, n in enumerate(proto.graph.node) if n.op_type == "Transpose")
+    code_name, node.input[0] = node.input[0], "back"
+    for name, source, to in (("there", code_name, 1), ("back", "there", 2)):  # float32, uint8
+        cast = onnx.helper.make_node("Cast", [source], [name], name=name, to=to)
+        proto.graph.node.insert(index, cast)
+        index += 1
+    onnx.save(proto, bad)
+    code, out, err = command(bad, "--target", "integer")
+    assert (code, err) == (1, "")
+    for word in ("no-float-inside", "there", "back", "FQ-ViT"):
+        assert word in out
+    found = json.loads(command(bad, "--target", "integer", "--json")[1])
+    assert {v["node"] for v in found["violations"]} == {"there", "back"}
 
 
 def test_json(command: Command, tmp_path: Path) -> None:

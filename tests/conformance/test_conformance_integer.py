@@ -143,5 +143,8 @@ def test_histogram_and_widest(file: ir.Model) -> None:
     assert found["accumulator"][1:] == (23, 32)
     assert found["int64"][1] <= 63
     assert found["uint32"][1] <= 30
-    (title,) = facts(file)
-    assert max(facts(file)[title].values()) == 63
+    told = facts(file)
+    assert told["widest accumulator"] == dict(
+        zip(("tensor", "bits", "of"), found["accumulator"], strict=True)
+    )
+    assert {name.removeprefix("widest ") for name in told} == set(found)

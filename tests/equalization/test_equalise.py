@@ -79,6 +79,7 @@ def test_forms_fire_once() -> None:
     counts = restructure(copy, ONNXRUNTIME)
     assert counts == {
         "PatchesAsLinear": 0,
+        "PackedPixelsAsLinear": 0,
         "UnpackedAttention": 2,
         "FoldedScale": 2,
         "KeptRank": 1,

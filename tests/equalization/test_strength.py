@@ -54,6 +54,20 @@ def test_wide_channels_are_worth_a_factor() -> None:
     assert np.corrcoef(np.log(choice.factor), np.log(half))[0, 1] > 0.8
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999, 1.001, 10.0])
+def test_a_limit_saves_work_and_changes_no_choice(share: float) -> None:
+    """Below the limit the noise is exact; at or beyond it, at least the limit."""
+    x, weight = layer(3, 1.0)
+    half, variance = np.abs(x).max(axis=0), x.var(axis=0)
+    products = [Product(np.abs(weight).astype(np.float32)) for _ in range(3)]
+    exact = output_noise(np.ones(24), half, variance, products, 256)
+    found = output_noise(np.ones(24), half, variance, products, 256, limit=share * exact)
+    if share > 1:
+        assert found == exact
+    else:
+        assert share * exact <= found <= exact
+
+
 def test_equal_channels_need_none() -> None:
     product = Product(np.full((8, 5), 0.3, np.float32))
     choice = choose_factor(np.ones(8), np.ones(8), [product], 256)

@@ -102,6 +102,30 @@ def test_fewer_multiplier_bits_cost_accuracy_and_nothing_else() -> None:
     assert found[0] < found[1] - 3
 
 
+def test_gelu_by_polynomial() -> None:
+    """The same integers in simulator, interpreter and ONNX Runtime; no table is looked up."""
+    model, batch = prepared(DIGITS).model, images()[:2]
+    quantizer = quantized(target="integer")
+    file = lower_integer(model, quantizer.specs, gelu="polynomial")
+    assert violations(file) == []
+    ops = Counter(node.op_type for node in file.graph)
+    assert (ops["Abs"], ops["Gather"]) == (6, 1)  # a GELU a block; the class token
+    _, different, _ = differing_tensors(ir.to_proto(file), [batch])
+    assert different == []
+    overrides, left = integer_overrides(model, quantizer.specs, gelu="polynomial")
+    assert left == []
+    simulated = Simulator(model, quantizer, overrides=overrides).run(batch)["logits"]
+    np.testing.assert_array_equal(run(file, batch), simulated)
+
+
+def test_gelu_by_polynomial_needs_a_gelu() -> None:
+    model = transformer(Choices(activation="Relu"))
+    specs = calibrated(model).specs
+    for function in (lower_integer, integer_overrides):
+        with pytest.raises(ModelError, match=r"^--gelu polynomial: the model has no GELU"):
+            function(model, specs, gelu="polynomial")
+
+
 @pytest.mark.parametrize("opset", [22, 23])
 def test_other_opsets(opset: int) -> None:
     found = prepare(DIGITS, opset)

@@ -20,6 +20,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.export.integer.attention import AttentionStep
 from ptq_onnx.export.integer.elementwise import MeanStep, SumStep, Term, gelu, table_step
 from ptq_onnx.export.integer.fixed_point import MAX_SHIFT, FixedPoint, fixed_point
+from ptq_onnx.export.integer.gelu import gelu_step
 from ptq_onnx.export.integer.grid import Grid, Ints, LogGrid
 from ptq_onnx.export.integer.layer_norm import LayerNormStep, layer_norm_step
 from ptq_onnx.export.integer.products import ConvStep, LinearStep, ProductStep, largest_sum
@@ -401,6 +402,58 @@ def test_gelu_is_exact_to_its_input(seed: int, factors: bool) -> None:
         else 1
     )  # type: ignore[arg-type]
     assert step.tables.shape == (pairs, 256)
+
+
+def i_gelu(x: np.ndarray) -> np.ndarray:
+    """I-BERT's polynomial in float64, as the paper has it."""
+    v = np.minimum(np.abs(x) / math.sqrt(2), 1.769)
+    return x / 2 * (1 + np.sign(x) * (-0.2888 * (v - 1.769) ** 2 + 1))
+
+
+@EASY
+@given(SEEDS, st.floats(2.0**-8, 0.2), st.integers(0, 255), st.booleans())
+def test_gelu_by_polynomial(seed: int, scale: float, zero: int, factors: bool) -> None:
+    """That of big integers, I-BERT's within its grid of 2^-10, and the real one within 0.0182."""
+    rng = np.random.default_rng(seed)
+    read = grid(scale, zero, rng.integers(0, 4, 12) if factors else 0)
+    made = grid(scale, 9, rng.integers(0, 4, 12) if factors else 0)
+    step = gelu_step(read, made)
+    codes = rng.integers(0, 256, (3, 7, 12)).astype(np.uint8)
+    codes[0, 0], codes[0, 1], codes[0, 2] = 0, 255, zero
+    found = step(codes.astype(np.int64))
+    np.testing.assert_array_equal(run(step, codes), found)
+    x = (codes.astype(np.float64) - zero) * read.scale
+    unclipped = i_gelu(x) / made.scale + 9
+    grids = np.abs(x) * 2 * 0.2888 * 1.769 * 2.0**-10 / 2 / made.scale  # erf's slope times u
+    nearest = np.clip(unclipped, 0, 255)
+    assert np.all(np.abs(found - nearest) <= 0.5001 + grids)
+    real = np.clip(gelu(x, "none") / made.scale + 9, 0, 255)
+    assert np.all(np.abs(found - real) <= 0.5001 + grids + 0.0182 / made.scale)
+    exact = []
+    m = np.broadcast_to(step.multiplier, codes.shape)
+    for code, by in zip(codes.ravel().tolist(), m.ravel().tolist(), strict=True):
+        d = code - zero
+        e = 3_630_803 - (1811 - min((abs(d) * by + 2048) >> 12, 1811)) ** 2
+        exact.append(d * (3_630_803 + (e if d >= 0 else -e)))
+    np.testing.assert_array_equal(found, step.finish(np.array(exact).reshape(codes.shape)))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 2.0**-12, 0.03, 1.0, 1e6])
+@pytest.mark.parametrize("zero", [0, 130, 255])
+@pytest.mark.parametrize("alpha", [0, 12])
+def test_gelu_by_polynomial_at_its_extremes(scale: float, zero: int, alpha: int) -> None:
+    """All codes: nothing leaves its type, erf stays in [-1, 1], large x pass, small ones halve."""
+    read = grid(scale, zero, np.full(1, alpha))
+    made = grid(scale, zero, np.full(1, alpha))
+    step = gelu_step(read, made)
+    codes = np.arange(256).astype(np.uint8).reshape(256, 1)
+    found = step(codes.astype(np.int64))
+    np.testing.assert_array_equal(run(step, codes), found)
+    x = (codes - float(zero)) * read.scale
+    assert np.abs(found - (i_gelu(x) / made.scale + zero)).max() <= 0.76
+    assert found[zero, 0] == zero
+    large = x[:, 0] > 3
+    assert np.array_equal(found[large], codes[large])
 
 
 def test_other_activations() -> None:

@@ -173,3 +173,48 @@ def test_metadata_is_kept() -> None:
     fuse(model)
     node: ir.Node = next(iter(model.graph))
     assert node.metadata_props["namespace"] == "blocks.0.norm1"
+
+
+def keras_norm(
+    g: SmallGraph, *, negated: str = "mean", pool: str = "x", sign: str = "Neg"
+) -> tuple[str, str]:
+    """As tf2onnx writes Keras 3's layer: means as GlobalAveragePool, x·s + (-μ·s + β)."""
+    mean = g("GlobalAveragePool", pool)
+    other = g("GlobalAveragePool", g("Relu", "x")) if negated == "other" else mean
+    centred = g("Sub", "x", mean)
+    variance = g("GlobalAveragePool", g("Mul", centred, centred))
+    root = g("Sqrt", g("Add", variance, 1e-3))
+    scale = g("Mul", g("Reciprocal", root), GAMMA.reshape(1, 1, D))
+    offset = g("Add", g("Mul", g(sign, other), scale), BETA.reshape(1, 1, D))
+    return g("Add", g("Mul", "x", scale), offset), mean
+
+
+def test_keras_spelling() -> None:
+    g = SmallGraph(("batch", 5, D))
+    y, _ = keras_norm(g)
+    model = g.model(y)
+    assert fuse(model)["LayerNormalization"] == 1
+    assert ops(model) == ["LayerNormalization"]
+    assert_same(model, g.proto(y), X)
+    before = text(model)
+    fuse(model)
+    assert text(model) == before
+
+
+@pytest.mark.parametrize("options", [{"negated": "other"}, {"sign": "Abs"}, {"mean": True}])
+def test_near_misses_of_the_keras_spelling(options: dict[str, object]) -> None:
+    g = SmallGraph(("batch", 5, D))
+    read = bool(options.pop("mean", False))
+    y, mean = keras_norm(g, **options)  # type: ignore[arg-type]
+    outputs = (y, mean) if read else (y,)
+    model = g.model(*outputs)
+    assert fuse(model)["LayerNormalization"] == 0
+    assert_same(model, g.proto(*outputs), X)
+
+
+def test_a_pool_of_images_is_no_mean_over_the_last_axis() -> None:
+    g = SmallGraph(("batch", 5, D, D))
+    y = g("Relu", g("GlobalAveragePool", "x"))
+    model = g.model(y)
+    fuse(model)
+    assert ops(model) == ["GlobalAveragePool", "Relu"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, assert_same, ops, sample, text
 
+from ptq_onnx.cleaning import clean
 from ptq_onnx.fusion import fuse
 from ptq_onnx.graph import to_standard
 
@@ -157,3 +158,31 @@ def test_what_is_no_conv_bias_stays(shape: tuple[int, ...]) -> None:
     counts = fuse(model)
     assert (counts["ConvBias"], counts["PatchEmbed"]) == (0, 0)
     assert text(model) == before
+
+
+def dense(width: int, *, twice: bool = False, swapped: bool = False) -> tuple[SmallGraph, str]:
+    """Keras' Dense on [batch, 5, 8]: rows, a product, the shape put back, the bias."""
+    g = SmallGraph(("batch", 5, 8))
+    y = g("MatMul", g("Reshape", "x", np.array([-1, 8])), sample(8, width, seed=1))
+    back = g("Reshape", y, np.array([-1, width, 5] if swapped else [-1, 5, width]))
+    out = g("Add", back, sample(5 if swapped else width, seed=2))
+    return g, g("Add", out, g("ReduceSum", y, np.array([0, 1]), keepdims=0)) if twice else out
+
+
+def test_a_product_of_rows_is_a_linear() -> None:
+    g, out = dense(6)
+    model = g.model(out)
+    clean(model)
+    assert fuse(model)["Linear"] == 1
+    assert ops(model) == ["Linear"]
+    assert_same(model, g.proto(out), sample(2, 5, 8))
+
+
+@pytest.mark.parametrize("options", [{"twice": True}, {"swapped": True}])
+def test_rows_that_do_not_come_back_stay(options: dict[str, bool]) -> None:
+    g, out = dense(6, **options)
+    model = g.model(out)
+    clean(model)
+    fuse(model)
+    assert "Reshape" in ops(model)
+    assert_same(model, g.proto(out), sample(2, 5, 8))

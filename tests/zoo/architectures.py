@@ -58,7 +58,10 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def _vit(name: str = "vit_tiny_patch16_224", size: int = 32, **options: Any) -> Architecture:
+def _vit(
+    name: str = "vit_tiny_patch16_224", size: int = 32, full_size: int = 224, **options: Any
+) -> Architecture:
+    """``full_size`` 0: the smallest published one is too large to be tried."""
     tiny = {
         "img_size": size,
         "patch_size": 8,
@@ -67,7 +70,8 @@ def _vit(name: str = "vit_tiny_patch16_224", size: int = 32, **options: Any) -> 
         "num_heads": 2,
         "num_classes": CLASSES,
     }
-    return Architecture(_timm(name, **{**tiny, **options}), _timm(name), size)
+    full = _timm(name) if full_size else None
+    return Architecture(_timm(name, **{**tiny, **options}), full, size, full_size)
 
 
 class _HuggingFace(nn.Module):
@@ -192,12 +196,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit_registers": _vit("vit_small_patch16_224", reg_tokens=4, pos_embed="learn"),
     "vit_avg_pool": _vit(class_token=False, global_pool="avg"),
     "vit_attention_pool": _vit(class_token=False, global_pool="map"),
-    "vit_rope": _vit("vit_pe_core_tiny_patch16_384", size=32),
+    "vit_rope": _vit("vit_pe_core_tiny_patch16_384", size=32, full_size=384),
     "deit": _vit("deit_tiny_patch16_224"),
     "deit_distilled": _vit("deit_tiny_distilled_patch16_224"),
     "deit3": _vit("deit3_small_patch16_224"),
-    "dinov2": _vit("vit_small_patch14_dinov2", init_values=0.5, num_classes=CLASSES),
-    "dinov2_swiglu": _vit("vit_giant_patch14_dinov2", init_values=0.5),
+    "dinov2": _vit("vit_small_patch14_dinov2", full_size=518, init_values=0.5),
+    "dinov2_swiglu": _vit("vit_giant_patch14_dinov2", full_size=0, init_values=0.5),
     "eva02": _vit("eva02_tiny_patch14_224"),
     "eva02_sub_norm": _vit("eva02_base_patch14_224"),
     "aimv2": _vit("aimv2_large_patch14_224"),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ptq_onnx import graph as graphs
 from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.engine import Simulator
-from ptq_onnx.equalization import equalise
+from ptq_onnx.equalization import equalise, in_form
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.preparation import Prepared
 from ptq_onnx.quantizers import make_quantizer
@@ -83,8 +83,7 @@ def quantized(prepared: Prepared, images: Array, **options: Any) -> SiteQuantize
     config = QuantizeConfig(threads=1, **options)
     batches = [images[i : i + 2] for i in range(0, len(images), 2)]
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config)
-    if config.equalizes:
-        plan = equalise(plan, batches)
+    plan = equalise(plan, batches) if config.equalizes else in_form(plan)
     quantizer = make_quantizer(plan)
     quantizer.run(torch.from_numpy(images[:2]), batches)
     return quantizer

@@ -154,7 +154,15 @@ EXPORTERS: dict[str, Exporter] = {
     "ort-session": session_optimized,
     "tf2onnx": spelled("tf2onnx"),
     "paddle2onnx": spelled("paddle2onnx"),
+    "keras": spelled("keras"),
 }
+
+
+UNFUSED: dict[tuple[str, str], Exporter] = {
+    ("eva02", "ts14"): torchscript(14, plain=True),
+    ("eva02", "ts20"): torchscript(20, plain=True),
+}
+"""With timm's ``fused_attn`` off: TorchScript cannot trace the ``is_causal`` of EVA."""
 
 
 def export(architecture: str, exporter: str, path: Path, full: bool = False) -> Path:
@@ -162,6 +170,7 @@ def export(architecture: str, exporter: str, path: Path, full: bool = False) -> 
     from zoo.architectures import make
 
     module, shape = make(architecture, full)
-    EXPORTERS[exporter](module, shape, path)
+    chosen = UNFUSED.get((architecture, exporter)) or EXPORTERS[exporter]
+    chosen(module, shape, path)
     onnx.load(path, load_external_data=False)
     return path

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zoo.architectures import ARCHITECTURES, torchvision_schemas
-from zoo.cells import CELLS, EXPECTED, MUST, Cell, run
+from zoo.cells import CELLS, EXPECTED, MUST, Cell, run, violated
 
 with torchvision_schemas():
     pytest.importorskip("timm", exc_type=ImportError)
@@ -25,11 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_cell(cell: Cell, folder: Path) -> None:
-    if cell.fails is not None:
-        record(cell, {"complaints": [cell.fails]})
-        with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the exporter raises
-            run(cell, folder)
-        return
     result = run(cell, folder)
     complaints = result.complaints(cell)
     record(cell, {"complaints": complaints, **asdict(result)})
@@ -61,11 +56,15 @@ def test_full_size(name: str, tmp_path: Path) -> None:
     images = np.random.default_rng(0).standard_normal((2, *make(name, True)[1])).astype(np.float32)
     reference = checks.run(str(path), images, optimize=False)
     fused = checks.run(graphs.serialize(prepared.model), images)
-    assert checks.relative_error(fused, reference) <= 1e-4
+    # Deep float32 networks: as far as ONNX Runtime's own optimizer moves the file, at most twice.
+    moved = checks.relative_error(checks.run(str(path), images), reference)
+    assert checks.relative_error(fused, reference) <= max(1e-4, 2 * moved)
     assert prepared.blocks.unrecognised == ()
     for quantizer in ("deploy", "fqvit"):
-        specs = checks.quantized(prepared, images, quantizer=quantizer).specs
-        checks.run(graphs.serialize(lower(prepared.model, specs)), images)
+        found = checks.quantized(prepared, images, quantizer=quantizer)
+        file = graphs.serialize(lower(found.model, found.specs))
+        assert violated(file) == []
+        checks.run(file, images)
 
 
 def test_the_table_is_complete() -> None:

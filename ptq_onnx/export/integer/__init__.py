@@ -5,7 +5,7 @@ the simulator runs) and the ONNX nodes that compute the very same integers. ``pl
 decides what each node of the fused graph becomes, ``lowering.py`` writes the file.
 
 Sources: FQ-ViT (arXiv 2111.13824) for the residual stream and LayerNorm on PTF codes and
-for Log-Int-Softmax, I-BERT (arXiv 2101.01321) for the exponential.
+for Log-Int-Softmax, I-BERT (arXiv 2101.01321) for the exponential and for GELU by polynomial.
 """
 
 from ptq_onnx.export.integer.lowering import lower_integer

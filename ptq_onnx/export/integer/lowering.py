@@ -26,11 +26,14 @@ NAME = "{}_quantized"
 
 
 def lower_integer(
-    model: ir.Model, specs: Mapping[str, TensorSpec], bits: int = MULTIPLIER_BITS
+    model: ir.Model,
+    specs: Mapping[str, TensorSpec],
+    bits: int = MULTIPLIER_BITS,
+    gelu: str = "table",
 ) -> ir.Model:
-    """The model in integers, its multipliers ``bits`` wide. Raises ModelError, naming node and
-    op, for what it cannot hold."""
-    return _Lowering(model, make_plan(model, specs, bits=bits)).run()
+    """The model in integers, its multipliers ``bits`` wide, GELU by ``table`` or
+    ``polynomial``. Raises ModelError, naming node and op, for what it cannot hold."""
+    return _Lowering(model, make_plan(model, specs, bits=bits, gelu=gelu)).run()
 
 
 class _Lowering:

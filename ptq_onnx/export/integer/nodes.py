@@ -15,6 +15,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.export.integer.attention import QUOTIENT_BITS, AttentionStep
 from ptq_onnx.export.integer.elementwise import FUNCTIONS, MeanStep, SumStep, table_step
 from ptq_onnx.export.integer.fixed_point import MULTIPLIER_BITS, requantize
+from ptq_onnx.export.integer.gelu import gelu_step
 from ptq_onnx.export.integer.grid import Double, Grid, LogGrid
 from ptq_onnx.export.integer.layer_norm import layer_norm_step
 from ptq_onnx.export.integer.plan import Plan, Planned, refusal, spread
@@ -37,13 +38,17 @@ def make_plan(
     *,
     strict: bool = True,
     bits: int = MULTIPLIER_BITS,
+    gelu: str = "table",
 ) -> Plan:
     """Plan every compute node of a fused graph.
 
     ``strict``: raises ModelError for a node that cannot be in integers; else it is listed in
-    ``left``. ``bits``: width of the fixed-point multipliers.
+    ``left``. ``bits``: width of the fixed-point multipliers. ``gelu``: ``table`` or
+    ``polynomial``; raises ModelError for the latter where there is no Gelu.
     """
-    plan = Plan(model, specs, bits)
+    plan = Plan(model, specs, bits, gelu)
+    if gelu == "polynomial" and not any(node.op_type == "Gelu" for node in model.graph):
+        raise ModelError("--gelu polynomial: the model has no GELU; leave the option out.")
     for node in model.graph:
         if is_layout(node) or node.op_type == "Constant":
             continue
@@ -267,10 +272,12 @@ def plan_softmax(plan: Plan, node: ir.Node) -> Planned:
 
 
 def plan_activation(plan: Plan, node: ir.Node) -> Planned:
-    """GELU and its like, by table."""
+    """GELU and its like, by table; GELU by polynomial where asked for."""
     read, made = plan.read(node, 0), plan.needed(node)
     if read.accumulator:
         raise refusal(node, "its input has no scale")
+    if node.op_type == "Gelu" and plan.gelu == "polynomial":
+        return plan.planned(node, gelu_step(read, made, plan.bits), (0,), made)
     return plan.planned(node, table_step(node, read, made), (0,), made)
 
 

@@ -8,6 +8,7 @@ output has no spec (proj, fc2, QKᵀ before its scale) leaves its accumulator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,7 @@ class Plan:
     model: ir.Model
     specs: Mapping[str, TensorSpec]
     bits: int = MULTIPLIER_BITS
+    gelu: str = "table"
     left: list[ir.Node] = field(default_factory=list)
     """Compute nodes that cannot be in integers, where that is allowed."""
     steps: dict[ir.Node, Planned] = field(default_factory=dict)
@@ -123,8 +125,19 @@ class Plan:
             indices = layout_indices(output, place)
             if indices is None:
                 raise ModelError(f"Tensor '{output.name}': its way to '{place.name}' is dynamic.")
+            if indices.size and int(indices.max()) >= math.prod(shape[1:]):
+                raise refusal(
+                    producer(output),
+                    "other axes join the batch behind it (windows, as in Swin), which the integer"
+                    " target does not cover; use --target onnxruntime",
+                )
             channel = np.unravel_index(indices, [1, *shape[1:]])[axis]
             grid = Grid.of(spec)
+            if not fits(grid.scale.shape, channel.shape):
+                raise refusal(
+                    producer(output),
+                    f"its output is reshaped before '{place.name}' is quantized per channel",
+                )
             scale[channel] = np.broadcast_to(grid.scale, channel.shape)
             zero[channel] = np.broadcast_to(grid.zero, channel.shape)
             found.append((channel, grid))
@@ -224,6 +237,19 @@ class Plan:
         if value.const_value is None:
             raise refusal(node, f"its input '{value.name}' must be a constant")
         return np.asarray(value.const_value.numpy(), np.float64)
+
+
+def fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """True where an array of that shape broadcasts to the other."""
+    pairs = zip(reversed(shape), reversed(other), strict=False)
+    return len(shape) <= len(other) and all(a in (1, b) for a, b in pairs)
+
+
+def producer(value: ir.Value) -> ir.Node:
+    """The node that makes a value."""
+    node = value.producer()
+    assert node is not None
+    return node
 
 
 def spread(grid: Grid) -> int:

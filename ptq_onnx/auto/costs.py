@@ -1,0 +1,81 @@
+"""What it costs the runtime to leave tensors in float, or to give them more bits.
+
+A product (Conv, linear, QKᵀ, A·V) works at the width of its widest input, which is 32 bits where
+one of them is float; any other op reads and writes each element once. The unit is one operation
+taken from 8 bits to 32: a MAC of a product, an element of any other tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from ptq_onnx.blocks import is_linear, name_of
+from ptq_onnx.spec import Rule, Site
+
+FLOAT_BITS = 32
+UNIT = FLOAT_BITS - 8
+
+
+def macs(node: ir.Node) -> int:
+    """Multiplications of one image in a Conv, linear or product; 0 for other ops.
+
+    An axis whose size is not known counts once.
+    """
+    if len(node.inputs) < 2:
+        return 0
+    out, left, weight = _sizes(node.outputs[0])[1:], node.inputs[0], node.inputs[1]
+    if left is None or weight is None:
+        return 0
+    if node.op_type == "Conv":
+        return math.prod(out) * math.prod(_sizes(weight)[1:])
+    if is_linear(node) or node.op_type == "MatMul":
+        return math.prod(out) * _sizes(left)[-1]
+    return 0
+
+
+def cost(
+    model: ir.Model,
+    sites: Mapping[str, Site],
+    before: Mapping[str, Rule],
+    after: Mapping[str, Rule],
+) -> float:
+    """Operations of one image, each by the bits it gains, from rules before to rules after.
+
+    A rule that is missing means float. Tensors that only products read count through those.
+    """
+    products = {name_of(node): node for node in model.graph if macs(node)}
+    was, now = (_widths(products, sites, rules) for rules in (before, after))
+    total = sum(macs(node) * (now[name] - was[name]) for name, node in products.items())
+    for site in sites.values():
+        if site.consumers and products.keys() >= set(site.consumers):
+            continue
+        size = math.prod(d for d in site.shape[1:] if isinstance(d, int))
+        total += size * (_bits(after, site.tensor) - _bits(before, site.tensor))
+    return total / UNIT
+
+
+def _widths(
+    products: Mapping[str, ir.Node], sites: Mapping[str, Site], rules: Mapping[str, Rule]
+) -> dict[str, int]:
+    """The bits of the widest input of every product."""
+    found = dict.fromkeys(products, 0)
+    for site in sites.values():
+        for name in products.keys() & set(site.consumers):
+            found[name] = max(found[name], _bits(rules, site.tensor))
+    for name, node in products.items():  # a weight that several share names one reader only
+        weight = str(node.inputs[1].name) if node.inputs[1] is not None else ""
+        if weight in sites:
+            found[name] = max(found[name], _bits(rules, weight))
+    return {name: bits or FLOAT_BITS for name, bits in found.items()}
+
+
+def _bits(rules: Mapping[str, Rule], tensor: str) -> int:
+    return rules[tensor].bits if tensor in rules else FLOAT_BITS
+
+
+def _sizes(value: ir.Value) -> list[int]:
+    shape = () if value.shape is None else value.shape
+    return [d if isinstance(d, int) else 1 for d in shape]

@@ -1,0 +1,140 @@
+"""Quantizes a model under any decisions, from one calibration, and measures the file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.analysis.modules import Module
+from ptq_onnx.analysis.results import Closeness, Error
+from ptq_onnx.analysis.segments import Specs
+from ptq_onnx.analysis.sensitivity import Images, layerwise_errors
+from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions
+from ptq_onnx.auto.closeness import Labels, closeness, drop_error
+from ptq_onnx.auto.costs import cost
+from ptq_onnx.auto.search import Option, Stage
+from ptq_onnx.config import ALL
+from ptq_onnx.evaluation import logits, since
+from ptq_onnx.export.lowering import lower
+from ptq_onnx.image_source import ImageSource
+from ptq_onnx.preprocess import FloatArray
+from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.quantizers.base import Plan, SiteQuantizer
+from ptq_onnx.spec import Rule
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What decisions are measured on.
+
+    ``reference``: the float file. ``labels_of``: the classes of the images, to be asked for once
+    all were read, when their order is known; None without labels. ``held_apart``: calibration did
+    not use the images. ``sample``: images of the expectations. ``work``: a folder for files.
+    """
+
+    reference: Path
+    images: ImageSource
+    labels_of: Callable[[int], Labels] | None
+    held_apart: bool
+    sample: Images
+    work: Path
+
+
+class Trials:
+    """Candidates, what they are expected to gain, and what a set of them really does."""
+
+    def __init__(
+        self, plan: Plan, batches: Iterable[Any], evidence: Evidence, stage: Stage
+    ) -> None:
+        self._batches, self._evidence, self._stage = batches, evidence, stage
+        self.reference: FloatArray = logits(
+            evidence.reference,
+            evidence.images,
+            threads=plan.config.threads,
+            progress=since(stage("Float model", len(evidence.images))),
+        )
+        labels = evidence.labels_of
+        self.truth = None if labels is None else labels(self.reference.shape[1])
+        self._base = make_quantizer(plan)
+        statistics = self._base.measure(batches)
+        self._specs = self._base.solve(statistics)
+        self.plan = replace(plan, statistics=statistics)
+        self._whole = max(cost(plan.model, plan.sites, self._base.rules, {}), 1.0)
+        self._known: dict[frozenset[tuple[str, Rule]], tuple[Closeness, float | None]] = {}
+
+    def options(self) -> dict[Option, Candidate]:
+        """Every candidate as the search sees it: its cost is its share of the whole model's."""
+        candidates = find_candidates(self._base, self._specs)
+        noise = self._noise(candidates)
+        return {
+            Option(c.module, c.kind, noise[c], c.operations / self._whole): c for c in candidates
+        }
+
+    def share(self, chosen: Sequence[Candidate]) -> float:
+        """What the candidates cost together, in percent of the whole model in float."""
+        after = self._quantizer(chosen).rules
+        return 100 * cost(self.plan.model, self.plan.sites, self._base.rules, after) / self._whole
+
+    def measure(self, chosen: Sequence[Candidate]) -> Closeness:
+        """The file with those decisions against the float one; the same file once only."""
+        return self._measured(chosen)[0]
+
+    def drop_error(self, chosen: Sequence[Candidate]) -> float | None:
+        """One standard error of its drop; None without labels."""
+        return self._measured(chosen)[1]
+
+    def _measured(self, chosen: Sequence[Candidate]) -> tuple[Closeness, float | None]:
+        quantizer = self._quantizer(chosen)
+        key = frozenset(quantizer.rules.items())
+        if key not in self._known:
+            specs = quantizer.calibrate(self._batches)
+            found = self._logits(lower(quantizer.model, specs))
+            error = None if self.truth is None else drop_error(self.reference, found, self.truth)
+            self._known[key] = closeness(self.reference, found, self.truth), error
+        return self._known[key]
+
+    def _quantizer(self, chosen: Sequence[Candidate]) -> SiteQuantizer:
+        return make_quantizer(
+            replace(self.plan, config=with_decisions(self.plan.config, chosen), progress=None)
+        )
+
+    def _logits(self, model: ir.Model) -> FloatArray:
+        """Of a file, as it is deployed: models beyond 2 GB have no other form."""
+        evidence = self._evidence
+        with tempfile.TemporaryDirectory(dir=evidence.work) as folder:
+            path = Path(folder) / "trial.onnx"
+            graphs.save(model, path, check=False)
+            return logits(path, evidence.images, threads=self.plan.config.threads)
+
+    def _noise(self, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
+        """Noise to signal at the logits that each decision is expected to take away: what its
+        tensors make when they alone are quantized, less what is left with 8 bits."""
+        config = self.plan.config
+        module = {c: Module(c.module, "op", c.role, c.block, "all", c.tensors) for c in candidates}
+        wider = {m for c, m in module.items() if c.kind == "8 bits"}
+        advance = self._stage("Module by module", len(set(module.values())) + len(wider))
+
+        def errors(modules: Iterable[Module], specs: Specs) -> dict[Module, Error]:
+            return layerwise_errors(
+                self.plan.model,
+                {m: {t: specs[t] for t in m.tensors} for m in modules},
+                self._evidence.sample,
+                threads=config.threads,
+                progress=advance,
+            )
+
+        noise = errors(module.values(), self._specs)
+        left: dict[Module, Error] = {}
+        if wider:
+            widest = replace(self.plan, config=replace(config, more_bits=(ALL,)), progress=None)
+            # All at once, so that no trial has to round a weight to 8 bits.
+            left = errors(wider, make_quantizer(widest).calibrate(self._batches))
+        return {
+            c: noise[m].snr - (left[m].snr if c.kind == "8 bits" else 0) for c, m in module.items()
+        }
