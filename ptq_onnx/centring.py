@@ -23,8 +23,6 @@ from ptq_onnx.spec import Site
 SUFFIX = "/centred"
 TOKENS = -2
 """The axis of the tokens in V."""
-GRID = 4
-"""The mean is rounded to this many steps of V's codes (see ``export/lowering.py``)."""
 
 
 def rows_sum_to_one(product: ir.Node) -> bool:
@@ -37,12 +35,21 @@ def rows_sum_to_one(product: ir.Node) -> bool:
     return softmax.attributes.get_int("axis", -1) in (-1, rank - 1)
 
 
+def static_tokens(value: ir.Value) -> int:
+    """How many tokens V has; 0 where that is known at run time only."""
+    size = 0 if value.shape is None or len(value.shape) < 2 else value.shape[TOKENS]
+    return size if isinstance(size, int) else 0
+
+
 def takes_centring(value: ir.Value) -> bool:
-    """True for a V that one product alone reads, behind a softmax, and that a layout op makes.
+    """True for a V of a known number of tokens that one product alone reads, behind a softmax,
+    and that a layout op makes.
 
     What another op makes is quantized there, before the mean is known to the product.
     """
     uses, producer = list(value.uses()), value.producer()
+    if not static_tokens(value):
+        return False
     if producer is None or not is_layout(producer) or len(uses) != 1 or value.is_graph_output():
         return False
     node, index = uses[0].node, uses[0].idx

@@ -92,7 +92,11 @@ class NodeKernels:
             name=node.name,
         )
         model = ir.Model(single, ir_version=self._model.ir_version)
-        return graphs.to_standard(lower(model, {t: self._specs[t] for t in active}))
+        # The product that reads a centred V quantizes it: it needs the mean of the float V.
+        made = {v.name for v in node.outputs}
+        specs = {t: self._specs[t] for t in active}
+        specs = {t: s for t, s in specs.items() if not (s.rule.centred and t in made)}
+        return graphs.to_standard(lower(model, specs))
 
     def _build(self, name: str, active: frozenset[str]) -> ort.InferenceSession:
         options = ort.SessionOptions()

@@ -32,7 +32,7 @@ from ptq_onnx.blocks import (
     source,
     through_layout,
 )
-from ptq_onnx.centring import GRID, TOKENS
+from ptq_onnx.centring import TOKENS, static_tokens
 from ptq_onnx.layout import channel_map, layout_indices, static_shape
 from ptq_onnx.quantizers.log2 import THRESHOLD, log2_values, top_code
 from ptq_onnx.quantizers.uniform import quantize
@@ -161,26 +161,26 @@ class _Lowering:
 
     def centred(self, value: ir.Value, spec: TensorSpec, uses: list[tuple[ir.Node, int]]) -> None:
         """V without its mean over the tokens, quantized; A·V gets it back."""
+        # Any constant will do. The sum is one of whole numbers, so that it does not depend on its
+        # order, which ONNX Runtime's optimizer changes with the layout: a last bit moves codes.
+        # So does the division of its ReduceMean.
+        step, tokens = np.float32(spec.scale), static_tokens(value)
+        inverse = self.constant(f"{value.name}_mean_inverse_step", np.float32(1) / step)
         axes = self.constant(f"{value.name}_tokens", np.array([TOKENS], np.int64))
-        mean = self.add(value.producer(), "ReduceMean", [value, axes], value, "mean")
+        whole = self.chain(
+            value,
+            [("Mul", [inverse], "mean_scaled", None), ("Round", [], "mean_rounded", None)],
+            value,
+        )
+        mean = self.add(whole.producer(), "ReduceSum", [whole, axes], value, "sum")
         if value.shape is not None:
             sizes = list(value.shape)
             sizes[TOKENS] = 1
             mean.shape = ir.Shape(sizes)
-        # Any constant will do. On a grid it does not depend on the order of the sum, which ONNX
-        # Runtime's optimizer changes with the layout: the last bit would move codes behind it.
-        step = np.float32(GRID * float(spec.scale))
-        inverse = self.constant(f"{value.name}_mean_inverse_step", np.float32(1) / step)
-        by = self.constant(f"{value.name}_mean_step", step)
-        mean = self.chain(
-            mean,
-            [
-                ("Mul", [inverse], "mean_scaled", None),
-                ("Round", [], "mean_rounded", None),
-                ("Mul", [by], "mean_on_grid", None),
-            ],
-            mean,
-        )
+        by = self.constant(f"{value.name}_mean_step", step / np.float32(tokens))
+        mean = self.add(mean.producer(), "Mul", [mean, by], value, "mean")
+        if value.shape is not None:
+            mean.shape = ir.Shape(sizes)
         part = self.add(mean.producer(), "Sub", [value, mean], value, "centred")
         out = self.codes(self.clipped(part, value, spec), value, spec)
         self.behind_product(value, out, uses, 1, ("Add", mean, "mean_restored"))
