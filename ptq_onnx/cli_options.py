@@ -17,6 +17,7 @@ from ptq_onnx.config import (
     METHOD_NAMES,
     MIN_SQNR,
     OPSETS,
+    PRECISION_NAMES,
     QUANTIZER_NAMES,
     ROUNDING_NAMES,
     TARGETS,
@@ -90,6 +91,15 @@ Quantizer = Annotated[
 Bits = Annotated[
     str | None,
     option("--bits", "W/A/ATTN", DEFAULT.bits, "Of weights/activations/attention, 2 to 8 each."),
+]
+Precision = Annotated[
+    str | None,
+    option(
+        "--precision",
+        "NAME",
+        DEFAULT.precision,
+        f"One of {', '.join(PRECISION_NAMES)}; fp8 is E4M3, for the target tensorrt.",
+    ),
 ]
 Weights = Annotated[
     int | None,
@@ -183,6 +193,14 @@ Rounding = Annotated[
         "NAME",
         DEFAULT.rounding,
         f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
+    ),
+]
+QuantizeResidual = Annotated[
+    bool | None,
+    switch(
+        "quantize-residual",
+        DEFAULT.quantize_residual,
+        "tensorrt: Q/DQ on the skip input of residual adds, so that they fuse with the product.",
     ),
 ]
 Arithmetic = Annotated[

@@ -17,6 +17,7 @@ from ptq_onnx.targets import Target
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
+PRECISION_NAMES = ("int8", "fp8")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
 GELU_NAMES = ("table", "polynomial")
 TARGETS = tuple(BY_NAME)
@@ -118,6 +119,7 @@ class QuantizeConfig:
 
     quantizer: str = ""
     bits: str = "8/8/8"
+    precision: str = "int8"
     weights: int = 8
     method: str | None = None
     images: int = 128
@@ -141,6 +143,7 @@ class QuantizeConfig:
     equalize: bool = True
     bias_correction: bool = True
     rounding: str = "nearest"
+    quantize_residual: bool = False
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
     gelu: str = "table"
@@ -170,6 +173,7 @@ class QuantizeConfig:
             _choice("method", self.method, METHOD_NAMES)
         _choice("target", self.target, TARGETS)
         _choice("rounding", self.rounding, ROUNDING_NAMES)
+        _choice("precision", self.precision, PRECISION_NAMES)
         _choice("gelu", self.gelu, GELU_NAMES)
         if self.weights not in WEIGHTS or isinstance(self.weights, bool):
             raise ConfigError(f"--weights {self.weights!r}: must be 8, or 4 for weights alone.")
@@ -197,6 +201,13 @@ class QuantizeConfig:
             raise ConfigError(f"--target {self.target}, quantizer {self.quantizer}: {refused}.")
         if self.target == INTEGER:
             self._check_integer()
+        if self.precision == "fp8":
+            self._check_fp8()
+        if self.quantize_residual and not self.runtime.quantized_residuals:
+            raise ConfigError(
+                f"--quantize-residual with --target {self.target}: deploy leaves residual adds in"
+                " float there, because the runtime does not fuse them; use --target tensorrt."
+            )
         if self.weight_only:
             self._check_weight_only()
         width = self.multiplier_bits
@@ -252,6 +263,21 @@ class QuantizeConfig:
         if self.max_drop is not None and self.min_sqnr is not None:
             raise ConfigError("--max-drop and --min-sqnr exclude each other: leave one out.")
 
+    def _check_fp8(self) -> None:
+        """8-bit floats are for TensorRT, have one width, and no integer grid to search on."""
+        for found, wrong, why in (
+            (f"--target {self.target}", not self.runtime.eight_bit_floats,
+             "its runtime has no FP8 products; use --target tensorrt"),
+            (f"--bits {self.bits}", str(self.widths) != "8/8/8", "FP8 has 8 bits; leave it out"),
+            (f"--rounding {self.rounding}", self.rounding != "nearest",
+             "it rounds to integers; use nearest"),
+            (f"--method {self.method}", self.method not in (None, "minmax", "ema", "robust"),
+             "it searches on an integer grid; use minmax, ema or robust"),
+            ("--per-channel", bool(self.per_channel), "activations have one scale; leave it out"),
+        ):  # fmt: skip
+            if wrong:
+                raise ConfigError(f"--precision fp8 with {found}: {why}.")
+
     def _check_integer(self) -> None:
         """The target integer quantizes every tensor. Its arithmetic is integer."""
         for option, used in (
@@ -296,6 +322,11 @@ class QuantizeConfig:
     def widths(self) -> Bits:
         """The bit widths, parsed."""
         return Bits.parse(self.bits)
+
+    @property
+    def code(self) -> Literal["uniform", "e4m3"]:
+        """The code of what deploy quantizes."""
+        return "e4m3" if self.precision == "fp8" else "uniform"
 
     @property
     def equalizes(self) -> bool:

@@ -392,8 +392,9 @@ class Executor(TorchExecutor):  # type: ignore[misc]
         spec: TensorSpec | None = config.detail.get(SPEC)
         if spec is not None and (
             spec.factor is not None
-            or spec.rule.code == "log2"
+            or spec.rule.code != "uniform"
             or spec.rule.granularity == "row"
+            or spec.rule.centred
             or spec.rule.block_size
         ):
             return fake_quantize(tensor, spec)
@@ -467,13 +468,16 @@ class Simulator:
         return {op.type for op in self.graph.operations.values()}
 
     def _normalize_rows(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Mark the products that divide by the row sums of log2 levels (torch mode)."""
+        """Mark the products that divide by the row sums of log2 levels, and those whose V is
+        without its mean (torch mode)."""
         for operation in self.graph.operations.values():
             first = operation.inputs[0].name if operation.inputs else ""
             spec = specs.get(first)
             active = spec is not None and spec.rule.code == "log2" and spec.rule.renormalize
             if operation.type == "MatMul":
                 operation.attributes["normalize_rows"] = int(active)
+                value = specs.get(operation.inputs[1].name)
+                operation.attributes["centred"] = int(value is not None and value.rule.centred)
 
     def _run(self, operation: Operation, values: list[torch.Tensor]) -> list[torch.Tensor]:
         override = self._overrides.get(operation.name)

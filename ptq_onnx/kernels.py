@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import is_constant, is_layout, name_of
 from ptq_onnx.export.lowering import Factor, lower, rows_of
+from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
 
 
@@ -91,7 +92,11 @@ class NodeKernels:
             name=node.name,
         )
         model = ir.Model(single, ir_version=self._model.ir_version)
-        return graphs.to_standard(lower(model, {t: self._specs[t] for t in active}))
+        # The product that reads a centred V quantizes it: it needs the mean of the float V.
+        made = {v.name for v in node.outputs}
+        specs = {t: self._specs[t] for t in active}
+        specs = {t: s for t, s in specs.items() if not (s.rule.centred and t in made)}
+        return graphs.to_standard(lower(model, specs))
 
     def _build(self, name: str, active: frozenset[str]) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -101,7 +106,7 @@ class NodeKernels:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = ir.to_proto(self.model_of(name, active)).SerializeToString()
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return open_with_fp8(data, options, ["CPUExecutionProvider"])
 
 
 def carried_specs(

@@ -54,10 +54,27 @@ def session(
         raise ModelError(f"{where} does not exist: expected an .onnx file.")
     try:
         source = model if isinstance(model, bytes) else str(model)
-        return ort.InferenceSession(source, options, providers=providers)
+        return open_with_fp8(source, options, providers)
     except Exception as error:  # its exceptions share no base class
         reason = " ".join(str(error).split())
         raise ModelError(f"{where} is refused by ONNX Runtime: {reason[:300]}") from error
+
+
+def open_with_fp8(
+    source: str | bytes, options: ort.SessionOptions, providers: list[Any]
+) -> ort.InferenceSession:
+    """A session, without the Q/DQ fusions where the file holds FP8 codes.
+
+    ONNX Runtime 1.31 fuses Q/DQ of FP8 into integer kernels as if they were int8, and then
+    refuses its own graph; without them it computes the products on the dequantized floats.
+    """
+    try:
+        return ort.InferenceSession(source, options, providers=providers)
+    except Exception as error:
+        if "float8e4m3fn" not in str(error):
+            raise
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return ort.InferenceSession(source, options, providers=providers)
 
 
 @lru_cache(maxsize=1)

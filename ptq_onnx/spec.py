@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ptq_onnx.targets import Stored
 
 Granularity = Literal["tensor", "channel", "ptf", "row"]
-Code = Literal["uniform", "log2"]
+Code = Literal["uniform", "log2", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class Rule:
 
     ``granularity``: one scale per ``tensor``, one per ``channel``, or ``ptf``: one scale
     and a power-of-two factor per channel (FQ-ViT), or ``row``: one scale, on every row (last
-    axis) divided by its largest value, which is found at run time. ``code``: ``uniform``, or
-    ``log2`` for attention maps; ``renormalize`` divides A V by the sum of the row's codes' values.
-    ``stored``: the type of an activation's codes in the file; weights are int8, or int4 where
-    ``block_size``, the number of rows that share a scale and zero point of a column, is not 0.
+    axis) divided by its largest value, which is found at run time. ``code``: ``uniform``;
+    ``log2`` for attention maps; ``e4m3``: 8-bit floats, whose limits are -448 and 448.
+    ``renormalize`` divides A V by the sum of the row's codes' values. ``stored``: the type of an
+    activation's integer codes in the file; weights are int8, or int4 where ``block_size``, the
+    number of rows that share a scale and zero point of a column, is not 0. ``centred``: the mean
+    over tokens is taken out before, and added to A V (see ``centring.py``).
     """
 
     bits: int = 8
@@ -65,11 +67,14 @@ class Rule:
     method: str = "minmax"
     renormalize: bool = False
     stored: Stored = "uint8"
+    centred: bool = False
     block_size: int = 0
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest integer code."""
+        """Smallest and largest code, in units of the scale."""
+        if self.code == "e4m3":
+            return -448, 448
         if self.signed:
             return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         return 0, (1 << self.bits) - 1
@@ -82,7 +87,7 @@ class TensorSpec:
     Dequantized value = (code - zero_point) * scale * factor. ``scale`` and ``zero_point``
     are scalars, or vectors along ``axis`` (weights), or [B, N] of B blocks of rows. ``factor``
     broadcasts against the tensor: powers of two for PTF, free ratios for ``channel``, ``None``
-    where all are one.
+    where all are one. For ``e4m3`` the codes are bits, whose value takes the place of the code.
     For ``log2`` codes the value is 2**-code, and the top code stands for zero.
     """
 
@@ -116,6 +121,7 @@ class TensorSpec:
             "method": self.rule.method,
             "renormalize": self.rule.renormalize,
             "stored": self.rule.stored,
+            "centred": self.rule.centred,
             "block_size": self.rule.block_size,
             "scale": self.scale.astype(float).tolist(),
             "zero_point": self.zero_point.tolist(),
@@ -141,6 +147,7 @@ class TensorSpec:
             method=data["method"],
             renormalize=bool(data["renormalize"]),
             stored=data.get("stored", "uint8"),
+            centred=bool(data.get("centred", False)),
             block_size=int(data.get("block_size", 0)),
         )
         factor = None

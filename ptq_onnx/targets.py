@@ -35,6 +35,12 @@ class Target:
     """Type of signed activation codes in the file; in uint8 they are stored 128 higher."""
     rows: bool = True
     """Every row of an attention map is divided by its largest value at run time."""
+    centred_values: bool = False
+    """v is quantized without its mean over the tokens of the image, which is added to A·V."""
+    eight_bit_floats: bool = False
+    """It computes products of FP8 E4M3."""
+    quantized_residuals: bool = False
+    """A residual add takes its skip input in int8, where asked for."""
     convolutions: bool = False
     """A Conv with a float output is computed in int8 (ONNX Runtime 1.31 leaves it in float)."""
     patches_as_linear: bool = True
@@ -82,6 +88,9 @@ TENSORRT = Target(
     signed_attention=True,
     signed_stored="int8",
     rows=False,
+    centred_values=True,
+    eight_bit_floats=True,
+    quantized_residuals=True,
     convolutions=True,
     patches_as_linear=False,
     split_qkv=False,

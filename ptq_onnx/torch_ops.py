@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ptq_onnx.centring import TOKENS
 from ptq_onnx.quantizers.log2 import THRESHOLD, top_code
 from ptq_onnx.spec import TensorSpec
 
@@ -30,6 +31,9 @@ def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
     codes."""
     if spec.rule.code == "log2":
         return log2_fake_quantize(x, spec.rule.bits)
+    if spec.rule.centred:
+        mean = x.mean(dim=TOKENS, keepdim=True)
+        return dequantize(quantize(x - mean, spec), spec) + mean
     if spec.rule.granularity == "row":
         top = x.amax(dim=-1, keepdim=True)
         return dequantize(quantize(x / top, spec), spec) * top
@@ -58,6 +62,9 @@ def quantize(x: Tensor, spec: TensorSpec) -> Tensor:
     """Codes (float tensor that holds integers, shape of ``x``)."""
     scale, zero, factor = _parts(spec, x)
     low, high = spec.rule.limits
+    if spec.rule.code == "e4m3":
+        held = torch.clamp(x / factor / scale, low, high)
+        return held.to(torch.float8_e4m3fn).to(x.dtype)
     return torch.clamp(torch.round(x / factor / scale) + zero, low, high)
 
 
@@ -116,6 +123,9 @@ def _softmax(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
 
 
 def _matmul(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    if attributes.get("centred"):  # what rounding A loses is no part of the mean of V
+        mean = values[1].mean(dim=TOKENS, keepdim=True)
+        return torch.matmul(values[0], values[1] - mean) + mean
     product = torch.matmul(values[0], values[1])
     if attributes.get("normalize_rows"):
         product = product / values[0].sum(dim=-1, keepdim=True)

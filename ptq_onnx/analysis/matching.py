@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError
 from ptq_onnx.quantizers.uniform import dequantize
+from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -98,9 +99,7 @@ class Tapped:
         options.log_severity_level = 4
         options.intra_op_num_threads = self._threads
         try:
-            opened = ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            opened = open_with_fp8(model.SerializeToString(), options, ["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"Model {self.path} is refused by ONNX Runtime: {reason}") from error

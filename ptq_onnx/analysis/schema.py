@@ -23,7 +23,7 @@ from ptq_onnx.analysis.results import (
     Variation,
 )
 from ptq_onnx.equalization import Move
-from ptq_onnx.spec import Granularity
+from ptq_onnx.spec import Code, Granularity
 from ptq_onnx.targets import Stored
 
 Schema = dict[str, Any]
@@ -108,8 +108,9 @@ def report_schema() -> Schema:
     spec = {
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
         "symmetric": {"type": "boolean"}, "granularity": {"enum": [*get_args(Granularity)]},
-        "code": {"enum": ["uniform", "log2"]}, "method": STRING,
+        "code": {"enum": [*get_args(Code)]}, "method": STRING,
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
+        "centred": {"type": "boolean"},
         "block_size": COUNT,
         "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),

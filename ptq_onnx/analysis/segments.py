@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import consumers, is_constant, is_layout
 from ptq_onnx.export.lowering import lower
+from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -140,7 +141,7 @@ class Segments:
         model = self.model_of(first, last)
         self._round(model, specs)
         data = graphs.serialize(lower(model, specs_within(self, specs, first)))
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return open_with_fp8(data, options, ["CPUExecutionProvider"])
 
     def _round(self, model: ir.Model, specs: Specs) -> None:
         """Give products whose weight is quantized their rounded weight and corrected bias."""

@@ -34,6 +34,7 @@ from ptq_onnx.analysis.results import (
 from ptq_onnx.analysis.tokens import Tokens, find_tokens
 from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.calibration.statistics import ChannelStatistics, collect
+from ptq_onnx.centring import TOKENS
 from ptq_onnx.layout import channel_map
 from ptq_onnx.quantizers.log2 import log2_codes, log2_values
 from ptq_onnx.quantizers.uniform import dequantize, over, quantize
@@ -81,6 +82,10 @@ def fake_quantize(value: Array, spec: TensorSpec) -> Array:
     """Quantized and dequantized values of a tensor."""
     if spec.rule.code == "log2":
         return log2_values(log2_codes(value, spec.rule.bits), spec.rule.bits)
+    if spec.rule.centred:
+        mean = value.mean(axis=TOKENS, keepdims=True)
+        found: Array = dequantize(quantize(value - mean, spec), spec) + mean
+        return found
     return dequantize(quantize(value, spec), spec)
 
 

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from ptq_onnx.errors import ModelError
+from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.validation import one_line
 
 FLOAT_PRODUCTS = frozenset(
@@ -48,7 +49,7 @@ def optimised(source: str | Path | bytes) -> onnx.ModelProto:
         options.add_session_config_entry(f"{prefix}min_size_in_bytes", "1024")
         try:
             content = source if isinstance(source, bytes) else str(source)
-            ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            open_with_fp8(content, options, ["CPUExecutionProvider"])
             return onnx.load_model(path, load_external_data=False)
         except Exception as error:  # its exceptions share no base class
             raise ModelError(f"ONNX Runtime does not load the model: {one_line(error)}.") from error

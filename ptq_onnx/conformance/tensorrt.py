@@ -16,13 +16,16 @@ import onnx_ir as ir
 from ptq_onnx.blocks import is_constant, is_layout, name_of
 from ptq_onnx.conformance import common
 from ptq_onnx.conformance.coding import (
+    DEQUANTIZE,
     FOUR_BITS,
     FP8,
     INT8,
     INT32,
+    QUANTIZE,
     Coding,
     back_through_moves,
     constant,
+    type_of,
 )
 from ptq_onnx.conformance.product import INTEGER_PRODUCTS, inner_axis
 from ptq_onnx.conformance.quantized_model import QuantizedModel
@@ -248,6 +251,55 @@ def softmax_scale(model: QuantizedModel) -> Iterator[Finding]:
                 )
 
 
+def residual_branch(model: QuantizedModel) -> Iterator[Finding]:
+    """A residual add takes Q/DQ on its skip input, not on the product's output: a pair there keeps
+    product and add from fusing (Explicit Quantization, placement of Q/DQ; Figure "suboptimal
+    fusion")."""
+    products = {product.node for product in model.products}
+    for node in model.graph:
+        if node.op_type != "Add" or any(is_constant(v) for v in node.inputs):
+            continue
+        for value in node.inputs:
+            pair = None if value is None else value.producer()
+            codes = None if pair is None or pair.op_type != DEQUANTIZE else pair.inputs[0]
+            quantize = None if codes is None else codes.producer()
+            if quantize is None or quantize.op_type != QUANTIZE:
+                continue
+            made = _before_bias(quantize.inputs[0])
+            if made in products:
+                yield Finding(
+                    name_of(quantize),
+                    f"expected the output of '{name_of(made)}' in float at the add "
+                    f"'{name_of(node)}', found Q/DQ; quantize its other input.",
+                    "warning",
+                )
+
+
+def scale_type(model: QuantizedModel) -> Iterator[Finding]:
+    """The type of the scale is that of the floats around it, so that it is the same for Q and DQ
+    of a pair; a network is strongly typed (Explicit Quantization; ONNX, QuantizeLinear-19)."""
+    for coding in model.codings:
+        codes = coding.node.inputs[0]
+        before = None if codes is None else back_through_moves(codes)[0].producer()
+        if coding.quantizes or before is None or before.op_type != QUANTIZE:
+            continue
+        mine, other = (n.inputs[1] for n in (coding.node, before))
+        if mine is None or other is None or type_of(mine) == type_of(other):
+            continue
+        yield Finding(
+            coding.name,
+            f"expected the type of the scale of '{name_of(before)}', {_lower(type_of(other))}, "
+            f"found {_lower(type_of(mine))}; store both in one type.",
+        )
+
+
+def saturating(model: QuantizedModel) -> Iterator[Finding]:
+    """FP8 codes saturate: TensorRT has no other conversion (ONNX, QuantizeLinear, saturate)."""
+    for coding in model.codings:
+        if coding.dtype == FP8 and not coding.node.attributes.get_int("saturate", 1):
+            yield Finding(coding.name, "expected saturate 1, found 0; leave the attribute out.")
+
+
 def stray_pair(model: QuantizedModel) -> Iterator[Finding]:
     """Q/DQ around ops without a quantized kernel (LayerNorm, the input of softmax, GELU) only
     adds conversions; residual adds may have them (Explicit Quantization, placement of Q/DQ)."""
@@ -257,6 +309,19 @@ def stray_pair(model: QuantizedModel) -> Iterator[Finding]:
 def float_product(model: QuantizedModel) -> Iterator[Finding]:
     """A layer without Q/DQ runs in the precision of its tensors (Explicit Quantization)."""
     yield from common.float_products(model)
+
+
+def _before_bias(value: ir.Value | None) -> ir.Node | None:
+    """What makes a value, before the Add of a constant."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Add" and any(is_constant(v) for v in node.inputs):
+        data = next((v for v in node.inputs if not is_constant(v)), None)
+        node = None if data is None else data.producer()
+    return node
+
+
+def _lower(dtype: ir.DataType | None) -> str:
+    return "unknown" if dtype is None else dtype.name.lower()
 
 
 SCORE_OPS = ("Mul", "Div", "Add", "Where")
@@ -290,6 +355,9 @@ TARGET = Target(
         one_pair_per_tensor,
         attention_scale_first,
         softmax_scale,
+        residual_branch,
+        scale_type,
+        saturating,
         stray_pair,
         float_product,
     )

@@ -22,6 +22,7 @@ from ptq_onnx.blocks import (
     source,
     through_layout,
 )
+from ptq_onnx.centring import rows_sum_to_one
 from ptq_onnx.equalization.forms import move_rows, own_columns, scale_columns, set_linear
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant, new_constant, unique_name
@@ -222,12 +223,7 @@ def value_path(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
     product = uses[0].node
     if not is_product(product) or uses[0].idx != 1:
         return None
-    attention = product.inputs[0]
-    softmax = None if attention is None else attention.producer()
-    if softmax is None or softmax.op_type != "Softmax" or attention is None:
-        return None
-    rank = 0 if attention.shape is None else len(attention.shape)
-    if softmax.attributes.get_int("axis", -1) not in (-1, rank - 1):
+    if not rows_sum_to_one(product):
         return None
     leaves = list(through_layout(product.outputs[0]))
     if len(leaves) != 1 or not is_linear(leaves[0][0]) or leaves[0][1] != 0:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from ptq_onnx.blocks import (
     source,
     through_layout,
 )
+from ptq_onnx.centring import TOKENS, static_tokens
 from ptq_onnx.layout import channel_map, layout_indices, static_shape
 from ptq_onnx.quantizers.log2 import THRESHOLD, log2_values, top_code
 from ptq_onnx.quantizers.uniform import quantize
@@ -123,6 +125,9 @@ class _Lowering:
         if spec.rule.granularity == "row":
             self.rows(value, spec, uses)
             return
+        if spec.rule.centred:
+            self.centred(value, spec, uses)
+            return
         out = self.uniform(value, spec)
         producer = value.producer()
         if producer is not None and producer.op_type == "Conv":
@@ -152,17 +157,56 @@ class _Lowering:
             top.shape = ir.Shape([*list(value.shape)[:-1], 1])
         part = self.add(top.producer(), "Div", [value, top], value, "row_scaled")
         out = self.codes(self.clipped(part, value, spec), value, spec)
-        products = [use for use in uses if is_product(use[0]) and use[1] == 0]
+        self.behind_product(value, out, uses, 0, ("Mul", top, "row_rescaled"))
+
+    def centred(self, value: ir.Value, spec: TensorSpec, uses: list[tuple[ir.Node, int]]) -> None:
+        """V without its mean over the tokens, quantized; A·V gets it back."""
+        # Any constant will do. The sum is one of whole numbers, so that it does not depend on its
+        # order, which ONNX Runtime's optimizer changes with the layout: a last bit moves codes.
+        # So does the division of its ReduceMean.
+        step, tokens = np.float32(spec.scale), static_tokens(value)
+        inverse = self.constant(f"{value.name}_mean_inverse_step", np.float32(1) / step)
+        axes = self.constant(f"{value.name}_tokens", np.array([TOKENS], np.int64))
+        whole = self.chain(
+            value,
+            [("Mul", [inverse], "mean_scaled", None), ("Round", [], "mean_rounded", None)],
+            value,
+        )
+        mean = self.add(whole.producer(), "ReduceSum", [whole, axes], value, "sum")
+        if value.shape is not None:
+            sizes = list(value.shape)
+            sizes[TOKENS] = 1
+            mean.shape = ir.Shape(sizes)
+        by = self.constant(f"{value.name}_mean_step", step / np.float32(tokens))
+        mean = self.add(mean.producer(), "Mul", [mean, by], value, "mean")
+        if value.shape is not None:
+            mean.shape = ir.Shape(sizes)
+        part = self.add(mean.producer(), "Sub", [value, mean], value, "centred")
+        out = self.codes(self.clipped(part, value, spec), value, spec)
+        self.behind_product(value, out, uses, 1, ("Add", mean, "mean_restored"))
+
+    def behind_product(
+        self,
+        value: ir.Value,
+        out: ir.Value,
+        uses: list[tuple[ir.Node, int]],
+        index: int,
+        restore: tuple[str, ir.Value, str],
+    ) -> None:
+        """Let products that read ``value`` as input ``index`` read ``out``, and restore behind
+        them (an op, its other input, a suffix); other readers get ``out`` with that done."""
+        op, other, suffix = restore
+        products = [use for use in uses if is_product(use[0]) and use[1] == index]
         plain = [use for use in uses if use not in products]
         for node, _ in products:
-            result = node.outputs[0]
+            result = self.renormalized.get(node.outputs[0], node.outputs[0])
             readers = list(consumers(result))
-            back = self.add(node, "Mul", [result, top], result, "row_rescaled")
-            self.renormalized[result] = back
+            back = self.add(result.producer(), op, [result, other], result, suffix)
+            self.renormalized[node.outputs[0]] = back
             self.redirect(result, readers, back)
         self.redirect(value, products, out, outputs=False)
         if plain or value.is_graph_output():
-            real = self.add(out.producer(), "Mul", [out, top], value, "rescaled")
+            real = self.add(out.producer(), op, [out, other], value, suffix)
             self.redirect(value, plain, real)
 
     def redirect(
@@ -553,14 +597,14 @@ class _Lowering:
             return weight
         codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)
         scale = np.asarray(spec.scale, np.float32) if scale is None else scale
-        kind = ir.DataType.UINT4.numpy() if spec.rule.block_size else np.int8
-        zero = (
-            np.asarray(spec.zero_point, kind)
-            if spec.rule.block_size
-            else np.zeros(scale.shape, kind)
-        )
+        rule, zero = spec.rule, np.zeros(scale.shape, np.int8)
+        if rule.code == "e4m3":
+            zero = zero.view(ml_dtypes.float8_e4m3fn)
+        elif rule.block_size:
+            zero = np.asarray(spec.zero_point, ir.DataType.UINT4.numpy())
+        stored = codes.astype(np.uint8 if rule.code == "e4m3" else zero.dtype).view(zero.dtype)
         inputs: list[ir.Value | None] = [
-            self.constant(f"{weight.name}_quantized", codes.astype(kind)),
+            self.constant(f"{weight.name}_quantized", stored),
             self.constant(f"{weight.name}_scale", scale),
             self.constant(f"{weight.name}_zero_point", zero),
         ]
@@ -627,7 +671,7 @@ class _Lowering:
             node.replace_input_with(index, real)
 
 
-def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8 | np.int8]:
+def stored_zero_point(spec: TensorSpec) -> NDArray[Any]:
     """The zero point of an activation in the file, in the type of the stored codes.
 
     Where that is uint8, signed codes are stored 128 higher, zero point included: the same
@@ -635,6 +679,8 @@ def stored_zero_point(spec: TensorSpec) -> NDArray[np.uint8 | np.int8]:
     then rejects its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it
     moves over a Transpose keeps output_dtype INT8).
     """
+    if spec.rule.code == "e4m3":
+        return np.zeros(spec.zero_point.shape, ml_dtypes.float8_e4m3fn)
     if spec.rule.stored == "int8":
         return np.asarray(spec.zero_point).astype(np.int8)
     shift = 128 if spec.rule.signed else 0

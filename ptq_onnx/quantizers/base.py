@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -217,7 +217,7 @@ class SiteQuantizer(VitQuantizer):
             stats = known
         else:
             advance = report("Calibrating")
-            stats = collect(plan.model, sites, batches, threads=threads, progress=advance)
+            stats = self.collect(sites, batches, advance)
         traces = {f"{s.tensor} ({s.label})": stats.channels[s.tensor].trace for s in sites}
         growth = find_growth(traces).warning
         if growth is not None:
@@ -241,6 +241,13 @@ class SiteQuantizer(VitQuantizer):
                 progress=report("Histograms"),
             )
         return stats
+
+    def collect(
+        self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
+    ) -> Statistics:
+        """Statistics of the sites, from one run of the batches."""
+        threads = self.plan.config.threads
+        return collect(self.plan.model, sites, batches, threads=threads, progress=advance)
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         """Specs from statistics; activations first, then weights."""
@@ -286,7 +293,8 @@ class SiteQuantizer(VitQuantizer):
         if factor is not None:
             weight = weight / factor
         axis = site.channel_axes[0] if rule.granularity != "tensor" else None
-        scale = weight_scale(weight, axis, rule.bits)
+        largest = rule.limits[1] if rule.code == "e4m3" else None
+        scale = weight_scale(weight, axis, rule.bits, largest)
         return TensorSpec(
             tensor=site.tensor,
             rule=rule,

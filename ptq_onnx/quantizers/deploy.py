@@ -11,23 +11,28 @@ business of equalisation (``equalization/``), which goes before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.calibration import ChannelStatistics, Statistics
+from ptq_onnx.calibration import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
+from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
-from ptq_onnx.quantizers.base import Array, SiteQuantizer
+from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.quantizers.rounded import rounded_weights
 from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "MatMul")
+RESIDUALS = ("residual1", "residual2")
+STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
+"""What makes the residual stream; None: it is the model's input."""
 ALONE = "stays float: another input of the product that reads it does"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
@@ -38,28 +43,46 @@ class Deploy(SiteQuantizer):
     name: ClassVar[str] = "deploy"
 
     def rule(self, site: Site) -> Rule | str:
+        if self._skips(site):
+            target, bits = self.plan.config.runtime, self.plan.config.widths.activations
+            code, method = self.plan.config.code, self.plan.config.effective_method
+            return Rule(bits, code=code, method=method, stored=target.stored(True))
         if site.role == "pos_embed":
             return FLOAT
         if not site.is_parameter and not self._read_by_product(site):
             return FLOAT
         widths = self.plan.config.widths
+        code = self.plan.config.code
         if site.is_parameter:
             if not self._read_by_product(site):
                 return FLOAT
-            return Rule(widths.weights, True, True, "channel", method="minmax")
+            return Rule(widths.weights, True, True, "channel", code=code, method="minmax")
         method = self.plan.config.effective_method
         target = self.plan.config.runtime
         if site.role == "softmax":
             sign = target.signed_attention
             grain: Granularity = "row" if target.rows else "tensor"
             stored = target.stored(sign)
-            return Rule(widths.attention, sign, sign, grain, method="fixed", stored=stored)
+            return Rule(
+                widths.attention, sign, sign, grain, code=code, method="fixed", stored=stored
+            )
         products = [self.nodes[name].op_type for name in site.consumers]
         sign = target.symmetric
         if "MatMul" in products:
             sign = target.symmetric_attention
         stored = target.stored(sign)
-        return Rule(widths.activations, sign, sign, "tensor", method=method, stored=stored)
+        centred = self._centred(site)
+        if centred and method in FROM_HISTOGRAM:
+            method = "robust"  # histograms are of the tensor with its mean
+        return Rule(
+            widths.activations,
+            sign,
+            sign,
+            code=code,
+            method=method,
+            stored=stored,
+            centred=centred,
+        )
 
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
@@ -77,7 +100,11 @@ class Deploy(SiteQuantizer):
                 tensor = "" if weight is None else str(weight.name)
                 inputs[name] += tensor in rules and sites[tensor].is_parameter
             whole = {name for name, count in inputs.items() if count == 2}
-            lost = [t for t in rules if not whole.issuperset(sites[t].consumers)]
+            lost = [
+                t
+                for t in rules
+                if not whole.issuperset(sites[t].consumers) and not self._skips(sites[t])
+            ]
             if not lost:
                 return rules
             for tensor in lost:
@@ -86,9 +113,11 @@ class Deploy(SiteQuantizer):
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
-        if rule.method != "robust" or rule.granularity != "tensor":
-            return super().bounds(site, rule, stats)
-        found = stats.channels[site.tensor]
+        # A floating grid has the same relative precision everywhere: its range need not be small.
+        if rule.method != "robust" or rule.granularity != "tensor" or rule.code == "e4m3":
+            name = site.tensor + SUFFIX if rule.centred else site.tensor
+            return super().bounds(replace(site, tensor=name), rule, stats)
+        found = stats.channels[site.tensor + SUFFIX if rule.centred else site.tensor]
         power = self._row_power(site, found)
         smallest, largest = rule.limits
         low, high = shared_range(
@@ -99,6 +128,35 @@ class Deploy(SiteQuantizer):
             exponent=self.plan.exponents.get(site.tensor, 0.0),
         )
         return np.array([low], np.float32), np.array([high], np.float32)
+
+    def _skips(self, site: Site) -> bool:
+        """True for what a residual add passes by its branch, where that is to be quantized.
+
+        The branch itself keeps the product's float output, so that product and add fuse to one
+        kernel, whose output is quantized in turn as the next add's skip input.
+        """
+        if not self.plan.config.quantize_residual or site.is_parameter:
+            return False
+        roles = self.plan.blocks.roles
+        adds = [n for n in site.consumers if roles[n].name in RESIDUALS]
+        made = None if site.producer is None else roles[site.producer].name
+        return bool(adds) and made in STREAM
+
+    def _centred(self, site: Site) -> bool:
+        """True for a v that is quantized without the mean of its image."""
+        if site.role != "v" or not self.plan.config.runtime.centred_values:
+            return False
+        read = self.nodes[site.consumers[0]].inputs[1]
+        return read is not None and read.name == site.tensor and takes_centring(read)
+
+    def collect(
+        self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
+    ) -> Statistics:
+        centred = [s for s in sites if self.rules[s.tensor].centred]
+        threads = self.plan.config.threads
+        return collect_centred(
+            self.plan.model, sites, centred, batches, threads=threads, progress=advance
+        )
 
     def _row_power(self, site: Site, stats: ChannelStatistics) -> NDArray[np.float64]:
         """Σ_n W² of the weights behind each channel; ones where channels are not their rows."""

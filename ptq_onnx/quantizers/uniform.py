@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.quantizers.e4m3 import e4m3_codes, e4m3_values
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -43,6 +44,8 @@ def quantize(x: Array, spec: TensorSpec) -> NDArray[np.int32]:
     low, high = spec.rule.limits
     scaled = x if spec.factor is None else x / spec.factor
     step = over(spec.scale, spec, x.shape)
+    if spec.rule.code == "e4m3":
+        return e4m3_codes(scaled / step)
     zero = over(spec.zero_point, spec, x.shape)
     codes = np.rint(scaled / step) + zero
     return np.asarray(np.clip(codes, low, high), np.int32)
@@ -52,7 +55,8 @@ def dequantize(codes: NDArray[np.int32], spec: TensorSpec) -> Array:
     """Float32 values of integer codes: (code - zero_point) * scale * factor."""
     step = over(spec.scale, spec, codes.shape)
     zero = over(spec.zero_point, spec, codes.shape)
-    value = (codes - zero).astype(np.float32) * step.astype(np.float32)
+    unit = e4m3_values(codes) if spec.rule.code == "e4m3" else (codes - zero).astype(np.float32)
+    value = unit * step.astype(np.float32)
     return np.asarray(value if spec.factor is None else value * spec.factor, np.float32)
 
 

@@ -13,14 +13,15 @@ SEARCHED_BELOW = 8
 """From 8 bits on nothing is clipped; below, the clip range with the least error is taken."""
 
 
-def weight_scale(weight: Array, axis: int | None, bits: int) -> Array:
+def weight_scale(weight: Array, axis: int | None, bits: int, largest: int | None = None) -> Array:
     """Scale per slice along ``axis`` ([N]), or one ([]) for None.
 
-    max |w| / (2^(b-1) - 1), at least ``TINY``; below 8 bits shrunk to the least Σ (w - ŵ)².
+    max |w| / ``largest`` (of b bits: 2^(b-1) - 1), at least ``TINY``; below 8 bits
+    shrunk to the least Σ (w - ŵ)².
     """
     rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0)
     rows = rows.reshape(len(rows), -1).astype(np.float64)
-    largest = (1 << (bits - 1)) - 1
+    largest = (1 << (bits - 1)) - 1 if largest is None else largest
     full = np.maximum(np.abs(rows).max(axis=1, initial=0) / largest, TINY)
     scale = full
     if bits < SEARCHED_BELOW:

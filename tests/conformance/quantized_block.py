@@ -341,6 +341,27 @@ def residual_pair(block: Block) -> None:
     block.set("residual", 0, value)
 
 
+def branch_pair(block: Block) -> None:
+    """The product's output in codes at the residual add, not the skip input."""
+    value = block.pair("branch", "proj_bias", block.array("norm_zero_point"))
+    added = [block.nodes.pop(), block.nodes.pop()]
+    at = block.nodes.index(block.node("residual"))
+    block.nodes[at:at] = added[::-1]
+    block.set("residual", 1, value)
+
+
+def half_scale(block: Block) -> None:
+    """One scale in float16 between float32 tensors."""
+    block.const("norm_scale", np.float32(0.0625))
+    block.const("norm_half", np.float16(0.0625))
+    block.set("norm_q", 1, "norm_half")
+
+
+def wrapping_fp8(block: Block) -> None:
+    all_fp8(block)
+    block.node("norm_q").attribute.append(helper.make_attribute("saturate", 0))
+
+
 def one_weight_scale(block: Block) -> None:
     block.const("fc2_w_scale", np.float32(0.01))
     block.const("fc2_w_zero_point", np.int8(0))

@@ -1,0 +1,57 @@
+"""``--quantize-residual``: the skip input of residual adds in int8, their branch as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_transformer import Choices, transformer
+from test_targets import decibels, run, tokens
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.blocks import find_blocks
+from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.conformance import check
+from ptq_onnx.engine import Simulator
+from ptq_onnx.equalization import equalise
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.export.lowering import lower
+from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.sites import find_sites
+
+
+def test_every_residual_add_reads_one_dequantized_skip(tmp_path: Path) -> None:
+    model, x = transformer(Choices(), blocks=2), tokens(16, seed=1)
+    model.graph.opset_imports[""] = 20
+    config = QuantizeConfig(target="tensorrt", quantize_residual=True, threads=1)
+    blocks, batches = find_blocks(model), [tokens(8), tokens(8, seed=2)]
+    plan = equalise(Plan(model, blocks, find_sites(model, blocks), config), batches)
+    quantizer = make_quantizer(plan)
+    quantizer.run(torch.from_numpy(batches[0][:1]), batches)
+    lowered = lower(quantizer.model, quantizer.specs)
+    names = {n for n, role in plan.blocks.roles.items() if role.name in ("residual1", "residual2")}
+    adds = [n for n in lowered.graph if n.name in names]
+    assert len(adds) == 4
+    for add in adds:
+        makers = [None if v.producer() is None else v.producer().op_type for v in add.inputs]
+        assert makers.count("DequantizeLinear") == 1, makers
+        pair = next(v.producer() for v in add.inputs if v.producer().op_type == "DequantizeLinear")
+        scale, zero = (v.const_value.numpy() for v in pair.inputs[1:])
+        assert scale.ndim == 0
+        assert zero == np.int8(0)
+    path = tmp_path / "quantized.onnx"
+    graphs.save(lowered, path)
+    assert check(path, "tensorrt").violations == ()
+    found = run(path, x)
+    simulated = next(iter(Simulator(quantizer.model, quantizer, threads=1).run(x).values()))
+    assert decibels(found, simulated) >= 100
+    assert decibels(run(model, x), found) >= 20
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "integer"])
+def test_other_targets_refuse_it(target: str) -> None:
+    with pytest.raises(ConfigError, match="use --target tensorrt"):
+        QuantizeConfig(target=target, quantize_residual=True)
