@@ -43,10 +43,11 @@ def images(path: Path = DIGITS, folder: Path = ROOT / "img/digits/calib", count:
 def quantized(
     path: Path = DIGITS, calibration: Array | None = None, **options: Any
 ) -> SiteQuantizer:
-    """A calibrated quantizer of its own graph, for the options of a QuantizeConfig."""
+    """A calibrated quantizer of its own graph, for the options of a QuantizeConfig; fqvit by
+    itself, which has codes of every kind."""
     found = prepared(path)
     data = images() if calibration is None else calibration
-    config = QuantizeConfig(threads=1, **options)
+    config = QuantizeConfig(**{"quantizer": "fqvit", "threads": 1, **options})
     plan = Plan(found.model, found.blocks, found.sites, config)
     batches = [data[i : i + 8] for i in range(0, len(data), 8)]
     if config.equalizes:

@@ -65,8 +65,9 @@ def test_swin_is_quantized_as_fq_vit_does(folder: Path) -> None:
     """QKᵀ before the bias, the table, their sum; the mask adds to codes and is not rounded."""
     found = prepared("swin/ts17", folder)
     quantizer = quantized(found, images(Cell("swin", "ts17")), quantizer="fqvit")
+    sites = quantizer.plan.sites  # of the form that the target computes in integers
     roles = {
-        (found.sites[t].role, found.sites[t].block, found.sites[t].is_parameter): spec
+        (sites[t].role, sites[t].block, sites[t].is_parameter): spec
         for t, spec in quantizer.specs.items()
     }
     for block in range(4):
