@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("../shared"))
     parser.add_argument("--models", default="vit,deit")
-    parser.add_argument("--rows", default=None, help="only rows that contain this text")
+    parser.add_argument("--rows", default=None, help="only rows that contain one of these texts")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> None:
         print(f"| {name} | FP32 | float | {plain.top1:.1f} | | |", flush=True)
         results[name] = {"FP32": {"top1": plain.top1}}
         for title, extra in ROWS.items():
-            if options.rows and options.rows not in title:
+            if options.rows and not any(t in title for t in options.rows.split(",")):
                 continue
             started = time.time()
             found = row(path, {**extra, "preprocess": preprocess}, options.data, options.images)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,11 +44,20 @@ def one_line_errors() -> Iterator[None]:
     except PtqError as error:
         fail(str(error))
     except KeyboardInterrupt:
+        atexit.register(_exit_interrupted)
         raise SystemExit(130) from None
     except OSError as error:
         if error.errno == errno.EPIPE or error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}.")
+
+
+def _exit_interrupted() -> None:
+    """Exit with 130, also where the interrupt came in code that ``exec`` compiled (a dataclass, on
+    import): Python then kills itself with SIGINT at its end, though the interrupt was handled."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def fail(message: str) -> NoReturn:
