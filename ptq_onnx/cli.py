@@ -20,6 +20,7 @@ from ptq_onnx.cli_check import check
 from ptq_onnx.cli_curve import calibration_curve
 from ptq_onnx.cli_inspect import inspect
 from ptq_onnx.console import (
+    INTERRUPTED,
     decibels,
     fail,
     one_line_errors,
@@ -212,6 +213,8 @@ def main() -> NoReturn:
             if not hasattr(error, "format_message"):
                 raise
             fail(f"{str(error.format_message()).rstrip('.')}. See ptq-onnx --help.")
+        if code == INTERRUPTED:  # typer's word for it
+            raise KeyboardInterrupt
     sys.exit(code if isinstance(code, int) else 0)
 
 

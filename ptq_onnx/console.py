@@ -27,6 +27,9 @@ WORST = 15
 PIPE_WIDTH = 120
 """Columns where there is no terminal to ask."""
 
+INTERRUPTED = 130
+"""Exit code of an interrupt."""
+
 Progress = Callable[[str, int], Callable[[int], None]]
 
 
@@ -45,7 +48,7 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt:
         atexit.register(_exit_interrupted)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
     except OSError as error:
         if error.errno == errno.EPIPE or error.filename is None:
             raise
@@ -57,7 +60,7 @@ def _exit_interrupted() -> None:
     import): Python then kills itself with SIGINT at its end, though the interrupt was handled."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130)
+    os._exit(INTERRUPTED)
 
 
 def fail(message: str) -> NoReturn:
