@@ -18,6 +18,9 @@ from ptq_onnx.fusion.formula import constant, new_constant, unique_name
 SMALLEST_NORMAL = 2.0**-14
 """Of 16 bits; below, a float has less than 11 bits of precision (IEEE 754, binary16)."""
 
+LARGEST_FACTOR = 2.0**14
+"""Its inverse is a normal number too."""
+
 
 def power_of_two(scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """The smallest f = 2^k, k >= 0, with scale·f >= 2^-14; 1 where a scale is zero."""
@@ -26,22 +29,42 @@ def power_of_two(scale: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def enlarge_small_scales(graph: ir.Graph) -> int:
-    """Rewrite every linear or convolution whose weight has a smaller scale; how many there were."""
+    """Rewrite linears and convolutions whose weight has a smaller scale; how many there were.
+
+    A scale that would need a factor beyond 2^14 stays as it is.
+    """
     count = 0
     for node in list(graph):
-        scale = constant(node.inputs[1]) if node.op_type == "DequantizeLinear" else None
-        if scale is None or constant(node.inputs[0]) is None or scale.min() >= SMALLEST_NORMAL:
+        if node.op_type != "DequantizeLinear":
+            continue
+        codes, stored = constant(node.inputs[0]), constant(node.inputs[1])
+        if stored is None or codes is None or stored.min() >= SMALLEST_NORMAL:
             continue
         readers = list(consumers(node.outputs[0]))
         if not readers or not all(_takes(node, reader, index) for reader, index in readers):
             continue
-        factor = power_of_two(scale.astype(np.float32))
-        enlarged = new_constant(graph, f"{_name(node.inputs[1])}_enlarged", np.float32(scale) * factor)
-        node.replace_input_with(1, enlarged)
+        scale = _any_for_zeros(node, codes, np.asarray(stored, np.float32))
+        factor = power_of_two(scale)
+        if factor.max() > LARGEST_FACTOR:
+            continue
+        name = f"{_name(node.inputs[1])}_enlarged"
+        node.replace_input_with(1, new_constant(graph, name, scale * factor))
+        if factor.max() == 1:
+            continue
         for reader, _ in readers:
             _divide(graph, reader, factor)
             count += 1
     return count
+
+
+def _any_for_zeros(
+    node: ir.Node, codes: NDArray[np.generic], scale: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The scales, those of channels whose codes are all zero at least 2^-14: any will do."""
+    axis = node.attributes.get_int("axis", 1) % codes.ndim
+    others = tuple(k for k in range(codes.ndim) if k != axis) if scale.ndim else None
+    unused = ~np.asarray(codes, np.float32).any(axis=others)
+    return np.asarray(np.where(unused, np.maximum(scale, SMALLEST_NORMAL), scale), np.float32)
 
 
 def _takes(dequantize: ir.Node, reader: ir.Node, index: int) -> bool:
@@ -64,9 +87,8 @@ def _divide(graph: ir.Graph, product: ir.Node, factor: NDArray[np.float32]) -> N
     bias = product.inputs[2] if len(product.inputs) > 2 else None
     array = constant(bias)
     if array is not None:
-        product.replace_input_with(
-            2, new_constant(graph, f"{_name(bias)}_enlarged", np.float32(array) * factor)
-        )
+        enlarged = np.asarray(array, np.float32) * factor
+        product.replace_input_with(2, new_constant(graph, f"{_name(bias)}_enlarged", enlarged))
     output, weight = product.outputs[0], product.inputs[1]
     rank = 0 if weight is None or weight.shape is None else len(weight.shape)
     shape = (-1, *[1] * (rank - 2)) if product.op_type == "Conv" and factor.ndim else factor.shape
