@@ -56,8 +56,9 @@ def to_float16(model: ir.Model) -> ir.Model:
             name = str(value.name)
             value.name = unique_name(graph, f"{name}_half")
             graph.outputs[position] = _cast(graph, value, FLOAT, (), value.producer(), name)
-    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
-        del graph.initializers[name]
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
     return copy
 
 
@@ -67,7 +68,7 @@ def half(array: NDArray[np.generic], name: str, scale: bool = False) -> NDArray[
     Scales must be normal numbers (11 bits of precision); a lone number must not become zero,
     because it may be what keeps a divisor from being zero.
     """
-    size = np.abs(array.astype(np.float64))
+    size = np.abs(np.asarray(array, np.float32))
     finite = size[np.isfinite(size)]
     largest, smallest = finite.max(initial=0.0), size.min(initial=np.inf)
     if largest > LARGEST:

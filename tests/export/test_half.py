@@ -218,8 +218,10 @@ def test_small_weight_scales_grow_and_nothing_else_changes(
     model = g.model(product)
     x = rng.normal(size=(2, 3, 4, 4) if op == "Conv" else (2, 5, 3)).astype(np.float32)
     expected = run(model, x)[0]
+    halves = to_float16(model).graph.initializers["scale_enlarged"].const_value.numpy()
     assert enlarge_small_scales(model.graph) == 1
     grown = model.graph.initializers["scale_enlarged"].const_value.numpy()
+    np.testing.assert_array_equal(halves, grown.astype(np.float16))
     assert grown.min() >= 2.0**-14
     assert (grown[scale < 2.0**-14] < 2.0**-13).all()
     np.testing.assert_array_equal(grown[scale >= 2.0**-14], scale[scale >= 2.0**-14])
