@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks import consumers
 from ptq_onnx.errors import ModelError
 from ptq_onnx.export.small_scales import SMALLEST_NORMAL, enlarge_small_scales
+from ptq_onnx.export.sums import sums_to_means
 from ptq_onnx.fusion.formula import new_constant, unique_name
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -38,6 +39,7 @@ def to_float16(model: ir.Model) -> ir.Model:
     copy = model.clone()
     graph = copy.graph
     enlarge_small_scales(graph)
+    sums_to_means(graph)
     nodes = list(graph)
     for value in list(graph.initializers.values()):
         _convert_constant(graph, value)
