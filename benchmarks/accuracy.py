@@ -35,6 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "deploy 8/8/8, adaround": {"quantizer": "deploy", "rounding": "adaround"},
     "deploy 8/8/8, tensorrt": {"target": "tensorrt"},
     "deploy 8/8/8, residual, tensorrt": {"target": "tensorrt", "quantize_residual": True},
+    "deploy 8/8/8, float16, tensorrt": {"target": "tensorrt", "float16": True},
     "deploy fp8, tensorrt": {"target": "tensorrt", "precision": "fp8"},
     "deploy 8/8/8, pearson": {"quantizer": "deploy", "method": "pearson"},
     "deploy 6/6/6": {"quantizer": "deploy", "bits": "6/6/6"},

@@ -39,6 +39,7 @@ def analyse(
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
     quantize_residual: o.QuantizeResidual = None,
+    float16: o.Float16 = None,
     arithmetic: o.Arithmetic = None,
     multiplier_bits: o.MultiplierBits = None,
     gelu: o.Gelu = None,

@@ -50,6 +50,7 @@ def calibration_curve(
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
     quantize_residual: o.QuantizeResidual = None,
+    float16: o.Float16 = None,
     target: o.Target = None,
     opset: o.Opset = None,
     threads: o.Threads = None,

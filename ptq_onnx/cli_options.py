@@ -203,6 +203,10 @@ QuantizeResidual = Annotated[
         "tensorrt: Q/DQ on the skip input of residual adds, so that they fuse with the product.",
     ),
 ]
+Float16 = Annotated[
+    bool | None,
+    switch("float16", DEFAULT.float16, "tensorrt: the float part of the file in 16 bits."),
+]
 Arithmetic = Annotated[
     str | None,
     option(

@@ -144,6 +144,7 @@ class QuantizeConfig:
     bias_correction: bool = True
     rounding: str = "nearest"
     quantize_residual: bool = False
+    float16: bool = False
     arithmetic: Literal["float", "integer"] = "float"
     multiplier_bits: int = 31
     gelu: str = "table"
@@ -207,6 +208,11 @@ class QuantizeConfig:
             raise ConfigError(
                 f"--quantize-residual with --target {self.target}: deploy leaves residual adds in"
                 " float there, because the runtime does not fuse them; use --target tensorrt."
+            )
+        if self.float16 and not self.runtime.half_floats:
+            raise ConfigError(
+                f"--float16 with --target {self.target}: only files for TensorRT have a float part"
+                " in 16 bits; use --target tensorrt."
             )
         if self.weight_only:
             self._check_weight_only()

@@ -309,6 +309,7 @@ class _Run:
     ) -> dict[str, Any]:
         import torch
 
+        from ptq_onnx.export.half import to_float16
         from ptq_onnx.export.lowering import lower
         from ptq_onnx.quantizers import make_quantizer
         from ptq_onnx.quantizers.base import Plan
@@ -340,6 +341,12 @@ class _Run:
             lowered = self._lower_integer(quantizer)
         else:
             lowered = lower(quantizer.model, quantizer.specs)
+        if config.float16:
+            lowered = to_float16(lowered)
+            self.notes.append(
+                "--float16: quantized.onnx computes its float part in 16 bits; the analysis"
+                " computes in 32."
+            )
         graphs.save(lowered, quantized)
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)

@@ -36,7 +36,7 @@ def _linear(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
 def _quick_gelu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
     """x · sigmoid(1.702 x)"""
     output, x = node.outputs[0], node.inputs[0]
-    number = np.array(QUICK_GELU_FACTOR, np.float32)
+    number = np.array(QUICK_GELU_FACTOR, (output.dtype or ir.DataType.FLOAT).numpy())
     factor = new_constant(graph, f"{output.name}_factor", number)
     scaled = ir.node("Mul", [x, factor], name=f"{node.name}_scaled")
     _describe(scaled.outputs[0], unique_name(graph, f"{output.name}_scaled"), output)

@@ -41,6 +41,8 @@ class Target:
     """It computes products of FP8 E4M3."""
     quantized_residuals: bool = False
     """A residual add takes its skip input in int8, where asked for."""
+    half_floats: bool = False
+    """The float part may have 16 bits, where asked for."""
     convolutions: bool = False
     """A Conv with a float output is computed in int8 (ONNX Runtime 1.31 leaves it in float)."""
     patches_as_linear: bool = True
@@ -91,6 +93,7 @@ TENSORRT = Target(
     centred_values=True,
     eight_bit_floats=True,
     quantized_residuals=True,
+    half_floats=True,
     convolutions=True,
     patches_as_linear=False,
     split_qkv=False,

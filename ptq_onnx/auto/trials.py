@@ -21,6 +21,7 @@ from ptq_onnx.auto.costs import cost
 from ptq_onnx.auto.search import Option, Stage
 from ptq_onnx.config import ALL
 from ptq_onnx.evaluation import logits, since
+from ptq_onnx.export.half import to_float16
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.preprocess import FloatArray
@@ -94,7 +95,8 @@ class Trials:
         key = frozenset(quantizer.rules.items())
         if key not in self._known:
             specs = quantizer.calibrate(self._batches)
-            found = self._logits(lower(quantizer.model, specs))
+            lowered = lower(quantizer.model, specs)
+            found = self._logits(to_float16(lowered) if self.plan.config.float16 else lowered)
             error = None if self.truth is None else drop_error(self.reference, found, self.truth)
             self._known[key] = closeness(self.reference, found, self.truth), error
         return self._known[key]
