@@ -1,6 +1,5 @@
 """Loading, cleaning, saving: what is read, what is refused, what is written."""
 
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -608,17 +607,13 @@ def images(folder: Path, count: int) -> np.ndarray:
 def test_sample_models(
     name: str, real_models: dict[str, Path], shared: Path, tmp_path: Path
 ) -> None:
-    start = time.perf_counter()
     model = load(real_models[name])
     report = clean(model)
-    cleaned = time.perf_counter() - start
     counts = fuse(model)
-    fused = time.perf_counter() - start - cleaned
     assert (report.opset, report.nodes_after < report.nodes_before) == (21, True)
     assert (counts["Linear"], counts["AttentionScale"], counts["PatchEmbed"]) == (49, 12, 1)
     assert dict(Counter(n.op_type for n in model.graph)) == HISTOGRAM
     assert shapes_are_known(model)
-    assert (cleaned < 5, fused < 1) == (True, True)  # twice the target: the machine may be busy
 
     before = text(model)
     assert sum(fuse(model).values()) == 1  # the patch embedding, which is only counted
