@@ -185,7 +185,7 @@ def _head(field: int, length: int) -> bytes:
 
 
 def _without_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """The model as protobuf without its large initializers, and those by name."""
+    """The model as protobuf without its large initializers, and those that are used by name."""
     proto = skeleton(model)
     inputs = {value.name for value in model.graph.inputs}
     kept: list[onnx.ValueInfoProto] = []
@@ -196,6 +196,8 @@ def _without_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Ten
         if value is None or value.const_value is None or value.const_value.size <= SMALL:
             kept.append(info)
             continue
+        if not value.uses() and not value.is_graph_output() and info.name not in inputs:
+            continue  # ONNX Runtime drops it, and then misses it
         large[info.name] = value.const_value
         (kept if info.name in inputs else described).append(info)
     proto.graph.value_info.extend(described)

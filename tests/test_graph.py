@@ -503,6 +503,23 @@ def test_a_large_model_is_written_weight_by_weight(
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_large_weight_that_nothing_reads_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime drops such a weight, and would then refuse to be handed it."""
+    for place in ("ptq_onnx.cleaning.SMALL", "ptq_onnx.graph.SMALL"):
+        monkeypatch.setattr(place, 4)
+    _, _, model = linear_model()
+    expected = open_plain(model, threads=1).run(None, {"x": X})[0]
+    dead = ir.Value(name="dead", const_value=ir.tensor(np.ones(9, np.float32), name="dead"))
+    model.graph.register_initializer(dead)
+    monkeypatch.setattr("ptq_onnx.graph.SHARED_LIMIT", 0)
+    session = open_plain(model, threads=1)
+    np.testing.assert_array_equal(session.run(None, {"x": X})[0], expected)
+    save(model, tmp_path / "out.onnx")
+    assert "dead" not in load(tmp_path / "out.onnx").graph.initializers
+
+
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 300, 2**31 - 1])
 def test_heads_of_fields_are_those_of_protobuf(length: int) -> None:
     head = graph._head(7, length)
