@@ -118,7 +118,7 @@ def test_contradictions_are_refused(options: dict[str, object], text: str) -> No
 
 def test_torch_simulates_what_onnxruntime_does() -> None:
     """PPQ's executor rounds the weights as the file does; inputs it leaves in float."""
-    quantizer = quantized(weights=4)
+    quantizer = quantized(quantizer="deploy", weights=4)
     model = quantizer.model
     batch = images()[:4]
     found = [Simulator(model, quantizer, mode=m, threads=1).run(batch) for m in ("exact", "torch")]
@@ -137,7 +137,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_linear_becomes_matmulnbits(made: Path) -> None:
-    linears = sum(map(is_linear, quantized(weights=4).model.graph))
+    linears = sum(map(is_linear, quantized(quantizer="deploy", weights=4).model.graph))
     ops = optimised_histogram(made / "quantized.onnx")
     assert ops["MatMulNBits"] == linears
     assert ops.get("DequantizeLinear", 0) == ops.get("Conv", 0) == ops.get("Gemm", 0) == 0
@@ -165,7 +165,7 @@ def test_codes_take_four_bits(made: Path) -> None:
 
 def test_file_and_simulator_agree(made: Path) -> None:
     """One kernel at a time, fed with the simulator's floats, gives the file's logits."""
-    quantizer = quantized(weights=4, rounding="gptq", images=32)
+    quantizer = quantized(quantizer="deploy", weights=4, rounding="gptq", images=32)
     batch = images()[:8]
     file = graphs.to_standard(lower(quantizer.model, quantizer.specs))
     session = ort.InferenceSession(graphs.serialize(file))
