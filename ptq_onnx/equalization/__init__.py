@@ -12,7 +12,7 @@ calibration run, which are carried over to the new graph.
 * the image in the units of its pixels, so that 8 bits hold it exactly.
 
 For 8-bit floats the model is only brought into form: their precision is relative, so that a shift
-away from zero costs it and factors gain nothing (measured: ViT-Ti 14.1 dB without, 0.2 dB with).
+away from zero costs it and factors gain nothing (ViT-Ti on 32 images: 14.3 dB without, 0.2 with).
 """
 
 from __future__ import annotations
