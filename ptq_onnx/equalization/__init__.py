@@ -49,6 +49,7 @@ from ptq_onnx.equalization.moves import (
     readers_of,
     value_path,
 )
+from ptq_onnx.equalization.reads import integer_readers, own_reads
 from ptq_onnx.equalization.strength import (
     Choice,
     Product,
@@ -375,14 +376,22 @@ def in_form(plan: Plan) -> Plan:
     """
     model = plan.model.clone()
     counts = restructure(model, plan.config.runtime, products=True)
-    blocks = find_blocks(model)
+    blocks = _with_own_reads(plan, model, find_blocks(model))
     sites = find_sites(model, blocks)
     extra: dict[str, Site] = {}
     if plan.config.runtime.codes_of_convolutions:
         extra = convolution_outputs(model, blocks, sites)
-    if not extra and not any(counts.values()):
+    if not extra and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
         return plan
     return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
+
+
+def _with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
+    """The blocks with the copies that ``deploy`` quantizes, put into the model."""
+    if plan.config.quantizer != "deploy" or plan.config.weight_only:
+        return blocks
+    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
+    return replace(blocks, roles={**blocks.roles, **roles})
 
 
 def convolution_outputs(
@@ -434,6 +443,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     if plan.pixels is not None and moves:
         roles, fixed = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
         blocks = replace(blocks, roles={**blocks.roles, **roles})
+    blocks = _with_own_reads(plan, model, blocks)
     sites = find_sites(model, blocks)
     nodes = {name_of(node): node for node in model.graph}
     wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.blocks import RESIDUALS
 from ptq_onnx.calibration import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
@@ -30,7 +31,6 @@ from ptq_onnx.quantizers.rounded import rounded_weights
 from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "MatMul")
-RESIDUALS = ("residual1", "residual2")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
 """What makes the residual stream; None: it is the model's input."""
 ALONE = "stays float: another input of the product that reads it does"
