@@ -271,13 +271,13 @@ class _Equalizer:
         return [t for t in {site.tensor, *read} if t in self.stats.channels]
 
     def queries(self, q: Site, k: Site | None) -> None:
-        """q / f and (k - t) f."""
+        """q / f and (k - t) f; f is one where something else reads q."""
         if k is None or k.tensor not in self.stats.channels:
             return
         stats_q, stats_k = self.stats.channels[q.tensor], self.stats.channels[k.tensor]
         left = columns_behind(self.values[q.tensor], stats_q.shape)
         right = columns_behind(self.values[k.tensor], stats_k.shape)
-        if left is None or right is None or len(stats_q.power) != len(stats_k.power):
+        if right is None or len(stats_q.power) != len(stats_k.power):
             return
         uses = {use.node for use in self.values[k.tensor].uses()}
         reads = {use.node for use in self.values[q.tensor].uses()}
@@ -293,13 +293,14 @@ class _Equalizer:
         half_q = self.unshifted(*self.bounds(q.tensor), sign)
         factor = np.ones(len(low))
         choice = Choice(factor, 1.0, 1.0)
-        if not shared:
+        if left is not None and not shared:
             moved = stats_k.moved(shift, factor)
             choice = balance(
                 half_q, half_k, stats_q.second_moment, moved.second_moment, self.levels
             )
         zero = np.zeros(len(low))
-        left.apply(self.model.graph, zero, choice.factor)
+        if left is not None:
+            left.apply(self.model.graph, zero, choice.factor)
         right.apply(self.model.graph, shift, 1 / choice.factor)
         self.move_statistics(q.tensor, zero, choice.factor)
         self.move_statistics(k.tensor, shift, 1 / choice.factor)
