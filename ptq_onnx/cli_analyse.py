@@ -38,6 +38,7 @@ def analyse(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    centre_values: o.CentreValues = None,
     quantize_residual: o.QuantizeResidual = None,
     float16: o.Float16 = None,
     arithmetic: o.Arithmetic = None,

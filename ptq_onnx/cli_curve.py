@@ -49,6 +49,7 @@ def calibration_curve(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    centre_values: o.CentreValues = None,
     quantize_residual: o.QuantizeResidual = None,
     float16: o.Float16 = None,
     target: o.Target = None,

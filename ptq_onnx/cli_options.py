@@ -195,6 +195,15 @@ Rounding = Annotated[
         f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
     ),
 ]
+CentreValues = Annotated[
+    bool | None,
+    switch(
+        "centre-values",
+        DEFAULT.centre_values,
+        "tensorrt: take the mean of the image out of v and add it to A·V: more accurate, but an Add"
+        " stands in the fused attention.",
+    ),
+]
 QuantizeResidual = Annotated[
     bool | None,
     switch(

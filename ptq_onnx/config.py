@@ -143,6 +143,7 @@ class QuantizeConfig:
     equalize: bool = True
     bias_correction: bool = True
     rounding: str = "nearest"
+    centre_values: bool = False
     quantize_residual: bool = False
     float16: bool = False
     arithmetic: Literal["float", "integer"] = "float"
@@ -204,6 +205,11 @@ class QuantizeConfig:
             self._check_integer()
         if self.precision == "fp8":
             self._check_fp8()
+        if self.centre_values and not self.runtime.centred_values:
+            raise ConfigError(
+                f"--centre-values with --target {self.target}: its attention maps have finer steps"
+                " than TensorRT's 1/127, so that nothing is gained; use --target tensorrt."
+            )
         if self.quantize_residual and not self.runtime.quantized_residuals:
             raise ConfigError(
                 f"--quantize-residual with --target {self.target}: deploy leaves residual adds in"

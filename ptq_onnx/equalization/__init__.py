@@ -453,7 +453,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     centred = [
         s
         for s in wanted
-        if target.centred_values and s.role == "v" and takes_centring(values[s.tensor])
+        if plan.config.centre_values and s.role == "v" and takes_centring(values[s.tensor])
     ]
     stats = collect_centred(
         model,
