@@ -97,11 +97,20 @@ def show(result: Result) -> None:
     if report.get("auto"):
         console.print(decisions(report["auto"]))
     console.print(summary(report))
+    for text in covered(report.get("coverage")):
+        console.print(Text(text), soft_wrap=True)
     for note in report.get("notes", ()):
         console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print("Written:")
     for path in result.files:
         console.print(Text(f"  {path}"), soft_wrap=True)
+
+
+def covered(coverage: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """What runs in integers, and why the rest does not, one line each."""
+    if coverage is None:
+        return ()
+    return coverage["line"], *(f"  {text}" for text in coverage["reasons"])
 
 
 def stdout() -> Console:

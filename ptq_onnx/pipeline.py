@@ -359,6 +359,7 @@ class _Run:
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
             report["integer"] = self._integer(quantizer, lowered)
+        report["coverage"] = self._coverage(quantizer)
         if config.target == "onnxruntime" and config.report:
             from ptq_onnx.conformance.optimised import optimised_histogram
 
@@ -557,6 +558,20 @@ class _Run:
         if config.pictures and prepared.blocks.count:
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": self.analysis.to_json()}, pictures
+
+    def _coverage(self, quantizer: Any) -> dict[str, Any]:
+        """What of the written file runs in integers; a warning stands before all other notes."""
+        from ptq_onnx.analysis.coverage import float_reasons, measure_coverage, whole_coverage
+
+        config, sites = self.config, self.prepared.sites
+        if config.target == INTEGER:
+            return whole_coverage(self.prepared.model).to_json()
+        consumers = {tensor: site.consumers for tensor, site in sites.items()}
+        reasons = float_reasons(quantizer.floats, consumers)
+        found = measure_coverage(self.work / "quantized.onnx", config.target, reasons)
+        if found.warning is not None:
+            self.notes.insert(0, found.warning)
+        return found.to_json()
 
     def _lower_integer(self, quantizer: Any) -> ir.Model:
         """The integer file, checked against its own rules. Raises ModelError."""
