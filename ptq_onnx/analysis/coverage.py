@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks import is_linear, is_product, name_of
+from ptq_onnx.blocks import is_linear, is_product
 from ptq_onnx.conformance.coding import constant
 from ptq_onnx.conformance.optimised import optimise
 from ptq_onnx.conformance.product import Operand, Product
@@ -110,9 +110,7 @@ class Coverage:
         )
 
 
-def measure_coverage(
-    path: Path, target: str, reasons: Mapping[str, str] | None = None
-) -> Coverage:
+def measure_coverage(path: Path, target: str, reasons: Mapping[str, str] | None = None) -> Coverage:
     """Count in a file with Q/DQ. ``reasons``: why products stay in float, by node name."""
     model = open_model(path)
     asked = target == "onnxruntime" and _bytes(path) <= LARGEST

@@ -46,7 +46,8 @@ def find_attention(model: QuantizedModel) -> Iterator[Attention]:
     for softmax in model.graph:
         if softmax.op_type != "Softmax" or softmax.inputs[0] is None:
             continue
-        first = products.get(before_scores(softmax.inputs[0]))
+        scores = before_scores(softmax.inputs[0])
+        first = None if scores is None else products.get(scores)
         second = next((products[n] for n in _readers(softmax.outputs[0]) if n in products), None)
         if first is None or second is None or first is second:
             continue

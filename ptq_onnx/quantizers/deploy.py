@@ -34,8 +34,8 @@ PRODUCTS = ("Linear", "MatMul")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
 """What makes the residual stream; None: it is the model's input."""
 SEARCHED = "pearson"
-"""How the one step of an attention map is found where its rows are not scaled: most weights of a row
-lie far below its largest, so that a finer step pays though it clips."""
+"""How the one step of an attention map is found where its rows are not scaled: most of its weights
+lie far below the largest, so that a finer step pays though it clips."""
 ALONE = "stays float: another input of the product that reads it does"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
