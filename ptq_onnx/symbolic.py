@@ -154,7 +154,7 @@ class Symbolic:
         if kind == "Size":
             shape = self.shape(node.inputs[0])
             return None if shape is None else _objects(_product(shape)).reshape(())
-        if not any(v in self.data for v in node.inputs if v is not None):
+        if not any(v in self.data or _is_decision(v) for v in node.inputs if v is not None):
             return None
         inputs = [self.content(v) for v in node.inputs]
         if any(
@@ -261,6 +261,17 @@ class Symbolic:
 # --- arithmetic ---------------------------------------------------------------------------
 
 
+def dynamic_names(dim: Dim) -> list[str]:
+    """The dynamic dimensions that an expression depends on."""
+    return sorted(s.name for s in dim.free_symbols) if isinstance(dim, sympy.Basic) else []
+
+
+def _is_decision(value: ir.Value) -> bool:
+    """True for a constant of one integer or truth value: what a branch may be taken by."""
+    array = constant(value)
+    return array is not None and array.size == 1 and array.dtype.kind in "ib"
+
+
 def _objects(items: Any) -> Data:
     array = np.empty(np.shape(items), dtype=object)
     array[...] = items
@@ -328,7 +339,7 @@ def _ceil(value: Any) -> Any:
 def _cast(node: ir.Node, inputs: list[Data]) -> Data | None:
     to = node.attributes.get_int("to", 7)
     if to == ir.DataType.BOOL:
-        return None
+        return _truths(lambda a: _sides(a, 0, lambda sign: sign != 0), inputs)
     if to in (ir.DataType.INT64, ir.DataType.INT32):
         return _each(lambda x: x if isinstance(x, sympy.Basic) else int(x))(node, inputs)
     if to == ir.DataType.FLOAT:
@@ -336,13 +347,37 @@ def _cast(node: ir.Node, inputs: list[Data]) -> Data | None:
     return None
 
 
-def _compare(node: ir.Node, inputs: list[Data]) -> Data | None:
-    """Equal: where the expressions decide it for all positive dimensions."""
-    found = np.frompyfunc(lambda a, b: sympy.Eq(a, b), 2, 1)(*inputs)
-    found = _objects(found)
-    if not all(x in (sympy.true, sympy.false) or isinstance(x, bool) for x in found.ravel()):
-        return None
-    return _objects(np.frompyfunc(bool, 1, 1)(found))
+def _sides(left: Any, right: Any, holds: Callable[[int], bool]) -> bool | None:
+    """Whether a relation holds, by the sign of left - right: where that is the same for all
+    positive dimensions, or the relation holds for no sign, or for all, that it can have."""
+    left, right = (int(x) if isinstance(x, (bool, np.bool_)) else x for x in (left, right))
+    difference = sympy.expand(sympy.sympify(left) - sympy.sympify(right))
+    # A dimension is one at least: d = 1 + e with e ≥ 0
+    extra = {
+        s: 1 + sympy.Symbol(f"{s.name} beyond one", integer=True, nonnegative=True)
+        for s in difference.free_symbols
+    }
+    difference = sympy.expand(difference.subs(extra))
+    possible = {1, 0, -1}
+    possible -= {1} if difference.is_nonpositive else set()
+    possible -= {0} if difference.is_nonzero or difference.is_positive else set()
+    possible -= {-1} if difference.is_nonnegative else set()
+    answers = {holds(sign) for sign in possible}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def _truths(decide: Callable[..., bool | None], inputs: list[Data]) -> Data | None:
+    """A decision for each element; None unless all can be taken."""
+    found = _objects(np.frompyfunc(decide, len(inputs), 1)(*inputs))
+    return None if any(x is None for x in found.ravel()) else found
+
+
+def _relation(holds: Callable[[int], bool]) -> Callable[[ir.Node, list[Data]], Data | None]:
+    return lambda _, inputs: _truths(lambda a, b: _sides(a, b, holds), inputs)
+
+
+def _logic(operation: Callable[..., bool]) -> Callable[[ir.Node, list[Data]], Data | None]:
+    return lambda _, inputs: _truths(lambda *a: operation(*map(bool, a)), inputs)
 
 
 def _select(_: ir.Node, inputs: list[Data]) -> Data | None:
@@ -429,7 +464,15 @@ CONTENTS: dict[str, Callable[[ir.Node, list[Data]], Data | None]] = {
     "Floor": _each(_floor),
     "Ceil": _each(_ceil),
     "Cast": _cast,
-    "Equal": _compare,
+    "Equal": _relation(lambda sign: sign == 0),
+    "Greater": _relation(lambda sign: sign > 0),
+    "GreaterOrEqual": _relation(lambda sign: sign >= 0),
+    "Less": _relation(lambda sign: sign < 0),
+    "LessOrEqual": _relation(lambda sign: sign <= 0),
+    "Not": _logic(lambda a: not a),
+    "And": _logic(lambda a, b: a and b),
+    "Or": _logic(lambda a, b: a or b),
+    "Xor": _logic(lambda a, b: a != b),
     "Where": _select,
     "Gather": _gather,
     "Slice": _slice,
