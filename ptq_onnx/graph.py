@@ -19,6 +19,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from ptq_onnx.cleaning import SMALL, CleanReport, clean, skeleton
 from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
+from ptq_onnx.ordering import sort_nodes
 from ptq_onnx.standard import to_standard
 from ptq_onnx.validation import one_line, validate
 
@@ -57,6 +58,7 @@ def read(path: str | Path) -> ir.Model:
     """Read any valid ONNX file, whether it can be quantized or not. Raises ModelError."""
     path = Path(path)
     proto = _parse(path)
+    sort_nodes(proto.graph)
     refile(proto)
     _check_external_data(proto, path)
     try:
@@ -76,7 +78,9 @@ def outline(path: str | Path) -> ir.Model:
     """
     path = Path(path)
     try:
-        return ir.from_proto(_parse(path))
+        proto = _parse(path)
+        sort_nodes(proto.graph)
+        return ir.from_proto(proto)
     except ModelError:
         raise
     except Exception as error:
