@@ -22,17 +22,18 @@ def has_branches(model: ir.Model) -> bool:
     return any(_is_control_flow(node) for node in model.graph)
 
 
-def inline_branches(model: ir.Model) -> int:
+def inline_branches(model: ir.Model, *, inferred: bool = False) -> int:
     """Replace every If that can be decided by its branch, in place; returns how many.
 
     Takes turns: an inlined branch may hold Ifs, and decide others by the shape of its result.
+    ``inferred``: shapes are those of an inference, not the file's, and may decide.
     """
     graph, count = model.graph, 0
     while True:
         pending = [node for node in graph if _is_control_flow(node) and node.op_type == "If"]
         if not pending:
             return count
-        found = Symbolic(graph).run()
+        found = Symbolic(graph, trust=inferred).run()
         decided = [(node, taken) for node in pending if (taken := _taken(found, node)) is not None]
         if not decided:
             return count

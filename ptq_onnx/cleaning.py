@@ -127,7 +127,7 @@ def flatten(model: ir.Model) -> list[str]:
     count = inline_branches(model)
     if has_branches(model):  # the runtime's inference knows more ops
         _infer_shapes(model)
-        count += inline_branches(model)
+        count += inline_branches(model, inferred=True)
     refuse_unknown(model)
     return [f"{count} If nodes inlined, which shapes or constants decide"] if count else []
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.preprocess import PREPROCESS_NAMES
 from ptq_onnx.targets import TARGETS as BY_NAME
 from ptq_onnx.targets import Target
 
@@ -186,7 +187,7 @@ class QuantizeConfig:
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
         if self.preprocess is not None:
-            _choice("preprocess", self.preprocess, ("imagenet", "inception"))
+            _choice("preprocess", self.preprocess, PREPROCESS_NAMES)
         Bits.parse(self.bits)
         _at_least("images", self.images, 1)
         _at_least("batch", self.batch, 1)

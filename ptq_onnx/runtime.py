@@ -13,10 +13,17 @@ from onnx import TensorProto, helper
 
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.preprocess import FloatArray
+from ptq_onnx.signature import channels_last, fed
 
 Model = str | Path | bytes
 
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+}
+"""What images are fed as."""
 TENSORRT = "TensorrtExecutionProvider"
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's severities
 
@@ -120,7 +127,8 @@ def _cuda_devices() -> int:
 
 
 class Classifier:
-    """A model with one image input whose logits are one output.
+    """A model with one image input whose logits are one output; images [B, C, H, W] are fed in the
+    layout and type that the file takes.
 
     The logits are the only output, or the first of rank 2. A model with a fixed batch size gets
     just that many images at a time, the last batch padded. Raises ModelError.
@@ -134,23 +142,26 @@ class Classifier:
         else:
             self._session = model
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or inputs[0].type not in _FLOATS or len(inputs[0].shape) != 4:
+        if len(inputs) != 1 or inputs[0].type not in TYPES or len(inputs[0].shape) != 4:
             found = ", ".join(f"{i.name}: {i.type}{list(i.shape)}" for i in inputs)
             raise ModelError(
-                f"{self.name}: expected one float input [batch, C, H, W], got {found or 'none'}."
+                f"{self.name}: expected one input of images, float or uint8, [batch, C, H, W] or"
+                f" [batch, H, W, C], got {found or 'none'}."
             )
         ranked = [output for output in outputs if len(output.shape) == 2]
         if len(outputs) > 1 and not ranked:
             found = ", ".join(f"{o.name}{list(o.shape)}" for o in outputs)
             raise ModelError(f"{self.name}: none of its outputs is [batch, classes]: {found}.")
         self._input, self._output = inputs[0], (ranked or outputs)[0].name
-        self._dtype = _FLOATS[self._input.type]
+        self._dtype = TYPES[self._input.type]
         batch = self._input.shape[0]
         self._batch: int | None = batch if isinstance(batch, int) else None
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Refuse images [C, H, W] that do not fit the input. Raises ImageError."""
-        wanted = self._input.shape[1:]
+        wanted = list(self._input.shape[1:])
+        if channels_last(self._input.shape):
+            wanted = [wanted[2], *wanted[:2]]
         if any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
             raise ImageError(
                 f"{self.name} expects images {list(wanted)} (channels, height, width), got "
@@ -177,7 +188,7 @@ class Classifier:
         try:
             result: NDArray[Any]
             (result,) = self._session.run(
-                [self._output], {self._input.name: images.astype(self._dtype, copy=False)}
+                [self._output], {self._input.name: fed(images, self._input.shape, self._dtype)}
             )
         except Exception as error:
             reason = " ".join(str(error).split())

@@ -40,7 +40,7 @@ def validate(model: ir.Model, path: Path) -> None:
     refuse_unknown(model, f"Model {path}: ")
     if any(node.domain == RUNTIME_DOMAIN for node in model.graph):
         _check_runtime(path)
-    _check_inputs(model.graph, path)
+    check_input(model, path)
     _check_weights(model.graph, path)
 
 
@@ -83,25 +83,39 @@ def _check_runtime(path: Path) -> None:
         ) from error
 
 
-def _check_inputs(graph: ir.Graph, path: Path) -> None:
-    """One input, a batch of images."""
-    inputs = [v for v in graph.inputs if v.name not in graph.initializers]
-    if len(inputs) == 1 and _is_image(inputs[0]):
+def check_input(model: ir.Model, path: Path) -> None:
+    """One input, a batch of images. Raises ModelError, true for what the file takes."""
+    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
+    if len(inputs) == 1 and is_image(inputs[0]):
         return
     found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
+    images = [v for v in inputs if is_image(v)]
+    if len(inputs) == 1:
+        what = f"its input is {found}, no image"
+        advice = "Only models with one image input can be quantized here"
+    elif len(images) == 1:
+        what = f"it has {len(inputs)} inputs: {found}"
+        advice = f"Export the part that reads '{images[0].name}' alone, or make the others constants"
+    else:
+        what = f"it has {len(inputs)} inputs: {found}"
+        advice = "Only models with one image input can be quantized here"
     raise ModelError(
-        f"Model {path}: expected one image input (float, [batch, channels, height, width]),"
-        f" found {found}. Export the image encoder alone."
+        f"Model {path}: {what}; this version calibrates with images: one input, float or uint8,"
+        f" [batch, channels, height, width] or [batch, height, width, channels]. {advice}."
     )
 
 
-def _is_image(value: ir.Value) -> bool:
-    return value.dtype in FLOATS and value.shape is not None and len(value.shape) == 4
+def is_image(value: ir.Value) -> bool:
+    """Whether an input can be a batch of images."""
+    types = (*FLOATS, ir.DataType.UINT8)
+    return value.dtype in types and value.shape is not None and len(value.shape) == 4
 
 
 def _describe(value: ir.Value) -> str:
     dtype = "untyped" if value.dtype is None else value.dtype.name.lower()
-    dims = "?" if value.shape is None else ", ".join(str(d) for d in value.shape)
+    dims = "?"
+    if value.shape is not None:
+        dims = ", ".join(str(d if isinstance(d, int) else d.value or "?") for d in value.shape)
     return f"({dtype} [{dims}])"
 
 
