@@ -184,7 +184,7 @@ def _name_axes(graph: ir.Graph) -> None:
     for value in graph.inputs:
         if value.shape is None:
             continue
-        names = CHANNELS_FIRST[:1]
+        names: tuple[str, ...] = CHANNELS_FIRST[:1]
         if len(value.shape) == len(CHANNELS_FIRST):
             names = CHANNELS_LAST if value.shape[-1] in (1, 3) else CHANNELS_FIRST
         taken = {d.value for d in value.shape if not isinstance(d, int)}

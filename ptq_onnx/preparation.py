@@ -10,12 +10,13 @@ import onnx_ir as ir
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import Blocks, find_blocks
 from ptq_onnx.contrib import refuse_tied
+from ptq_onnx.errors import ModelError, PtqError
 from ptq_onnx.fusion import fuse
 from ptq_onnx.input_size import Axes, fix_size
 from ptq_onnx.signature import channels_last, take_images
 from ptq_onnx.sites import find_sites, image_input
 from ptq_onnx.spec import Site
-from ptq_onnx.validation import check_input
+from ptq_onnx.validation import one_line
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,19 @@ def prepare(
     model = graphs.load(path)
     refuse_tied(model, path)
     notes = settle(model, path, size)
-    report = graphs.clean(model, opset)
-    report = replace(report, notes=(*notes, *report.notes))
-    counts = fuse(model)
-    blocks = find_blocks(model)
-    return Prepared(path, model, report, counts, blocks, find_sites(model, blocks))
+    try:
+        report = graphs.clean(model, opset)
+        report = replace(report, notes=(*notes, *report.notes))
+        counts = fuse(model)
+        blocks = find_blocks(model)
+        return Prepared(path, model, report, counts, blocks, find_sites(model, blocks))
+    except PtqError:
+        raise
+    except Exception as error:  # a graph that nobody here has seen; its text may be a whole graph
+        raise ModelError(
+            f"Model {path} cannot be prepared; a bug here, which its file would help to mend"
+            f" ({type(error).__name__}: {one_line(error)})."
+        ) from error
 
 
 def settle(model: ir.Model, path: Path, size: tuple[int, int] | None = None) -> list[str]:
@@ -62,7 +71,6 @@ def settle(model: ir.Model, path: Path, size: tuple[int, int] | None = None) -> 
 
 def read_input(path: str | Path, size: tuple[int, int] | None = None) -> ir.Model:
     """A model of which only the input is of interest, in our form. Raises ModelError."""
-    model = graphs.read(path)
-    check_input(model, Path(path))
+    model = graphs.load(path)
     settle(model, Path(path), size)
     return model

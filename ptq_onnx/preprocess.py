@@ -52,8 +52,8 @@ class Preprocess:
 
     ``mean`` and ``std`` are per channel on the scale 0…1, ``size`` is (height, width) in pixels,
     ``crop_pct`` in (0, 1] is the part of the resized picture that the crop keeps, ``channels`` is
-    3 (RGB) or 1 (grayscale). ``channels_last``: the model takes [H, W, C], and so do arrays that are
-    given as its inputs; in here images are [C, H, W]. Raises ConfigError.
+    3 (RGB) or 1 (grayscale). ``channels_last``: the model takes [H, W, C], and arrays given as its
+    inputs have it so; in here images are [C, H, W]. Raises ConfigError.
     """
 
     mean: tuple[float, ...]

@@ -646,7 +646,9 @@ def _cut(self: Symbolic, node: ir.Node, first: Shape) -> Found:
 def _pieces(self: Symbolic, node: ir.Node, first: Shape) -> Found:
     axis = node.attributes.get_int("axis", 0) % len(first)
     lengths = self.numbers(node.inputs[1]) if len(node.inputs) > 1 else None
-    lengths = lengths or node.attributes.get_ints("split")
+    given = node.attributes.get_ints("split")
+    if lengths is None and given is not None:
+        lengths = list(given)
     if lengths is None:
         size, count = first[axis], len(node.outputs)
         if not isinstance(size, int):

@@ -95,7 +95,7 @@ def check_input(model: ir.Model, path: Path) -> None:
         advice = "Only models with one image input can be quantized here"
     elif len(images) == 1:
         what = f"it has {len(inputs)} inputs: {found}"
-        advice = f"Export the part that reads '{images[0].name}' alone, or make the others constants"
+        advice = f"Export the part that reads '{images[0].name}' alone, the others as constants"
     else:
         what = f"it has {len(inputs)} inputs: {found}"
         advice = "Only models with one image input can be quantized here"

@@ -18,7 +18,7 @@ from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
-from ptq_onnx.errors import ConfigError
+from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation import evaluate
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.preparation import prepare
@@ -84,8 +84,9 @@ def compare(
     names = _names([Path(p) for p in paths])
     begin = progress or (lambda _, __: lambda ___: None)
     done = begin("Comparing", len(files) + 1)
-    outputs = block_outputs(base)
-    floats = FloatBlocks(base, list(outputs.values()), images, block_images, threads)
+    outputs = block_outputs(base, images.preprocess.size)
+    tensors = list(outputs.values())
+    floats = FloatBlocks(base, tensors, images, block_images, threads) if outputs else None
     times = _times([base, *files], images, threads)
     contenders = []
     for index, (name, file) in enumerate(zip(["float", *names], [base, *files], strict=True)):
@@ -109,16 +110,20 @@ def compare(
                 sqnr_db=_finite(measured.sqnr_db),
                 agreement=measured.agreement,
                 ms_per_image=times[index],
-                blocks=floats.blocks(tapped, outputs) if index else (),
+                blocks=floats.blocks(tapped, outputs) if index and floats is not None else (),
             )
         )
         done(1)
     return Comparison(base.name, len(images), min(block_images, len(images)), tuple(contenders))
 
 
-def block_outputs(path: Path) -> dict[int, str]:
-    """The tensor behind each transformer block of a float model."""
-    prepared = prepare(path)
+def block_outputs(path: Path, size: tuple[int, int] | None = None) -> dict[int, str]:
+    """The tensor behind each transformer block of a float model; none where it has no blocks, or
+    cannot be prepared."""
+    try:
+        prepared = prepare(path, size=size)
+    except ModelError:
+        return {}
     return {
         role.block: str(node.outputs[0].name)
         for node in prepared.model.graph
@@ -135,7 +140,7 @@ class FloatBlocks:
     ) -> None:
         self._tensors = tensors
         self._images, self._limit = images, limit
-        copy = graphs.to_standard(prepare(path).model)
+        copy = graphs.to_standard(prepare(path, size=images.preprocess.size).model)
         values = {v.name: v for node in copy.graph for v in node.outputs}
         own = {v.name for v in copy.graph.outputs}
         copy.graph.outputs.extend(values[t] for t in tensors if t not in own)
