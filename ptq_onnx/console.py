@@ -167,6 +167,27 @@ def summary(report: Mapping[str, Any]) -> Table:
     return simple_table(("", "float", "quantized"), rows)
 
 
+OUTPUT_COLUMNS = ("SQNR", "cosine", "same class")
+
+
+def output_cells(output: Mapping[str, Any]) -> tuple[str, ...]:
+    """SQNR, cosine and share of equal top classes of one output, or what whole numbers have."""
+    if output["equal"] is not None:
+        return f"{output['equal']:.1f} % equal", "-", "-"
+    cosine = "-" if output["cosine"] is None else f"{output['cosine']:.4f}"
+    return decibels(output["sqnr_db"]), cosine, percent(output["agreement"])
+
+
+def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each output of a model that has several."""
+    rows = [(one["name"], _shape(one["shape"]), *output_cells(one)) for one in outputs]
+    return simple_table(("output", "shape", *OUTPUT_COLUMNS), rows)
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
 def simple_table(
     names: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
 ) -> Table:
