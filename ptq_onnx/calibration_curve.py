@@ -84,24 +84,23 @@ def measure_curve(
     ``val``: the images to measure on; with ``labels``, or class folders, top-1 too. A size
     beyond the number of calibration images is left out. Raises PtqError.
     """
-    from ptq_onnx import pipeline
+    from ptq_onnx import embedded, pipeline
     from ptq_onnx.auto.closeness import Recorded
     from ptq_onnx.images import open_images
     from ptq_onnx.labels import labels_for
 
     sizes = _checked(sizes)
+    calib = embedded.images_for(model) if calib is None else calib
     if config.auto:
         raise ConfigError("auto would decide anew for every size; use it with quantize.")
     if calib == NOISE:
         raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
     preprocess = pipeline.resolve_preprocess(model, config)
-    available = len(open_images(calib or pipeline.EMBEDDED, preprocess))
+    available = len(open_images(calib, preprocess))
     tested = open_images(val, preprocess)
     labelled = _labelled(model, tested, labels)  # wrong labels are told before the work
     usable = [n for n in sizes if n <= available]
     notes = []
-    if calib is None:
-        notes.append("No --calib: the real images are the embedded digits.")
     if len(usable) < len(sizes):
         missing = ", ".join(str(n) for n in sizes if n > available)
         notes.append(f"Left out {missing} images: there are {available} to calibrate with.")

@@ -56,7 +56,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "the embedded digits",
+        "none; the digits for models/digits_vit.onnx of the source, which alone needs no --calib",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]

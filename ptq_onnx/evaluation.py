@@ -94,6 +94,7 @@ def evaluate(
             found,
             tested.whole,
             None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats},
+            tested.loose,
         )
         if classes is not None:
             if counted is None:
@@ -122,6 +123,11 @@ def _evaluation(
     main = _main([by_name[t.name] for t in (counted or tallies.classes)])
     left = [f"{one}: no tensor of numbers, left out" for one in tested.left_out]
     left += [f"'{n}': not in the reference model" for n in tested.names if n not in shared]
+    left += [
+        f"'{t.name}': the two models do not always give it the same size, so that it has no figures"
+        for t in tallies.each.values()
+        if t.ragged
+    ]
     left += [f"'{n}': only a filled-up batch makes it" for n in shared if n not in by_name]
     return Evaluation(
         count=count,

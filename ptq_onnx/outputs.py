@@ -54,6 +54,8 @@ class Tally:
         self.shape: tuple[int | str, ...] = ()
         self.width = 0
         """Classes, where the output is [batch, classes]; else 0."""
+        self.ragged = False
+        """Whether the two models gave different sizes of what has no fixed one."""
         self._floats = True
         self._signal = self._noise = self._power = self._dot = 0.0
         self._values = self._equal = self._not_finite = self._broken = 0
@@ -107,12 +109,12 @@ class Tally:
     def figures(self, *, counted: bool = False) -> OutputFigures:
         """What was found; ``counted``: right answers too."""
         closeness: dict[str, Any] = {}
-        if self._compared and self._floats:
+        if self.compared and self._floats:
             closeness = {"sqnr_db": decibels(self.sqnr), "cosine": self._cosine()}
             if self.width:
                 closeness["agreement"] = percent(self._same, self._images)
-        elif self._compared:
-            closeness = {"equal": percent(self._equal, self._values)}
+        elif self.compared:
+            closeness = {"equal": percent(self._equal, self._values) if self._values else 100.0}
         if counted and self.width:
             closeness["top1"] = percent(self._hits1, self._known)
             if self.width >= 5:
@@ -122,7 +124,7 @@ class Tally:
     @property
     def compared(self) -> bool:
         """Whether any value was compared."""
-        return self._compared > 0
+        return self._compared > 0 and not self.ragged
 
     @property
     def sqnr(self) -> float:
@@ -150,14 +152,21 @@ class Tallies:
         values: Mapping[str, Values],
         whole: set[str],
         reference: Mapping[str, Values] | None = None,
+        loose: set[str] | None = None,
     ) -> None:
         """Fold in one batch of the model and of the reference; ``whole``: outputs whose first
-        dimension is not the batch."""
+        dimension is not the batch; ``loose``: those whose size may follow the values."""
         for name, tally in self.each.items():
             if name in values:
-                tally.look(values[name], name not in whole)
-                if reference is not None and name in reference:
-                    tally.compare(reference[name], values[name])
+                value = values[name]
+                tally.look(value, name not in whole)
+                if reference is None or name not in reference:
+                    continue
+                sizes = reference[name].shape, value.shape
+                if sizes[0] != sizes[1] and name in (loose or ()):
+                    tally.ragged = True
+                else:
+                    tally.compare(reference[name], value)
 
     @property
     def classes(self) -> list[Tally]:

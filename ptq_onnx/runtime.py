@@ -178,6 +178,13 @@ class Network:
             if o.type in _FLOATS and (not o.shape or may_be_classes(o.shape))
         )
 
+    @property
+    def loose(self) -> set[str]:
+        """Outputs whose size may follow the values: no fixed one is stated beyond the batch."""
+        stated = {n: o.shape for n, o in self._made.items()}
+        open_ = {n for n, s in stated.items() if any(not isinstance(d, int) for d in s[1:])}
+        return open_ | {n for n in self.whole if not all(isinstance(d, int) for d in stated[n])}
+
     def check(self, shape: tuple[int, int, int]) -> None:
         """Refuse images [C, H, W] that do not fit the input. Raises ImageError."""
         wanted = self._input.shape[1:]

@@ -77,7 +77,7 @@ class Recorded:
         for batch, floats in zip(self.images.batches(BATCH), self._batches, strict=True):
             found = network(batch)
             known = {n: floats[o] for n, o in shared.items() if o in floats}
-            tallies.add(found, network.whole, known)
+            tallies.add(found, network.whole, known, network.loose)
             if main is not None:
                 top.append(top_classes(found[main]))
         drop = error = agreement = None
