@@ -94,14 +94,15 @@ def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
 
 @contextmanager
 def _warnings(console: Console) -> Iterator[None]:
-    """What the library warns of, as soon as it does: the run may not be worth its minutes."""
+    """What a run warns of, as soon as it does: it may not be worth its minutes. What the images
+    are warned of is counted in the report."""
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = Text(f"warning: {record.getMessage()}", style="bold yellow")
             console.print(text, soft_wrap=True)
 
-    handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx")
+    handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline")
     logger.addHandler(handler)
     try:
         yield

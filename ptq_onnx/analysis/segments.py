@@ -36,9 +36,10 @@ class Segment:
     output: str
 
 
-def find_segments(model: ir.Model, *outputs: str) -> list[Segment]:
+def find_segments(model: ir.Model, *outputs: str, features: str | None = None) -> list[Segment]:
     """The graph from the image to the last of ``outputs``, cut wherever one tensor alone is alive
-    that an elementwise add makes or several ops read. An output lives to the end."""
+    that an elementwise add makes or several ops read. An output lives to the end; from where
+    ``features`` are made on there is no cut."""
     nodes = list(model.graph)
     place = {node: index for index, node in enumerate(nodes)}
     inputs = [v for v in model.graph.inputs if not v.is_initializer()]
@@ -62,6 +63,7 @@ def find_segments(model: ir.Model, *outputs: str) -> list[Segment]:
             len(alive) == 1
             and _is_cut(value := next(iter(alive)), node)
             and value.name not in outputs
+            and index < made.get(features, end)
         ):
             segments.append(Segment(start, index + 1, before, str(value.name)))
             start, before = index + 1, str(value.name)
@@ -96,7 +98,7 @@ class Segments:
         self._model = model
         self._features = features
         self._outputs = (output,) if isinstance(output, str) else tuple(output)
-        self.parts = find_segments(model, *self._outputs)
+        self.parts = find_segments(model, *self._outputs, features=features)
         self._threads, self._keep = threads, keep
         self._changed = {} if rounded is None else changed_constants(model, rounded)
         self.seen: Array | None = None
