@@ -68,6 +68,8 @@ def compare(
         if "labels" in paths:
             raise
         truth = None
+    if "labels" not in paths and not comparison.classifies(base):
+        truth = None  # its folders are no classes
     with progress_bars() as progress:
         found = comparison.compare(
             models,

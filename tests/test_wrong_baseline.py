@@ -88,6 +88,7 @@ def test_nothing_is_green_beside_a_warning(
     report["preprocess_check"] = {"warning": TEXT}
     assert verdict(report)[0] == amber
     assert "see the warning" in verdict(report)[1]
+    assert "The accuracy holds" not in verdict(report)[1]
     assert 'id="warning"' in render(report, "", [])
     report["preprocess_check"] = None
     assert 'id="warning"' not in render(report, "", [])

@@ -220,6 +220,11 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
     return [1000 * statistics.median(times) for times in taken]
 
 
+def classifies(base: Path) -> bool:
+    """Whether a model has an output [batch, classes]. Raises ModelError."""
+    return bool(Network(base, 1).class_outputs)
+
+
 def _check_labels(base: Path, labels: Labels | None) -> None:
     """Refuse labels for a model that has no classes, before the work. Raises ModelError."""
     if labels is None:

@@ -26,6 +26,7 @@ Entry = Mapping[str, Any]
 
 GOOD_DB, FAIR_DB = 20, 12
 """SQNR from which on an error is small, or noticeable."""
+HOLDS = "The accuracy holds"
 WORST = 10
 """Ops that the page marks as the worst."""
 EMBEDDED_BYTES = 90_000
@@ -109,6 +110,8 @@ def verdict(report: Entry) -> tuple[str, str]:
     grade, text = _measured(report)
     if warning(report) is None:
         return grade, text
+    if text.startswith(HOLDS):
+        text = f"Quantization costs little{text[len(HOLDS) :]}"
     first = "The float model itself may be off, see the warning. "
     return ("bad" if grade == "bad" else "fair"), first + text
 
@@ -121,7 +124,7 @@ def _measured(report: Entry) -> tuple[str, str]:
         lost, count = before - after, accuracy["count"]
         grade = "good" if lost <= 1 else "fair" if lost <= 3 else "bad"
         word = {
-            "good": "The accuracy holds",
+            "good": HOLDS,
             "fair": "Some accuracy is lost",
             "bad": "Too much accuracy is lost",
         }[grade]
