@@ -56,7 +56,7 @@ class Tally:
         """Classes, where the output is [batch, classes]; else 0."""
         self.ragged = False
         """Whether the two models gave different sizes of what has no fixed one."""
-        self._floats = True
+        self.floats = True
         self._signal = self._noise = self._power = self._dot = 0.0
         self._values = self._equal = self._not_finite = self._broken = 0
         self._compared = self._images = self._same = 0
@@ -65,7 +65,7 @@ class Tally:
     def look(self, value: Values, by_image: bool) -> None:
         """Take the shape of one batch."""
         self.shape = ("batch", *value.shape[1:]) if by_image else value.shape
-        self._floats = bool(np.issubdtype(value.dtype, np.floating))
+        self.floats = bool(np.issubdtype(value.dtype, np.floating))
         self.width = classes_of(value) if by_image else 0
 
     def compare(self, reference: Values, value: Values) -> None:
@@ -76,7 +76,7 @@ class Tally:
                 f" {list(value.shape)} in the model: they are not the same network."
             )
         self._compared += 1
-        if not self._floats:
+        if not self.floats:
             self._equal += int((reference == value).sum())
             self._values += value.size
             return
@@ -109,7 +109,7 @@ class Tally:
     def figures(self, *, counted: bool = False) -> OutputFigures:
         """What was found; ``counted``: right answers too."""
         closeness: dict[str, Any] = {}
-        if self.compared and self._floats:
+        if self.compared and self.floats:
             closeness = {"sqnr_db": decibels(self.sqnr), "cosine": self._cosine()}
             if self.width:
                 closeness["agreement"] = percent(self._same, self._images)
@@ -129,7 +129,7 @@ class Tally:
     @property
     def sqnr(self) -> float:
         """The SQNR in dB, infinite without noise; of whole numbers, of the share that differs."""
-        if not self._floats:
+        if not self.floats:
             return ratio_db(self._values, self._values - self._equal)
         return -math.inf if self._broken else ratio_db(self._signal, self._noise)
 
@@ -175,8 +175,15 @@ class Tallies:
 
     @property
     def worst(self) -> float:
-        """The lowest SQNR of all outputs in dB; NaN where none was compared."""
-        return min((t.sqnr for t in self.each.values() if t.compared), default=math.nan)
+        """The lowest SQNR in dB, of the outputs that hold floats where any does; NaN where none
+        was compared."""
+        return min((t.sqnr for t in self.ranked), default=math.nan)
+
+    @property
+    def ranked(self) -> list[Tally]:
+        """The outputs that the worst is one of."""
+        compared = [tally for tally in self.each.values() if tally.compared]
+        return [tally for tally in compared if tally.floats] or compared
 
 
 def pairs(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:

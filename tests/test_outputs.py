@@ -95,7 +95,7 @@ def test_figures_of_outputs_against_numpy() -> None:
     assert b.agreement == pytest.approx(100 * (fp["b"].argmax(1) == q["b"].argmax(1)).mean())
     assert (c.equal, c.sqnr_db, c.cosine, c.agreement) == (75, None, None, None)
     assert (z.sqnr_db, z.cosine) == (200, 1)
-    assert tallies.worst == pytest.approx(min(sqnr(fp["b"], q["b"]), 10 * np.log10(8 / 2)))
+    assert tallies.worst == pytest.approx(sqnr(fp["b"], q["b"]))
     assert [t.name for t in tallies.classes] == ["b", "z"]
 
 
@@ -223,11 +223,10 @@ def test_auto_bounds_the_worst_output(folder: Path, tmp_path: Path) -> None:
     found = run(folder, "all.onnx", tmp_path / "out", val=folder / "val.npy", config=config)
     auto = found.report["auto"]
     assert auto["after"]["sqnr_db"] >= 30 > auto["before"]["sqnr_db"]
-    assert auto["before"]["output"] in NAMES
+    assert auto["before"]["output"] in NAMES[:3]
     fp, q = (values(tmp_path / "out" / f) for f in ("fused.onnx", "quantized.onnx"))
     worst = min(sqnr(fp[name], q[name]) for name in NAMES[:3])
-    whole = 10 * np.log10(1 / max(np.mean(fp["index"] != q["index"]), 1e-30))
-    assert auto["after"]["sqnr_db"] == pytest.approx(min(worst, whole), abs=0.5)
+    assert auto["after"]["sqnr_db"] == pytest.approx(worst, abs=0.5)
 
 
 def test_evaluate_and_compare_on_the_command_line(

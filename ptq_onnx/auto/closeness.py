@@ -88,7 +88,7 @@ class Recorded:
                 before, right = self.hits(), hits(after, self.truth)
                 drop, error = points_lost(before, right), drop_error(before, right)
         worst = tallies.worst
-        at = next((t.name for t in tallies.each.values() if t.compared and t.sqnr == worst), None)
+        at = next((t.name for t in tallies.ranked if t.sqnr == worst), None)
         several = at if len(tallies.each) > 1 else None
         return Closeness(drop, decibels(worst) or 0.0, agreement, several), error
 
