@@ -20,7 +20,10 @@ from ptq_onnx.cleaning import SMALL, CleanReport, clean, skeleton
 from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
 from ptq_onnx.standard import to_standard
+from ptq_onnx.telemetry import switch_off
 from ptq_onnx.validation import one_line, validate
+
+switch_off()  # by its API too, where it is loaded by now
 
 __all__ = [
     "CleanReport",
