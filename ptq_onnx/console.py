@@ -74,8 +74,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _exit_interrupted(code: int) -> None:
-    """Exit with ``code``, also where the interrupt came in code that ``exec`` compiled (an import of
-    dataclasses): Python then kills itself with SIGINT at its end, though it was handled."""
+    """Exit with ``code``, also where the interrupt came in code that ``exec`` compiled (as in an
+    import of dataclasses): Python then kills itself with SIGINT, though it was handled."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
