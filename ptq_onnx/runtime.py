@@ -14,6 +14,9 @@ from onnx import TensorProto, helper
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.preprocess import FloatArray
 from ptq_onnx.signature import channels_last, fed
+from ptq_onnx.telemetry import switch_off
+
+switch_off()  # by its API too, where it is loaded by now
 
 Model = str | Path | bytes
 
