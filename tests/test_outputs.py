@@ -22,6 +22,7 @@ from ptq_onnx.console import show, stdout
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation import evaluate
 from ptq_onnx.images import Preprocess, open_images
+from ptq_onnx.next_steps import next_steps
 from ptq_onnx.outputs import Tallies, Tally, pairs
 from ptq_onnx.pipeline import Result, quantize
 from ptq_onnx.runtime import Network
@@ -207,6 +208,15 @@ def test_a_dense_output_has_no_class(folder: Path, tmp_path: Path, capsys: Any) 
         assert "SQNR of" in text
     assert "dB SQNR on 20 images" in page
     assert "no accuracy to measure" in page
+
+
+def test_an_embedding_has_no_class_that_leads(folder: Path, tmp_path: Path) -> None:
+    save_network(folder / "embedding.onnx", ("embedding", "boxes"))
+    found = run(folder, "embedding.onnx", tmp_path / "out", config={"report": False})
+    fidelity = found.report["fidelity"]
+    assert fidelity["agreement"] is None
+    assert [one["agreement"] for one in fidelity["outputs"]] == [None, None]
+    assert not any("--labels" in text for _, text in next_steps(found.report, found.files))
 
 
 def test_labels_without_classes_are_refused_before_the_work(folder: Path, tmp_path: Path) -> None:

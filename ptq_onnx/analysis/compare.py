@@ -17,6 +17,7 @@ from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
+from ptq_onnx.calibration.class_output import feature_outputs
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation import evaluate, no_classes
 from ptq_onnx.image_source import ImageSource
@@ -85,6 +86,7 @@ def compare(
     begin = progress or (lambda _, __: lambda ___: None)
     _check_labels(base, labels)
     done = begin("Comparing", len(files) + 1)
+    features = feature_outputs(prepare(base).model)
     outputs = block_outputs(base)
     floats = FloatBlocks(base, list(outputs.values()), images, block_images, threads)
     times = _times([base, *files], images, threads)
@@ -97,6 +99,7 @@ def compare(
             batch_size=batch,
             threads=threads,
             reference=base if index else None,
+            features=features,
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
         contenders.append(

@@ -18,6 +18,11 @@ PASSED = frozenset(
      "QuantizeLinear", "Expand")
 )  # fmt: skip
 """Ops through which classes stay classes."""
+MAKERS = frozenset(
+    ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization",
+     "L2Normalization", "Tanh")
+)  # fmt: skip
+"""Ops whose results are features."""
 FEATURES = ("embed", "feat", "pool", "hidden", "token", "latent", "descriptor", "project")
 """Words by which exporters name outputs that are no logits."""
 
@@ -41,6 +46,30 @@ def logits_output(model: ir.Model) -> str | None:
         if name in named and value.shape is not None and _is_head(value):
             return name if not any(word in name.lower() for word in FEATURES) else None
     return None
+
+
+def feature_outputs(model: ir.Model) -> list[str]:
+    """Those of them that certainly are features, so that no class leads: by their name, or made by
+    a norm, a tanh or a division by their length."""
+    named = set(class_outputs(model))
+    return [
+        str(v.name)
+        for v in model.graph.outputs
+        if str(v.name) in named
+        and (any(word in str(v.name).lower() for word in FEATURES) or _is_feature(v))
+    ]
+
+
+def _is_feature(value: ir.Value) -> bool:
+    node = value.producer()
+    if node is None:
+        return False
+    made = [v for v in node.inputs if v is not None and not is_constant(v)]
+    if node.op_type in MAKERS or (node.op_type == "Div" and len(made) == 2):
+        return True
+    if node.op_type in PASSED or (node.op_type in ("Mul", "Div", "Concat") and made):
+        return all(_is_feature(v) for v in (made[:1] if node.op_type in PASSED else made))
+    return False
 
 
 def _size(dim: int | ir.SymbolicDim) -> int | str:
