@@ -116,7 +116,7 @@ class Tally:
                 closeness["agreement"] = percent(self._same, self._images)
         elif self.compared:
             closeness = {"equal": percent(self._equal, self._values) if self._values else 100.0}
-        if counted and self.width:
+        if counted and self.width and self._known:
             closeness["top1"] = percent(self._hits1, self._known)
             if self.width >= 5:
                 closeness["top5"] = percent(self._hits5, self._known)
