@@ -462,7 +462,9 @@ class _Run:
 
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
-        few = open_images(source.root, plain, limit=min(MOST, self.config.images))
+        few = open_images(
+            source.root, plain, limit=MOST
+        )  # few images for the ranges tell too little
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
