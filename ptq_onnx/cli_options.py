@@ -273,8 +273,8 @@ PreprocessName = Annotated[
     option(
         "--preprocess",
         "NAME",
-        "the model's metadata, else imagenet",
-        "imagenet or inception (0.5 everywhere).",
+        "the model's metadata or first ops, else imagenet",
+        "imagenet, inception (0.5 everywhere) or none (pixels as they are, 0 to 255).",
     ),
 ]
 Mean = Annotated[

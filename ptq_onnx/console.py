@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import errno
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +31,8 @@ WORST = 15
 PIPE_WIDTH = 120
 """Columns where there is no terminal to ask."""
 
-INTERRUPTED = 130
-"""Exit code of an interrupt."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of an interrupt and of a termination: 128 and the signal's number."""
 
 Progress = Callable[[str, int], Callable[[int], None]]
 
@@ -38,36 +41,56 @@ Progress = Callable[[str, int], Callable[[int], None]]
 def one_line_errors() -> Iterator[None]:
     """Bad input as one line on stderr and exit code 2, an interrupt as 130; no tracebacks.
 
-    Log records and warnings of the libraries stay silent: what matters is in the report.
+    A termination (SIGTERM) ends as an interrupt does, nothing half-made left, with 143. Log records
+    and warnings of the libraries stay silent: what matters is in the report. What the terminal's
+    encoding does not have is written as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.getLogger().addHandler(logging.NullHandler())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except PtqError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        atexit.register(_exit_interrupted)
-        raise SystemExit(INTERRUPTED) from None
+        code = TERMINATED if asked else INTERRUPTED
+        atexit.register(_exit_interrupted, code)
+        raise SystemExit(code) from None
     except OSError as error:
-        if error.errno == errno.EPIPE or error.filename is None:
+        if error.errno in (None, errno.EPIPE):
             raise
-        fail(f"{error.filename}: {error.strerror}.")
+        where = "" if error.filename is None else f"{error.filename}: "
+        fail(f"{where}{error.strerror}.")
 
 
-def _exit_interrupted() -> None:
-    """Exit with 130, also where the interrupt came in code that ``exec`` compiled (a dataclass, on
-    import): Python then kills itself with SIGINT at its end, though the interrupt was handled."""
+def _exit_interrupted(code: int) -> None:
+    """Exit with ``code``, also where the interrupt came in code that ``exec`` compiled (as in an
+    import of dataclasses): Python then kills itself with SIGINT, though it was handled."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which names of files and nodes may hold, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager

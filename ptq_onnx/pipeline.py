@@ -25,7 +25,10 @@ from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
-from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.input_size import try_size
+from ptq_onnx.preparation import Prepared, prepare, read_input
+from ptq_onnx.signature import as_pixels, pixels, signature
+from ptq_onnx.sites import image_input
 from ptq_onnx.spec import Site, TensorSpec
 
 if TYPE_CHECKING:
@@ -99,7 +102,7 @@ def quantize(
         raise ConfigError(f"--output {output} is a file; name a folder.")
     if calib is None:
         calib = val if scales is not None and val is not None else embedded.images_for(model)
-    prepared = prepare(model, config.opset)
+    prepared = prepare(model, config.opset, config.size)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     _check_attention_blocks(prepared, config)
@@ -109,6 +112,7 @@ def quantize(
             " run do not fit; leave one out."
         )
     preprocess = resolve_preprocess(prepared.model, config)
+    try_size(prepared.model, prepared.path, image_input(prepared.model), preprocess.shape)
     prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
     images = _calibration_images(calib, preprocess, config, notes)
     tested = None if val is None else open_images(val, preprocess)
@@ -198,15 +202,14 @@ def has_class_folders(source: ImageSource) -> bool:
 
 
 def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> Preprocess:
-    """Preprocessing by the options, else by the model's metadata, else imagenet's.
+    """Preprocessing by the options, else by the model's metadata, else by its first ops (a graph
+    that normalises pixels itself gets pixels), else imagenet's.
 
-    Size and channels come from the model's input where it states them. Raises ConfigError
-    where option and model contradict each other.
+    Size and channels come from the model's input where it states them, or from what fixes them
+    in its graph. Raises ConfigError where option and model contradict each other.
     """
     if not isinstance(model, ir.Model):
-        model = graphs.load(model)
-    from ptq_onnx.sites import image_input
-
+        model = read_input(model, config.size)
     shape = image_input(model).shape
     sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
     if len(sides) != 4:
@@ -216,7 +219,7 @@ def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> 
     if config.preprocess is None and stored is not None:
         base = Preprocess.from_json(stored)
     else:
-        base = Preprocess.named(config.preprocess or "imagenet")
+        base = _by_first_ops(model, config)
     size = config.size or (base.size if height is None or width is None else (height, width))
     if height is not None and width is not None and tuple(size) != (height, width):
         raise ConfigError(
@@ -230,11 +233,24 @@ def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> 
     changes: dict[str, Any] = {"mean": mean, "std": std, "size": tuple(size)}
     if channels is not None:
         changes["channels"] = channels
+    own = signature(model)
+    if own is not None:
+        changes["channels_last"] = own.channels_last
     if config.crop_pct is not None:
         changes["crop_pct"] = config.crop_pct
     if config.interpolation is not None:
         changes["interpolation"] = config.interpolation
-    return replace(base, **changes)
+    return as_pixels(model, config, replace(base, **changes))
+
+
+def _by_first_ops(model: ir.Model, config: QuantizeConfig) -> Preprocess:
+    """The preprocessing that options name, or that the graph leaves to be done."""
+    if config.preprocess is not None:
+        return Preprocess.named(config.preprocess)
+    top = pixels(model)
+    if top == 1:
+        return replace(Preprocess.named("none"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    return Preprocess.named("imagenet" if top is None else "none")
 
 
 def _calibration_images(
@@ -304,8 +320,6 @@ class _Run:
     @property
     def fixed(self) -> int | None:
         """The model's batch size where it is fixed."""
-        from ptq_onnx.sites import image_input
-
         shape = image_input(self.prepared.model).shape
         return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
@@ -333,6 +347,7 @@ class _Run:
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
+        plan = replace(plan, fixed=self._pixel_range())
         plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         decided = None
         if config.auto:
@@ -386,6 +401,13 @@ class _Run:
         report["notes"] = self.notes
         self._write(report, analysed, pictures)
         return report
+
+    def _pixel_range(self) -> dict[str, tuple[float, float]]:
+        """The range of an image of pixels, which is known: no image shows more."""
+        if not (self.preprocess.raw and isinstance(self.images, FolderSource)):
+            return {}
+        sites = self.prepared.sites.values()
+        return {site.tensor: (0.0, 255.0) for site in sites if site.role == "input"}
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the equalised model.
@@ -456,15 +478,15 @@ class _Run:
             return None
         if source.root.resolve() == embedded.IMAGES:
             return None
+        if self.preprocess.raw:  # there is no normalisation to be wrong
+            return None
         if self.prepared.blocks.count == 0:  # without LayerNorm, larger inputs alone make it surer
             return None
         from ptq_onnx.runtime import Classifier
 
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
-        few = open_images(
-            source.root, plain, limit=MOST
-        )  # few images for the ranges tell too little
+        few = open_images(source.root, plain, limit=MOST)  # however few calibration takes
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
@@ -511,7 +533,7 @@ class _Run:
                 "bytes": prepared.path.stat().st_size,
                 "opset": prepared.cleaned.opset_before,
                 "producer": model.producer_name,
-                "inputs": [_value(v) for v in model.graph.inputs if not v.is_initializer()],
+                "inputs": _inputs(model),
                 "outputs": [_value(v) for v in model.graph.outputs],
             },
             "config": json.loads(json.dumps(asdict(config))),
@@ -771,6 +793,14 @@ def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dic
 
 def _float(site: Site, reason: str) -> dict[str, Any]:
     return {"tensor": site.tensor, "role": site.role, "block": site.block, "reason": reason}
+
+
+def _inputs(model: ir.Model) -> list[dict[str, Any]]:
+    """The inputs of the file."""
+    own = signature(model)
+    if own is not None:
+        return [{"name": own.name, "shape": list(own.shape)}]
+    return [_value(v) for v in model.graph.inputs if not v.is_initializer()]
 
 
 def _value(value: ir.Value) -> dict[str, Any]:

@@ -13,10 +13,21 @@ from onnx import TensorProto, helper
 
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.preprocess import FloatArray
+from ptq_onnx.signature import channels_last, fed
+from ptq_onnx.telemetry import switch_off
+
+switch_off()  # by its API too, where it is loaded by now
 
 Model = str | Path | bytes
 
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+}
+"""What images are fed as."""
+_FLOATS = [name for name, kind in TYPES.items() if issubclass(kind, np.floating)]
 _WHOLE = [f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 _NUMBERS = (*_FLOATS, "tensor(bool)", *_WHOLE)
 TENSORRT = "TensorrtExecutionProvider"
@@ -125,7 +136,8 @@ def _cuda_devices() -> int:
 
 
 class Network:
-    """A model with one image input, whose outputs it gives by name.
+    """A model with one image input, whose outputs it gives by name; images [B, C, H, W] are fed in
+    the layout and type that the file takes.
 
     ``names``: the outputs given; ``left_out``: those that are no tensor of numbers, with their
     type. ``whole``: outputs whose first dimension turned out not to be the batch: one run's is
@@ -149,10 +161,11 @@ class Network:
         else:
             self._session = model
         inputs = self._session.get_inputs()
-        if len(inputs) != 1 or inputs[0].type not in _FLOATS or len(inputs[0].shape) != 4:
+        if len(inputs) != 1 or inputs[0].type not in TYPES or len(inputs[0].shape) != 4:
             found = ", ".join(f"{i.name}: {i.type}{list(i.shape)}" for i in inputs)
             raise ModelError(
-                f"{self.name}: expected one float input [batch, C, H, W], got {found or 'none'}."
+                f"{self.name}: expected one input of images, float or uint8, [batch, C, H, W] or"
+                f" [batch, H, W, C], got {found or 'none'}."
             )
         made = [o for o in self._session.get_outputs() if outputs is None or o.name in outputs]
         self.left_out = tuple(f"{o.name} ({o.type})" for o in made if o.type not in _NUMBERS)
@@ -160,7 +173,7 @@ class Network:
         self.names = tuple(self._made)
         self.whole: set[str] = set()
         self._input = inputs[0]
-        self._dtype = _FLOATS[self._input.type]
+        self._dtype = TYPES[self._input.type]
         batch = self._input.shape[0]
         self._batch: int | None = batch if isinstance(batch, int) else None
 
@@ -187,7 +200,9 @@ class Network:
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Refuse images [C, H, W] that do not fit the input. Raises ImageError."""
-        wanted = self._input.shape[1:]
+        wanted = list(self._input.shape[1:])
+        if channels_last(self._input.shape):
+            wanted = [wanted[2], *wanted[:2]]
         if any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
             raise ImageError(
                 f"{self.name} expects images {list(wanted)} (channels, height, width), got "
@@ -223,7 +238,8 @@ class Network:
     def _run(self, images: FloatArray) -> list[NDArray[Any]]:
         try:
             result: list[NDArray[Any]] = self._session.run(
-                list(self.names), {self._input.name: images.astype(self._dtype, copy=False)}
+                list(self.names),
+                {self._input.name: fed(images, self._input.shape, self._dtype)},
             )
         except Exception as error:
             reason = " ".join(str(error).split())

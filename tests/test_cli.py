@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -565,7 +566,8 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_interrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
     words = ("quantize", MODEL, "--output", folder / "o", "--images", "128", "--threads", "1")
@@ -580,8 +582,32 @@ def test_interrupt(tmp_path: Path) -> None:
         if any(folder.iterdir()) or process.poll() is not None:
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert (out, err) == ("", "")
     assert list(folder.iterdir()) == []
+
+
+def test_errors_that_name_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, console.one_line_errors():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (exit_.value.code, capsys.readouterr().err) == (2, "error: No space left on device.\n")
+
+
+def test_names_send_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        console.fail("Model a\x1b[2J\udce9.onnx\n does not exist.")
+    assert capsys.readouterr().err == "error: Model a\\x1b[2J\\udce9.onnx does not exist.\n"
+
+
+def test_a_terminal_that_is_not_utf_8() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ptq_onnx", "inspect", "größe×.onnx"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "gr\\xf6\\xdfe\\xd7.onnx" in done.stderr

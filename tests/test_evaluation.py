@@ -196,7 +196,7 @@ class TestErrors:
         model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["f"], to=FLOAT))
         model.graph.node[1].input[0] = "f"
         whole = model.SerializeToString()
-        self.expect(ModelError, r"one float input .* got x: tensor\(int64\)", whole, images)
+        self.expect(ModelError, r"one input of images, .* got x: tensor\(int64\)", whole, images)
 
 
 def test_session_options() -> None:

@@ -86,9 +86,10 @@ def compare(
     begin = progress or (lambda _, __: lambda ___: None)
     _check_labels(base, labels)
     done = begin("Comparing", len(files) + 1)
-    features = feature_outputs(prepare(base).model)
-    outputs = block_outputs(base)
-    floats = FloatBlocks(base, list(outputs.values()), images, block_images, threads)
+    features = _features(base, images.preprocess.size)
+    outputs = block_outputs(base, images.preprocess.size)
+    tensors = list(outputs.values())
+    floats = FloatBlocks(base, tensors, images, block_images, threads) if outputs else None
     times = _times([base, *files], images, threads)
     contenders = []
     for index, (name, file) in enumerate(zip(["float", *names], [base, *files], strict=True)):
@@ -113,7 +114,7 @@ def compare(
                 sqnr_db=in_json(measured.sqnr_db),
                 agreement=measured.agreement,
                 ms_per_image=times[index],
-                blocks=floats.blocks(tapped, outputs) if index else (),
+                blocks=floats.blocks(tapped, outputs) if index and floats is not None else (),
                 outputs=measured.outputs,
             )
         )
@@ -121,9 +122,13 @@ def compare(
     return Comparison(base.name, len(images), min(block_images, len(images)), tuple(contenders))
 
 
-def block_outputs(path: Path) -> dict[int, str]:
-    """The tensor behind each transformer block of a float model."""
-    prepared = prepare(path)
+def block_outputs(path: Path, size: tuple[int, int] | None = None) -> dict[int, str]:
+    """The tensor behind each transformer block of a float model; none where it has no blocks, or
+    cannot be prepared."""
+    try:
+        prepared = prepare(path, size=size)
+    except ModelError:
+        return {}
     return {
         role.block: str(node.outputs[0].name)
         for node in prepared.model.graph
@@ -140,7 +145,7 @@ class FloatBlocks:
     ) -> None:
         self._tensors = tensors
         self._images, self._limit = images, limit
-        copy = graphs.to_standard(prepare(path).model)
+        copy = graphs.to_standard(prepare(path, size=images.preprocess.size).model)
         values = {v.name: v for node in copy.graph for v in node.outputs}
         own = {v.name for v in copy.graph.outputs}
         copy.graph.outputs.extend(values[t] for t in tensors if t not in own)
@@ -221,6 +226,14 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
             model(one)
             times.append(time.perf_counter() - start)
     return [1000 * statistics.median(times) for times in taken]
+
+
+def _features(base: Path, size: tuple[int, int] | None) -> list[str]:
+    """Outputs of the float model in which no class leads; none where it cannot be prepared."""
+    try:
+        return feature_outputs(prepare(base, size=size).model)
+    except ModelError:
+        return []
 
 
 def classifies(base: Path) -> bool:
