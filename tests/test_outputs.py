@@ -217,6 +217,11 @@ def test_an_embedding_has_no_class_that_leads(folder: Path, tmp_path: Path) -> N
     assert fidelity["agreement"] is None
     assert [one["agreement"] for one in fidelity["outputs"]] == [None, None]
     assert not any("--labels" in text for _, text in next_steps(found.report, found.files))
+    words = ["evaluate", str(tmp_path / "out/quantized.onnx"), "--reference"]
+    words += [str(folder / "embedding.onnx"), "--val", str(folder / "val.npy"), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["agreement"] is None
 
 
 def test_labels_without_classes_are_refused_before_the_work(folder: Path, tmp_path: Path) -> None:

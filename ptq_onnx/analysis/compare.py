@@ -17,7 +17,7 @@ from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
-from ptq_onnx.calibration.class_output import feature_outputs
+from ptq_onnx.calibration.class_output import features_of
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation import evaluate, no_classes
 from ptq_onnx.image_source import ImageSource
@@ -86,7 +86,7 @@ def compare(
     begin = progress or (lambda _, __: lambda ___: None)
     _check_labels(base, labels)
     done = begin("Comparing", len(files) + 1)
-    features = _features(base, images.preprocess.size)
+    features = features_of(base, images.preprocess.size)
     outputs = block_outputs(base, images.preprocess.size)
     tensors = list(outputs.values())
     floats = FloatBlocks(base, tensors, images, block_images, threads) if outputs else None
@@ -226,14 +226,6 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
             model(one)
             times.append(time.perf_counter() - start)
     return [1000 * statistics.median(times) for times in taken]
-
-
-def _features(base: Path, size: tuple[int, int] | None) -> list[str]:
-    """Outputs of the float model in which no class leads; none where it cannot be prepared."""
-    try:
-        return feature_outputs(prepare(base, size=size).model)
-    except ModelError:
-        return []
 
 
 def classifies(base: Path) -> bool:

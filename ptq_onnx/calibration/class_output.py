@@ -7,9 +7,12 @@ norm, a pooling, a tanh, a division by their length, or a projection without bia
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
 from ptq_onnx.blocks import is_constant
+from ptq_onnx.errors import PtqError
 from ptq_onnx.runtime import may_be_classes
 
 PASSED = frozenset(
@@ -58,6 +61,16 @@ def feature_outputs(model: ir.Model) -> list[str]:
         if str(v.name) in named
         and (any(word in str(v.name).lower() for word in FEATURES) or _is_feature(v))
     ]
+
+
+def features_of(path: str | Path, size: tuple[int, int] | None = None) -> list[str]:
+    """:func:`feature_outputs` of a file; none where it cannot be prepared."""
+    from ptq_onnx.preparation import prepare
+
+    try:
+        return feature_outputs(prepare(path, size=size).model)
+    except PtqError:
+        return []
 
 
 def _is_feature(value: ir.Value) -> bool:
