@@ -352,9 +352,7 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
         raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
 
 
-def open_plain(
-    model: ir.Model, threads: int = 0, *, quiet: bool = False
-) -> ort.InferenceSession:
+def open_plain(model: ir.Model, threads: int = 0, *, quiet: bool = False) -> ort.InferenceSession:
     """A session for a few images, without the packed copies of the weights, which would take
     memory and time. ``quiet``: what it cannot run is told by the exception alone."""
     options = ort.SessionOptions()

@@ -163,9 +163,7 @@ def put_back(model: ir.Model) -> None:
     graph.insert_before(next(iter(graph)), nodes)
 
 
-def _exchange(
-    graph: ir.Graph, image: ir.Value, name: str, last: bool, of_bytes: bool
-) -> ir.Value:
+def _exchange(graph: ir.Graph, image: ir.Value, name: str, last: bool, of_bytes: bool) -> ir.Value:
     """Put an input in our form in the place of the file's."""
     assert image.shape is not None
     order = TO_FIRST if last else range(4)
