@@ -155,14 +155,14 @@ class Classifier:
         self._input, self._output = inputs[0], (ranked or outputs)[0].name
         self._dtype = TYPES[self._input.type]
         batch = self._input.shape[0]
-        self._batch: int | None = batch if isinstance(batch, int) else None
+        self._batch: int | None = batch if isinstance(batch, int) and batch > 0 else None
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Refuse images [C, H, W] that do not fit the input. Raises ImageError."""
         wanted = list(self._input.shape[1:])
         if channels_last(self._input.shape):
             wanted = [wanted[2], *wanted[:2]]
-        if any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
+        if any(isinstance(w, int) and w not in (s, -1) for w, s in zip(wanted, shape, strict=True)):
             raise ImageError(
                 f"{self.name} expects images {list(wanted)} (channels, height, width), got "
                 f"{list(shape)}: set the preprocessing to the model's input size."

@@ -15,8 +15,8 @@ from small_graph import SmallGraph, run, sample
 
 from ptq_onnx import graph
 from ptq_onnx.benchmarking.subject import read_subject
-from ptq_onnx.conformance import check
 from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.conformance import check
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
 from ptq_onnx.evaluation import evaluate
 from ptq_onnx.image_source import NoiseSource
@@ -298,8 +298,22 @@ def test_other_inputs_are_named(kind: str, tmp_path: Path) -> None:
         assert word in text
 
 
+def test_sizes_below_one_are_dynamic(tmp_path: Path) -> None:
+    """Paddle's exporters write -1 for a dynamic batch."""
+    g = SmallGraph((-1, 3, 8, 8))
+    g.output_shape = (-1, 3)
+    out = g("ReduceMean", "x", np.array([2, 3]), keepdims=0)
+    path = g.save(tmp_path / "model.onnx", out)
+    prepared = prepare(path)
+    shape = prepared.model.graph.inputs[0].shape
+    assert shape is not None
+    assert [d if isinstance(d, int) else d.value for d in shape] == ["batch", 3, 8, 8]
+    images = open_images(sample(3, 3, 8, 8), resolve_preprocess(path, QuantizeConfig()))
+    assert evaluate(path, images, reference=path, threads=1, batch_size=2).count == 3
+
+
 @pytest.mark.skipif(not CASE.is_file(), reason="needs ../shared/cases")
 def test_the_case() -> None:
     prepared = prepare(CASE)
-    assert [n.op_type for n in prepared.model.graph][0] == "Conv"
+    assert prepared.model.graph[0].op_type == "Conv"
     assert resolve_preprocess(CASE, QuantizeConfig()).raw
