@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import helper
 from small_graph import SmallGraph, run, sample
 
 from ptq_onnx.config import QuantizeConfig
@@ -120,6 +121,26 @@ def test_a_model_of_any_size_stays_dynamic(tmp_path: Path) -> None:
         ]
         assert dims == ["batch_size", 3, "height", "width"]
     assert resolve_preprocess(path, QuantizeConfig()).size == (224, 224)
+
+
+def test_a_size_decides_branches(tmp_path: Path) -> None:
+    """Without a table only they need the size: it is fixed where it is given."""
+    g = SmallGraph(("batch", 3, "height", "width"))
+    out = helper.make_tensor_value_info("y", 1, None)
+    ways = [
+        helper.make_graph([helper.make_node(op, ["x"], ["y"])], op, [], [out])
+        for op in ("Relu", "Neg")
+    ]
+    height = g("Gather", g("Shape", "x"), np.array(2))
+    y = g("If", g("Equal", height, np.array(8)), then_branch=ways[0], else_branch=ways[1])
+    g.output_shape = ("batch", 3)
+    path = g.save(tmp_path / "model.onnx", g("ReduceMean", y, np.array([2, 3]), keepdims=0))
+    with pytest.raises(ModelError, match="dynamic axis 'height' of the input, which --size HxW"):
+        prepare(path)
+    for size, kind in (((8, 8), "Relu"), ((16, 8), "Neg")):
+        prepared = prepare(path, size=size)
+        assert prepared.model.graph[0].op_type == kind
+        assert any(f"{size[0]}x{size[1]} is given by" in n for n in prepared.cleaned.notes)
 
 
 def test_a_size_that_does_not_run_is_one_line(tmp_path: Path) -> None:

@@ -218,13 +218,16 @@ def test_bytes_that_other_ops_read(tmp_path: Path) -> None:
 
 
 def test_images_are_fed_as_the_file_takes_them() -> None:
-    images = np.array([-3.0, 0.4, 0.6, 254.6, 300.0, 2.5], np.float32).reshape(1, 3, 2, 1)
+    images = np.array([0, 1e-4, 1, 254.9999, 255, 2], np.float32).reshape(1, 3, 2, 1)
     found = fed(images, ["b", 2, 1, 3], np.uint8)
     assert found.tolist() == [[[[0, 1, 255]], [[0, 255, 2]]]]
     assert found.dtype == np.uint8
     first = fed(images, ["b", 3, "h", "w"], np.uint8)
     assert first.tolist() == [[[[0], [0]], [[1], [255]], [[255], [2]]]]
     assert fed(images, [None, 3, 2, 1], np.float16).shape == images.shape
+    for wrong in (images / 255, images - 3, images + 3):
+        with pytest.raises(ImageError, match="takes pixels as uint8, 0 to 255, got"):
+            fed(wrong, ["b", 3, "h", "w"], np.uint8)
 
 
 def test_arrays_as_the_model_takes_them(tmp_path: Path) -> None:
