@@ -56,7 +56,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "the embedded digits",
+        "none; models/digits_vit.onnx of the source alone has its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]
@@ -151,7 +151,7 @@ MinSqnr = Annotated[
         "--min-sqnr",
         "DB",
         f"{MIN_SQNR:g} without labels",
-        "auto: SQNR that the logits must have, on --val or on calibration images held apart.",
+        "auto: SQNR that every output must have, on --val or on calibration images held apart.",
     ),
 ]
 PerChannel = Annotated[

@@ -22,7 +22,10 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.ordering import sort_nodes
 from ptq_onnx.signature import put_back
 from ptq_onnx.standard import to_standard
+from ptq_onnx.telemetry import switch_off
 from ptq_onnx.validation import one_line, validate
+
+switch_off()  # by its API too, where it is loaded by now
 
 __all__ = [
     "CleanReport",

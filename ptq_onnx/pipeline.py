@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx import embedded
 from ptq_onnx import graph as graphs
+from ptq_onnx.calibration.class_output import class_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
-from ptq_onnx.errors import ConfigError, ImageError, ModelError
+from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
 from ptq_onnx.input_size import try_size
@@ -34,8 +37,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int], Callable[[int], None]]
 """Called with (stage, images in all); returns what is called with images done."""
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
-"""The images that come with the project, for when none are given."""
+log = logging.getLogger(__name__)
 
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
@@ -86,8 +88,8 @@ def quantize(
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
-    ``calib``: folder, .npy/.npz or iterable of arrays; None: the embedded images; ``noise``:
-    standard Gaussian ones. ``val``
+    ``calib``: folder, .npy/.npz or iterable of arrays; ``noise``: standard Gaussian ones; None is
+    for the embedded model, which has images of its own, and for ``scales``. ``val``
     and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
     run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
     ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
@@ -98,6 +100,8 @@ def quantize(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
+    if calib is None:
+        calib = val if scales is not None and val is not None else embedded.images_for(model)
     prepared = prepare(model, config.opset, config.size)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
@@ -115,7 +119,10 @@ def quantize(
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
-    if tested is not None and (labels is not None or has_class_folders(tested)):
+    labelled = tested is not None and (labels is not None or has_class_folders(tested))
+    if labelled and not class_outputs(prepared.model):
+        labelled = _without_classes(prepared, labels, notes)
+    if tested is not None and labelled:
         from ptq_onnx.labels import labels_for
 
         truth = labels_for(tested, labels)
@@ -132,7 +139,13 @@ def quantize(
     try:
         run = _Run(prepared, config, preprocess, images, notes, work, progress, labels=labels)
         run.validation = validation(tested, labels)
-        report = run.run(tested, truth, scales)
+        try:
+            report = run.run(tested, truth, scales)
+        except PtqError as error:  # the folder that it may name is gone by then
+            text = str(error).replace(str(work), str(output))
+            if text == str(error):
+                raise
+            raise type(error)(text) from error
         if not keep_models:
             for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
                 path.unlink()
@@ -140,6 +153,17 @@ def quantize(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Result(report, output, files, run.analysis)
+
+
+def _without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
+    """False, with a note, for class folders that are of no use to the model. Raises ModelError for
+    labels that were asked for."""
+    made = ", ".join(f"{v['name']} {v['shape']}" for v in map(_value, prepared.model.graph.outputs))
+    where = f"Model {prepared.path} has no output [batch, classes], only {made}"
+    if labels is not None:
+        raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
+    notes.append(f"{where}: the class folders of --val are no labels here.")
+    return False
 
 
 def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
@@ -230,21 +254,11 @@ def _by_first_ops(model: ir.Model, config: QuantizeConfig) -> Preprocess:
 
 
 def _calibration_images(
-    calib: str | Path | Iterable[Any] | None,
+    calib: str | Path | Iterable[Any],
     preprocess: Preprocess,
     config: QuantizeConfig,
     notes: list[str],
 ) -> ImageSource:
-    if calib is None:
-        if not EMBEDDED.is_dir():
-            raise ImageError(
-                "The embedded images are not here; name calibration images with --calib."
-            )
-        notes.append(
-            "No --calib: calibrated with the embedded images of digits. Give images like those"
-            " that the model will see for a model of your own."
-        )
-        calib = EMBEDDED
     if isinstance(calib, str) and calib == NOISE:
         notes.append(
             "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
@@ -328,8 +342,8 @@ class _Run:
         from ptq_onnx.quantizers import make_quantizer
         from ptq_onnx.quantizers.base import Plan
 
-        config = self._resolve_auto()
         checked = None if scales is not None else self._check_preprocess()
+        config = self._resolve_auto()
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
@@ -454,14 +468,14 @@ class _Run:
     def _check_preprocess(self) -> PreprocessCheck | None:
         """Whether another normalisation suits the model better; None where that cannot be told.
 
-        It takes pictures of the user's own, and a transformer whose outputs are classes.
+        It takes pictures of the user's own, and a transformer with an output of logits: features
+        have no classes to be sure of.
         """
         source, model = self.images, self.prepared.model
-        shapes = [v.shape for v in model.graph.outputs]
-        classes = any(s is not None and len(s) == 2 and s[1] != 1 for s in shapes)
-        if not (self.config.check_preprocess and classes and isinstance(source, FolderSource)):
+        logits = logits_output(model)
+        if not (self.config.check_preprocess and logits and isinstance(source, FolderSource)):
             return None
-        if source.root.resolve() == EMBEDDED:
+        if source.root.resolve() == embedded.IMAGES:
             return None
         if self.preprocess.raw:  # there is no normalisation to be wrong
             return None
@@ -475,12 +489,13 @@ class _Run:
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
-            classifier = Classifier(opened)
+            classifier = Classifier(opened, output=logits)
             found = check_preprocess(classifier, pictures, self.preprocess)
         except ModelError:  # no classifier after all
             return None
         if found.warning is not None:
             self.notes.append(found.warning)
+            log.warning(found.warning)
         return found
 
     def _resolve_auto(self) -> QuantizeConfig:
@@ -704,40 +719,24 @@ class _Run:
         return pictures
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
-        """Accuracy of the files in ONNX Runtime, where there are images to measure on."""
-        from ptq_onnx.evaluation import evaluate, since
+        """The files in ONNX Runtime: on ``--val``, else on images held apart."""
+        from ptq_onnx.measurement import measured
 
-        if tested is None:
-            return {"accuracy": None, "fidelity": None}
-        found = evaluate(
+        source, kind = tested, "val"
+        if source is None:
+            source, apart = self._held_apart(None)
+            kind = "held apart" if apart else "calibration"
+        found, notes = measured(
             self.work / "quantized.onnx",
-            tested,
+            self.work / "fused.onnx",
+            source,
             truth,
+            kind,
             threads=self.config.threads,
-            reference=self.work / "fused.onnx",
-            progress=since(self.stage("Evaluating", len(tested))),
+            stage=self.stage,
         )
-        # JSON has no infinity: without any noise 200 dB, as everywhere in the report.
-        sqnr = None if found.sqnr_db is None else max(-200.0, min(found.sqnr_db, 200.0))
-        fidelity = {
-            "images": found.count,
-            "sqnr_db": sqnr,
-            "agreement": found.agreement,
-        }
-        if truth is None:
-            return {"accuracy": None, "fidelity": fidelity}
-        plain = evaluate(self.work / "fused.onnx", tested, truth, threads=self.config.threads)
-        accuracy = {
-            "count": found.count,
-            "float": {"top1": plain.top1, "top5": plain.top5},
-            "quantized": {
-                "top1": found.top1,
-                "top5": found.top5,
-                "sqnr_db": sqnr,
-                "agreement": found.agreement,
-            },
-        }
-        return {"accuracy": accuracy, "fidelity": fidelity}
+        self.notes.extend(notes)
+        return found
 
     def _write(
         self, report: dict[str, Any], analysed: dict[str, Any], pictures: list[tuple[str, Path]]

@@ -8,6 +8,8 @@ margin losing its extra line at the right and bottom.
 
 import json
 import math
+import os
+import stat
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
 from ptq_onnx.errors import ConfigError, ImageError
 
@@ -39,6 +41,10 @@ _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_OPTIONAL = tuple(name for name in ("WEBP", "AVIF") if features.check(name.lower()))
+#: Formats that are decoded, by content, whatever a file is called. Pillow knows some forty more, of
+#: which one starts an external program (EPS) and many are hardly ever read by anyone.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "PPM", *_OPTIONAL)
 # What Pillow raises on files that are cut short, forged, empty or absurdly large.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError,
@@ -147,10 +153,13 @@ class Preprocess:
 def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
     """Decode one image file to float32 [C, H, W]. Raises ImageError if it cannot be read.
 
-    The orientation tag is ignored and an alpha channel dropped, both as in timm.
+    Of an animation it is the first frame. The orientation tag is ignored and an alpha channel
+    dropped, both as in timm and in torchvision's ImageFolder.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")  # a pipe would be waited for
+        with Image.open(path, formats=FORMATS) as image:
             return from_image(image, preprocess)
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -186,7 +186,10 @@ class TestErrors:
         model.graph.output.append(helper.make_tensor_value_info("more", FLOAT, ["b", 3, 4, 4]))
         model.graph.node.append(helper.make_node("Neg", ["x"], ["more"]))
         maps = model.SerializeToString()
-        self.expect(ModelError, r"none of its outputs is \[batch, classes\]", maps, images)
+        truth = np.zeros(11, np.int64)
+        self.expect(ModelError, r"no output \[batch, classes\] .* leave the", maps, images, truth)
+        with pytest.raises(ModelError, match=r"none of its outputs is \[batch, classes\]"):
+            logits(maps, images)
 
         model = onnx.load_from_string(classifier())
         model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64

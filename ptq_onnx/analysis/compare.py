@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +18,11 @@ from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.evaluation import evaluate
+from ptq_onnx.evaluation import evaluate, no_classes
 from ptq_onnx.image_source import ImageSource
+from ptq_onnx.outputs import decibels as in_json
 from ptq_onnx.preparation import prepare
-from ptq_onnx.runtime import Classifier, session
+from ptq_onnx.runtime import Network, session
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -83,6 +83,7 @@ def compare(
     files = [quantized_file(path) for path in paths]
     names = _names([Path(p) for p in paths])
     begin = progress or (lambda _, __: lambda ___: None)
+    _check_labels(base, labels)
     done = begin("Comparing", len(files) + 1)
     outputs = block_outputs(base, images.preprocess.size)
     tensors = list(outputs.values())
@@ -107,10 +108,11 @@ def compare(
                 quantized_ops=tapped.quantized_ops(),
                 top1=measured.top1,
                 top5=measured.top5,
-                sqnr_db=_finite(measured.sqnr_db),
+                sqnr_db=in_json(measured.sqnr_db),
                 agreement=measured.agreement,
                 ms_per_image=times[index],
                 blocks=floats.blocks(tapped, outputs) if index and floats is not None else (),
+                outputs=measured.outputs,
             )
         )
         done(1)
@@ -210,7 +212,7 @@ def _size(path: Path) -> int:
 def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[float]:
     """Median milliseconds of one image, file by file."""
     one = next(images.batches(1))
-    models = [Classifier(file, threads) for file in files]
+    models = [Network(file, threads) for file in files]
     for model in models:
         model.check(images.preprocess.shape)
         model(one)
@@ -223,8 +225,15 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
     return [1000 * statistics.median(times) for times in taken]
 
 
-def _finite(value: float | None) -> float | None:
-    """An SQNR without noise is 200 dB: JSON knows no infinity."""
-    if value is None or math.isfinite(value):
-        return value
-    return 200.0 if value > 0 else -200.0
+def classifies(base: Path) -> bool:
+    """Whether a model has an output [batch, classes]. Raises ModelError."""
+    return bool(Network(base, 1).class_outputs)
+
+
+def _check_labels(base: Path, labels: Labels | None) -> None:
+    """Refuse labels for a model that has no classes, before the work. Raises ModelError."""
+    if labels is None:
+        return
+    network = Network(base, 1)
+    if not network.class_outputs:
+        raise ModelError(no_classes(network))
