@@ -49,6 +49,7 @@ def compare(
     from ptq_onnx import pipeline
     from ptq_onnx.analysis import compare as comparison
     from ptq_onnx.analysis.compare_page import render_comparison
+    from ptq_onnx.analysis.results import plain
     from ptq_onnx.images import open_images
     from ptq_onnx.labels import labels_for
 
@@ -71,13 +72,14 @@ def compare(
             threads=options.threads,
             progress=progress,
         )
-    text = json.dumps(asdict(found), indent=1, allow_nan=False)
+    numbers = plain(asdict(found))
+    text = json.dumps(numbers, indent=1, allow_nan=False)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.json").write_text(text, encoding="utf-8")
         (folder / "compare.html").write_text(render_comparison(found), encoding="utf-8")
     if as_json:
-        print(json.dumps(asdict(found), allow_nan=False))
+        print(json.dumps(numbers, allow_nan=False))
         return
     stdout().print(table(found))
     if folder is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import logging
+import math
 import os
 import sys
 import warnings
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 WORST = 15
 """How many ops the table of the worst ops shows."""
+EXACT = "exact"
+"""What stands for infinite dB."""
 PIPE_WIDTH = 120
 """Columns where there is no terminal to ask."""
 
@@ -123,7 +126,8 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
     table.add_column("dB\n(higher is better)", justify="right")
     for op in ops[:count]:
         block = "" if op["block"] is None else str(op["block"])
-        cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", f"{op['snr_db']:.1f}"
+        found = EXACT if op["snr_db"] is None else f"{op['snr_db']:.1f}"
+        cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", found
         table.add_row(*map(Text, cells))
     return table
 
@@ -147,7 +151,7 @@ def _closeness(found: Mapping[str, Any] | None) -> tuple[str, str]:
     if found is None:
         return "-", "-"
     drop = "-" if found["drop"] is None else f"{found['drop']:.1f}"
-    return drop, decibels(found["sqnr_db"])
+    return drop, decibels(_measured(found["sqnr_db"]))
 
 
 def summary(report: Mapping[str, Any]) -> Table:
@@ -162,7 +166,7 @@ def summary(report: Mapping[str, Any]) -> Table:
                 name = f"{label} of {accuracy['count']} images"
                 rows.append((name, percent(pair[0]), percent(pair[1])))
     if fidelity:
-        rows.append(("SQNR of the logits", "", decibels(fidelity["sqnr_db"])))
+        rows.append(("SQNR of the logits", "", decibels(_measured(fidelity["sqnr_db"]))))
         rows.append(("same top class as float", "", percent(fidelity["agreement"])))
     return simple_table(("", "float", "quantized"), rows)
 
@@ -186,8 +190,15 @@ def percent(value: float | None) -> str:
 
 
 def decibels(value: float | None) -> str:
-    """``12.3 dB``; a dash for what was not measured."""
+    """``12.3 dB``; ``exact`` without any error, a dash for what was not measured."""
+    if value is not None and math.isinf(value) and value > 0:
+        return EXACT
     return "-" if value is None else f"{value:.1f} dB"
+
+
+def _measured(value: float | None) -> float:
+    """dB as a report holds them: null where there was no error."""
+    return math.inf if value is None else value
 
 
 def _megabytes(count: int) -> str:

@@ -309,6 +309,7 @@ class _Run:
     ) -> dict[str, Any]:
         import torch
 
+        from ptq_onnx.analysis.results import plain
         from ptq_onnx.export.half import to_float16
         from ptq_onnx.export.lowering import lower
         from ptq_onnx.quantizers import make_quantizer
@@ -370,8 +371,9 @@ class _Run:
         analysed.update(self._measure(tested, truth))
         report.update(analysed)
         report["notes"] = self.notes
-        self._write(report, analysed, pictures)
-        return report
+        written: dict[str, Any] = plain(report)
+        self._write(written, pictures)
+        return written
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the equalised model.
@@ -694,11 +696,9 @@ class _Run:
             reference=self.work / "fused.onnx",
             progress=since(self.stage("Evaluating", len(tested))),
         )
-        # JSON has no infinity: without any noise 200 dB, as everywhere in the report.
-        sqnr = None if found.sqnr_db is None else max(-200.0, min(found.sqnr_db, 200.0))
         fidelity = {
             "images": found.count,
-            "sqnr_db": sqnr,
+            "sqnr_db": found.sqnr_db,
             "agreement": found.agreement,
         }
         if truth is None:
@@ -710,15 +710,13 @@ class _Run:
             "quantized": {
                 "top1": found.top1,
                 "top5": found.top5,
-                "sqnr_db": sqnr,
+                "sqnr_db": found.sqnr_db,
                 "agreement": found.agreement,
             },
         }
         return {"accuracy": accuracy, "fidelity": fidelity}
 
-    def _write(
-        self, report: dict[str, Any], analysed: dict[str, Any], pictures: list[tuple[str, Path]]
-    ) -> None:
+    def _write(self, report: dict[str, Any], pictures: list[tuple[str, Path]]) -> None:
         text = json.dumps(report, indent=1, allow_nan=False, default=float)
         (self.work / "report.json").write_text(text, encoding="utf-8")
         if not self.config.report:
@@ -727,7 +725,7 @@ class _Run:
         from ptq_onnx.analysis.report import render
         from ptq_onnx.analysis.results import OpError
 
-        ops = [OpError(**op) for op in analysed["analysis"]["ops"]]
+        ops = [OpError(**op) for op in report["analysis"]["ops"]]
         page = render(report, snr_over_blocks(ops), pictures, self.picture)
         (self.work / "report.html").write_text(page, encoding="utf-8")
 

@@ -10,7 +10,7 @@ import torch
 from small_transformer import Choices, transformer
 from test_targets import decibels, quantized, run, tokens
 
-from ptq_onnx.analysis.variation import fake_quantize
+from ptq_onnx.quantizers.fake_quantize import fake_quantize
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.engine import Simulator
 from ptq_onnx.export.lowering import lower

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,7 +105,7 @@ def compare(
                 quantized_ops=tapped.quantized_ops(),
                 top1=measured.top1,
                 top5=measured.top5,
-                sqnr_db=_finite(measured.sqnr_db),
+                sqnr_db=measured.sqnr_db,
                 agreement=measured.agreement,
                 ms_per_image=times[index],
                 blocks=floats.blocks(tapped, outputs) if index else (),
@@ -174,7 +173,8 @@ class FloatBlocks:
             if one is None:
                 out.append(BlockMatch(block, None, None, None))
             else:
-                out.append(BlockMatch(block, one[0], one[1], decibels(sums[tensor].snr)))
+                ratio = sums[tensor].snr
+                out.append(BlockMatch(block, one[0], one[1], decibels(ratio), ratio))
         return tuple(out)
 
 
@@ -216,10 +216,3 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
             model(one)
             times.append(time.perf_counter() - start)
     return [1000 * statistics.median(times) for times in taken]
-
-
-def _finite(value: float | None) -> float | None:
-    """An SQNR without noise is 200 dB: JSON knows no infinity."""
-    if value is None or math.isfinite(value):
-        return value
-    return 200.0 if value > 0 else -200.0

@@ -26,6 +26,8 @@ Entry = Mapping[str, Any]
 
 WORST = 10
 """Ops that the page marks as the worst."""
+EXACT = "exact"
+"""What stands for infinite dB."""
 EMBEDDED_BYTES = 90_000
 """Larger pictures go into the page as WebP, so that twelve of them fit in about 1 MB."""
 
@@ -60,7 +62,9 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, size=size, cell=cell, counts=counts)
+    environment.filters.update(
+        number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
+    )
     analysis = report.get("analysis")
     return environment.get_template("report.html").render(
         report=report,
@@ -115,11 +119,12 @@ def verdict(report: Entry) -> tuple[str, str]:
         )
     blocks = (report.get("analysis") or {}).get("blocks") or []
     if blocks:
-        last = blocks[-1]["snr_db"]
+        found = blocks[-1]["snr_db"]
+        last = math.inf if found is None else found
         grade = "good" if last >= 20 else "fair" if last >= 12 else "bad"
         word = {"good": "small", "fair": "noticeable", "bad": "large"}[grade]
         return grade, (
-            f"The error of the last block is {word}, {last:.1f} dB. Accuracy was not measured:"
+            f"The error of the last block is {word}, {decibel_text(last, None, 1, ' dB')}. Accuracy was not measured:"
             " give --val, and --labels, to know it."
         )
     return "none", "Nothing was measured on images: the quality of this model is not known."
@@ -148,8 +153,9 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
     else:
         cards.append(("Accuracy", "not measured", "needs --val and labels"))
     close = fidelity or (accuracy or {}).get("quantized") or {}
-    if close.get("sqnr_db") is not None:
-        cards.append(("SQNR of the logits", f"{close['sqnr_db']:.1f} dB", "higher is better"))
+    if "sqnr_db" in close:
+        text = decibel_text(close["sqnr_db"], 0, 1, " dB")
+        cards.append(("SQNR of the logits", text, "higher is better"))
     if close.get("agreement") is not None:
         cards.append(("Same top class", f"{close['agreement']:.1f} %", "as the float model"))
     sizes = report.get("sizes") or {}
@@ -278,6 +284,15 @@ def number(value: Any) -> str:
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and value < 1e6):
         return str(int(value))
     return f"{value:.4g}" if math.isfinite(value) else "∞" if value == math.inf else str(value)
+
+
+def decibel_text(
+    value: float | None, ratio: float | None, digits: int = 1, unit: str = ""
+) -> str:
+    """dB as text: ``exact`` without any error, which JSON holds as null beside a ratio of 0."""
+    if value is None:
+        return EXACT if ratio == 0 else ""
+    return f"{value:.{digits}f}{unit}" if math.isfinite(value) else EXACT
 
 
 def cell(value: Any) -> str:
