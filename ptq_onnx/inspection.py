@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks import ahead_to, back_to, is_product
 from ptq_onnx.fusion.near_miss import NearMiss, near_misses
+from ptq_onnx.model_size import model_bytes
 from ptq_onnx.preparation import Prepared, prepare
 
 OUTSIDE = "outside"
@@ -66,7 +67,7 @@ def describe(prepared: Prepared) -> Inspection:
     unknown = [Unrecognised(name, kinds[name]) for name in prepared.blocks.unrecognised]
     return Inspection(
         path=str(prepared.path),
-        bytes=_size(prepared.path),
+        bytes=model_bytes(prepared.path),
         producer=" ".join(
             filter(None, (prepared.model.producer_name, prepared.model.producer_version))
         ),
@@ -85,12 +86,6 @@ def describe(prepared: Prepared) -> Inspection:
         near_misses=(*near_misses(prepared.model), *_lost_attention(prepared)),
         notes=prepared.cleaned.notes,
     )
-
-
-def _size(path: Path) -> int:
-    """Bytes of the file, and of the data file that goes with it."""
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
 
 
 def _tensor(value: ir.Value) -> Tensor:

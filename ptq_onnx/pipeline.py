@@ -22,6 +22,7 @@ from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
+from ptq_onnx.model_size import model_bytes
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.spec import Site, TensorSpec
 
@@ -493,7 +494,7 @@ class _Run:
             "ptq_onnx": _version(),
             "model": {
                 "path": prepared.path.name,
-                "bytes": prepared.path.stat().st_size,
+                "bytes": model_bytes(prepared.path),
                 "opset": prepared.cleaned.opset_before,
                 "producer": model.producer_name,
                 "inputs": [_value(v) for v in model.graph.inputs if not v.is_initializer()],
@@ -527,8 +528,8 @@ class _Run:
             ],
             "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
             "sizes": {
-                "float": (self.work / "fused.onnx").stat().st_size,
-                "quantized": (self.work / "quantized.onnx").stat().st_size,
+                "float": model_bytes(self.work / "fused.onnx"),
+                "quantized": model_bytes(self.work / "quantized.onnx"),
             },
         }
 

@@ -20,6 +20,7 @@ from ptq_onnx.blocks import name_of
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation import evaluate
 from ptq_onnx.image_source import ImageSource
+from ptq_onnx.model_size import model_bytes
 from ptq_onnx.preparation import prepare
 from ptq_onnx.runtime import Classifier, session
 from ptq_onnx.spec import TensorSpec
@@ -101,7 +102,7 @@ def compare(
             Contender(
                 name=name,
                 file=file.name,
-                bytes=_size(file),
+                bytes=model_bytes(file),
                 quantized_ops=tapped.quantized_ops(),
                 top1=measured.top1,
                 top5=measured.top5,
@@ -195,11 +196,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(p) for p in paths]
     return [n if names.index(n) == i else f"{n} ({i + 1})" for i, n in enumerate(names)]
-
-
-def _size(path: Path) -> int:
-    """Bytes of the file and of the weights beside it."""
-    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.is_file())
 
 
 def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[float]:
