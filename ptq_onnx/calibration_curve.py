@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,14 @@ from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.image_source import NOISE, ImageSource
 from ptq_onnx.preprocess import FloatArray
+from ptq_onnx.progress import Planned, Progress, Stages
+from ptq_onnx.stages import RUNNING_FLOAT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZES = (1, 4, 16, 64, 256)
+QUANTIZING = "Quantizing and measuring"
 IMAGES = "images"
 """The source that is no noise."""
 LEAST_SPAN = 10
@@ -78,7 +81,7 @@ def measure_curve(
     calib: str | Path | None = None,
     labels: str | Path | None = None,
     sizes: Sequence[int] = SIZES,
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
+    progress: Progress | None = None,
 ) -> Curve:
     """Quantize ``model`` once for each of ``sizes``, with images and with noise.
 
@@ -86,7 +89,7 @@ def measure_curve(
     beyond the number of calibration images is left out. Raises PtqError.
     """
     from ptq_onnx import pipeline
-    from ptq_onnx.evaluation import logits
+    from ptq_onnx.evaluation import logits, since
     from ptq_onnx.images import open_images
 
     sizes = _checked(sizes)
@@ -106,8 +109,15 @@ def measure_curve(
         missing = ", ".join(str(n) for n in sizes if n > available)
         notes.append(f"Left out {missing} images: there are {available} to calibrate with.")
     runs = [(IMAGES, n) for n in usable] + [(NOISE, n) for n in sizes]
-    tell = (progress or (lambda *_: lambda __: None))("Quantizing", len(runs))
-    reference = logits(model, tested, batch_size=config.batch, threads=config.threads)
+    begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
+    reference = logits(
+        model,
+        tested,
+        batch_size=config.batch,
+        threads=config.threads,
+        progress=since(begin(RUNNING_FLOAT, len(tested))),
+    )
+    tell = begin(QUANTIZING, len(runs))
     truth = _truth(tested, labels, reference.shape[1])  # by now, unreadable images are out
     points = []
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +132,7 @@ def measure_curve(
             found = logits(file, tested, batch_size=config.batch, threads=config.threads)
             points.append(measure_point(source, n, found, reference, truth))
             tell(1)
+    begin.done()
     return Curve(
         model=model.name,
         quantizer=config.quantizer,

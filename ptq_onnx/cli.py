@@ -105,9 +105,9 @@ def quantize(
     """Quantize a model and write it to a folder, with its report."""
     options, paths = o.settings(config, locals())
     path = find_model(model)
-    from ptq_onnx import pipeline
-
     with progress_bars() as progress:
+        from ptq_onnx import pipeline  # seconds
+
         result = pipeline.quantize(path, config=options, progress=progress, **paths)
     show(result)
 
@@ -138,12 +138,12 @@ def evaluate(
     path, other = find_model(model), None if reference is None else find_model(reference)
     if "val" not in paths:
         raise ConfigError("evaluate needs images: --val DIR.")
-    from ptq_onnx import evaluation, pipeline
-    from ptq_onnx.images import open_images
-
-    source = open_images(paths["val"], pipeline.resolve_preprocess(path, options))
-    truth = _truth(source, paths.get("labels"), needed=other is None)
     with progress_bars() as progress:
+        from ptq_onnx import evaluation, pipeline
+        from ptq_onnx.images import open_images
+
+        source = open_images(paths["val"], pipeline.resolve_preprocess(path, options))
+        truth = _truth(source, paths.get("labels"), needed=other is None)
         found = evaluation.evaluate(
             path,
             source,
@@ -153,7 +153,7 @@ def evaluate(
             reference=other,
             progress=None
             if progress is None
-            else evaluation.since(progress("Evaluating", len(source))),
+            else evaluation.since(progress("Measuring the model", len(source))),
         )
     if as_json:
         numbers = {

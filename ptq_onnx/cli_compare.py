@@ -46,22 +46,22 @@ def compare(
     folder = Path(paths["output"]) if "output" in paths else None
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {folder} is a file; name a folder.")
-    from ptq_onnx import pipeline
-    from ptq_onnx.analysis import compare as comparison
-    from ptq_onnx.analysis.compare_page import render_comparison
-    from ptq_onnx.analysis.results import plain
-    from ptq_onnx.images import open_images
-    from ptq_onnx.labels import labels_for
-
-    base = comparison.find_reference(models, reference)
-    source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
-    try:
-        truth = labels_for(source, paths.get("labels"))
-    except ImageError:
-        if "labels" in paths:
-            raise
-        truth = None
     with progress_bars() as progress:
+        from ptq_onnx import pipeline
+        from ptq_onnx.analysis import compare as comparison
+        from ptq_onnx.analysis.compare_page import render_comparison
+        from ptq_onnx.analysis.results import plain
+        from ptq_onnx.images import open_images
+        from ptq_onnx.labels import labels_for
+
+        base = comparison.find_reference(models, reference)
+        source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
+        try:
+            truth = labels_for(source, paths.get("labels"))
+        except ImageError:
+            if "labels" in paths:
+                raise
+            truth = None
         found = comparison.compare(
             models,
             source,

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.progress import Progress
 
 if TYPE_CHECKING:
     from ptq_onnx.pipeline import Result
@@ -32,8 +33,6 @@ PIPE_WIDTH = 120
 
 INTERRUPTED = 130
 """Exit code of an interrupt."""
-
-Progress = Callable[[str, int], Callable[[int], None]]
 
 
 @contextmanager
@@ -79,17 +78,10 @@ def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
     if not stream.isatty():
         yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    from ptq_onnx.bars import Bars
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Bars(*columns, TimeElapsedColumn(), console=Console(file=stream)) as bars:
-
-        def start(stage: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(stage, total=total)
-            return lambda done: bars.advance(task, done)
-
-        yield start
+    with Bars(stream) as bars:
+        yield bars
 
 
 def show(result: Result) -> None:

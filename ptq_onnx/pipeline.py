@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx import graph as graphs
+from ptq_onnx import stages
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
@@ -24,13 +25,11 @@ from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
 from ptq_onnx.model_size import model_bytes
 from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.progress import Advance, Progress, Stages
 from ptq_onnx.spec import Site, TensorSpec
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis, Automatic
-
-Progress = Callable[[str, int], Callable[[int], None]]
-"""Called with (stage, images in all); returns what is called with images done."""
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
 """The images that come with the project, for when none are given."""
@@ -93,6 +92,8 @@ def quantize(
     the two models. Raises PtqError.
     """
     config = config or QuantizeConfig()
+    begin = Stages(progress)
+    begin(stages.READING, 1)
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
@@ -121,19 +122,22 @@ def quantize(
             "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
             " bound the logits with --min-sqnr."
         )
+    begin.plan(stages.planned(config, 0 if tested is None else len(tested), truth is not None))
+    begin(stages.LOADING, 1)
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        run = _Run(prepared, config, preprocess, images, notes, work, progress, labels=labels)
+        run = _Run(prepared, config, preprocess, images, notes, work, begin, labels=labels)
         run.validation = validation(tested, labels)
         report = run.run(tested, truth, scales)
         if not keep_models:
             for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
                 path.unlink()
         files = _publish(work, output)
+        begin.done()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Result(report, output, files, run.analysis)
@@ -276,7 +280,7 @@ class _Run:
     images: ImageSource
     notes: list[str]
     work: Path
-    progress: Progress | None
+    progress: Stages
     analysis: Analysis | None = None
     original: Prepared | None = None
     """The model before equalisation, where there is any."""
@@ -300,10 +304,9 @@ class _Run:
         """Batches of the size that config or model ask for."""
         return Batches(source, size or self.config.batch, self.fixed)
 
-    def stage(self, name: str, total: int | None = None) -> Callable[[int], None]:
-        if self.progress is None:
-            return lambda _: None
-        return self.progress(name, len(self.images) if total is None else total)
+    def stage(self, name: str, total: int | None = None, runs: int = 1) -> Advance:
+        """Begin a stage: of the calibration images, run so many times, where no total is given."""
+        return self.progress(name, runs * len(self.images) if total is None else total)
 
     def run(
         self, tested: ImageSource | None, truth: Any, scales: str | Path | None
@@ -338,6 +341,7 @@ class _Run:
                 f"{len(self.images.skipped)} calibration images could not be read and were"
                 f" skipped, the first: {self.images.skipped[0]}."
             )
+        self.stage(stages.WRITING, 1)
         quantized = self.work / "quantized.onnx"
         if config.target == INTEGER:
             lowered = self._lower_integer(quantizer)
@@ -372,6 +376,7 @@ class _Run:
         analysed.update(self._measure(tested, truth))
         report.update(analysed)
         report["notes"] = self.notes
+        self.stage(stages.REPORTING, 1)
         written: dict[str, Any] = plain(report)
         self._write(written, pictures)
         return written
@@ -428,8 +433,7 @@ class _Run:
             sample=load(few, self.fixed, self.config.batch),
             work=self.work,
         )
-        stage = self.progress or (lambda *_: lambda _: None)
-        plan, found = decide(plan, self.batches(self.images), evidence, stage)
+        plan, found = decide(plan, self.batches(self.images), evidence, self.progress)
         self.notes.extend(notes_on(found))
         return plan, found
 
@@ -449,6 +453,7 @@ class _Run:
             return None
         from ptq_onnx.runtime import Classifier
 
+        self.stage(stages.CHECKING, 1)
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
         few = open_images(source.root, plain, limit=min(MOST, self.config.images))
@@ -479,7 +484,7 @@ class _Run:
             sites,
             self.batches(self.images),
             threads=config.threads,
-            progress=self.stage("Channel ranges"),
+            progress=self.stage(stages.CHANNELS),
         )
         selector, text = widest_blocks(stats, self.prepared.sites, self.prepared.blocks)
         self.notes.append(text)
@@ -648,11 +653,12 @@ class _Run:
         from ptq_onnx.quantizers.base import Plan
 
         prepared, config = self.prepared, self.config
+        advance = self.stage(stages.DRAWING, 3)
         simulators = {"float": reference}
         if config.quantizer != "vanilla":
             plain = QuantizeConfig(quantizer="vanilla", bits=config.bits, threads=config.threads)
             whole = self.original or prepared
-            plan = Plan(whole.model, whole.blocks, whole.sites, plain, self.stage)
+            plan = Plan(whole.model, whole.blocks, whole.sites, plain)
             vanilla = make_quantizer(plan)
             few = self.images
             if isinstance(few, FolderSource):
@@ -661,6 +667,7 @@ class _Run:
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
             simulators["vanilla"] = Simulator(whole.model, vanilla, threads=config.threads)
+        advance(1)
         simulators[config.quantizer] = simulator
         names, batch = next(source.named_batches(1))
         repeated = np.repeat(batch, self.fixed or 1, axis=0)
@@ -674,6 +681,7 @@ class _Run:
         folder.mkdir()
         self.picture = folder / f"picture_{Path(maps[0].image_name).stem}.png"
         Image.fromarray(maps[0].image).save(self.picture)
+        advance(1)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
@@ -695,7 +703,7 @@ class _Run:
             truth,
             threads=self.config.threads,
             reference=self.work / "fused.onnx",
-            progress=since(self.stage("Evaluating", len(tested))),
+            progress=since(self.stage(stages.MEASURING, len(tested))),
         )
         fidelity = {
             "images": found.count,
@@ -704,7 +712,13 @@ class _Run:
         }
         if truth is None:
             return {"accuracy": None, "fidelity": fidelity}
-        plain = evaluate(self.work / "fused.onnx", tested, truth, threads=self.config.threads)
+        plain = evaluate(
+            self.work / "fused.onnx",
+            tested,
+            truth,
+            threads=self.config.threads,
+            progress=since(self.stage(stages.MEASURING_FLOAT, len(tested))),
+        )
         accuracy = {
             "count": found.count,
             "float": {"top1": plain.top1, "top5": plain.top5},

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq_onnx.analysis.compare import compare
-from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.benchmarking.subject import read_subject
+from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.errors import ModelError
 from ptq_onnx.images import Preprocess, open_images
 from ptq_onnx.inspection import inspect
@@ -20,7 +20,7 @@ from ptq_onnx.pipeline import quantize
 
 
 def save(path: Path, *locations: str, inside: bool = False) -> Path:
-    """x [batch, 3, 4, 4] → flat → one product per file of data; the last in an If, if ``inside``."""
+    """x [batch, 3, 4, 4] → flat → a product per file of data; ``inside``: the last in an If."""
     first = numpy_helper.from_array(np.array([0, 48]), "shape")
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["y0"], "/flat")]
     constants, name = [first], "y0"

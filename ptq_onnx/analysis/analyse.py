@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx import stages
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import graphwise
@@ -26,9 +27,6 @@ from ptq_onnx.spec import Site
 VARIATION_IMAGES = 16
 ATTENTION_IMAGES = 4
 """Images of those parts, at most: they read every value of every tensor."""
-EVERY_OP, VARIATION = "Measuring the error of every op", "Measuring ranges and rounding"
-ATTENTION, MODULES = "Measuring attention", "Measuring module by module"
-"""Stages, as the user reads them."""
 SMALL = 2
 """Images at once where every tensor of the graph is held."""
 
@@ -88,7 +86,7 @@ def analyse_quantized(
         reference=other or floats,
         count=count,
         threads=threads,
-        progress=begin(EVERY_OP, count),
+        progress=begin(stages.EVERY_OP, count),
     )
     few = min(VARIATION_IMAGES, count)
     varied = variation(
@@ -100,7 +98,7 @@ def analyse_quantized(
         rounded=subject.model,
         count=few,
         threads=threads,
-        progress=begin(VARIATION, few),
+        progress=begin(stages.VARIATION, 2 * few),
     )
     looked = attention_values(
         subject.model,
@@ -109,7 +107,7 @@ def analyse_quantized(
         subject.simulator,
         named(source, fixed or SMALL, fixed, ATTENTION_IMAGES),
         specs,
-        begin(ATTENTION, min(ATTENTION_IMAGES, count)),
+        begin(stages.ATTENTION, min(ATTENTION_IMAGES, count)),
     )
     switched = None
     if full:
@@ -124,7 +122,7 @@ def analyse_quantized(
             reference=subject.other,
             left_in_float=partial(left_in_float, quantizer=subject.quantizer),
             threads=threads,
-            progress=begin(MODULES, run_count(modules)),
+            progress=begin(stages.MODULES, run_count(modules)),
         )
     advice = advise(subject.sites, specs, varied, switched, looked)
     return Analysis(ops, switched, varied, looked, advice)

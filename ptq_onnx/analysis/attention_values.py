@@ -213,8 +213,9 @@ def attention_values(
 ) -> AttentionAnalysis | None:
     """Analyse the attention of all blocks; ``batches``: names of images with their pixels.
 
-    ``specs``: those of the quantized model. None for a model without attention. Rollout is that of the first image, where every block
-    attends over all its patches.
+    ``specs``: those of the quantized model. ``progress`` is called with images done. None for a
+    model without attention. Rollout is that of the first image, where every block attends over
+    all its patches.
     """
     names = softmax_outputs(model, blocks)
     if not names:

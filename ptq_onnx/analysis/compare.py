@@ -18,12 +18,14 @@ from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.evaluation import evaluate
+from ptq_onnx.evaluation import evaluate, since
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.model_size import model_bytes
 from ptq_onnx.preparation import prepare
+from ptq_onnx.progress import Planned, Progress, Stages
 from ptq_onnx.runtime import Classifier, session
 from ptq_onnx.spec import TensorSpec
+from ptq_onnx.stages import READING
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -31,6 +33,8 @@ Labels = NDArray[np.int64]
 QUANTIZED = "quantized.onnx"
 FLOAT = "fused.onnx"
 REPORT = "report.json"
+TIMING, MEASURING = "Timing the files", "Measuring the files"
+"""Stages, as the user reads them."""
 LOOKED = 2
 """Images that matching looks at."""
 ROUNDS = 21
@@ -74,7 +78,7 @@ def compare(
     block_images: int = 32,
     batch: int = 8,
     threads: int = 0,
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure every file, and the float model, on the same images. Raises PtqError."""
     if not paths:
@@ -82,11 +86,14 @@ def compare(
     base = find_reference(paths, reference)
     files = [quantized_file(path) for path in paths]
     names = _names([Path(p) for p in paths])
-    begin = progress or (lambda _, __: lambda ___: None)
-    done = begin("Comparing", len(files) + 1)
+    count = len(files) + 1
+    plan = [Planned(READING, 10), Planned(TIMING, ROUNDS * count)]
+    begin = Stages(progress, [*plan, Planned(MEASURING, 2 * count * len(images))])
+    begin(READING, 1)
     outputs = block_outputs(base)
     floats = FloatBlocks(base, list(outputs.values()), images, block_images, threads)
-    times = _times([base, *files], images, threads)
+    times = _times([base, *files], images, threads, begin(TIMING, ROUNDS))
+    advance = begin(MEASURING, count * len(images))
     contenders = []
     for index, (name, file) in enumerate(zip(["float", *names], [base, *files], strict=True)):
         measured = evaluate(
@@ -96,6 +103,7 @@ def compare(
             batch_size=batch,
             threads=threads,
             reference=base if index else None,
+            progress=since(advance),
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
         contenders.append(
@@ -112,7 +120,7 @@ def compare(
                 blocks=floats.blocks(tapped, outputs) if index else (),
             )
         )
-        done(1)
+    begin.done()
     return Comparison(base.name, len(images), min(block_images, len(images)), tuple(contenders))
 
 
@@ -198,7 +206,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [n if names.index(n) == i else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
-def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[float]:
+def _times(
+    files: Sequence[Path], images: ImageSource, threads: int, progress: Callable[[int], None]
+) -> list[float]:
     """Median milliseconds of one image, file by file."""
     one = next(images.batches(1))
     models = [Classifier(file, threads) for file in files]
@@ -211,4 +221,5 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
             start = time.perf_counter()
             model(one)
             times.append(time.perf_counter() - start)
+        progress(1)
     return [1000 * statistics.median(times) for times in taken]

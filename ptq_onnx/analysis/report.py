@@ -124,8 +124,8 @@ def verdict(report: Entry) -> tuple[str, str]:
         grade = "good" if last >= 20 else "fair" if last >= 12 else "bad"
         word = {"good": "small", "fair": "noticeable", "bad": "large"}[grade]
         return grade, (
-            f"The error of the last block is {word}, {decibel_text(last, None, 1, ' dB')}. Accuracy was not measured:"
-            " give --val, and --labels, to know it."
+            f"The error of the last block is {word}, {decibel_text(last, None, 1, ' dB')}."
+            " Accuracy was not measured: give --val, and --labels, to know it."
         )
     return "none", "Nothing was measured on images: the quality of this model is not known."
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ptq_onnx.spec import Code
 
-
 Decibels = Annotated[
     float, "dB, higher is better; null where there is no error at all: the ratio beside it is 0"
 ]
@@ -308,8 +307,9 @@ class BlockAttention:
 
     ``counts``: values per bin of log2 A, from 2^``lowest`` up to 1, one bin per half octave,
     those below in the first. ``codes``: what rounding does to float maps, in 8 and 4 bits and in
-    the model's own; ``own``: what the codes of the quantized model do, None where it has none. ``snr``, ``snr_db``,
-    ``rank``, ``discordant``: the maps of the quantized model against those of the float one.
+    the model's own; ``own``: what the codes of the quantized model do, None where it has none.
+    ``snr``, ``snr_db``, ``rank``, ``discordant``: the maps of the quantized model against those of
+    the float one.
     """
 
     block: int

@@ -1,9 +1,10 @@
 """Layerwise and leave-one-out analysis: which module costs what, at the logits.
 
 Layerwise: one module is quantized, the rest float. Leave-one-out: all are quantized but what
-``--keep-float`` leaves in float for one; what that gives back. A run starts at the graph segment that holds the module, from activations
-that all runs share, and ends in a session that all runs share (see segments.py). Memory holds
-the images, one activation per image, and the weights of a few sessions.
+``--keep-float`` leaves in float for one; what that gives back. A run starts at the graph segment
+that holds the module, from activations that all runs share, and ends in a session that all runs
+share (see segments.py). Memory holds the images, one activation per image, and the weights of a
+few sessions.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def sensitivity(
     not yet rounded, its biases not yet corrected. Its logits are compared with, and a linear
     whose weight a run leaves in float has its constants, not ``model``'s. ``apart``: weights and
     activations also by themselves. ``left_in_float``: the tensors that leave-one-out leaves in
-    float for a module, where they are not its own alone. ``progress`` is called with the number of runs done, of
-    :func:`run_count`. Raises ModelError where there is no image.
+    float for a module, where they are not its own alone. ``progress`` is called with the number of
+    runs done, of :func:`run_count`. Raises ModelError where there is no image.
     """
     if not len(images.values):
         raise ModelError("There are no images to analyse the quantized model on.")

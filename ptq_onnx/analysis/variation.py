@@ -66,10 +66,10 @@ def variation(
 
     ``rounded``: the model whose weights the file holds, where they were rounded another way than
     to the nearest. ``count``: how many images these are, where others fill up a batch behind the
-    last.
+    last. ``progress`` is called with the images of both runs.
     """
     activations = [s for s in sites.values() if not s.is_parameter]
-    stats = collect(model, activations, batches, threads=threads)
+    stats = collect(model, activations, batches, threads=threads, progress=progress)
     tokens = find_tokens(model, blocks)
     seen = {s.tensor: _Seen(s, stats.channels[s.tensor], specs.get(s.tensor)) for s in activations}
     images = 0

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from ptq_onnx.stages import ENOUGH, TAKING_BACK
+
 S = TypeVar("S")
 Stage = Callable[[str, int], Callable[[int], None]]
 LEAST = 1e-12
 """What stands for no cost."""
 LIMIT = 250
 """Measurements at most."""
-ENOUGH, TAKING_BACK = "How many decisions", "Which can be undone"
 
 
 @dataclass(frozen=True)
@@ -155,22 +156,24 @@ def _enough(
 ) -> int:
     """How many steps are enough where one less is not; all of them where no fewer were seen
     to be."""
-    advance = begin(ENOUGH, 2 * len(order).bit_length())
-    low, high = 0, 1
+    left = 2 * len(order).bit_length()  # at most
+    advance = begin(ENOUGH, left)
+    low, high, found = 0, 1, False
     try:
         while high < len(order) and not met(known(taken(order, high))):
             low, high = high, min(2 * high, len(order))
             advance(1)
-    except OutOfRuns:
-        return len(order)
-    try:
+            left -= 1
+        found = True
         while high - low > 1:
             middle = (low + high) // 2
             good = met(known(taken(order, middle)))
             low, high = (low, middle) if good else (middle, high)
             advance(1)
+            left -= 1
     except OutOfRuns:
-        pass
+        high = high if found else len(order)
+    advance(left)
     return high
 
 

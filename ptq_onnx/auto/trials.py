@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ptq_onnx import graph as graphs
+from ptq_onnx import stages
 from ptq_onnx.analysis.modules import Module
 from ptq_onnx.analysis.results import Closeness, Error
 from ptq_onnx.analysis.segments import Specs
@@ -58,7 +59,7 @@ class Trials:
             evidence.reference,
             evidence.images,
             threads=plan.config.threads,
-            progress=since(stage("Float model", len(evidence.images))),
+            progress=since(stage(stages.RUNNING_FLOAT, len(evidence.images))),
         )
         labels = evidence.labels_of
         self.truth = None if labels is None else labels(self.reference.shape[1])
@@ -120,7 +121,7 @@ class Trials:
         config = self.plan.config
         module = {c: Module(c.module, "op", c.role, c.block, "all", c.tensors) for c in candidates}
         wider = {m for c, m in module.items() if c.kind == "8 bits"}
-        advance = self._stage("Module by module", len(set(module.values())) + len(wider))
+        advance = self._stage(stages.EXPECTING, len(set(module.values())) + len(wider))
 
         def errors(modules: Iterable[Module], specs: Specs) -> dict[Module, Error]:
             return layerwise_errors(
