@@ -74,7 +74,8 @@ class Bars:
             # What could not be done, as unreadable images, is no part of it.
             self._live.update(task.id, total=task.completed or task.total)
             self._live.update(task.id, completed=task.total)
-        if task.total is not None:
-            task.stop_time = task.get_time()
-            self._live.console.print(self._live.make_tasks_table([task]))
+        task.stop_time = task.get_time()
         self._live.remove_task(task.id)
+        self._live.refresh()  # what moves no longer shows it when its line is written above
+        if task.total is not None:
+            self._live.console.print(self._live.make_tasks_table([task]))
