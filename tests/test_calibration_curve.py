@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from recorded_progress import Recorded
 
 from ptq_onnx import cli, cli_options

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,9 +113,7 @@ def run(tmp_path: Path, **options: Any) -> Recorded:
          [stages.MEASURING, stages.MEASURING_FLOAT]),
     ],
 )  # fmt: skip
-def test_quantize(
-    tmp_path: Path, options: dict[str, Any], expected: list[str]
-) -> None:
+def test_quantize(tmp_path: Path, options: dict[str, Any], expected: list[str]) -> None:
     told = run(tmp_path, **options)
     told.assert_complete()
     assert told.names[:2] == [WHOLE, stages.READING]

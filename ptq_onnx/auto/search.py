@@ -1,6 +1,7 @@
-"""The search for the fewest, cheapest decisions that bring a measured score within a bound.
+"""The search for few, cheap decisions that bring a measured score within a bound.
 
-It knows nothing of models. A module is treated by one of its options, or by none. Options are
+What it finds is a set from which nothing can be taken, nor made cheaper, one decision at a time;
+that no smaller set will do it does not promise. It knows nothing of models. A module is treated by one of its options, or by none. Options are
 taken in the order of what they are expected to gain per cost; how many are needed is measured
 (doubling, then bisection); then decisions are taken back, those first that cost most for what
 they gain, until not a single one can be. Expectations only order: every answer rests on measured
@@ -12,17 +13,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Generic, TypeVar
 
-from ptq_onnx.stages import ENOUGH, EXCHANGING, TAKING_BACK
+from ptq_onnx.stages import ENOUGH, TAKING_BACK
 
 S = TypeVar("S")
 Stage = Callable[[str, int], Callable[[int], None]]
 LEAST = 1e-12
 """What stands for no cost."""
-STRONGEST, WEAKEST = 8, 3
-"""Options and decisions among which one is sought for two."""
 LIMIT = 250
 """Measurements at most."""
 
@@ -94,7 +92,8 @@ def search(
     limit: int = LIMIT,
     stage: Stage | None = None,
 ) -> Outcome[S]:
-    """Decisions that bring the measured score within the bound, as few and cheap as it finds.
+    """Decisions that bring the measured score within the bound, of which none can be undone or
+    made cheaper.
 
     ``measure`` gives the score of a state, ``met`` says whether it is good enough. Nothing is
     assumed of them; where all the strongest options together are not enough, nothing is decided
@@ -111,53 +110,9 @@ def search(
     if not met(known(state, final=True)):
         return Outcome((), start, start, {}, False, False, len(known.known))
     state, without, minimal = _take_back(options, state, known, met, begin)
-    while minimal:
-        other = _exchanged(options, state, known, met, each, begin)
-        if other is None:
-            break
-        state, without, minimal = _take_back(options, other, known, met, begin)
     return Outcome(
         tuple(state.values()), start, known(state), without, True, minimal, len(known.known)
     )
-
-
-def _exchanged(
-    options: Sequence[Option],
-    state: dict[str, Option],
-    known: _Measured[S],
-    met: Callable[[S], bool],
-    each: float,
-    begin: Stage,
-) -> dict[str, Option] | None:
-    """The state with one decision in place of two, where that is cheaper and still enough: of the
-    ``STRONGEST`` options that are not taken, for any two of the ``WEAKEST`` decisions."""
-    weak = sorted(state, key=lambda m: state[m].gain)[:WEAKEST]
-    strong = sorted((o for o in options if state.get(o.module) != o), key=lambda o: -o.gain)
-    trials: list[dict[str, Option]] = []
-    for option in strong[:STRONGEST]:
-        for pair in combinations(weak, 2):
-            rest = {m: o for m, o in state.items() if m not in pair and m != option.module}
-            other = {**rest, option.module: option}
-            if len(other) < len(state) and _price(other, each) < _price(state, each):
-                trials.append(other)
-    advance = begin(EXCHANGING, len(trials))
-    left = len(trials)
-    try:
-        for other in trials:
-            good = met(known(other))
-            advance(1)
-            left -= 1
-            if good:
-                return other
-    except OutOfRuns:
-        pass
-    finally:
-        advance(left)
-    return None
-
-
-def _price(state: State, each: float) -> float:
-    return sum(o.cost + each for o in state.values())
 
 
 def steps(options: Iterable[Option], each: float = 0.0) -> list[Option]:
