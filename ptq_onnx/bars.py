@@ -47,6 +47,11 @@ class Bars:
         self._live = Live(*columns, console=Console(file=stream, highlight=False))
         self._running: TaskID | None = self._live.add_task(STARTING, total=None)
 
+    @property
+    def console(self) -> Console:
+        """What writes above the bars."""
+        return self._live.console
+
     def __enter__(self) -> Bars:
         self._live.start()
         return self

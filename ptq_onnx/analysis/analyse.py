@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ptq_onnx import stages
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
-from ptq_onnx.analysis.graphwise import graphwise
+from ptq_onnx.analysis.graphwise import float_outputs, graphwise
 from ptq_onnx.analysis.modules import find_modules, left_in_float
 from ptq_onnx.analysis.results import Analysis
 from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
@@ -110,7 +110,7 @@ def analyse_quantized(
         begin(stages.ATTENTION, min(ATTENTION_IMAGES, count)),
     )
     switched = None
-    if full:
+    if full and float_outputs(subject.model):
         modules = find_modules(subject.model, subject.blocks, subject.sites, specs)
         switched = sensitivity(
             subject.model,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.outputs import OutputFigures
 from ptq_onnx.spec import Code
 
 Decibels = Annotated[
@@ -66,15 +67,27 @@ class OpError:
 
 @dataclass(frozen=True)
 class Error:
-    """The error of the logits: as in :class:`OpError`; ``agreement``: the percentage of images
-    with the same top class."""
+    """The error of the outputs: as in :class:`OpError`; ``agreement``: the percentage of images
+    with the same top class, None where no output is [batch, classes].
+
+    Of several outputs each is divided by its root mean square in the float model first, so that
+    all count alike: ``snr`` then is the mean of theirs.
+    """
 
     snr: float
     snr_db: Decibels
     mse: float
     cosine: float
     max_abs: float
-    agreement: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """The error of one output of the model."""
+
+    name: str
+    error: Error
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,8 @@ class BlockError:
 class Graphwise:
     """Errors of all compute ops, in graph order, with every op quantized.
 
-    ``held_apart``: the images were not used in calibration.
+    ``held_apart``: the images were not used in calibration. ``logits``: of the first output
+    [batch, classes], where none is of the first; ``outputs``: of each that holds floats.
     """
 
     images: int
@@ -98,6 +112,7 @@ class Graphwise:
     ops: tuple[OpError, ...]
     blocks: tuple[BlockError, ...]
     logits: Error | None = None
+    outputs: tuple[OutputError, ...] = ()
 
 
 Scope = Literal["op", "kind", "block", "model"]
@@ -374,13 +389,15 @@ class Analysis:
 class Closeness:
     """A quantized file in its runtime, against the float model, on the images of ``auto``.
 
-    ``drop``: points of top-1 lost; None without labels. ``sqnr_db``: of the logits. ``agreement``:
-    the percentage of images with the same top class.
+    ``drop``: points of top-1 lost; None without labels. ``sqnr_db``: of the output where it is
+    lowest, which ``output`` names where there are several. ``agreement``: the percentage of images
+    with the same top class; None where no output is [batch, classes].
     """
 
     drop: float | None
     sqnr_db: Decibels
-    agreement: float
+    agreement: float | None
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -453,9 +470,8 @@ class BlockMatch:
 @dataclass(frozen=True)
 class Contender:
     """One file of a comparison. ``bytes`` counts the weights it keeps in other files too.
-    ``quantized_ops``: QuantizeLinear, DequantizeLinear and integer ops, counted. ``sqnr_db`` is
-    null of the float model, and in JSON of a file without any error. ``ms_per_image``: median,
-    one image at a time."""
+    ``quantized_ops``: QuantizeLinear, DequantizeLinear and integer ops, counted. ``ms_per_image``:
+    median, one image at a time. ``sqnr_db``: of the worst output; ``outputs``: each by itself."""
 
     name: str
     file: str
@@ -467,6 +483,7 @@ class Contender:
     agreement: float | None
     ms_per_image: float
     blocks: tuple[BlockMatch, ...]
+    outputs: tuple[OutputFigures, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The search for few, cheap decisions that bring a measured score within a bound.
 
 What it finds is a set from which nothing can be taken, nor made cheaper, one decision at a time;
-that no smaller set will do it does not promise. It knows nothing of models. A module is treated by one of its options, or by none. Options are
-taken in the order of what they are expected to gain per cost; how many are needed is measured
-(doubling, then bisection); then decisions are taken back, those first that cost most for what
-they gain, until not a single one can be. Expectations only order: every answer rests on measured
-scores.
+that no smaller set will do it does not promise. It knows nothing of models. A module is treated by
+one of its options, or by none. Options are taken in the order of what they are expected to gain
+per cost; how many are needed is measured (doubling, then bisection); then decisions are taken
+back, those first that cost most for what they gain, until not a single one can be. Expectations
+only order: every answer rests on measured scores.
 """
 
 from __future__ import annotations

@@ -171,7 +171,8 @@ def test_variation(kind: str) -> None:
         if one.tensor not in quantizer.specs:
             assert one.snr is one.snr_db is one.clip is one.clipped is one.clip_of is None
             continue
-        found, outside = rounded(start.astype(np.float64), quantizer, one.tensor)
+        found, _ = rounded(start.astype(np.float64), quantizer, one.tensor)
+        _, outside = rounded(v.astype(np.float64), quantizer, one.tensor)
         assert one.snr == pytest.approx(ratio(v, found), rel=0.03, abs=1e-12), one.tensor
         assert one.snr_db == pytest.approx(-10 * math.log10(ratio(v, found)), abs=0.15)
         assert one.clipped == pytest.approx(outside.mean(), abs=2e-3)
