@@ -68,6 +68,5 @@ def planned(config: QuantizeConfig, tested: int, labelled: bool) -> list[Planned
             Planned(MODULES, 150 * apart if config.sensitivity else 0),
             Planned(DRAWING, 120 if config.pictures else 0),
         ]
-    if tested:
-        plan += [Planned(MEASURING, 2 * tested), Planned(MEASURING_FLOAT, tested * labelled)]
+    plan += [Planned(MEASURING, 2 * (tested or apart)), Planned(MEASURING_FLOAT, tested * labelled)]
     return [p for p in [*plan, Planned(REPORTING, 10)] if p.weight]
