@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ptq_onnx.evaluation import Evaluation, evaluate, since
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.outputs import OutputFigures, decibels
+from ptq_onnx.stages import MEASURING, MEASURING_FLOAT
 
 NAMES = ("The quantized model", "The float model")
 """What errors call the two files: where they lie while they are measured is no one's business."""
@@ -41,7 +42,7 @@ def measured(
         truth,
         threads=threads,
         reference=reference,
-        progress=since(stage("Evaluating", len(images))),
+        progress=since(stage(MEASURING, len(images))),
         names=NAMES,
         features=features,
     )
@@ -54,7 +55,14 @@ def measured(
     }
     if truth is None:
         return {"accuracy": None, "fidelity": fidelity}, found.notes
-    plain = evaluate(reference, images, truth, threads=threads, names=(NAMES[1], None))
+    plain = evaluate(
+        reference,
+        images,
+        truth,
+        threads=threads,
+        names=(NAMES[1], None),
+        progress=since(stage(MEASURING_FLOAT, len(images))),
+    )
     by_name = {one.name: one for one in found.outputs}
     answers = [one for one in plain.outputs if one.top1 is not None and one.name in by_name]
     fidelity["agreement"] = by_name[str(plain.main)].agreement

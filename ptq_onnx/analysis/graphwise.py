@@ -25,7 +25,7 @@ from ptq_onnx.analysis.results import (
     OutputError,
     decibels,
 )
-from ptq_onnx.analysis.tokens import Tokens, find_tokens
+from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks import Blocks, Role, is_layout, is_product, name_of, through_layout
 from ptq_onnx.calibration.class_output import feature_outputs
 from ptq_onnx.engine import Simulator, VitQuantizer
@@ -67,10 +67,13 @@ def graphwise(
     simulator: Simulator | None = None,
     reference: Simulator | None = None,
     own: Simulator | None = None,
+    count: int | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Graphwise:
     """Errors of all compute ops and blocks over all batches ([B, C, H, W]).
+
+    ``count``: how many images these are, where others fill up a batch behind the last.
 
     ``model`` is the float model that was quantized. ``reference`` simulates the float model to
     compare with, ``model`` where none is given. Where it is another one with the same tensor
@@ -87,6 +90,8 @@ def graphwise(
     changed: frozenset[str] | None = None
     images = 0
     for batch in batches:
+        size = len(batch)
+        real = size if count is None else min(size, count - images)
         floats: dict[str, Array] = {}
         reference.walk(batch, floats.__setitem__)
         if own is not None and changed is None:
@@ -96,17 +101,25 @@ def graphwise(
             own.walk(batch, again.__setitem__)
             floats.update({name: again[name] for name in changed})
 
-        def compare(name: str, value: Array, floats: dict[str, Array] = floats) -> None:
+        def compare(
+            name: str,
+            value: Array,
+            floats: dict[str, Array] = floats,
+            size: int = size,
+            real: int = real,
+        ) -> None:
+            if name not in floats:
+                return
+            one, other = (first_images(v, size, real) for v in (floats.pop(name), value))
             if name in sums:
-                sums[name].add(floats[name], value, tokens)
+                sums[name].add(one, other, tokens)
             if name in ends:
-                ends[name].append((floats[name], value))
-            floats.pop(name, None)
+                ends[name].append((one, other))
 
         quantized.walk(batch, compare)
-        images += len(batch)
+        images += real
         if progress is not None:
-            progress(len(batch))
+            progress(real)
     if not images:
         raise ModelError("There are no images to analyse the quantized model on.")
     ops = [
@@ -207,6 +220,8 @@ def _op_error(
         tensor=tensor,
         class_db=decibels(pair.first.snr) if pair.first.count else None,
         patch_db=decibels(pair.patches.snr) if pair.patches.count else None,
+        class_snr=pair.first.snr if pair.first.count else None,
+        patch_snr=pair.patches.snr if pair.patches.count else None,
     )
 
 

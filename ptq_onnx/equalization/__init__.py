@@ -26,6 +26,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from ptq_onnx import stages
 from ptq_onnx.blocks import (
     Blocks,
     Role,
@@ -450,7 +451,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         centred,
         batches,
         threads=plan.config.threads,
-        progress=report("Calibrating"),
+        progress=report(stages.EQUALISING),
     )
     widths = plan.config.widths
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
