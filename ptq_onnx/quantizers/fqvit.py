@@ -25,8 +25,8 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks import is_layout, is_linear
 from ptq_onnx.calibration import Statistics
+from ptq_onnx.channels import is_convolution, rows_in_weight
 from ptq_onnx.config import INTEGER
-from ptq_onnx.export.lowering import is_convolution, rows_in_weight
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
 from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.spec import Code, Granularity, Rule, Site, TensorSpec
