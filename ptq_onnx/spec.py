@@ -107,10 +107,12 @@ class TensorSpec:
 
     @property
     def alpha(self) -> NDArray[np.int32] | None:
-        """PTF's exponents: log2 of the factor (int32, shape of ``factor``), or None."""
+        """PTF's exponents: log2 of the factor (int32, shape of ``factor``); None for any other
+        factor than powers of two."""
         if self.factor is None or self.rule.granularity != "ptf":
             return None
-        return np.round(np.log2(self.factor)).astype(np.int32)
+        exponents = np.round(np.log2(self.factor)).astype(np.int32)
+        return exponents if np.array_equal(np.exp2(exponents), self.factor) else None
 
     def with_factor(self, factor: NDArray[np.float32] | None) -> TensorSpec:
         """The same spec with another factor."""

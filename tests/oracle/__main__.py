@@ -1,4 +1,6 @@
-"""Prints the table: ``PYTHONPATH=.:tests python -m oracle [--networks plain,…] [--ways fqvit,…] [--bits 8/8/8]``.
+"""Prints the table.
+
+    PYTHONPATH=.:tests python -m oracle [--networks plain,…] [--ways fqvit,…] [--bits 8/8/8]
 
 One line a quantizer and target: cells, the worst tensor of all parts in dB, and what stands beyond
 rounding in steps; ``--cells`` a line a cell.
@@ -56,6 +58,7 @@ def line(cell: Cell, result: Result | str) -> str:
         f"{cell.name}: {worst.decibels:.1f} dB at {worst.role} {worst.tensor}"
         f" ({worst.steps:.2g} steps, {worst.moved:.1%} moved); whole {result.whole:.1f};"
         f" file {result.file:.1f}, oracle {result.oracle:.1f}"
+        + "".join(f" COMPLAINT {c}" for c in result.complaints())
     )
 
 

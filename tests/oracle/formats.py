@@ -5,10 +5,10 @@
     value  x' = (c - zero_point) · scale · factor
 
 ``log2`` codes of an attention weight a: t = round(1 / a), c = ⌊log2 t⌋, one more from 1.5 · 2^c on;
-value 2^-c, of the last code (``limits``) zero. ``e4m3``: u is rounded to one sign, four exponent and three
-mantissa bits, up to 448. ``row``: x is divided by the largest of its last axis before, multiplied
-behind. ``centred``: the mean over the tokens of x, in whole steps, is taken out before; a product
-with it adds the mean to its result, any other reader gets it back.
+value 2^-c, of the last code (``limits``) zero. ``e4m3``: u is rounded to one sign, four exponent
+and three mantissa bits, up to 448. ``row``: x is divided by the largest of its last axis before,
+multiplied behind. ``centred``: the mean over the tokens of x, in whole steps, is taken out before;
+a product with it adds the mean to its result.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def head(g: Graph, x: str) -> onnx.ModelProto:
 
 
 def heads(g: Graph, x: str, count: int = HEADS, tokens: int = TOKENS) -> str:
-    split = g("Reshape", x, np.array([-1, tokens, count, HEAD]))
+    split = g("Reshape", x, np.array([-1 if tokens else 0, tokens, count, HEAD]))
     return g("Transpose", split, perm=[0, 2, 1, 3])
 
 
@@ -299,6 +299,41 @@ def windows() -> onnx.ModelProto:
     return head(g, block(g, x, lambda g, x: attend(g, x, True)))
 
 
+def class_token() -> onnx.ModelProto:
+    """A token of its own in front, scales behind the branches, the head on the first token."""
+    g = Graph(11)
+    first = g("Expand", 0.5 * g.normal(1, 1, WIDTH), batch_of(g, WIDTH))
+    x = g("Concat", first, patches(g), axis=1)
+    q, k, v = (heads(g, g.linear(g.norm(x), WIDTH, WIDTH), HEADS, 0) for _ in range(3))
+    y = g("Transpose", g("MatMul", softmax(g, q, k), v), perm=[0, 2, 1, 3])
+    y = g("Reshape", y, np.array([0, 0, WIDTH]))
+    x = g("Add", x, g("Mul", g.linear(y, WIDTH, WIDTH), g.uneven(WIDTH) / 2))
+    x = g("Add", x, g("Mul", mlp(g, g.norm(x)), g.uneven(WIDTH) / 2))
+    token = g("Gather", g.norm(x), np.array(0), axis=1)
+    return g.model(g.linear(token, WIDTH, CLASSES))
+
+
+def batch_of(g: Graph, width: int) -> str:
+    """The shape [batch, 1, width], from the image."""
+    batch = g("Slice", g("Shape", "image"), np.array([0]), np.array([1]))
+    return g("Concat", batch, np.array([1, width]), axis=0)
+
+
+def shared_norm() -> onnx.ModelProto:
+    """One norm read by attention, MLP and the residual add; norms of q and k; a depthwise
+    convolution of the values beside the attention."""
+    g = Graph(12)
+    x = g.norm(patches(g))
+    q, k, v = (heads(g, g.linear(x, WIDTH, WIDTH)) for _ in range(3))
+    y = joined(g, g("MatMul", softmax(g, g.norm(q, HEAD), g.norm(k, HEAD)), v))
+    image = g("Transpose", v, perm=[0, 1, 3, 2])
+    image = g("Reshape", image, np.array([-1, WIDTH, 4, 4]))
+    near = g("Conv", image, g.normal(WIDTH, 1, 3, 3) / 3, group=WIDTH, pads=[1] * 4)
+    near = g("Transpose", g("Reshape", near, np.array([0, WIDTH, TOKENS])), perm=[0, 2, 1])
+    y = g.linear(g("Add", y, near), WIDTH, WIDTH)
+    return head(g, g("Add", x, g("Add", y, mlp(g, x))))
+
+
 NETWORKS: dict[str, Callable[[], onnx.ModelProto]] = {
     "plain": plain,
     "multi_query": multi_query,
@@ -310,6 +345,8 @@ NETWORKS: dict[str, Callable[[], onnx.ModelProto]] = {
     "einsum": einsum,
     "three_axes": three_axes,
     "windows": windows,
+    "class_token": class_token,
+    "shared_norm": shared_norm,
 }
 
 
