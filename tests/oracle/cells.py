@@ -63,9 +63,9 @@ EQUAL = 400.0
 """dB where there is no error at all."""
 LEAST = 60.0
 """dB of every part where only the order of sums differs; see ``bound`` for where more does."""
-NEAR = 3.0
+NEAR, OTHERWISE = 3.0, 6.0
 """dB by which a file may be further from the float model than the oracle, where a last bit moved
-a code early on and everything behind it."""
+a code early on and everything behind it; where kernels round otherwise (``bound``) many do."""
 REFUSED = {"integer": frozenset({
     "multi_query", "grouped_query", "masked", "tied_weights", "grouped_convolution", "einsum",
     "windows", "shared_norm",
@@ -148,7 +148,9 @@ class Result:
             for p in self.parts
             if p.decibels < p.bound[0] or p.steps > p.bound[1]
         ]
-        if self.whole < LEAST and self.file < self.oracle - NEAR:
+        exact = all(p.bound[0] >= LEAST and p.decibels >= LEAST for p in self.parts)
+        near = NEAR if exact else OTHERWISE
+        if self.whole < LEAST and self.file < self.oracle - near:
             found.append(f"file {self.file:.1f} dB of float, oracle {self.oracle:.1f}")
         return found
 
