@@ -8,7 +8,8 @@ optimizer breaks those around Add and MatMul). The tensor is divided by f before
 Q/DQ, and multiplied by f behind it. Either multiplication disappears where it can be moved
 exactly (f a power of two): into LayerNormalization's scale and bias, into the columns of
 the linear that makes the tensor, into the rows of the weight that reads it (which were
-quantized with the factor), between q and k, and through A·V.
+quantized with the factor), between q and k, and through A·V. Which of these, ``factors.py``
+decides before the first node is put in.
 """
 
 from __future__ import annotations
