@@ -141,6 +141,7 @@ def evaluate(
     if "val" not in paths:
         raise ConfigError("evaluate needs images: --val DIR.")
     from ptq_onnx import evaluation, pipeline, runtime
+    from ptq_onnx.calibration.class_output import features_of
     from ptq_onnx.images import open_images
 
     source = open_images(paths["val"], pipeline.resolve_preprocess(path, options))
@@ -153,6 +154,9 @@ def evaluate(
     truth = None
     if classes or "labels" in paths:  # the second is refused, before any image is read
         truth = _truth(source, paths.get("labels"), needed=other is None)
+    features = []
+    if other is not None and classes and truth is None:
+        features = features_of(other, source.preprocess.size)
     with progress_bars() as progress:
         found = evaluation.evaluate(
             path,
@@ -161,6 +165,7 @@ def evaluate(
             batch_size=options.batch,
             threads=options.threads,
             reference=other,
+            features=features,
             progress=None
             if progress is None
             else evaluation.since(progress("Evaluating", len(source))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ def measured(
     kind: str,
     *,
     threads: int,
+    features: Collection[str] = (),
     stage: Callable[[str, int], Callable[[int], Any]],
 ) -> tuple[dict[str, Any], list[str]]:
     """``accuracy`` (None without labels) and ``fidelity`` of the report, and notes.
 
     ``kind``: which images these are: ``val``, ``held apart`` from calibration, or of the
-    ``calibration`` itself. Raises PtqError.
+    ``calibration`` itself. ``features``: outputs that are no classes. Raises PtqError.
     """
     found = evaluate(
         quantized,
@@ -42,6 +43,7 @@ def measured(
         reference=reference,
         progress=since(stage("Evaluating", len(images))),
         names=NAMES,
+        features=features,
     )
     fidelity: dict[str, Any] = {
         "images": found.count,

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from ptq_onnx import embedded
 from ptq_onnx import graph as graphs
-from ptq_onnx.calibration.class_output import class_outputs, logits_output
+from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
@@ -497,7 +497,7 @@ class _Run:
 
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
-        few = open_images(source.root, plain, limit=min(MOST, self.config.images))
+        few = open_images(source.root, plain, limit=MOST)  # however few calibration takes
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
@@ -745,6 +745,7 @@ class _Run:
             truth,
             kind,
             threads=self.config.threads,
+            features=feature_outputs(self.prepared.model),
             stage=self.stage,
         )
         self.notes.extend(notes)

@@ -17,6 +17,7 @@ from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
+from ptq_onnx.calibration.class_output import features_of
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation import evaluate, no_classes
 from ptq_onnx.image_source import ImageSource
@@ -85,6 +86,7 @@ def compare(
     begin = progress or (lambda _, __: lambda ___: None)
     _check_labels(base, labels)
     done = begin("Comparing", len(files) + 1)
+    features = features_of(base, images.preprocess.size)
     outputs = block_outputs(base, images.preprocess.size)
     tensors = list(outputs.values())
     floats = FloatBlocks(base, tensors, images, block_images, threads) if outputs else None
@@ -98,6 +100,7 @@ def compare(
             batch_size=batch,
             threads=threads,
             reference=base if index else None,
+            features=features,
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
         contenders.append(

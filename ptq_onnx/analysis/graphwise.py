@@ -9,7 +9,7 @@ makes: q, k, v out of a packed linear, the concatenation with the class token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from ptq_onnx.analysis.results import (
 )
 from ptq_onnx.analysis.tokens import Tokens, find_tokens
 from ptq_onnx.blocks import Blocks, Role, is_layout, is_product, name_of, through_layout
+from ptq_onnx.calibration.class_output import feature_outputs
 from ptq_onnx.engine import Simulator, VitQuantizer
 from ptq_onnx.errors import ModelError
 from ptq_onnx.spec import Site
@@ -113,7 +114,12 @@ def graphwise(
         for name, node in nodes.items()
         if sums[name].whole.count
     ]
-    found = tuple(OutputError(name, _error(pairs)) for name, pairs in ends.items() if pairs)
+    features = feature_outputs(model)
+    found = tuple(
+        OutputError(name, _error(pairs, name not in features))
+        for name, pairs in ends.items()
+        if pairs
+    )
     logits = next((one.error for one in found if one.error.agreement is not None), None)
     if logits is None and found:
         logits = found[0].error
@@ -152,8 +158,9 @@ def float_outputs(model: ir.Model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(v.name) for v in made))
 
 
-def _error(pairs: list[tuple[Array, Array]]) -> Error:
-    return logits_error(*(np.concatenate(values) for values in zip(*pairs, strict=True)))
+def _error(pairs: list[tuple[Array, Array]], answers: bool) -> Error:
+    error = logits_error(*(np.concatenate(values) for values in zip(*pairs, strict=True)))
+    return error if answers else replace(error, agreement=None)
 
 
 def _role(name: str, node: ir.Node, blocks: Blocks, sites: Mapping[str, Site] | None) -> Role:

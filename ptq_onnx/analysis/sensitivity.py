@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,6 +24,7 @@ from ptq_onnx.analysis.modules import Module, find_modules
 from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels
 from ptq_onnx.analysis.segments import Segments, Specs
 from ptq_onnx.blocks import Blocks, name_of
+from ptq_onnx.calibration.class_output import class_outputs, feature_outputs
 from ptq_onnx.errors import ModelError
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.spec import Site, TensorSpec
@@ -96,7 +97,8 @@ def sensitivity(
     first = start()
     first.segments.run(images.values, 0, first.last, {}, images.batch)
     truth = first.measured(images)
-    judge = partial(_judged, truth)
+    answers = bool(set(class_outputs(model)) - set(feature_outputs(model)))
+    judge = partial(_judged, truth, answers=answers)
     alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
     runs = start()
     layerwise = {m: judge(found) for m, found in runs.each({}, alone, images, progress)}
@@ -162,14 +164,16 @@ def _last_norm(model: ir.Model, blocks: Blocks) -> str | None:
     return str(last.outputs[0].name)
 
 
-def _judged(truth: Outcome, found: Outcome) -> Judged:
-    """The error of the logits, and the SNR of the features in dB."""
+def _judged(truth: Outcome, found: Outcome, answers: bool = True) -> Judged:
+    """The error of the outputs, and the SNR of the features in dB; ``answers``: an output holds
+    classes."""
     features: float | None = None
     if truth[1] is not None and found[1] is not None:
         sums = Sums()
         sums.add(truth[1], found[1])
         features = decibels(sums.snr)
-    return outputs_error(truth[0], found[0]), features
+    error = outputs_error(truth[0], found[0])
+    return error if answers else replace(error, agreement=None), features
 
 
 def run_count(modules: Sequence[Module]) -> int:
