@@ -91,9 +91,10 @@ def quantize(
     for the embedded model, which has images of its own, and for ``scales``. ``val``
     and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
     run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
-    ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
-    is written beside and renamed, so a failure leaves nothing. ``keep_models=False``: without
-    the two models. Raises PtqError.
+    ``fused.onnx``, ``formed.onnx`` where the model was changed before it was quantized,
+    ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it is written beside and
+    renamed, so a failure leaves nothing. ``keep_models=False``: without the models. Raises
+    PtqError.
     """
     config = config or QuantizeConfig()
     begin = Stages(progress)
@@ -150,8 +151,9 @@ def quantize(
                 raise
             raise type(error)(text) from error
         if not keep_models:
-            for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
-                path.unlink()
+            for name in ("quantized", "fused", "formed"):
+                for path in work.glob(f"{name}.onnx*"):
+                    path.unlink()
         files = _publish(work, output)
         begin.done()
     finally:
@@ -387,6 +389,7 @@ class _Run:
             "forms": dict(plan.forms),
             "moves": [asdict(move) for move in plan.moves],
         }
+        report["formed"] = self._formed(plan, quantizer)
         report["validation"] = self.validation
         report["auto"] = None if decided is None else asdict(decided)
         report["preprocess_check"] = None if checked is None else asdict(checked)
@@ -440,6 +443,15 @@ class _Run:
         from ptq_onnx.equalization import in_form
 
         return self._adopt(in_form(plan))
+
+    def _formed(self, plan: Any, quantizer: Any) -> str:
+        """The file of the float model whose tensors the report names: equalised, in the target's
+        form, its weights rounded and biases corrected. Not written where nothing was changed."""
+        changed = self.config.equalizes or any(plan.forms.values())
+        if not changed and quantizer.model is plan.model:
+            return "fused.onnx"
+        graphs.save(quantizer.model, self.work / "formed.onnx")
+        return "formed.onnx"
 
     def _adopt(self, plan: Any) -> Any:
         """The plan, whose model from here on is the prepared one."""

@@ -125,6 +125,7 @@ def report_schema() -> Schema:
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
         "centred": {"type": "boolean"},
         "block_size": COUNT,
+        "limits": {**_list(COUNT), "minItems": 2, "maxItems": 2},
         "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},
@@ -152,6 +153,12 @@ def report_schema() -> Schema:
             ),
             "arithmetic": {"enum": ["float", "integer"]},
             "tensors": _list(_object(spec)),
+            "formed": {
+                "enum": ["formed.onnx", "fused.onnx"],
+                "description": "The file of the float model that was quantized, whose tensors the"
+                " report names: equalised, in the target's form, weights rounded, biases"
+                " corrected.",
+            },
             "floats": _list(_object({**place, "reason": STRING})),
             "sizes": _object({"float": COUNT, "quantized": COUNT}),
             "analysis": _or_null(analysis),

@@ -39,6 +39,7 @@ from ptq_onnx.blocks import (
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.channels import rows_of
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.moves import (
     Hidden,
@@ -58,7 +59,6 @@ from ptq_onnx.equalization.strength import (
     choose_factor,
     output_noise,
 )
-from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
