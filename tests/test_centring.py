@@ -11,7 +11,6 @@ import torch
 from small_transformer import Choices, transformer
 from test_targets import decibels, quantized, run, tokens
 
-from ptq_onnx.analysis.variation import fake_quantize
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.conformance import check
@@ -20,6 +19,7 @@ from ptq_onnx.errors import ConfigError
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.graph import save
 from ptq_onnx.quantizers.base import SiteQuantizer
+from ptq_onnx.quantizers.fake_quantize import fake_quantize
 from ptq_onnx.spec import TensorSpec
 from ptq_onnx.torch_ops import HANDLERS
 from ptq_onnx.torch_ops import fake_quantize as in_torch
