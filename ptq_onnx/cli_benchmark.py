@@ -39,13 +39,13 @@ def benchmark(
     ] = None,
     as_json: o.Json = False,
     output: Annotated[
-        str | None, o.option("--output", "FILE", "none", "Write the JSON to a file, too.")
+        str | None, o.option("--output -o", "FILE", "none", "Write the JSON to a file, too.")
     ] = None,
 ) -> None:
     """Time model files side by side in the runtime they are meant for."""
     batches = None if batch is None else _sizes(batch)
     target = None if output is None else _target(output)
-    paths = [find_model(model) for model in models]
+    paths = [find_model(model, written=True) for model in models]
     from ptq_onnx.benchmarking import benchmark as run
     from ptq_onnx.benchmarking import open_runtime
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq_onnx.cli_help import REQUIRED
 from ptq_onnx.config import (
     GELU_NAMES,
     MAX_DROP,
@@ -33,8 +34,14 @@ FIELDS = tuple(field.name for field in fields(QuantizeConfig))
 
 
 def option(names: str, metavar: str | None, default: object, text: str) -> Any:
-    """An option that is None unless given; its help says what None means."""
-    return typer.Option(names, metavar=metavar, help=f"{text} Default: {default}.")
+    """An option that is None unless given; its help says what None means.
+
+    ``names``: one, or several with spaces between. ``default`` REQUIRED: not to be left out.
+    """
+    shown = f"[{REQUIRED}]" if default == REQUIRED else f"[default: {default}]"
+    return typer.Option(
+        *names.split(), metavar=metavar, help=f"{text} {shown}", show_default=False
+    )
 
 
 def switch(name: str, default: bool, text: str) -> Any:
@@ -63,11 +70,24 @@ Calib = Annotated[
 Val = Annotated[
     str | None, option("--val", "DIR", "none", "Images to measure on: a folder, .npy or .npz.")
 ]
+Measured = Annotated[
+    str | None, option("--val", "DIR", REQUIRED, "Images to measure on: a folder, .npy or .npz.")
+]
 Labels = Annotated[
     str | None,
     option("--labels", "FILE", "the class folders of --val", "Lines 'name label' for --val."),
 ]
-Output = Annotated[str | None, option("--output", "DIR", "output", "Folder of the results.")]
+Output = Annotated[
+    str | None,
+    option(
+        "--output -o",
+        "PATH",
+        "output",
+        "x.onnx: the file to write, its reports in the folder x beside it; any other name: a"
+        " folder of everything.",
+    ),
+]
+Folder = Annotated[str | None, option("--output -o", "DIR", "output", "Folder of the results.")]
 Scales = Annotated[
     str | None,
     option("--scales", "FILE", "none", "report.json of an earlier run, whose scales to re-use."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
+from ptq_onnx.output_paths import Output
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.spec import Site, TensorSpec
 
@@ -42,13 +42,15 @@ SEEN_IMAGES = 2
 class Result:
     """What :func:`quantize` made: the report (also in report.json) and the files.
 
-    ``analysis``: its measurements as dataclasses; None with ``report=False``.
+    ``output``: the folder of the reports. ``analysis``: its measurements as dataclasses; None
+    with ``report=False``. ``model``: the quantized file; None where only reports were written.
     """
 
     report: dict[str, Any]
     output: Path
     files: tuple[Path, ...]
     analysis: Analysis | None = None
+    model: Path | None = None
 
 
 class Batches:
@@ -86,15 +88,16 @@ def quantize(
     ``calib``: folder, .npy/.npz or iterable of arrays; None: the embedded images; ``noise``:
     standard Gaussian ones. ``val``
     and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
-    run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
-    ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
+    run, whose numbers are used instead of calibrating. ``output`` ``x.onnx`` is the quantized
+    file, the folder ``x`` beside it gets the rest; any other name is a folder of everything, the
+    model in it ``quantized.onnx``: ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
     is written beside and renamed, so a failure leaves nothing. ``keep_models=False``: without
     the two models. Raises PtqError.
     """
     config = config or QuantizeConfig()
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; name a folder.")
+    place = Output.at(output) if keep_models else Output.of_reports(output)
+    place.keep(model)
+    output = place.folder
     prepared = prepare(model, config.opset)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
@@ -132,10 +135,10 @@ def quantize(
         if not keep_models:
             for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
                 path.unlink()
-        files = _publish(work, output)
+        files = place.publish(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Result(report, output, files, run.analysis)
+    return Result(report, output, files, run.analysis, place.model if keep_models else None)
 
 
 def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
@@ -236,19 +239,6 @@ def _calibration_images(
         )
         return NoiseSource(preprocess, config.images)
     return open_images(calib, preprocess, limit=config.images)
-
-
-def _publish(work: Path, output: Path) -> tuple[Path, ...]:
-    """Move the finished files into place; the folder as a whole where it is new."""
-    names = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
-    if not output.exists():
-        os.replace(work, output)
-        os.chmod(output, 0o755)
-    else:
-        for name in names:
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(work / name, output / name)
-    return tuple(output / name for name in names)
 
 
 def read_scales(path: str | Path) -> dict[str, TensorSpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 
 def defaults() -> dict[str, str]:
-    """What the help says after 'Default:', by option."""
+    """What the help says after 'default:', by option."""
     values = {f.name: getattr(QuantizeConfig(), f.name) for f in fields(QuantizeConfig)}
     switches = {True: "on", False: "off"}
     return {
@@ -88,18 +89,27 @@ def defaults() -> dict[str, str]:
     }
 
 
-def help_texts(outcome: Outcome) -> dict[str, str]:
-    """Help of every option by its field's name, whitespace made even."""
-    texts: dict[str, str] = {}
-    name = ""
-    for line in outcome.out.partition("Options:")[2].splitlines():
-        word = line.split(maxsplit=1)
-        if line.startswith("  --"):
-            name = word[0].removeprefix("--").replace("-", "_")
-            texts[name] = ""
+def help_sections(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """Help of every option by its field's name, whitespace made even, below its heading."""
+    found: dict[str, dict[str, str]] = {}
+    title = name = ""
+    for line in outcome.out.splitlines():
+        if re.fullmatch(r"[A-Z]\w+:", line):
+            title, name = line[:-1], ""
+            found[title] = {}
+        elif title and re.match(r"  \S", line):
+            option = re.search(r"--([a-z0-9-]+)", line)
+            name = line.split()[0] if option is None else option[1].replace("-", "_")
+            found[title][name] = ""
         if name:
-            texts[name] += " " + line.strip()
-    return {k: " ".join(v.split()) for k, v in texts.items()}
+            found[title][name] += " " + line.strip()
+    return {t: {k: " ".join(v.split()) for k, v in s.items()} for t, s in found.items()}
+
+
+def help_texts(outcome: Outcome) -> dict[str, str]:
+    """The same without the headings and the arguments."""
+    sections = help_sections(outcome)
+    return {k: v for title, s in sections.items() if title != "Arguments" for k, v in s.items()}
 
 
 def test_help_names_every_option_and_its_default(command: Command) -> None:
@@ -107,15 +117,52 @@ def test_help_names_every_option_and_its_default(command: Command) -> None:
     assert {f.name for f in fields(QuantizeConfig)} <= set(texts)
     assert set(cli_options.PATHS) <= set(texts)
     for name, text in texts.items():
-        assert name == "help" or "Default: " in text, name
+        assert name == "help" or text.count("[default: ") == 1, name
     for name, default in defaults().items():
-        assert f"Default: {default}." in texts[name]
+        assert f"[default: {default}]" in texts[name]
 
 
-@pytest.mark.parametrize("name", ["evaluate", "export", "check", "benchmark", "calibration-curve"])
-def test_help_of_the_other_commands_names_defaults(command: Command, name: str) -> None:
-    texts = help_texts(command(name, "--help"))
-    assert all("Default: " in text for option, text in texts.items() if option != "help")
+def test_help_in_groups(command: Command) -> None:
+    sections = help_sections(command("quantize", "-h"))
+    assert list(sections) == [
+        "Arguments", "Input", "Numbers", "Target", "Analysis", "Output", "Running", "Other",
+    ]  # fmt: skip
+    assert set(sections["Other"]) == {"help"}  # an option without a group: see cli_help.GROUPS
+    assert sections["Arguments"] == {"MODEL.onnx": "MODEL.onnx The ONNX file. [required]"}
+    assert sections["Output"]["output"].startswith("-o, --output PATH ")
+    for name, group in (("calib", "Input"), ("bits", "Numbers"), ("opset", "Target")):
+        assert name in sections[group]
+
+
+COMMANDS = {
+    "quantize": "MODEL.onnx",
+    "analyse": "MODEL.onnx",
+    "compare": "A B…",
+    "evaluate": "MODEL.onnx",
+    "export": "NAME",
+    "check": "MODEL.onnx",
+    "benchmark": "FP32.onnx Q.onnx …",
+    "calibration-curve": "MODEL.onnx",
+    "inspect": "MODEL.onnx",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(
+    command: Command, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    outcome = command(name, "-h")
+    assert outcome == command(name, "--help")
+    assert outcome.out.splitlines()[0] == f"Usage: ptq-onnx {name} [OPTIONS] {COMMANDS[name]}"
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert "{" not in outcome.out
+    for option, text in help_texts(outcome).items():
+        said = len(re.findall(r"\[(?:default: .+|required)\]", text))
+        assert said == (option != "help"), text
+    needed = {"compare", "evaluate", "calibration-curve"}
+    texts = help_texts(outcome)
+    assert ("[required]" in texts.get("val", "")) == (name in needed)
 
 
 def test_options_are_the_fields_of_the_config() -> None:
@@ -275,7 +322,10 @@ def test_defaults_are_those_of_the_config(command: Command, given_options: dict[
         (("--val", "nix"), "'nix' does not exist"),
         (("--labels", "nix"), "--val"),
         (("--nix",), "--nix"),
-        (("--output", MODEL), "is a file"),
+        (("--output", MODEL), "is the model itself"),
+        (("-o", MODEL.with_name("train_digits.py")), "is a file; name a folder, or a file that"),
+        (("images",), "takes MODEL.onnx alone, so that 'images' is too much"),
+        (("--quantiser", "fqvit"), "See ptq-onnx quantize --help"),
     ],
 )
 def test_bad_options(command: Command, words: tuple[str, ...], said: str) -> None:
