@@ -113,8 +113,12 @@ def quantize(
     show(result)
 
 
-app.command(cls=cli_help.Command, short_help="Write only the report: what each module costs.")(cli_analyse.analyse)
-app.command(cls=cli_help.Command, short_help="Put quantized files side by side.")(cli_compare.compare)
+app.command(cls=cli_help.Command, short_help="Write only the report: what each module costs.")(
+    cli_analyse.analyse
+)
+app.command(cls=cli_help.Command, short_help="Put quantized files side by side.")(
+    cli_compare.compare
+)
 
 
 @app.command(cls=cli_help.Command, short_help="Measure the accuracy of a model on images.")
@@ -202,7 +206,9 @@ def export(
 
 app.command(cls=cli_help.Command, short_help="Will a runtime compute a file in int8?")(check)
 app.command(cls=cli_help.Command, short_help="Time files side by side.")(benchmark)
-app.command(cls=cli_help.Command, short_help="Draw accuracy over the number of images.")(calibration_curve)
+app.command(cls=cli_help.Command, short_help="Draw accuracy over the number of images.")(
+    calibration_curve
+)
 app.command(cls=cli_help.Command, short_help="Show what is in a model.")(inspect)
 
 

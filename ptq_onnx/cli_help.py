@@ -64,7 +64,7 @@ class Command(TyperCommand):
 
 def told(error: Any) -> str:
     """A wrong word on the command line in one sentence, and where to read on."""
-    context = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)
     where = getattr(context, "command_path", "ptq-onnx")
     text = str(error.format_message()).rstrip(".")
     if text.startswith(EXTRA):

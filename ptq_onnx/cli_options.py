@@ -39,9 +39,7 @@ def option(names: str, metavar: str | None, default: object, text: str) -> Any:
     ``names``: one, or several with spaces between. ``default`` REQUIRED: not to be left out.
     """
     shown = f"[{REQUIRED}]" if default == REQUIRED else f"[default: {default}]"
-    return typer.Option(
-        *names.split(), metavar=metavar, help=f"{text} {shown}", show_default=False
-    )
+    return typer.Option(*names.split(), metavar=metavar, help=f"{text} {shown}", show_default=False)
 
 
 def switch(name: str, default: bool, text: str) -> Any:

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from small_graph import SmallGraph, sample
 
-from ptq_onnx import QuantizeConfig, quantize
+from ptq_onnx import QuantizeConfig, Result, quantize
 from ptq_onnx.analysis.compare import find_reference, quantized_file
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.model_path import find_model
@@ -24,12 +24,18 @@ QUICK = QuantizeConfig(images=4, report=False, threads=1)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """A folder with ``a/`` and with ``b.onnx``, ``b/``: the same run twice."""
     folder = tmp_path_factory.mktemp("written")
-    for name in ("a", "b.onnx"):
-        quantize(MODEL, config=QUICK, calib=CALIB, output=folder / name)
-    return folder
+    return {
+        name: quantize(MODEL, config=QUICK, calib=CALIB, output=folder / name)
+        for name in ("a", "b.onnx")
+    }
+
+
+@pytest.fixture
+def written(results: dict[str, Result]) -> Path:
+    return results["a"].output.parent
 
 
 def names(folder: Path) -> list[str]:
@@ -44,17 +50,15 @@ def test_a_file_and_its_folder(written: Path) -> None:
     assert (written / "b.onnx").read_bytes() == (written / "a/quantized.onnx").read_bytes()
 
 
-def test_the_result_tells_both(tmp_path: Path) -> None:
-    file = quantize(MODEL, config=QUICK, calib=CALIB, output=tmp_path / "x.onnx")
-    assert (file.model, file.output) == (tmp_path / "x.onnx", tmp_path / "x")
+def test_the_result_tells_both(results: dict[str, Result], written: Path) -> None:
+    file = results["b.onnx"]
+    assert (file.model, file.output) == (written / "b.onnx", written / "b")
     assert file.files[0] == file.model
     assert {p.name for p in file.files} == {
-        "x.onnx", "config.yaml", "fused.onnx", "report.json",
+        "b.onnx", "config.yaml", "fused.onnx", "report.json",
     }  # fmt: skip
-    folder = quantize(MODEL, config=QUICK, calib=CALIB, output=tmp_path / "y")
-    assert (folder.model, folder.output) == (tmp_path / "y/quantized.onnx", tmp_path / "y")
-    again = quantize(MODEL, config=QUICK, calib=CALIB, output=tmp_path / "x.onnx")
-    assert again.files == file.files
+    folder = results["a"]
+    assert (folder.model, folder.output) == (written / "a/quantized.onnx", written / "a")
 
 
 def test_either_is_found_again(written: Path) -> None:
@@ -69,7 +73,7 @@ def test_either_is_found_again(written: Path) -> None:
         assert quantized_file(given) == want.model
         assert find_reference([given], None) == want.folder / "fused.onnx"  # type: ignore[operator]
     assert find_model(b, written=True) == written / "b.onnx"
-    with pytest.raises(ModelError, match="is a folder; name the file: .*a/fused.onnx or one of 1"):
+    with pytest.raises(ModelError, match=r"is a folder; name the file: .*a/fused.onnx or one of 1"):
         find_model(a)
 
 
@@ -80,7 +84,7 @@ def test_a_folder_of_another_run_is_not_taken(written: Path, tmp_path: Path) -> 
         (tmp_path / "x" / name).write_bytes((written / "a" / name).read_bytes())
     (tmp_path / "x.onnx").write_bytes(b"")
     assert find_output(tmp_path / "x.onnx").folder is None
-    with pytest.raises(ConfigError, match="holds the quantized.onnx of another run"):
+    with pytest.raises(ConfigError, match=r"holds the quantized\.onnx of another run"):
         Output.at(tmp_path / "x.onnx")
 
 

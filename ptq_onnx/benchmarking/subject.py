@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ class Subject:
     inputs: tuple[Input, ...]
     quantized: bool
     bytes: int
+    digest: str = ""
+    """Of the file and of the weights beside it: equal for the same bytes."""
 
     @property
     def batch(self) -> int | None:
@@ -79,13 +82,22 @@ def read_subject(path: str | Path) -> Subject:
         for v in model.graph.initializers.values()
         if isinstance(v.const_value, ir.ExternalTensor)
     }
-    files = [path, *(_beside(path, other) for other in beside)]
+    files = [path, *(_beside(path, other) for other in sorted(beside))]
     return Subject(
         path=path,
         inputs=tuple(_input(v, path) for v in free),
         quantized=bool(ops & QUANTIZED_OPS),
         bytes=sum(file.stat().st_size for file in files),
+        digest=_digest(files),
     )
+
+
+def _digest(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest()
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
