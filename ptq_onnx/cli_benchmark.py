@@ -78,8 +78,9 @@ def table(found: Benchmark) -> Table:
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
     threads = threads if found.threads else "its own choice of threads"
     title = f"{found.runtime} {found.version}, {found.device}, {threads}"
-    tight = {"padding": (0, 1, 0, 0), "pad_edge": False}  # ten columns fit into 80
-    result = Table(title=title, box=box.SIMPLE, title_justify="left", **tight)
+    result = Table(  # ten columns fit into 80
+        title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False
+    )
     names = ["model", "batch", "median\nms", "IQR\nms", "images/s", "speed-up", "file\nMB"]
     names.append("peak\nMB")
     precision = next((t.precision for t in half.values()), None)

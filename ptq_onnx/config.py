@@ -185,8 +185,9 @@ class QuantizeConfig:
             object.__setattr__(self, "opset", self.runtime.opset)
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
-        if self.preprocess is not None:
-            _choice("preprocess", self.preprocess, ("imagenet", "inception"))
+        if self.preprocess is not None and not Path(self.preprocess).exists():
+            files = "a folder with a preprocessor_config.json, or such a file"
+            _choice("preprocess", self.preprocess, ("imagenet", "inception", files))
         Bits.parse(self.bits)
         _at_least("images", self.images, 1)
         _at_least("batch", self.batch, 1)

@@ -20,7 +20,7 @@ from rich.text import Text
 from ptq_onnx.errors import PtqError
 
 if TYPE_CHECKING:
-    from ptq_onnx.pipeline import Result
+    from ptq_onnx.result import Result
 
 WORST = 15
 """How many ops the table of the worst ops shows."""

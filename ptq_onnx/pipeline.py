@@ -6,7 +6,7 @@ import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +19,15 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
+from ptq_onnx.image_items import PictureSource
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
-from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
+from ptq_onnx.images import METADATA_KEY, FolderSource, Images, Preprocess, open_images
 from ptq_onnx.output_paths import Output
 from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.preprocess_input import Given, from_files
+from ptq_onnx.result import Result
+from ptq_onnx.selectors import check_selectors, known_roles
+from ptq_onnx.sites import image_input
 from ptq_onnx.spec import Site, TensorSpec
 
 if TYPE_CHECKING:
@@ -36,21 +41,6 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
 
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What :func:`quantize` made: the report (also in report.json) and the files.
-
-    ``output``: the folder of the reports. ``analysis``: its measurements as dataclasses; None
-    with ``report=False``. ``model``: the quantized file; None where only reports were written.
-    """
-
-    report: dict[str, Any]
-    output: Path
-    files: tuple[Path, ...]
-    analysis: Analysis | None = None
-    model: Path | None = None
 
 
 class Batches:
@@ -76,29 +66,31 @@ def quantize(
     *,
     config: QuantizeConfig | None = None,
     output: str | Path = "output",
-    calib: str | Path | Iterable[Any] | None = None,
-    val: str | Path | None = None,
+    calib: Images | None = None,
+    val: Images | None = None,
     labels: str | Path | None = None,
     scales: str | Path | None = None,
     progress: Progress | None = None,
     keep_models: bool = True,
+    given: Given | None = None,
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
-    ``calib``: folder, .npy/.npz or iterable of arrays; None: the embedded images; ``noise``:
-    standard Gaussian ones. ``val``
-    and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
-    run, whose numbers are used instead of calibrating. ``output`` ``x.onnx`` is the quantized
-    file, the folder ``x`` beside it gets the rest; any other name is a folder of everything, the
+    ``calib``: what :func:`open_images` takes; None: the embedded images; ``noise``: standard
+    Gaussian ones. ``val`` and ``labels``: images to measure accuracy on. ``scales``: the
+    report.json of an earlier run, whose numbers are used instead of calibrating. ``output``
+    ``x.onnx`` is the quantized file, the folder ``x`` beside it gets the rest; any other name is a folder of everything, the
     model in it ``quantized.onnx``: ``fused.onnx``, ``config.yaml``, ``report.json``,
     ``report.html`` and ``attention/``; it is written beside and renamed, so a failure leaves
-    nothing. ``keep_models=False``: without the two models. Raises PtqError.
+    nothing. ``keep_models=False``: without the two models. ``given``: a preprocessing that no
+    option can name. Raises PtqError.
     """
     config = config or QuantizeConfig()
     place = Output.at(output) if keep_models else Output.of_reports(output)
     place.keep(model)
     output = place.folder
     prepared = prepare(model, config.opset)
+    check_selectors(config, prepared.blocks, prepared.sites)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     _check_attention_blocks(prepared, config)
@@ -107,10 +99,17 @@ def quantize(
             f"--scales {scales}: --auto decides what is quantized, so that the scales of another"
             " run do not fit; leave one out."
         )
-    preprocess = resolve_preprocess(prepared.model, config)
-    prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
-    images = _calibration_images(calib, preprocess, config, notes)
-    tested = None if val is None else open_images(val, preprocess)
+    given = given or Given()
+    preprocess = resolve_preprocess(prepared.model, config, given, prepared.path)
+    notes += _preprocess_notes(prepared, config, given)
+    if given.transform is None:
+        prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
+    else:
+        prepared.model.metadata_props.pop(METADATA_KEY, None)
+    name = image_input(prepared.model).name
+    how: dict[str, Any] = {"transform": given.transform, "name": name}
+    images = _calibration_images(calib, preprocess, config, notes, how)
+    tested = None if val is None else open_images(val, preprocess, **how)
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
@@ -172,27 +171,54 @@ def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
 
 
 def has_class_folders(source: ImageSource) -> bool:
-    """Whether the images lie in sub-folders, which then are their classes."""
-    return isinstance(source, FolderSource) and all("/" in name for name in source.names)
+    """Whether classes came with the images, or they lie in sub-folders, which then are theirs."""
+    if source.labels is not None:
+        return True
+    folders = isinstance(source, FolderSource) and not source.listed
+    return folders and all("/" in name for name in source.names)
 
 
-def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> Preprocess:
-    """Preprocessing by the options, else by the model's metadata, else imagenet's.
+def _preprocess_notes(prepared: Prepared, config: QuantizeConfig, given: Given) -> list[str]:
+    """What of the preprocessing is not written in the options."""
+    if given.transform is not None:
+        return [
+            "Pictures went through a preprocessing function of yours: the files do not tell it."
+            " Give the same to evaluate and compare."
+        ]
+    stored = METADATA_KEY in prepared.model.metadata_props
+    found = None if stored or given.values else from_files(config, prepared.path)
+    if found is None or config.preprocess is not None:
+        return []
+    return [f"Preprocessing as in {found[1]}, which lies beside the model."]
+
+
+def resolve_preprocess(
+    model: str | Path | ir.Model,
+    config: QuantizeConfig,
+    given: Given | None = None,
+    path: Path | None = None,
+) -> Preprocess:
+    """Preprocessing by the options, else by the model's metadata, else by a
+    ``preprocessor_config.json`` beside its file ``path``, else imagenet's.
 
     Size and channels come from the model's input where it states them. Raises ConfigError
     where option and model contradict each other.
     """
     if not isinstance(model, ir.Model):
+        path = Path(model)
         model = graphs.load(model)
-    from ptq_onnx.sites import image_input
-
     shape = image_input(model).shape
     sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
     if len(sides) != 4:
         raise ModelError("The model's input is no batch of images [batch, channels, H, W].")
     channels, height, width = sides[1:]
     stored = model.metadata_props.get(METADATA_KEY)
-    if config.preprocess is None and stored is not None:
+    found = from_files(config, path if stored is None else None)
+    if given is not None and given.values is not None:
+        base = given.values
+    elif found is not None:
+        base = found[0]
+    elif config.preprocess is None and stored is not None:
         base = Preprocess.from_json(stored)
     else:
         base = Preprocess.named(config.preprocess or "imagenet")
@@ -217,10 +243,11 @@ def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> 
 
 
 def _calibration_images(
-    calib: str | Path | Iterable[Any] | None,
+    calib: Images | None,
     preprocess: Preprocess,
     config: QuantizeConfig,
     notes: list[str],
+    how: dict[str, Any],
 ) -> ImageSource:
     if calib is None:
         if not EMBEDDED.is_dir():
@@ -238,7 +265,7 @@ def _calibration_images(
             " comparing, not for use."
         )
         return NoiseSource(preprocess, config.images)
-    return open_images(calib, preprocess, limit=config.images)
+    return open_images(calib, preprocess, limit=config.images, **how)
 
 
 def read_scales(path: str | Path) -> dict[str, TensorSpec]:
@@ -280,8 +307,6 @@ class _Run:
     @property
     def fixed(self) -> int | None:
         """The model's batch size where it is fixed."""
-        from ptq_onnx.sites import image_input
-
         shape = image_input(self.prepared.model).shape
         return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
@@ -309,6 +334,7 @@ class _Run:
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
+        plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
         plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         decided = None
         if config.auto:
@@ -376,7 +402,7 @@ class _Run:
                 " run do not fit; calibrate anew, or use --no-equalize."
             )
         mean, std = self.preprocess.mean, self.preprocess.std
-        pictures = isinstance(self.images, FolderSource)
+        pictures = self.images.pictures
         if self.config.report and self.config.pictures:  # drawn beside, by vanilla
             self.original = replace(self.prepared, model=self.prepared.model.clone())
         plan = equalise_in_place(
@@ -430,7 +456,7 @@ class _Run:
         classes = any(s is not None and len(s) == 2 and s[1] != 1 for s in shapes)
         if not (self.config.check_preprocess and classes and isinstance(source, FolderSource)):
             return None
-        if source.root.resolve() == EMBEDDED:
+        if source.root.resolve() == EMBEDDED or not source.pictures:
             return None
         if self.prepared.blocks.count == 0:  # without LayerNorm, larger inputs alone make it surer
             return None
@@ -438,7 +464,7 @@ class _Run:
 
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
-        few = open_images(source.root, plain, limit=min(MOST, self.config.images))
+        few = source.reopened(min(MOST, self.config.images), plain)
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
@@ -612,13 +638,13 @@ class _Run:
             if others is not None:
                 return others, True
         if isinstance(tested, FolderSource):
-            return open_images(tested.root, self.preprocess, limit=limit), True
+            return tested.reopened(limit), True
         self.notes.append(
             "All images were used for calibration, so the analysis runs on some of the same;"
             " give more images than --images, or --val, to hold some apart."
         )
         if isinstance(self.images, FolderSource):
-            return open_images(self.images.root, self.preprocess, limit=limit), False
+            return self.images.reopened(limit), False
         return self.images, False
 
     def _draw(
@@ -643,7 +669,7 @@ class _Run:
             vanilla = make_quantizer(plan)
             few = self.images
             if isinstance(few, FolderSource):
-                few = open_images(few.root, self.preprocess, limit=min(32, config.images))
+                few = few.reopened(min(32, config.images))
             channels, height, width = self.preprocess.shape
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
@@ -783,7 +809,9 @@ def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[st
 def _source_name(images: ImageSource) -> str:
     if isinstance(images, NoiseSource):
         return NOISE
-    return str(images.root.name) if isinstance(images, FolderSource) else "arrays"
+    if isinstance(images, FolderSource):
+        return "a list of files" if images.listed else str(images.root.name)
+    return "pictures" if isinstance(images, PictureSource) else "arrays"
 
 
 def _version() -> str:

@@ -31,6 +31,7 @@ _NAMED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+PREPROCESS_NAMES = tuple(_NAMED)
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -50,7 +51,8 @@ class Preprocess:
 
     ``mean`` and ``std`` are per channel on the scale 0…1, ``size`` is (height, width) in pixels,
     ``crop_pct`` in (0, 1] is the part of the resized picture that the crop keeps, ``channels`` is
-    3 (RGB) or 1 (grayscale). Raises ConfigError.
+    3 (RGB) or 1 (grayscale). ``squash``: both sides are resized to ``size / crop_pct``, whatever
+    the picture's shape. Raises ConfigError.
     """
 
     mean: tuple[float, ...]
@@ -59,6 +61,7 @@ class Preprocess:
     crop_pct: float = 0.875
     interpolation: Interpolation = "bicubic"
     channels: int = 3
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -103,7 +106,10 @@ class Preprocess:
 
     def to_json(self) -> str:
         """One line of JSON, for ``metadata_props[METADATA_KEY]``."""
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        if not self.squash:  # as files of earlier versions have it
+            del values["squash"]
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> "Preprocess":
@@ -130,6 +136,17 @@ def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
     try:
         with Image.open(path) as image:
             return from_image(image, preprocess)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
+
+
+def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
+    """Decode one image file to RGB or gray. Raises ImageError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _convert(image, channels)
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
@@ -168,7 +185,9 @@ def _crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The centre of the picture at ``preprocess.size``, after resizing it unless it is near."""
     height, width = preprocess.size
     sides, size = (image.height, image.width), (height, width)
-    if all(s <= side <= CROP_ONLY * s for side, s in zip(sides, size, strict=True)):
+    if not preprocess.squash and all(
+        s <= side <= CROP_ONLY * s for side, s in zip(sides, size, strict=True)
+    ):
         left, top = (image.width - width) // 2, (image.height - height) // 2
     else:
         image = _resize(image, preprocess)
@@ -180,12 +199,19 @@ def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The picture just large enough to cover ``size / crop_pct``, rounded as torchvision does."""
     sides = (image.height, image.width)
     target = [math.floor(s / preprocess.crop_pct) for s in preprocess.size]
+    if preprocess.squash:
+        whole = sides == tuple(target)
+        return image if whole else image.resize((target[1], target[0]), _filter(preprocess))
     ratio = min(side / t for side, t in zip(sides, target, strict=True))
     # The side that sets the ratio lands on its target exactly, whatever int() makes of it
     height, width = (
         max(t, int(side / ratio + 1e-6)) for side, t in zip(sides, target, strict=True)
     )
-    return image.resize((width, height), _RESAMPLING[preprocess.interpolation])
+    return image.resize((width, height), _filter(preprocess))
+
+
+def _filter(preprocess: Preprocess) -> Image.Resampling:
+    return _RESAMPLING[preprocess.interpolation]
 
 
 def _number(value: object) -> bool:
