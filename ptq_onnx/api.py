@@ -18,6 +18,7 @@ from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.images import Images, open_images
+from ptq_onnx.installed import require_runtime
 from ptq_onnx.model_input import Model, model_file
 from ptq_onnx.options import Options, configured
 from ptq_onnx.preprocess_input import Given, Preprocessing, taken
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ptq_onnx.conformance import Report
     from ptq_onnx.evaluation import Evaluation
     from ptq_onnx.inspection import Inspection
+
+require_runtime()
 
 Path = str | os.PathLike[str]
 Labels = Path | Sequence[int] | NDArray[np.integer[Any]]

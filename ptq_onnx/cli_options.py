@@ -291,8 +291,9 @@ PreprocessName = Annotated[
     option(
         "--preprocess",
         "NAME",
-        "the model's metadata, else imagenet",
-        "imagenet or inception (0.5 everywhere).",
+        "the model's metadata, else such a file beside it, else imagenet",
+        "imagenet, inception (0.5 everywhere), or a folder with Hugging Face's"
+        " preprocessor_config.json.",
     ),
 ]
 Mean = Annotated[

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.installed import missing_runtime
 
 if TYPE_CHECKING:
     from ptq_onnx.result import Result
@@ -46,6 +47,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except PtqError as error:
         fail(str(error))
+    except ImportError as error:
+        told = missing_runtime(error)
+        if told is None:
+            raise
+        fail(str(told))
     except KeyboardInterrupt:
         atexit.register(_exit_interrupted)
         raise SystemExit(INTERRUPTED) from None

@@ -47,8 +47,8 @@ def labels_for(
 
     From ``labels_file`` (a name there is a relative path, a file name, or an index into an array);
     without one, those that came with the images, else from the folders as torchvision's ImageFolder
-    does: the sub-folders of the first level, sorted, are the classes 0, 1, …. Raises ImageError, also for a label beyond the model's
-    ``classes``.
+    does: the sub-folders of the first level, sorted, are the classes 0, 1, …. Raises ImageError,
+    also for a label beyond the model's ``classes``.
     """
     if labels_file is None and source.labels is not None:
         truth = source.labels

@@ -79,11 +79,11 @@ def quantize(
     ``calib``: what :func:`open_images` takes; None: the embedded images; ``noise``: standard
     Gaussian ones. ``val`` and ``labels``: images to measure accuracy on. ``scales``: the
     report.json of an earlier run, whose numbers are used instead of calibrating. ``output``
-    ``x.onnx`` is the quantized file, the folder ``x`` beside it gets the rest; any other name is a folder of everything, the
-    model in it ``quantized.onnx``: ``fused.onnx``, ``config.yaml``, ``report.json``,
-    ``report.html`` and ``attention/``; it is written beside and renamed, so a failure leaves
-    nothing. ``keep_models=False``: without the two models. ``given``: a preprocessing that no
-    option can name. Raises PtqError.
+    ``x.onnx`` is the quantized file, the folder ``x`` beside it gets the rest; any other name is
+    a folder of everything, the model in it ``quantized.onnx``: ``fused.onnx``, ``config.yaml``,
+    ``report.json``, ``report.html`` and ``attention/``; it is written beside and renamed, so a
+    failure leaves nothing. ``keep_models=False``: without the two models. ``given``: a
+    preprocessing that no option can name. Raises PtqError.
     """
     config = config or QuantizeConfig()
     place = Output.at(output) if keep_models else Output.of_reports(output)

@@ -364,7 +364,7 @@ def test_a_role_that_is_not_there_fails_before_any_work(tmp_path: Path) -> None:
     )
     *said, loaded = done.stdout.splitlines()
     for line, option in zip(said, ("--keep-float", "--more-bits", "--per-channel"), strict=True):
-        assert line.startswith(f"{option} fc3: the model has no role 'fc3' (did you mean fc1?)")
+        assert line.startswith(f"{option} fc3: the model has no role 'fc3' (did you mean fc2?)")
         assert "patch_embed" in line
     assert loaded == "[]"
     assert list(tmp_path.iterdir()) == []

@@ -189,6 +189,35 @@ def test_help_does_not_import_what_is_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("words", [("inspect", MODEL), ("quantize", MODEL, "--calib", DIGITS)])
+def test_without_onnxruntime(words: tuple[object, ...], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        f"sys.argv = ['ptq-onnx', *{[str(word) for word in words]!r}]\n"
+        "from ptq_onnx import cli; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ONNX Runtime cannot be imported (")
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_onnxruntime_in_python(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import ptq_onnx\n"
+        "try: ptq_onnx.quantize\n"
+        "except ptq_onnx.PtqError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("ONNX Runtime cannot be imported (")
+
+
 def test_without_words_and_version(command: Command) -> None:
     assert "quantize" in command().out
     outcome = command("--version")
