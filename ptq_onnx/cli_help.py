@@ -37,6 +37,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
 REST = "Other"
 EXTRA = "Got unexpected extra argument"
 """How the parser begins where words are left over."""
+UNKNOWN = "No such command"
 
 
 class Command(TyperCommand):
@@ -74,6 +75,9 @@ def told(error: Any) -> str:
             f"{where} takes {taken or 'no word'} alone, so that '{words}' is too much; folders and"
             " files go with an option, as in --calib DIR"
         )
+    elif text.startswith(UNKNOWN) and ".onnx" in text:
+        model = text.split("'")[1]
+        text = f"{text}. The command comes first: ptq-onnx quantize {model}"
     return f"{text}{'' if text.endswith('?') else '.'} See {where} --help."
 
 

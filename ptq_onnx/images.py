@@ -74,7 +74,10 @@ def open_images(
             return image_arrays.from_file(path, preprocess, limit)
         if path.suffix.lower() in EXTENSIONS:
             return FolderSource(path.parent, preprocess, limit, [path.name], transform)
-        raise ImageError(f"'{path}' is neither a folder of images nor a .npy or .npz file.")
+        what = "a model, not images: " if path.suffix == ".onnx" else ""
+        raise ImageError(
+            f"'{path}' is {what}neither a folder of images nor a .npy or .npz file."
+        )
     if isinstance(source, list | tuple) and source:
         if all(isinstance(item, str | os.PathLike) for item in source):
             files = [os.path.abspath(item) for item in source]

@@ -225,6 +225,12 @@ def test_without_words_and_version(command: Command) -> None:
     assert outcome.out.strip() == __import__("ptq_onnx").__version__
 
 
+def test_words_that_are_no_command(command: Command) -> None:
+    assert_refused(command("quantise"), "Did you mean 'quantize'? See ptq-onnx --help.")
+    assert_refused(command("vit.onnx"), "The command comes first: ptq-onnx quantize vit.onnx.")
+    assert_refused(command("evaluate", MODEL, "val"), "takes MODEL.onnx alone, so that 'val'")
+
+
 # Options
 
 
