@@ -61,7 +61,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "the embedded digits",
+        "none; models/digits_vit.onnx of the source alone has its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]
@@ -169,7 +169,7 @@ MinSqnr = Annotated[
         "--min-sqnr",
         "DB",
         f"{MIN_SQNR:g} without labels",
-        "auto: SQNR that the logits must have, on --val or on calibration images held apart.",
+        "auto: SQNR that every output must have, on --val or on calibration images held apart.",
     ),
 ]
 PerChannel = Annotated[
@@ -291,9 +291,9 @@ PreprocessName = Annotated[
     option(
         "--preprocess",
         "NAME",
-        "the model's metadata, else such a file beside it, else imagenet",
-        "imagenet, inception (0.5 everywhere), or a folder with Hugging Face's"
-        " preprocessor_config.json.",
+        "the model's metadata, else such a file beside it, else by its first ops, else imagenet",
+        "imagenet, inception (0.5 everywhere), none (pixels as they are, 0 to 255), or a folder"
+        " with Hugging Face's preprocessor_config.json.",
     ),
 ]
 Mean = Annotated[

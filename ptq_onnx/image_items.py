@@ -131,7 +131,8 @@ class Items:
 
 
 def _dimensions(value: Any) -> int:
-    return 3 if is_picture(value) else int(np.ndim(_plain(value)))
+    plain = _plain(value)
+    return plain.ndim if isinstance(plain, np.ndarray) else 0
 
 
 def _made(value: Any) -> Any:
