@@ -38,7 +38,7 @@ def option(names: str, metavar: str | None, default: object, text: str) -> Any:
 
     ``names``: one, or several with spaces between. ``default`` REQUIRED: not to be left out.
     """
-    shown = f"[{REQUIRED}]" if default == REQUIRED else f"[default: {default}]"
+    shown = f"[{default}]" if str(default).startswith(REQUIRED) else f"[default: {default}]"
     return typer.Option(*names.split(), metavar=metavar, help=f"{text} {shown}", show_default=False)
 
 
@@ -61,7 +61,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "none; models/digits_vit.onnx of the source alone has its own",
+        "required; models/digits_vit.onnx alone has its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]

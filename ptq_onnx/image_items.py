@@ -86,7 +86,7 @@ class Items:
             if self._transform is not None:
                 images = _made(self._transform(images))
             array = _plain(images)
-            self._keep(labels, len(array) if np.ndim(array) == 4 else 1)
+            self._keep(labels, len(array) if _dimensions(array) == 4 else 1)
             yield array
 
     def labels(self, count: int) -> NDArray[np.int64] | None:
