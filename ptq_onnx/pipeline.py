@@ -366,8 +366,7 @@ class _Run:
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
-        known = known_roles(prepared.blocks, prepared.sites)
-        plan = replace(plan, fixed=self._pixel_range(), named=known)
+        plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
         plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         decided = None
         if config.auto:
@@ -422,12 +421,11 @@ class _Run:
         self._write(report, analysed, pictures)
         return report
 
-    def _pixel_range(self) -> dict[str, tuple[float, float]]:
+    def _pixel_range(self, plan: Any) -> dict[str, tuple[float, float]]:
         """The range of an image of pixels, which is known: no image shows more."""
         if not (self.preprocess.raw and self.images.pictures):
             return {}
-        sites = self.prepared.sites.values()
-        return {site.tensor: (0.0, 255.0) for site in sites if site.role == "input"}
+        return {s.tensor: (0.0, 255.0) for s in plan.sites.values() if s.role == "input"}
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the equalised model.
@@ -458,6 +456,7 @@ class _Run:
 
     def _adopt(self, plan: Any) -> Any:
         """The plan, whose model from here on is the prepared one."""
+        plan = replace(plan, fixed={**self._pixel_range(plan), **plan.fixed})
         self.prepared = replace(
             self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
         )
