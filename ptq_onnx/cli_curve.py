@@ -62,9 +62,9 @@ def calibration_curve(
     if "val" not in paths:
         raise ConfigError("calibration-curve needs images to measure on: --val DIR.")
     target_folder = Output.of_reports(paths.get("output", "output")).folder
-    from ptq_onnx.calibration_curve import SIZES, measure_curve, write_curve
-
     with progress_bars() as progress:
+        from ptq_onnx.calibration_curve import SIZES, measure_curve, write_curve
+
         found = measure_curve(
             path,
             config=options,
