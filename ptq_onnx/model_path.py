@@ -30,11 +30,12 @@ def find_model(path: str | Path, *, written: bool = False) -> Path:
 
 def _in_folder(folder: Path, written: bool) -> Path:
     """The model that quantize wrote to, or beside, a folder; else the folder, to be refused."""
-    from ptq_onnx.output_paths import REPORT, find_output
+    from ptq_onnx.output_paths import FLOAT, REPORT, find_output
 
     if written and (folder / REPORT).is_file():
         return find_output(folder).model
-    inside = sorted(path for path in folder.glob("*.onnx") if path.is_file())
+    found = (path for path in folder.glob("*.onnx") if path.is_file())
+    inside = sorted(found, key=lambda path: (path.name != FLOAT, path))
     if not inside:
         return folder
     also = "" if len(inside) == 1 else f" or one of {len(inside) - 1} others"

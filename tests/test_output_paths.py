@@ -44,8 +44,8 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_and_its_folder(written: Path) -> None:
     assert names(written) == [
-        "a/config.yaml", "a/fused.onnx", "a/quantized.onnx", "a/report.json",
-        "b.onnx", "b/config.yaml", "b/fused.onnx", "b/report.json",
+        "a/config.yaml", "a/formed.onnx", "a/fused.onnx", "a/quantized.onnx", "a/report.json",
+        "b.onnx", "b/config.yaml", "b/formed.onnx", "b/fused.onnx", "b/report.json",
     ]  # fmt: skip
     assert (written / "b.onnx").read_bytes() == (written / "a/quantized.onnx").read_bytes()
 
@@ -55,7 +55,7 @@ def test_the_result_tells_both(results: dict[str, Result], written: Path) -> Non
     assert (file.model, file.output) == (written / "b.onnx", written / "b")
     assert file.files[0] == file.model
     assert {p.name for p in file.files} == {
-        "b.onnx", "config.yaml", "fused.onnx", "report.json",
+        "b.onnx", "config.yaml", "formed.onnx", "fused.onnx", "report.json",
     }  # fmt: skip
     folder = results["a"]
     assert (folder.model, folder.output) == (written / "a/quantized.onnx", written / "a")
@@ -73,7 +73,7 @@ def test_either_is_found_again(written: Path) -> None:
         assert quantized_file(given) == want.model
         assert find_reference([given], None) == want.folder / "fused.onnx"  # type: ignore[operator]
     assert find_model(b, written=True) == written / "b.onnx"
-    with pytest.raises(ModelError, match=r"is a folder; name the file: .*a/fused.onnx or one of 1"):
+    with pytest.raises(ModelError, match=r"is a folder; name the file: .*a/fused.onnx or one of 2"):
         find_model(a)
 
 
