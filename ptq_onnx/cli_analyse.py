@@ -12,7 +12,7 @@ def analyse(
     calib: o.Calib = None,
     val: o.Val = None,
     labels: o.Labels = None,
-    output: o.Output = None,
+    output: o.Folder = None,
     config: o.Config = None,
     quantizer: o.Quantizer = None,
     bits: o.Bits = None,

@@ -188,8 +188,9 @@ class QuantizeConfig:
             object.__setattr__(self, "opset", self.runtime.opset)
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
-        if self.preprocess is not None:
-            _choice("preprocess", self.preprocess, PREPROCESS_NAMES)
+        if self.preprocess is not None and not Path(self.preprocess).exists():
+            files = "a folder with a preprocessor_config.json, or such a file"
+            _choice("preprocess", self.preprocess, (*PREPROCESS_NAMES, files))
         Bits.parse(self.bits)
         _at_least("images", self.images, 1)
         _at_least("batch", self.batch, 1)

@@ -22,12 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.installed import missing_runtime
 from ptq_onnx.next_steps import next_steps
 from ptq_onnx.outputs import MOST_DB
 from ptq_onnx.progress import Progress
 
 if TYPE_CHECKING:
-    from ptq_onnx.pipeline import Result
+    from ptq_onnx.result import Result
 
 WORST = 15
 """How many ops the table of the worst ops shows."""
@@ -66,6 +67,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except PtqError as error:
         fail(str(error))
+    except ImportError as error:
+        told = missing_runtime(error)
+        if told is None:
+            raise
+        fail(str(told))
     except KeyboardInterrupt:
         code = TERMINATED if asked else INTERRUPTED
         atexit.register(_exit_interrupted, code)
