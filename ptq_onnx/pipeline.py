@@ -22,6 +22,7 @@ from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
+from ptq_onnx.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.spec import Site, TensorSpec
 
@@ -54,19 +55,17 @@ class Result:
 class Batches:
     """Batches of an image source that can be run over again.
 
-    For a model with a fixed batch size every batch has that size: the last is filled up
-    with its last image, which changes no extreme.
+    For a model that only takes batches of ``fixed`` images each image is a batch of its own, of
+    so many ``copies``: then nothing but images counts, and each as often as any other.
     """
 
     def __init__(self, source: ImageSource, size: int, fixed: int | None = None) -> None:
-        self.source, self.size, self.fixed = source, fixed or size, fixed
+        self.source, self.copies = source, fixed or 1
+        self.size = size if fixed is None else 1
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.source.batches(self.size):
-            missing = 0 if self.fixed is None else self.fixed - len(batch)
-            if missing:
-                batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-            yield batch
+            yield batch if self.copies == 1 else np.repeat(batch, self.copies, axis=0)
 
 
 def quantize(
@@ -95,7 +94,7 @@ def quantize(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
-    prepared = prepare(model, config.opset)
+    prepared = prepare(model, config.opset, free=True)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     _check_attention_blocks(prepared, config)
@@ -127,6 +126,7 @@ def quantize(
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         run = _Run(prepared, config, preprocess, images, notes, work, progress, labels=labels)
+        run.again = lambda: prepare(model, config.opset, free=True)
         run.validation = validation(tested, labels)
         report = run.run(tested, truth, scales)
         if not keep_models:
@@ -286,10 +286,14 @@ class _Run:
     labels: str | Path | None = None
     apart: tuple[ImageSource, bool] | None = None
     """Images of the analysis, once they were chosen, and whether calibration did not see them."""
+    again: Callable[[], Prepared] | None = None
+    """Prepares the model anew: equalisation changes it in place."""
+    parity: Parity | None = None
+    """How far the rewritten model is off the original."""
 
     @property
     def fixed(self) -> int | None:
-        """The model's batch size where it is fixed."""
+        """The model's batch size where it is fixed and written into its graph."""
         from ptq_onnx.sites import image_input
 
         shape = image_input(self.prepared.model).shape
@@ -316,10 +320,11 @@ class _Run:
 
         config = self._resolve_auto()
         checked = None if scales is not None else self._check_preprocess()
-        graphs.save(self.prepared.model, self.work / "fused.onnx")
+        graphs.save(self._as_taken(self.prepared.model), self.work / "fused.onnx")
+        self._tell_copies()
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
-        plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
+        plan = self._rewritten(plan, scales)
         decided = None
         if config.auto:
             plan, decided = self._decide(plan, tested, labelled=truth is not None)
@@ -347,13 +352,14 @@ class _Run:
                 "--float16: quantized.onnx computes its float part in 16 bits; the analysis"
                 " computes in 32."
             )
-        graphs.save(lowered, quantized)
+        graphs.save(self._as_taken(lowered), quantized)
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
         report["equalization"] = {
             "forms": dict(plan.forms),
             "moves": [asdict(move) for move in plan.moves],
         }
+        report["parity"] = None if self.parity is None else asdict(self.parity)
         report["validation"] = self.validation
         report["auto"] = None if decided is None else asdict(decided)
         report["preprocess_check"] = None if checked is None else asdict(checked)
@@ -373,6 +379,85 @@ class _Run:
         self._write(report, analysed, pictures)
         return report
 
+    def _rewritten(self, plan: Any, scales: str | Path | None) -> Any:
+        """The plan for the model equalised, or in the target's form, or as it is: the first that
+        computes what the original does (see ``parity.py``)."""
+        reference = self._reference()
+        ways = [self._in_form]
+        if self.config.equalizes:
+            ways.insert(0, lambda plan: self._equalise(plan, scales))
+        undone: list[str] = []
+        off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
+        for way in ways:
+            found = way(plan)
+            measured = off if found.model is plan.model and not found.forms else None
+            measured = measured or reference.off(found.model)
+            if reference.accepts(measured) or measured is off:
+                plan, off = found, measured
+                break
+            what = "bringing it into form" if way == self._in_form else "equalisation"
+            undone.append(what)
+            self.notes.append(
+                f"Undone: {what}. The rewritten model was {measured} against the original on"
+                f" {reference.count} calibration images; at most {reference.bound:.0e} is"
+                " explained by rounding. Please report it with the model."
+            )
+            if way != self._in_form:
+                plan = self._restored(plan)
+        self.notes.extend(reference.notes)
+        self.parity = Parity(
+            images=reference.count,
+            original=reference.fused is not None,
+            bound=reference.bound,
+            fused=None if reference.fused is None else reference.fused.value,
+            rewritten=off.value,
+            output=off.output,
+            undone=tuple(undone),
+        )
+        self.prepared = replace(
+            self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
+        )
+        return plan
+
+    def _reference(self) -> Reference:
+        """The original on a few calibration images; batches as large as the file takes."""
+        fixed = self.prepared.fixed
+        size = fixed.size if fixed is not None else self.fixed or IMAGES
+        batches: list[Any] = []
+        count = 0
+        for batch in self.images.batches(size):
+            count += len(batch)
+            missing = 0 if size == IMAGES else size - len(batch)
+            filled = np.repeat(batch[-1:], missing, axis=0)
+            batches.append(np.concatenate([batch, filled]) if missing else batch)
+            if count + size > IMAGES:
+                break
+        threads = self.config.threads
+        return Reference(self.prepared.path, self.prepared.model, batches, count, threads)
+
+    def _restored(self, plan: Any) -> Any:
+        """The plan for the model as it was before it was changed in place."""
+        assert self.again is not None
+        prepared = self.again()
+        prepared.model.metadata_props.update(self.prepared.model.metadata_props)
+        self.prepared, self.original = prepared, None
+        return replace(
+            plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
+        )
+
+    def _as_taken(self, model: ir.Model) -> ir.Model:
+        """The model with the batch size that the file was given with."""
+        fixed = self.prepared.fixed
+        return model if fixed is None else fixed.restore(model)
+
+    def _tell_copies(self) -> None:
+        if (self.fixed or 1) > 1:
+            self.notes.append(
+                f"The graph holds its batch size of {self.fixed} in a way that cannot be taken out:"
+                f" every image was run as {self.fixed} copies of it, which takes so many times as"
+                " long. Export the model with a dynamic batch."
+            )
+
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the equalised model.
 
@@ -389,23 +474,15 @@ class _Run:
         pictures = isinstance(self.images, FolderSource)
         if self.config.report and self.config.pictures:  # drawn beside, by vanilla
             self.original = replace(self.prepared, model=self.prepared.model.clone())
-        plan = equalise_in_place(
+        return equalise_in_place(
             replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
         )
-        return self._adopt(plan)
 
     def _in_form(self, plan: Any) -> Any:
         """The plan for the model in the form that the target computes in integers."""
         from ptq_onnx.equalization import in_form
 
-        return self._adopt(in_form(plan))
-
-    def _adopt(self, plan: Any) -> Any:
-        """The plan, whose model from here on is the prepared one."""
-        self.prepared = replace(
-            self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
-        )
-        return plan
+        return in_form(plan)
 
     def _decide(
         self, plan: Any, tested: ImageSource | None, labelled: bool
@@ -486,7 +563,7 @@ class _Run:
     def _describe(self, config: QuantizeConfig, quantizer: Any, reused: bool) -> dict[str, Any]:
         """All of the report that does not need running the model."""
         prepared, sites = self.prepared, self.prepared.sites
-        model = prepared.model
+        model = self._as_taken(prepared.model)
         return {
             "ptq_onnx": _version(),
             "model": {
@@ -576,7 +653,7 @@ class _Run:
         """Widths, operations and traffic of an integer file, with ranges seen on images."""
         from ptq_onnx.analysis.integer_costs import integer_report
 
-        first = next(iter(self.images.batches(SEEN_IMAGES)))
+        first = next(iter(self.batches(self.images, SEEN_IMAGES)))
         return integer_report(self.prepared.model, quantizer.specs, lowered, [first])
 
     def simulator(self, quantizer: Any) -> Any:

@@ -297,7 +297,8 @@ def collect(
     result = Statistics({s.tensor: ChannelStatistics.empty(reduced_shape(s)) for s in sites})
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
-        size = len(batch)
+        copies = copies_in(batches)
+        size = len(batch) // copies
         for site in sites:
             low, high, power, total = (found[name] for name in names[site.tensor])
             # ONNX Runtime's ReduceMin and ReduceMax over inner axes pass NaN by; the sum does not.
@@ -313,14 +314,19 @@ def collect(
             result.channels[site.tensor].update(
                 _by_image(low, size, np.min),
                 _by_image(high, size, np.max),
-                power.ravel(),
-                total.ravel(),
-                values // power.size,
+                power.ravel() / copies,
+                total.ravel() / copies,
+                values // power.size // copies,
             )
         result.images += size
         if progress is not None:
             progress(size)
     return result
+
+
+def copies_in(batches: Iterable[Array]) -> int:
+    """How often each image stands in its batch (see ``pipeline.Batches``)."""
+    return int(getattr(batches, "copies", 1))
 
 
 def _by_image(rows: Array, images: int, extreme: Callable[..., Array]) -> Array:
@@ -362,7 +368,7 @@ def add_histograms(
             histogram = statistics.histograms[site.tensor]
             histogram.add(_rows(found.pop(site.tensor), site, len(histogram.low)))
         if progress is not None:
-            progress(len(batch))
+            progress(len(batch) // copies_in(batches))
 
 
 def open_taps(
