@@ -17,14 +17,27 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.growth import RangeTrace
+from ptq_onnx.calibration.histogram import BINS, Histogram
 from ptq_onnx.errors import ModelError
 from ptq_onnx.spec import Site
+
+__all__ = [
+    "BINS",
+    "TOP",
+    "ChannelStatistics",
+    "Histogram",
+    "Statistics",
+    "add_histograms",
+    "collect",
+    "copies_in",
+    "open_taps",
+    "reduced_shape",
+    "tap",
+]
 
 Array = NDArray[np.float32]
 TOP = 16
 """How many of the largest per-image extremes are kept per channel, for the tail estimate."""
-BINS = 2048
-"""Histogram bins per tensor or channel."""
 
 
 @dataclass
@@ -159,36 +172,6 @@ class ChannelStatistics:
             total=total,
             origin=((0 if self.origin is None else self.origin) - shift) / factor,
         )
-
-
-@dataclass
-class Histogram:
-    """Counts [R, BINS] of the values in [low, high] ([R] each); R = 1 or one per channel."""
-
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    counts: NDArray[np.int64]
-
-    @classmethod
-    def over(cls, low: Array, high: Array) -> Histogram:
-        """Empty, over a range that is known beforehand."""
-        low64, high64 = low.astype(np.float64), high.astype(np.float64)
-        high64 = np.maximum(high64, low64 + np.maximum(1e-8 * np.abs(low64), 1e-12))
-        return cls(low64, high64, np.zeros((len(low), BINS), np.int64))
-
-    def add(self, rows: Array) -> None:
-        """Count values [R, n]; those outside the range go to the edge bins."""
-        scale = (BINS / (self.high - self.low)).astype(np.float32)
-        place = (rows - self.low.astype(np.float32)[:, None]) * scale[:, None]
-        index = np.clip(place, 0, BINS - 1, out=place).astype(np.int32)
-        index += (np.arange(len(rows), dtype=np.int32) * BINS)[:, None]
-        self.counts += np.bincount(index.ravel(), minlength=self.counts.size).reshape(-1, BINS)
-
-    @property
-    def centres(self) -> NDArray[np.float64]:
-        """The values that the bins stand for, [R, BINS]."""
-        width = (self.high - self.low) / BINS
-        return self.low[:, None] + width[:, None] * (np.arange(BINS) + 0.5)
 
 
 @dataclass
