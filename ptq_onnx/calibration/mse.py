@@ -8,10 +8,9 @@ from ptq_onnx.calibration.search import TAIL, error_of, take_better
 from ptq_onnx.calibration.statistics import Array, Histogram
 
 SHARES = np.concatenate([np.linspace(1.0, 0.1, 25), TAIL[::2]])
-"""Of the range, first of both bounds, then of each …"""
-NEAR = np.linspace(0.9, 1.1, 11)
-"""… and of what was found, in the rounds behind that."""
-ROUNDS = 2
+"""Of the range: both bounds together."""
+FURTHER = (np.geomspace(1 / 16, 4, 13), np.array([0.9, 0.95, 1.05, 1.1]), 1 + np.arange(-3, 4) / 80)
+"""Of what was found, in the rounds behind that."""
 
 
 def mse_range(
@@ -21,13 +20,14 @@ def mse_range(
 
     Symmetric codes have one bound: both move together.
     """
-    rows, bins = len(histogram.low), histogram.finest
+    rows, (edges, counts) = len(histogram.low), histogram.finest
+    bins = edges, counts.astype(np.float64)
     best = (np.full(rows, np.inf), histogram.low, histogram.high)
     apart = () if symmetric else ((True, False), (False, True))
-    for number in range(1 + ROUNDS):
-        for moves in ((True, True), *apart):
-            start = best[1:] if number else (histogram.low, histogram.high)
-            for share in NEAR if number else SHARES:
+    for number, shares in enumerate((SHARES, *FURTHER)):
+        for moves in ((True, True), *(apart if number else ())):
+            start = best[1:]
+            for share in shares:
                 low = np.maximum(start[0] * share, histogram.low) if moves[0] else best[1]
                 high = np.minimum(start[1] * share, histogram.high) if moves[1] else best[2]
                 error = error_of(*bins, low, high, limits, symmetric)

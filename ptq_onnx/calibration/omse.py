@@ -18,7 +18,8 @@ def omse_range(
     histogram: Histogram, limits: tuple[int, int], symmetric: bool
 ) -> tuple[Array, Array]:
     """Lower and upper bound per row, [R] each."""
-    rows, bins = len(histogram.low), histogram.finest
+    rows, (edges, counts) = len(histogram.low), histogram.finest
+    bins = edges, counts.astype(np.float64)
     best = (np.full(rows, np.inf), histogram.low, histogram.high)
     for shrink in SHRINK:
         low, high = histogram.low * shrink, histogram.high * shrink

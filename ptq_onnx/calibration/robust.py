@@ -67,7 +67,9 @@ def shared_range(
     is left out: the second largest would have given the factor, and the largest would have
     come out (first / second)^exponent times as large. A new image breaks a channel's record with
     probability 1 / (N + 1), as any of N + 1 exchangeable images does; of 768 channels, six do
-    on every image after 128. No assumption is made on the tail.
+    on every image after 128. No assumption is made on the tail there; where an exponential one says
+    that more is clipped, it counts (a class token has one value an image, and 16 images show
+    little of it: 21.6 → 28.3 dB on a small network).
     What calibration saw is never clipped. Without two images the range seen is returned.
     """
     power = np.maximum(np.asarray(power, np.float64), 0)
@@ -111,16 +113,23 @@ def _clipping(
     ratio = np.where(usable, first / np.where(usable, second, 1), 1.0)
     left_out = first * ratio**exponent + origin
     over = np.maximum(left_out - bounds[:, None], 0) ** 2
-    cost = np.asarray(over @ power / (images + 1), np.float64)
-    import os
-    mode = os.environ.get("TAIL", "")
-    if not mode or images < 3 or (exponent == 0 and "z" not in mode): return cost
-    n = min(len(extremes), images)
-    k = min(n, max(4, int(images * float(mode.strip("zms")))))
+    records = np.asarray(over @ power / (images + 1), np.float64)
+    return np.maximum(records, _beyond(extremes, images, bounds, power))
+
+
+def _beyond(extremes: Array, images: int, bounds: Double, power: Double) -> Double:
+    """The same from each channel's tail alone, taken as exponential: E[(x - b)²] is 2 β² times
+    the share of images beyond b. Zero where there are too few."""
+    k = min(len(extremes), max(LEAST, int(images * SHARE)))
+    if images < k:
+        return np.zeros(len(bounds))
     base = extremes[k - 1].astype(np.float64)
-    width = extremes[: k - 1].astype(np.float64).mean(axis=0) - base
-    if "s" in mode:
-        pass
-    far = np.exp(-np.maximum(bounds[:, None] - base, 0) / np.maximum(width, 1e-12))
-    tail = (k / images) * (2 * width**2 * far) @ power
-    return np.maximum(cost, tail) if "m" in mode else np.asarray(tail)
+    width = np.maximum(extremes[: k - 1].astype(np.float64).mean(axis=0) - base, 1e-12)
+    share = k / images * np.exp(-np.maximum(bounds[:, None] - base, 0) / width)
+    return np.asarray((2 * width**2 * share) @ power, np.float64)
+
+
+SHARE = 1 / 4
+"""Part of the images whose extremes are a channel's tail …"""
+LEAST = 4
+"""… and how many they are at least."""

@@ -32,7 +32,7 @@ def squared_error(
 
 def error_of(
     edges: Double,
-    counts: NDArray[np.int64],
+    counts: NDArray[np.int64] | Double,
     low: Double,
     high: Double,
     limits: tuple[int, int],
@@ -46,6 +46,7 @@ def error_of(
         scale, zero = asymmetric_scale(low32, high32, limits)
     step = scale.astype(np.float64)
     found = np.empty(len(edges))
+    counts = np.asarray(counts, np.float64)
     for start in range(0, len(edges), ROWS):
         part = slice(start, start + ROWS)
         codes = edges[part] / step[part, None]
@@ -60,16 +61,22 @@ def _mean_error(edges: Double, zero: NDArray[np.int32], limits: tuple[int, int])
     smallest, largest = limits[0] - zero, limits[1] - zero
 
     def rest(y: Double) -> tuple[Double, Double]:
-        code = np.clip(np.rint(y), smallest, largest)
+        code = np.rint(y)
+        np.clip(code, smallest, largest, out=code)
         return code, y - code
 
     # The integral of (y - code)² up to y: a twelfth per code passed, and a cubic since the last
-    code, left = rest(edges)
-    integral = code / 12 + left**3 / 3
+    integral, left = rest(edges)
+    integral /= 12
+    integral += left * left * left / 3
     width = np.diff(edges)
-    even = np.diff(integral) / np.maximum(width, NARROW)
-    centre = rest((edges[:, 1:] + edges[:, :-1]) / 2)[1] ** 2
-    return np.asarray(np.where(width > NARROW, even, centre))
+    even = np.diff(integral)
+    even /= np.maximum(width, NARROW)
+    narrow = width <= NARROW
+    if narrow.any():
+        centre = rest(edges[:, :-1] + width / 2)[1]
+        np.copyto(even, centre * centre, where=narrow)
+    return even
 
 
 def take_better(

@@ -30,6 +30,7 @@ __all__ = [
     "add_histograms",
     "collect",
     "copies_in",
+    "moving_average",
     "open_taps",
     "reduced_shape",
     "tap",
@@ -40,6 +41,22 @@ TOP = 16
 """How many of the largest per-image extremes are kept per channel, for the tail estimate."""
 
 
+MOMENTUM = 0.99
+"""Of the moving averages: what FQ-ViT's observer keeps, there of a batch, here of an image."""
+
+
+def moving_average(average: Array, rows: Array, seen: int) -> Array:
+    """The average [C] after ``rows`` [B, C] more, oldest first; the first of all starts it.
+
+    As a sum: Σ (1 - m) m^(B - 1 - i) row_i + m^B average.
+    """
+    if seen == 0:
+        average, rows = rows[0], rows[1:]
+    powers = MOMENTUM ** np.arange(len(rows) - 1, -1, -1, dtype=np.float64)
+    mixed = (1 - MOMENTUM) * powers @ rows.astype(np.float64) + MOMENTUM ** len(rows) * average
+    return np.asarray(mixed, np.float32)
+
+
 @dataclass
 class ChannelStatistics:
     """Running statistics of one activation, per channel (C rows; 1 for a whole tensor).
@@ -47,7 +64,7 @@ class ChannelStatistics:
     ``shape``: how the rows broadcast against the tensor without its batch axis.
     ``highest`` [TOP, C]: the largest per-image maxima, descending; ``lowest``: the smallest
     per-image minima, ascending. ``ema_low``, ``ema_high`` [C]: moving averages of the
-    extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` and ``total`` [C]: sum of
+    extremes of single images, in their order (``MOMENTUM``). ``power`` and ``total`` [C]: sum of
     squares and sum over ``count`` values per channel. ``trace``: how the range of the whole
     tensor grew. ``origin`` [C]: what zero has become, where the tensor was shifted.
     """
@@ -81,7 +98,6 @@ class ChannelStatistics:
     def update(self, low: Array, high: Array, power: Array, total: Array, values: int) -> None:
         """Fold in one batch: ``low``, ``high`` [B, C], ``power``, ``total`` [C], values per
         channel."""
-        first = self.images == 0
         for lowest, highest in zip(low.min(axis=1), high.max(axis=1), strict=True):
             self.images += 1
             self.trace.add(self.images, float(lowest), float(highest))
@@ -89,9 +105,9 @@ class ChannelStatistics:
         self.highest = -np.sort(-joined, axis=0)[:TOP]
         joined = np.concatenate([self.lowest, low])
         self.lowest = np.sort(joined, axis=0)[:TOP]
-        keep = 0.0 if first else 0.9
-        self.ema_low = keep * self.ema_low + (1 - keep) * low.min(axis=0)
-        self.ema_high = keep * self.ema_high + (1 - keep) * high.max(axis=0)
+        seen = self.images - len(low)
+        self.ema_low = moving_average(self.ema_low, low, seen)
+        self.ema_high = moving_average(self.ema_high, high, seen)
         self.power += power.astype(np.float64)
         self.total += total.astype(np.float64)
         self.count += values

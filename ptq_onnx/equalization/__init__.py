@@ -39,6 +39,7 @@ from ptq_onnx.calibration import Statistics
 from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.equalization import forms
+from ptq_onnx.equalization.experts import experts_as_linears
 from ptq_onnx.equalization.moves import (
     Hidden,
     columns_behind,
@@ -361,6 +362,7 @@ def restructure(model: ir.Model, target: Target, *, products: bool = False) -> d
             forms.packed_pixels_as_linear,
             target.codes_of_convolutions and products,
         ),
+        "ExpertsAsLinears": (experts_as_linears, True),
         "UnpackedAttention": (forms.unpack_attention, target.split_qkv and not products),
         "FoldedScale": (forms.fold_attention_scales, not products),
         "KeptRank": (forms.keep_rank, target.keep_rank),
@@ -375,6 +377,7 @@ def in_form(plan: Plan) -> Plan:
     """
     model = plan.model.clone()
     counts = restructure(model, plan.config.runtime, products=True)
+    common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
     sites = find_sites(model, blocks)
     extra: dict[str, Site] = {}
