@@ -57,7 +57,7 @@ def test_same_scales(method: str, folder: Path, tmp_path: Path) -> None:
     [
         {"quantizer": "fqvit"},
         {"quantizer": "channelwise", "method": "percentile"},
-        {"equalize": False, "bits": (4, 8, 8), "rounding": "gptq"},
+        {"equalize": False, "rounding": "gptq"},
     ],
 )
 def test_same_numbers_of_other_quantizers(
@@ -96,7 +96,8 @@ def test_constants_of_every_image_are_freed(tmp_path: Path) -> None:
     assert found.fixed is not None
     assert found.fixed.size == 4
     assert prepare(path).fixed is None
-    assert str(found.model.graph.outputs[0].shape[0]) == "batch"  # type: ignore[index]
+    assert found.model.graph.outputs[0].shape is not None
+    assert not isinstance(found.model.graph.outputs[0].shape[0], int)
 
 
 def bound_to_its_batch(path: Path) -> Path:
@@ -127,9 +128,9 @@ def test_what_cannot_be_freed_counts_every_image_once(folder: Path, tmp_path: Pa
     x = g("Add", g("MatMul", x, random(2, 8, 10)), random(3, 10))
     free = g.save(tmp_path / "free.onnx", x)
     other = scales(free, folder, tmp_path / "free", quantizer="vanilla", method="robust")
-    for role in ("head", "head.weight"):
+    for start in ("conv", "add"):
         one, two = (
-            next(t["scale"] for t in r["tensors"] if t["role"] == role)  # type: ignore[attr-defined]
+            next(t["scale"] for t in r["tensors"] if t["tensor"].startswith(start))  # type: ignore[attr-defined]
             for r in (report, other)
         )
         np.testing.assert_allclose(one, two, rtol=1e-5)
