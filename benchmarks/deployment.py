@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import ptq_onnx  # noqa: F401  (switches off onnxruntime's telemetry, before that is loaded)
+
+# isort: split
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 

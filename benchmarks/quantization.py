@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import ptq_onnx  # noqa: F401  (switches off onnxruntime's telemetry, for all that is started here)
+
 PEER = """
 import sys
 import numpy as np

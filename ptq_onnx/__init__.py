@@ -6,6 +6,8 @@ The names below are imported when they are first asked for: torch and PPQ take s
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ptq_onnx.telemetry import switch_off
+
 if TYPE_CHECKING:
     from ptq_onnx.config import QuantizeConfig
     from ptq_onnx.console import one_line_errors, progress_bars, show
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
     from ptq_onnx.preparation import prepare
     from ptq_onnx.preprocess import Preprocess
+
+switch_off()  # before onnxruntime is loaded
 
 __version__ = "0.1.0"
 

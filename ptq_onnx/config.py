@@ -12,8 +12,10 @@ from typing import Any, Literal
 import yaml
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.preprocess import PREPROCESS_NAMES
 from ptq_onnx.targets import TARGETS as BY_NAME
 from ptq_onnx.targets import Target
+from ptq_onnx.text_file import read_text
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
@@ -186,7 +188,7 @@ class QuantizeConfig:
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
         if self.preprocess is not None:
-            _choice("preprocess", self.preprocess, ("imagenet", "inception"))
+            _choice("preprocess", self.preprocess, PREPROCESS_NAMES)
         Bits.parse(self.bits)
         _at_least("images", self.images, 1)
         _at_least("batch", self.batch, 1)
@@ -377,10 +379,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The options in a YAML file. Raises ConfigError."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"Config {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"Config {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ConfigError(f"Config {path} is nested too deeply for options.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a number of 5,000 digits is a ValueError
         raise ConfigError(f"Config {path} is not YAML: {' '.join(str(error).split())}.") from error
     if values is None:
         return {}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import errno
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.next_steps import next_steps
 
 if TYPE_CHECKING:
     from ptq_onnx.pipeline import Result
@@ -27,8 +31,8 @@ WORST = 15
 PIPE_WIDTH = 120
 """Columns where there is no terminal to ask."""
 
-INTERRUPTED = 130
-"""Exit code of an interrupt."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of an interrupt and of a termination: 128 and the signal's number."""
 
 Progress = Callable[[str, int], Callable[[int], None]]
 
@@ -37,36 +41,56 @@ Progress = Callable[[str, int], Callable[[int], None]]
 def one_line_errors() -> Iterator[None]:
     """Bad input as one line on stderr and exit code 2, an interrupt as 130; no tracebacks.
 
-    Log records and warnings of the libraries stay silent: what matters is in the report.
+    A termination (SIGTERM) ends as an interrupt does, nothing half-made left, with 143. Log records
+    and warnings of the libraries stay silent: what matters is in the report. What the terminal's
+    encoding does not have is written as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.getLogger().addHandler(logging.NullHandler())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except PtqError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        atexit.register(_exit_interrupted)
-        raise SystemExit(INTERRUPTED) from None
+        code = TERMINATED if asked else INTERRUPTED
+        atexit.register(_exit_interrupted, code)
+        raise SystemExit(code) from None
     except OSError as error:
-        if error.errno == errno.EPIPE or error.filename is None:
+        if error.errno in (None, errno.EPIPE):
             raise
-        fail(f"{error.filename}: {error.strerror}.")
+        where = "" if error.filename is None else f"{error.filename}: "
+        fail(f"{where}{error.strerror}.")
 
 
-def _exit_interrupted() -> None:
-    """Exit with 130, also where the interrupt came in code that ``exec`` compiled (a dataclass, on
-    import): Python then kills itself with SIGINT at its end, though the interrupt was handled."""
+def _exit_interrupted(code: int) -> None:
+    """Exit with ``code``, also where the interrupt came in code that ``exec`` compiled (as in an
+    import of dataclasses): Python then kills itself with SIGINT, though it was handled."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which names of files and nodes may hold, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager
@@ -74,19 +98,39 @@ def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
     """What :func:`ptq_onnx.quantize` takes as ``progress``; None (silence) in a pipe."""
     stream = stream or sys.stderr
     if not stream.isatty():
-        yield None
+        with _warnings(Console(file=stream, width=PIPE_WIDTH)):
+            yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Bars(*columns, TimeElapsedColumn(), console=Console(file=stream)) as bars:
+    console = Console(file=stream)
+    with Bars(*columns, TimeElapsedColumn(), console=console) as bars, _warnings(console):
 
         def start(stage: str, total: int) -> Callable[[int], None]:
             task = bars.add_task(stage, total=total)
             return lambda done: bars.advance(task, done)
 
         yield start
+
+
+@contextmanager
+def _warnings(console: Console) -> Iterator[None]:
+    """What a run warns of, as soon as it does: it may not be worth its minutes. What the images
+    are warned of is counted in the report."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = Text(f"warning: {record.getMessage()}", style="bold yellow")
+            console.print(text, soft_wrap=True)
+
+    handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def show(result: Result) -> None:
@@ -96,9 +140,18 @@ def show(result: Result) -> None:
         console.print(worst_ops(report["analysis"]))
     if report.get("auto"):
         console.print(decisions(report["auto"]))
+    warning = (report.get("preprocess_check") or {}).get("warning")
+    if warning:
+        console.print(Text(f"warning: {warning}", style="bold yellow"), soft_wrap=True)
     console.print(summary(report))
+    outputs = (report.get("fidelity") or {}).get("outputs") or []
+    if len(outputs) > 1:
+        console.print(outputs_table(outputs))
     for note in report.get("notes", ()):
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        if note != warning:
+            console.print(Text(f"note: {note}"), soft_wrap=True)
+    for purpose, command in next_steps(report, result.files):
+        console.print(Text(f"next, {purpose}: {command}"), soft_wrap=True)
     console.print("Written:")
     for path in result.files:
         console.print(Text(f"  {path}"), soft_wrap=True)
@@ -156,15 +209,57 @@ def summary(report: Mapping[str, Any]) -> Table:
     sizes = report["sizes"]
     rows = [("size", _megabytes(sizes["float"]), _megabytes(sizes["quantized"]))]
     if accuracy:
-        for key, label in (("top1", "top-1"), ("top5", "top-5")):
-            pair = accuracy["float"].get(key), accuracy["quantized"].get(key)
-            if None not in pair:
-                name = f"{label} of {accuracy['count']} images"
-                rows.append((name, percent(pair[0]), percent(pair[1])))
+        several = len(accuracy.get("outputs") or ()) > 1
+        for one in accuracy["outputs"] if several else [accuracy]:
+            where = f" of '{one['name']}'" if several else ""
+            for key, label in (("top1", "top-1"), ("top5", "top-5")):
+                pair = one["float"].get(key), one["quantized"].get(key)
+                if None not in pair:
+                    name = f"{label}{where} of {accuracy['count']} images"
+                    rows.append((name, percent(pair[0]), percent(pair[1])))
     if fidelity:
-        rows.append(("SQNR of the logits", "", decibels(fidelity["sqnr_db"])))
-        rows.append(("same top class as float", "", percent(fidelity["agreement"])))
+        images = "" if accuracy else f" on {on_images(fidelity)}"
+        rows.append((f"{sqnr_title(fidelity)}{images}", "", decibels(fidelity["sqnr_db"])))
+        if fidelity["agreement"] is not None:
+            rows.append(("same top class as float", "", percent(fidelity["agreement"])))
     return simple_table(("", "float", "quantized"), rows)
+
+
+OUTPUT_COLUMNS = ("SQNR", "cosine", "same class")
+
+
+def output_cells(output: Mapping[str, Any]) -> tuple[str, ...]:
+    """SQNR, cosine and share of equal top classes of one output, or what whole numbers have."""
+    if output["equal"] is not None:
+        return f"{output['equal']:.1f} % equal", "-", "-"
+    cosine = "-" if output["cosine"] is None else f"{output['cosine']:.4f}"
+    return decibels(output["sqnr_db"]), cosine, percent(output["agreement"])
+
+
+def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each output of a model that has several."""
+    rows = [(one["name"], _shape(one["shape"]), *output_cells(one)) for one in outputs]
+    return simple_table(("output", "shape", *OUTPUT_COLUMNS), rows)
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def sqnr_title(fidelity: Mapping[str, Any]) -> str:
+    """What the SQNR is of."""
+    outputs = fidelity.get("outputs") or []
+    if len(outputs) > 1:
+        return "SQNR of the worst output"
+    logits = fidelity["agreement"] is not None or not outputs
+    return "SQNR of the logits" if logits else f"SQNR of '{outputs[0]['name']}'"
+
+
+def on_images(fidelity: Mapping[str, Any]) -> str:
+    """Which images a figure is of, in words."""
+    kind = fidelity.get("source", "val")
+    words = {"held apart": " held apart from calibration", "calibration": " of the calibration"}
+    return f"{fidelity['images']} images{words.get(kind, '')}"
 
 
 def simple_table(

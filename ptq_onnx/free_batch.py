@@ -33,7 +33,7 @@ class FixedBatch:
     def restore(self, model: ir.Model) -> ir.Model:
         """A copy of a freed model that takes this many images again."""
         copy = model.clone()
-        image = copy.graph.inputs[0]
+        image = _image(copy)
         assert image.shape is not None
         image.shape = ir.Shape([self.size, *list(image.shape)[1:]])
         for value, shape in zip(copy.graph.outputs, self.outputs, strict=True):
@@ -51,11 +51,15 @@ def fixed_batch(model: ir.Model) -> FixedBatch | None:
     return FixedBatch(size, tuple(v.shape for v in model.graph.outputs))
 
 
+def _image(model: ir.Model) -> ir.Value:
+    return next(v for v in model.graph.inputs if not v.is_initializer())
+
+
 def freed(model: ir.Model, fixed: FixedBatch, opset: int) -> ir.Model | None:
     """A copy of a cleaned model that takes any number of images; None where its graph cannot."""
     copy = model.clone()
     graph = copy.graph
-    image = graph.inputs[0]
+    image = _image(copy)
     dependent = {image}
     for node in list(graph):
         if any(v in dependent for v in node.inputs):
@@ -154,9 +158,10 @@ def _repeated(
 
 def _same(model: ir.Model, other: ir.Model, size: int) -> bool:
     """Whether both give the same for a whole batch, and ``other`` for its first image alone."""
-    sides = [d if isinstance(d, int) else 64 for d in list(model.graph.inputs[0].shape or [])[1:]]
+    image = _image(model)
+    sides = [d if isinstance(d, int) else 64 for d in list(image.shape or [])[1:]]
     images = np.random.default_rng(0).standard_normal((size, *sides), np.float32)
-    feed = str(model.graph.inputs[0].name)
+    feed = str(image.name)
     wanted = graphs.open_plain(model).run(None, {feed: images})
     session = graphs.open_plain(other)
     for number in (size, 1):

@@ -7,6 +7,7 @@ image, and what a generator yields is kept in a temporary file.
 
 import logging
 import os
+import stat
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ import numpy as np
 from ptq_onnx import image_arrays
 from ptq_onnx.errors import ImageError
 from ptq_onnx.image_source import ImageSource, Item, evenly
-from ptq_onnx.preprocess import METADATA_KEY, Preprocess, load_image
+from ptq_onnx.preprocess import FORMATS, METADATA_KEY, Preprocess, load_image
 
 __all__ = ["METADATA_KEY", "FolderSource", "ImageSource", "Preprocess", "load_image", "open_images"]
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-)
+    (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+) | {f".{name.lower()}" for name in FORMATS if name in ("WEBP", "AVIF")}
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +129,10 @@ class FolderSource(ImageSource):
 
 
 def _image_files(root: Path) -> list[str]:
-    """Relative paths of the image files below ``root``; links to folders are followed once."""
+    """Relative paths of the image files below ``root``; links to folders are followed once.
+
+    A pipe, a device or a socket is no image, whatever its name.
+    """
     files: list[str] = []
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -141,6 +145,16 @@ def _image_files(root: Path) -> list[str]:
         files += [
             (Path(folder) / name).relative_to(root).as_posix()
             for name in names
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+            if Path(name).suffix.lower() in EXTENSIONS
+            and not name.startswith(".")
+            and not _is_special(os.path.join(folder, name))
         ]
     return sorted(files)
+
+
+def _is_special(path: str) -> bool:
+    """True for what exists and is no regular file; a dangling link is a file that is missing."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ptq_onnx.errors import ImageError
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.images import FolderSource
+from ptq_onnx.text_file import read_text
 
 
 def read_labels(path: str | Path) -> dict[str, int]:
@@ -16,8 +17,10 @@ def read_labels(path: str | Path) -> dict[str, int]:
     Raises ImageError with the line number.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except OSError as error:
+        raise ImageError(f"Labels file '{path}' cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
         raise ImageError(f"Labels file '{path}' cannot be read: {error}.") from None
     labels: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):

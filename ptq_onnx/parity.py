@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.errors import ModelError
+from ptq_onnx.signature import fed
 from ptq_onnx.validation import one_line
 
 Array = NDArray[np.float32]
@@ -130,13 +131,18 @@ def _opened(path: Path, threads: int) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-FLOATS = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
-
-
 def _run(session: ort.InferenceSession, batch: Array) -> Outputs:
     image = next((i for i in session.get_inputs() if len(i.shape) == 4), session.get_inputs()[0])
-    found: Outputs = session.run(None, {image.name: batch.astype(FLOATS.get(image.type, np.float32))})
+    found: Outputs = session.run(None, {image.name: fed(batch, image.shape, TYPES[image.type])})
     return found
+
+
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+}
 
 
 def _powers(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:

@@ -8,6 +8,8 @@ margin losing its extra line at the right and bottom.
 
 import json
 import math
+import os
+import stat
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
 from ptq_onnx.errors import ConfigError, ImageError
 
@@ -30,13 +32,19 @@ CROP_ONLY = 1.1
 _NAMED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
 }
+PREPROCESS_NAMES = tuple(_NAMED)
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_OPTIONAL = tuple(name for name in ("WEBP", "AVIF") if features.check(name.lower()))
+#: Formats that are decoded, by content, whatever a file is called. Pillow knows some forty more, of
+#: which one starts an external program (EPS) and many are hardly ever read by anyone.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "PPM", *_OPTIONAL)
 # What Pillow raises on files that are cut short, forged, empty or absurdly large.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError,
@@ -50,7 +58,8 @@ class Preprocess:
 
     ``mean`` and ``std`` are per channel on the scale 0…1, ``size`` is (height, width) in pixels,
     ``crop_pct`` in (0, 1] is the part of the resized picture that the crop keeps, ``channels`` is
-    3 (RGB) or 1 (grayscale). Raises ConfigError.
+    3 (RGB) or 1 (grayscale). ``channels_last``: the model takes [H, W, C], and arrays given as its
+    inputs have it so; in here images are [C, H, W]. Raises ConfigError.
     """
 
     mean: tuple[float, ...]
@@ -59,10 +68,15 @@ class Preprocess:
     crop_pct: float = 0.875
     interpolation: Interpolation = "bicubic"
     channels: int = 3
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ConfigError(f"Preprocessing: channels must be 1 or 3, got {self.channels!r}.")
+        if not isinstance(self.channels_last, bool):
+            raise ConfigError(
+                f"Preprocessing: channels_last must be true or false, got {self.channels_last!r}."
+            )
         for field, values in (("mean", self.mean), ("std", self.std)):
             if not _finite(values, self.channels):
                 raise ConfigError(
@@ -88,7 +102,8 @@ class Preprocess:
 
     @classmethod
     def named(cls, name: str, size: int | tuple[int, int] = 224) -> "Preprocess":
-        """``'imagenet'`` or ``'inception'`` (0.5 everywhere) at ``size``. Raises ConfigError."""
+        """``'imagenet'``, ``'inception'`` (0.5 everywhere) or ``'none'`` (pixels as they are, 0 to
+        255) at ``size``. Raises ConfigError."""
         if name not in _NAMED:
             raise ConfigError(
                 f"Unknown normalisation {name!r}: expected one of {', '.join(_NAMED)}."
@@ -97,13 +112,26 @@ class Preprocess:
         return cls(mean, std, (size, size) if isinstance(size, int) else size)
 
     @property
+    def raw(self) -> bool:
+        """Whether pictures stay what they are: 0 to 255, not normalised."""
+        return not any(self.mean) and all(abs(255 * s - 1) < 1e-6 for s in self.std)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one preprocessed picture."""
         return self.channels, *self.size
 
+    @property
+    def given(self) -> tuple[int, int, int]:
+        """Shape of an array that is one model input, as the model takes it."""
+        return (*self.size, self.channels) if self.channels_last else self.shape
+
     def to_json(self) -> str:
         """One line of JSON, for ``metadata_props[METADATA_KEY]``."""
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        if not self.channels_last:  # as files of earlier versions have it
+            del values["channels_last"]
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> "Preprocess":
@@ -125,10 +153,13 @@ class Preprocess:
 def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
     """Decode one image file to float32 [C, H, W]. Raises ImageError if it cannot be read.
 
-    The orientation tag is ignored and an alpha channel dropped, both as in timm.
+    Of an animation it is the first frame. The orientation tag is ignored and an alpha channel
+    dropped, both as in timm and in torchvision's ImageFolder.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")  # a pipe would be waited for
+        with Image.open(path, formats=FORMATS) as image:
             return from_image(image, preprocess)
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -143,7 +174,7 @@ def from_image(image: Image.Image, preprocess: Preprocess) -> FloatArray:
     pixels = pixels.reshape(height, width, preprocess.channels)
     mean = np.array(preprocess.mean, dtype=np.float32)
     std = np.array(preprocess.std, dtype=np.float32)
-    values = (pixels / np.float32(255) - mean) / std
+    values = pixels if preprocess.raw else (pixels / np.float32(255) - mean) / std
     return np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)
 
 

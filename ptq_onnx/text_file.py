@@ -1,10 +1,30 @@
-"""Text that appears in its file all at once."""
+"""Text files: read whole, but never an endless one; written so that there is never half a file."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
+
+LARGEST = 256 << 20
+"""Bytes of the largest text that is read: names and labels of five million images."""
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, with or without its mark.
+
+    Raises OSError, also for what is no regular file (a device, a pipe) or holds more than
+    ``LARGEST`` bytes, and UnicodeDecodeError.
+    """
+    with open(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise OSError(errno.EFBIG, f"it has more than {LARGEST >> 20} MB")
+    return content.decode("utf-8-sig")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import ptq_onnx  # noqa: F401  (before any onnxruntime: it switches off its telemetry)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = {
     "vit": SHARED / "models/vit_tiny_patch16_224.opset14.onnx",

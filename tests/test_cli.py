@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -356,7 +357,8 @@ def test_bad_models(
     command: Command, broken: dict[str, tuple[Path, str]], what: str, verb: str
 ) -> None:
     path, said = broken[what]
-    words = ("--val", DIGITS / "val", "--labels", DIGITS / "val.txt") if verb == "evaluate" else ()
+    measured = ("--val", DIGITS / "val", "--labels", DIGITS / "val.txt")
+    words = measured if verb == "evaluate" else ("--calib", DIGITS / "calib")
     assert_refused(command(verb, path, *words), said)
 
 
@@ -377,8 +379,9 @@ def convolution(path: Path) -> Path:
 
 def test_model_without_a_block(command: Command, tmp_path: Path) -> None:
     path = convolution(tmp_path / "conv.onnx")
-    assert_refused(command("quantize", path), "no transformer block", "vanilla")
-    outcome = command("quantize", path, "--quantizer", "vanilla", *QUICK)
+    given = ("quantize", path, "--calib", DIGITS / "calib")
+    assert_refused(command(*given), "no transformer block", "vanilla")
+    outcome = command(*given, "--quantizer", "vanilla", *QUICK)
     assert (outcome.code, outcome.err) == (0, "")
     assert Path("output/quantized.onnx").is_file()
 
@@ -388,7 +391,8 @@ def test_activations_that_are_not_finite(command: Command, tmp_path: Path) -> No
     g.output_shape = ("batch", 4)
     flat = g("Flatten", g("Log", g("Sub", g("GlobalAveragePool", "x"), 10.0)))
     path = g.save(tmp_path / "log.onnx", g("Gemm", flat, sample(3, 4), sample(4)))
-    assert_refused(command("quantize", path, "--quantizer", "vanilla", *QUICK), "NaN", flat)
+    words = ("--calib", DIGITS / "calib", "--quantizer", "vanilla", *QUICK)
+    assert_refused(command("quantize", path, *words), "NaN", flat)
 
 
 def pictures(folder: Path, good: int, bad: int) -> Path:
@@ -544,7 +548,8 @@ def test_quiet_in_a_pipe(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert "embedded images" in done.stdout
+    assert "of the logits on 32 images held apart from calibration" in done.stdout
+    assert "next, accuracy on labelled images: ptq-onnx evaluate" in done.stdout
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,7 +566,8 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_interrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
     words = ("quantize", MODEL, "--output", folder / "o", "--images", "128", "--threads", "1")
@@ -576,8 +582,32 @@ def test_interrupt(tmp_path: Path) -> None:
         if any(folder.iterdir()) or process.poll() is not None:
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert (out, err) == ("", "")
     assert list(folder.iterdir()) == []
+
+
+def test_errors_that_name_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, console.one_line_errors():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (exit_.value.code, capsys.readouterr().err) == (2, "error: No space left on device.\n")
+
+
+def test_names_send_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        console.fail("Model a\x1b[2J\udce9.onnx\n does not exist.")
+    assert capsys.readouterr().err == "error: Model a\\x1b[2J\\udce9.onnx does not exist.\n"
+
+
+def test_a_terminal_that_is_not_utf_8() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ptq_onnx", "inspect", "größe×.onnx"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "gr\\xf6\\xdfe\\xd7.onnx" in done.stderr

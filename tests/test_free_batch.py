@@ -123,7 +123,9 @@ def test_what_cannot_be_freed_counts_every_image_once(folder: Path, tmp_path: Pa
     assert any("4 copies" in note for note in report["notes"])  # type: ignore[union-attr, attr-defined]
     # Of copies the mean of the batch is the image itself: the input's range is that of its half.
     g = SmallGraph(("batch", 3, 16, 16))
-    x = g("Conv", g("Mul", "x", np.float32(0.5)), random(0, 8, 3, 4, 4), random(1, 8), strides=[4, 4])
+    x = g(
+        "Conv", g("Mul", "x", np.float32(0.5)), random(0, 8, 3, 4, 4), random(1, 8), strides=[4, 4]
+    )
     x = g("ReduceMean", x, np.array([2, 3]), keepdims=0)
     x = g("Add", g("MatMul", x, random(2, 8, 10)), random(3, 10))
     free = g.save(tmp_path / "free.onnx", x)

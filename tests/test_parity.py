@@ -64,9 +64,7 @@ def test_a_broken_equalisation_is_undone(
     assert "on 8 calibration images" in note
     assert found.report["parity"]["undone"] == ("equalisation",)
     assert found.report["parity"]["rewritten"] < 1e-5
-    first, second = (
-        {t["tensor"]: t["scale"] for t in r.report["tensors"]} for r in (found, plain)
-    )
+    first, second = ({t["tensor"]: t["scale"] for t in r.report["tensors"]} for r in (found, plain))
     assert first == second
     assert decibels(model, found, folder) == pytest.approx(decibels(model, plain, folder))
     assert decibels(model, found, folder) > 25

@@ -344,9 +344,7 @@ def _same_pads(conv: ir.Node, *, upper: bool) -> tuple[int, ...] | int | None:
     strides = conv.attributes.get_ints("strides", ones)
     dilations = conv.attributes.get_ints("dilations", ones)
     begins, ends = [], []
-    for side, kernel, stride, step in zip(
-        sides, weight.shape[2:], strides, dilations, strict=True
-    ):
+    for side, kernel, stride, step in zip(sides, weight.shape[2:], strides, dilations, strict=True):
         assert isinstance(side, int)
         reach = (-(-side // stride) - 1) * stride + (kernel - 1) * step + 1
         total = max(reach - side, 0)

@@ -290,7 +290,8 @@ def test_searches_are_the_best_there_is(method: str, kind: str, limits: tuple[in
     mine = true_error(x, float(low[0]), float(high[0]), limits)
     ends = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     best = min(
-        true_error(x, ends[0] * share, ends[1] * share, limits) for share in np.geomspace(4e-3, 1, 60)
+        true_error(x, ends[0] * share, ends[1] * share, limits)
+        for share in np.geomspace(4e-3, 1, 60)
     )
     assert mine <= best * 1.02
     if kind == "one" and limits == (0, 255):

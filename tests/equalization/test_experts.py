@@ -54,7 +54,12 @@ def test_equal_in_float(name: str, bias: bool) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "weight"),
-    [((T, K), (3, K, N)), ((1, T, K), (MOST + 1, K, N)), ((2, 3, T, K), (2, 3, K, N)), ((1, T, K), (K, N))],
+    [
+        ((T, K), (3, K, N)),
+        ((1, T, K), (MOST + 1, K, N)),
+        ((2, 3, T, K), (2, 3, K, N)),
+        ((1, T, K), (K, N)),
+    ],
 )
 def test_left_alone(shape: tuple[int, ...], weight: tuple[int, ...]) -> None:
     g = SmallGraph(shape)

@@ -55,9 +55,7 @@ def test_border_codes_are_those_of_the_mean() -> None:
     g = SmallGraph((1, 3, 8, 8))
     model = g.model(g("Conv", "x", random(0, 4, 3, 3, 3), pads=[1, 1, 1, 1]))
     (tensor,) = image_in_pixels(model, MEAN, STD)[1]
-    model.graph.outputs.append(
-        next(v for n in model.graph for v in n.outputs if v.name == tensor)
-    )
+    model.graph.outputs.append(next(v for n in model.graph for v in n.outputs if v.name == tensor))
     black = ((0 - np.float32(MEAN)) / np.float32(STD)).reshape(1, 3, 1, 1)
     pixels = run(model, np.broadcast_to(black, (1, 3, 8, 8)).astype(np.float32))[1]
     assert pixels.shape == (1, 3, 10, 10)

@@ -1,0 +1,65 @@
+"""Text that a user names is read whole, or refused in one line, and never without an end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ptq_onnx import text_file
+from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.errors import PtqError
+from ptq_onnx.labels import read_labels
+from ptq_onnx.text_file import read_text
+
+READERS = pytest.mark.parametrize("read", [read_labels, QuantizeConfig.load])
+
+
+def test_a_mark_in_front_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa 1\n")
+    assert read_text(tmp_path / "a") == "a 1\n"
+
+
+@READERS
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_a_device(read: Callable[[Path], object]) -> None:
+    with pytest.raises(PtqError, match=r"/dev/zero'? cannot be read: it is no regular file"):
+        read(Path("/dev/zero"))
+
+
+@READERS
+def test_too_large(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_file, "LARGEST", 1 << 20)
+    (tmp_path / "a").write_bytes(b"#" * ((1 << 20) + 1))
+    with pytest.raises(PtqError, match="it has more than 1 MB"):
+        read(tmp_path / "a")
+
+
+@READERS
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\x00\x01"])
+def test_no_text(read: Callable[[Path], object], tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(PtqError):
+        read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bits: !!int x",
+        f"images: {'9' * 5000}",
+        "a: " + "[" * 20_000,
+        "images: !!python/object/apply:os.system ['true']",
+        "images: 2026-01-01",
+        "a: &a [*a]",
+    ],
+    ids=["int", "digits", "nested", "python", "date", "anchor"],
+)
+def test_yaml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(PtqError) as raised:
+        QuantizeConfig.load(tmp_path / "a.yaml")
+    assert len(str(raised.value)) < 700
