@@ -22,6 +22,7 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.class_output import class_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
+from ptq_onnx.equalization.experts import left_in_float
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
@@ -364,6 +365,10 @@ class _Run:
         example = torch.zeros(self.fixed or 1, channels, height, width)
         quantizer.run(example, self.batches(self.images))
         self.notes.extend(quantizer.notes)
+        stacks = [f"'{value.name}' {reason}" for value, _, reason in left_in_float(plan.model)]
+        if stacks:
+            more = f" (and {len(stacks) - 1} more)" if len(stacks) > 1 else ""
+            self.notes.append(f"The constant {stacks[0]}{more}.")
         if self.images.skipped:
             self.notes.append(
                 f"{len(self.images.skipped)} calibration images could not be read and were"
@@ -850,6 +855,11 @@ REASONS = {
 def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
     """Every tensor without codes, with the reason."""
     listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
+    for value, node, reason in left_in_float(prepared.model):
+        role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
+        listed.append(
+            {"tensor": value.name, "role": role.name, "block": role.block, "reason": reason}
+        )
     for node in prepared.model.graph:
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
         reasons: list[tuple[int, str]] = []

@@ -104,7 +104,7 @@ class Histogram:
     @property
     def finest(self) -> tuple[Double, NDArray[np.int64]]:
         """Edges [R, N + 1] and counts [R, N] with the finest bins there are, ascending."""
-        rows, bins = self.counts.shape
+        bins = self.counts.shape[1]
         width = (self.high - self.low) / bins
         edges = self.low[:, None] + width[:, None] * np.arange(bins + 1)
         if self.inner is None or self.start is None:

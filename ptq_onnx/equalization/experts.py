@@ -8,6 +8,7 @@ along the axis of the experts, the results joined along it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +23,32 @@ MOST = 64
 def experts_as_linears(model: ir.Model) -> int:
     """Write products with stacked weights as linears; returns how many products."""
     return sum(_split(model.graph, node) for node in list(model.graph))
+
+
+def left_in_float(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Node, str]]:
+    """Constants of products that no linear took, each with its product and why it has no codes."""
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Einsum"):
+            continue
+        for value in node.inputs:
+            weight = constant(value)
+            if (
+                value is None
+                or weight is None
+                or weight.ndim < (3 if node.op_type == "MatMul" else 2)
+            ):
+                continue
+            if not np.issubdtype(weight.dtype, np.floating):
+                continue
+            stack = " x ".join(str(d) for d in weight.shape)
+            yield (
+                value,
+                node,
+                (
+                    f"stays float: the weights [{stack}] of {node.op_type} '{name_of(node)}' are no"
+                    f" stack of at most {MOST} matrices that could be linears"
+                ),
+            )
 
 
 def _split(graph: ir.Graph, product: ir.Node) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from small_graph import SmallGraph, run
 from small_image_model import random
 
-from ptq_onnx.equalization.experts import MOST, experts_as_linears
+from ptq_onnx.equalization.experts import MOST, experts_as_linears, left_in_float
 
 T, K, N = 5, 8, 6
 
@@ -66,3 +66,6 @@ def test_left_alone(shape: tuple[int, ...], weight: tuple[int, ...]) -> None:
     model = g.model(g("MatMul", "x", random(0, *weight)))
     assert experts_as_linears(model) == 0
     assert [n.op_type for n in model.graph] == ["MatMul"]
+    said = [(v.name, reason) for v, _, reason in left_in_float(model)]
+    assert [name for name, _ in said] == (["c0"] if len(weight) > 2 else [])
+    assert all(" x ".join(map(str, weight)) in reason for _, reason in said)
