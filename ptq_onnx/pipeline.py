@@ -855,10 +855,10 @@ REASONS = {
 def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
     """Every tensor without codes, with the reason."""
     listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
-    for value, node, reason in left_in_float(prepared.model):
+    for stack, node, reason in left_in_float(prepared.model):
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
         listed.append(
-            {"tensor": value.name, "role": role.name, "block": role.block, "reason": reason}
+            {"tensor": stack.name, "role": role.name, "block": role.block, "reason": reason}
         )
     for node in prepared.model.graph:
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
