@@ -30,8 +30,8 @@ def tail_bound(extremes: Array, images: int, horizon: float = HORIZON) -> Array:
 
     bound = x_k + β t, β = mean(x_1 … x_{k-1}) - x_k, t = (k - 1) ((k · horizon)^(1/(k-1)) - 1).
     Were β known, ln(k · horizon) would do. Of k - 1 excesses it has a Gamma distribution, over
-    which E[exp(-t β / width)] = (1 + t / (k - 1))^-(k-1), and that is to be 1 / (k · horizon). Never
-    below the largest value seen. Returns [C].
+    which E[exp(-t β / width)] = (1 + t / (k - 1))^-(k-1), and that is to be 1 / (k · horizon).
+    Never below the largest value seen. Returns [C].
     """
     k = min(len(extremes), images)
     largest = extremes[0]
