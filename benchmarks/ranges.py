@@ -4,7 +4,7 @@
 
 The ranges of all activations are taken from the calibration images by ``minmax`` and ``robust``;
 then every image of ``--val`` is run. Printed by role: how many images of a thousand pass the range
-of a tensor, of its two sides the one that more do. ``robust`` means 1000 / (8 N) for N images.
+of a tensor, of its two sides the one that more do. ``robust`` aims at 1000 / (8 N) for N images.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
             for role in (s.role, "all"):
                 rates[role][method].append(rate)
     print(f"{given.model.name}: {given.images} images seen, {len(unseen)} not")
-    print(f"of a thousand images pass (robust means {1000 / HORIZON / given.images:.2f}):")
+    print(f"of a thousand images pass (robust aims at {1000 / HORIZON / given.images:.2f}):")
     for role in sorted(rates, key=lambda name: (name == "all", name)):
         text = ", ".join(
             f"{m} {np.mean(r):.2f} (worst tensor {max(r):.1f})" for m, r in rates[role].items()
