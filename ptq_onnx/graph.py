@@ -70,6 +70,7 @@ def read(path: str | Path) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
+    _free_axes(model.graph)
     _map_external_data(model, path)
     _check(proto, model, path)
     _let_go(model)
@@ -85,7 +86,9 @@ def outline(path: str | Path) -> ir.Model:
     try:
         proto = _parse(path)
         sort_nodes(proto.graph)
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+        _free_axes(model.graph)
+        return model
     except ModelError:
         raise
     except Exception as error:
@@ -302,6 +305,14 @@ def _map_external_data(model: ir.Model, path: Path) -> None:
         value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
+def _free_axes(graph: ir.Graph) -> None:
+    """A size below 1 of an input or output, as Paddle's exporters write it, is a dynamic one."""
+    for value in (*graph.inputs, *graph.outputs):
+        dims = list(value.shape or ())
+        if any(isinstance(d, int) and d < 1 for d in dims):
+            value.shape = ir.Shape([None if isinstance(d, int) and d < 1 else d for d in dims])
+
+
 def _let_go(model: ir.Model) -> None:
     """Give every tensor an array of its own, so that the protobuf need not stay in memory, nor
     be copied from at each look at a weight."""
@@ -355,9 +366,7 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
         raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
 
 
-def open_plain(
-    model: ir.Model, threads: int = 0, *, quiet: bool = False
-) -> ort.InferenceSession:
+def open_plain(model: ir.Model, threads: int = 0, *, quiet: bool = False) -> ort.InferenceSession:
     """A session for a few images, without the packed copies of the weights, which would take
     memory and time. ``quiet``: what it cannot run is told by the exception alone."""
     options = ort.SessionOptions()

@@ -353,7 +353,7 @@ class _Run:
         self._tell_copies()
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
-        plan = self._rewritten(replace(plan, fixed=self._pixel_range()), scales)
+        plan = self._rewritten(plan, scales)
         decided = None
         if config.auto:
             plan, decided = self._decide(plan, tested, labelled=truth is not None)
@@ -412,12 +412,11 @@ class _Run:
         self._write(report, analysed, pictures)
         return report
 
-    def _pixel_range(self) -> dict[str, tuple[float, float]]:
+    def _pixel_range(self, plan: Any) -> dict[str, tuple[float, float]]:
         """The range of an image of pixels, which is known: no image shows more."""
         if not (self.preprocess.raw and isinstance(self.images, FolderSource)):
             return {}
-        sites = self.prepared.sites.values()
-        return {site.tensor: (0.0, 255.0) for site in sites if site.role == "input"}
+        return {s.tensor: (0.0, 255.0) for s in plan.sites.values() if s.role == "input"}
 
     def _rewritten(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the model equalised, or in the target's form, or as it is: the first that
@@ -454,10 +453,7 @@ class _Run:
             output=off.output,
             undone=tuple(undone),
         )
-        self.prepared = replace(
-            self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
-        )
-        return plan
+        return self._adopt(plan)
 
     def _reference(self) -> Reference:
         """The original on a few calibration images; batches as large as the file takes."""
@@ -523,6 +519,14 @@ class _Run:
         from ptq_onnx.equalization import in_form
 
         return in_form(plan)
+
+    def _adopt(self, plan: Any) -> Any:
+        """The plan, whose model from here on is the prepared one."""
+        plan = replace(plan, fixed={**self._pixel_range(plan), **plan.fixed})
+        self.prepared = replace(
+            self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
+        )
+        return plan
 
     def _decide(
         self, plan: Any, tested: ImageSource | None, labelled: bool

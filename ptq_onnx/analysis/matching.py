@@ -147,7 +147,7 @@ class Reader:
         """Tensors of integers without a scale, as seen so far: no values to compare."""
         self._input = session.get_inputs()[0]
         size = self._input.shape[0]
-        self._fixed = size if isinstance(size, int) else None
+        self._fixed = size if isinstance(size, int) and size > 0 else None
 
     def run(self, batch: Array) -> dict[str, Array]:
         """The tensors of images [B, C, H, W], as float32 [B, …]; integers as they are where
