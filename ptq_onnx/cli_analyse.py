@@ -12,7 +12,7 @@ def analyse(
     calib: o.Calib = None,
     val: o.Val = None,
     labels: o.Labels = None,
-    output: o.Output = None,
+    output: o.Folder = None,
     config: o.Config = None,
     quantizer: o.Quantizer = None,
     bits: o.Bits = None,
@@ -38,6 +38,7 @@ def analyse(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    centre_values: o.CentreValues = None,
     quantize_residual: o.QuantizeResidual = None,
     float16: o.Float16 = None,
     arithmetic: o.Arithmetic = None,
@@ -56,9 +57,9 @@ def analyse(
     given["sensitivity"] = True if sensitivity is None else sensitivity
     options, paths = o.settings(config, given)
     path = find_model(model)
-    from ptq_onnx import pipeline
-
     with progress_bars() as progress:
+        from ptq_onnx import pipeline  # seconds
+
         result = pipeline.quantize(
             path, config=options, progress=progress, keep_models=False, **paths
         )

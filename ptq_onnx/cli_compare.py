@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from ptq_onnx.console import (
     stdout,
 )
 from ptq_onnx.errors import ConfigError, ImageError
+from ptq_onnx.output_paths import Output
 
 Models = Annotated[
     list[str],
@@ -31,10 +31,13 @@ Models = Annotated[
 
 def compare(
     models: Models,
-    val: o.Val = None,
+    val: o.Measured = None,
     labels: o.Labels = None,
     reference: o.Reference = None,
-    output: o.Output = None,
+    output: Annotated[
+        str | None,
+        o.option("--output -o", "DIR", "no files", "Folder of compare.html and compare.json."),
+    ] = None,
     as_json: o.Json = False,
     config: o.Config = None,
     preprocess: o.PreprocessName = None,
@@ -51,26 +54,25 @@ def compare(
     options, paths = o.settings(config, locals())
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
-    folder = Path(paths["output"]) if "output" in paths else None
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file; name a folder.")
-    from ptq_onnx import pipeline
-    from ptq_onnx.analysis import compare as comparison
-    from ptq_onnx.analysis.compare_page import render_comparison
-    from ptq_onnx.images import open_images
-    from ptq_onnx.labels import labels_for
-
-    base = comparison.find_reference(models, reference)
-    source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
-    try:
-        truth = labels_for(source, paths.get("labels"))
-    except ImageError:
-        if "labels" in paths:
-            raise
-        truth = None
-    if "labels" not in paths and not comparison.classifies(base):
-        truth = None  # its folders are no classes
+    folder = Output.of_reports(paths["output"]).folder if "output" in paths else None
     with progress_bars() as progress:
+        from ptq_onnx import pipeline
+        from ptq_onnx.analysis import compare as comparison
+        from ptq_onnx.analysis.compare_page import render_comparison
+        from ptq_onnx.analysis.results import plain
+        from ptq_onnx.images import open_images
+        from ptq_onnx.labels import labels_for
+
+        base = comparison.find_reference(models, reference)
+        source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
+        try:
+            truth = labels_for(source, paths.get("labels"))
+        except ImageError:
+            if "labels" in paths:
+                raise
+            truth = None
+        if "labels" not in paths and not comparison.classifies(base):
+            truth = None  # its folders are no classes
         found = comparison.compare(
             models,
             source,
@@ -81,13 +83,14 @@ def compare(
             threads=options.threads,
             progress=progress,
         )
-    text = json.dumps(asdict(found), indent=1, allow_nan=False)
+    numbers = plain(asdict(found))
+    text = json.dumps(numbers, indent=1, allow_nan=False)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.json").write_text(text, encoding="utf-8")
         (folder / "compare.html").write_text(render_comparison(found), encoding="utf-8")
     if as_json:
-        print(json.dumps(asdict(found), allow_nan=False))
+        print(json.dumps(numbers, allow_nan=False))
         return
     stdout().print(table(found))
     if any(len(one.outputs) > 1 for one in found.contenders):

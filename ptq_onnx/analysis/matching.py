@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.quantizers.uniform import dequantize
+from ptq_onnx.quantizers.fake_quantize import values_of
 from ptq_onnx.runtime import TYPES, open_with_fp8
 from ptq_onnx.signature import fed
 from ptq_onnx.spec import TensorSpec
@@ -176,7 +176,7 @@ class Reader:
         if array.dtype.kind not in "iub":
             return np.asarray(array, np.float32)
         if tensor in self._codes:
-            return dequantize(array.astype(np.int32), self._codes[tensor])
+            return values_of(array.astype(np.int32), self._codes[tensor])
         self.integers.add(tensor)
         return np.asarray(array, np.float32)
 

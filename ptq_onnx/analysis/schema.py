@@ -13,11 +13,13 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ptq_onnx.analysis.coverage import Coverage
 from ptq_onnx.analysis.results import (
     AttentionAnalysis,
     Automatic,
+    Decibels,
     Graphwise,
     Sensitivity,
     Variation,
@@ -48,7 +50,7 @@ def schema_of(kind: Any) -> Schema:
         return dict(PLAIN[kind])
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = get_type_hints(kind, include_extras=True)
         names = [f.name for f in fields(kind)]
         return {
             "type": "object",
@@ -57,6 +59,8 @@ def schema_of(kind: Any) -> Schema:
             "required": names,
             "additionalProperties": False,
         }
+    if origin is Annotated:  # decibels, which are infinite where there is no error
+        return {"type": ["number", "null"], "description": arguments[1]}
     if origin in (Union, types.UnionType):
         return {"anyOf": [schema_of(a) for a in arguments]}
     if origin is Literal:
@@ -107,7 +111,7 @@ def report_schema() -> Schema:
     """The schema of the whole report. Keys that it does not name may be added later."""
     place = {"tensor": STRING, "role": STRING, "block": _or_null(COUNT)}
     accuracy = {"top1": _or_null(NUMBER), "top5": _or_null(NUMBER)}
-    closeness = {"sqnr_db": _or_null(NUMBER), "agreement": _or_null(NUMBER)}
+    closeness = {"sqnr_db": schema_of(Decibels), "agreement": _or_null(NUMBER)}
     analysis = schema_of(Graphwise)
     analysis["properties"] |= {
         "sensitivity": _or_null(schema_of(Sensitivity)),
@@ -123,6 +127,7 @@ def report_schema() -> Schema:
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
         "centred": {"type": "boolean"},
         "block_size": COUNT,
+        "limits": {**_list(COUNT), "minItems": 2, "maxItems": 2},
         "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},
@@ -150,6 +155,12 @@ def report_schema() -> Schema:
             ),
             "arithmetic": {"enum": ["float", "integer"]},
             "tensors": _list(_object(spec)),
+            "formed": {
+                "enum": ["formed.onnx", "fused.onnx"],
+                "description": "The file of the float model that was quantized, whose tensors the"
+                " report names: equalised, in the target's form, weights rounded, biases"
+                " corrected.",
+            },
             "floats": _list(_object({**place, "reason": STRING})),
             "sizes": _object({"float": COUNT, "quantized": COUNT}),
             "analysis": _or_null(analysis),
@@ -189,12 +200,21 @@ def report_schema() -> Schema:
         ),
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
         "auto": _or_null(schema_of(Automatic)),
+        "coverage": _coverage(),
     }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "report.json of ptq_onnx",
         **whole,
     }
+
+
+def _coverage() -> Schema:
+    found = schema_of(Coverage)
+    texts = {"line": STRING, "reasons": _list(STRING), "warning": _or_null(STRING)}
+    found["properties"] |= texts
+    found["required"] += list(texts)
+    return found
 
 
 def violations(value: Any, schema: Schema, where: str = "report") -> list[str]:

@@ -26,6 +26,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from ptq_onnx import stages
 from ptq_onnx.blocks import (
     Blocks,
     Role,
@@ -38,6 +39,7 @@ from ptq_onnx.blocks import (
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.channels import rows_of
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.experts import experts_as_linears
 from ptq_onnx.equalization.moves import (
@@ -50,6 +52,7 @@ from ptq_onnx.equalization.moves import (
     readers_of,
     value_path,
 )
+from ptq_onnx.equalization.reads import integer_readers, own_reads
 from ptq_onnx.equalization.strength import (
     Choice,
     Product,
@@ -58,7 +61,6 @@ from ptq_onnx.equalization.strength import (
     choose_factor,
     output_noise,
 )
-from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
@@ -271,13 +273,13 @@ class _Equalizer:
         return [t for t in {site.tensor, *read} if t in self.stats.channels]
 
     def queries(self, q: Site, k: Site | None) -> None:
-        """q / f and (k - t) f."""
+        """q / f and (k - t) f; f is one where something else reads q."""
         if k is None or k.tensor not in self.stats.channels:
             return
         stats_q, stats_k = self.stats.channels[q.tensor], self.stats.channels[k.tensor]
         left = columns_behind(self.values[q.tensor], stats_q.shape)
         right = columns_behind(self.values[k.tensor], stats_k.shape)
-        if left is None or right is None or len(stats_q.power) != len(stats_k.power):
+        if right is None or len(stats_q.power) != len(stats_k.power):
             return
         uses = {use.node for use in self.values[k.tensor].uses()}
         reads = {use.node for use in self.values[q.tensor].uses()}
@@ -293,13 +295,14 @@ class _Equalizer:
         half_q = self.unshifted(*self.bounds(q.tensor), sign)
         factor = np.ones(len(low))
         choice = Choice(factor, 1.0, 1.0)
-        if not shared:
+        if left is not None and not shared:
             moved = stats_k.moved(shift, factor)
             choice = balance(
                 half_q, half_k, stats_q.second_moment, moved.second_moment, self.levels
             )
         zero = np.zeros(len(low))
-        left.apply(self.model.graph, zero, choice.factor)
+        if left is not None:
+            left.apply(self.model.graph, zero, choice.factor)
         right.apply(self.model.graph, shift, 1 / choice.factor)
         self.move_statistics(q.tensor, zero, choice.factor)
         self.move_statistics(k.tensor, shift, 1 / choice.factor)
@@ -378,14 +381,22 @@ def in_form(plan: Plan) -> Plan:
     model = plan.model.clone()
     counts = restructure(model, plan.config.runtime, products=True)
     common.RemoveUnusedNodesPass()(model)
-    blocks = find_blocks(model)
+    blocks = _with_own_reads(plan, model, find_blocks(model))
     sites = find_sites(model, blocks)
     extra: dict[str, Site] = {}
     if plan.config.runtime.codes_of_convolutions:
         extra = convolution_outputs(model, blocks, sites)
-    if not extra and not any(counts.values()):
+    if not extra and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
         return plan
     return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
+
+
+def _with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
+    """The blocks with the copies that ``deploy`` quantizes, put into the model."""
+    if plan.config.quantizer != "deploy" or plan.config.weight_only:
+        return blocks
+    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
+    return replace(blocks, roles={**blocks.roles, **roles})
 
 
 def convolution_outputs(
@@ -442,6 +453,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
             convolutions=target.convolutions,
         )
         blocks = replace(blocks, roles={**blocks.roles, **roles})
+    blocks = _with_own_reads(plan, model, blocks)
     sites = find_sites(model, blocks)
     nodes = {name_of(node): node for node in model.graph}
     wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
@@ -450,7 +462,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     centred = [
         s
         for s in wanted
-        if target.centred_values and s.role == "v" and takes_centring(values[s.tensor])
+        if plan.config.centre_values and s.role == "v" and takes_centring(values[s.tensor])
     ]
     stats = collect_centred(
         model,
@@ -458,7 +470,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         centred,
         batches,
         threads=plan.config.threads,
-        progress=report("Calibrating"),
+        progress=report(stages.EQUALISING),
     )
     widths = plan.config.widths
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)

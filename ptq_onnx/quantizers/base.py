@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx import stages
 from ptq_onnx.blocks import Blocks, is_linear, name_of
 from ptq_onnx.calibration import (
     FALLBACK,
@@ -26,10 +27,12 @@ from ptq_onnx.calibration.growth import find_growth
 from ptq_onnx.config import ALL, MOST_BITS, QuantizeConfig, Selector
 from ptq_onnx.engine import VitQuantizer
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.progress import Report
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
 from ptq_onnx.quantizers.weights import weight_scale
+from ptq_onnx.selectors import check_roles, in_form, known_roles
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -44,7 +47,7 @@ class Plan:
     blocks: Blocks
     sites: dict[str, Site]
     config: QuantizeConfig
-    progress: Callable[[str], Progress] | None = None
+    progress: Report | None = None
     """Given the name of a stage: what to call with the number of images done."""
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Mean and std of the normalisation, where the images are 8-bit pictures."""
@@ -60,6 +63,8 @@ class Plan:
     """Power of a channel's range that equalisation divided it by, by tensor."""
     forms: Mapping[str, int] = field(default_factory=dict)
     """How often the model was brought into another form."""
+    named: frozenset[str] = frozenset()
+    """Roles that the model had before that: options may name them."""
 
 
 class SiteQuantizer(VitQuantizer):
@@ -94,12 +99,9 @@ class SiteQuantizer(VitQuantizer):
 
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
-        floats = [Selector.parse(t) for t in config.keep_float]
-        wider = [Selector.parse(t) for t in config.more_bits]
-        channels = self.per_channel()
-        self._check(floats, "--keep-float")
-        self._check(wider, "--more-bits")
-        self._check(channels, "--per-channel")
+        floats = self._checked(map(Selector.parse, config.keep_float), "--keep-float")
+        wider = self._checked(map(Selector.parse, config.more_bits), "--more-bits")
+        channels = self._checked(self.per_channel(), "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
             if any(self._concerns(s, site) for s in floats):
@@ -146,22 +148,13 @@ class SiteQuantizer(VitQuantizer):
             r is not None and selector.matches(r.name, r.block) for r in readers
         )
 
-    def _check(self, selectors: Iterable[Selector], option: str) -> None:
-        """A selector must select something. Raises ConfigError, which names the roles."""
-        known = {r.name for r in self.plan.blocks.roles.values()} - {"layout", "other"}
-        known |= {s.role.removesuffix(".weight") for s in self.plan.sites.values()}
-        for selector in selectors:
-            if selector.role != ALL and selector.role not in known:
-                raise ConfigError(
-                    f"{option} {selector}: the model has no role '{selector.role}';"
-                    f" it has {', '.join(sorted(known))}."
-                )
-            beyond = [b for b in selector.blocks or () if b >= self.plan.blocks.count]
-            if beyond:
-                raise ConfigError(
-                    f"{option} {selector}: there is no block {beyond[0]};"
-                    f" the model has {self.plan.blocks.count} (0 to {self.plan.blocks.count - 1})."
-                )
+    def _checked(self, selectors: Iterable[Selector], option: str) -> list[Selector]:
+        """The selectors in terms of the model as it is. Raises ConfigError, which names the roles,
+        for one that selects nothing."""
+        known, plan = known_roles(self.plan.blocks, self.plan.sites), self.plan
+        found = list(selectors)
+        check_roles(found, option, known | plan.named, plan.blocks.count)
+        return in_form(found, known)
 
     # --- calibration --------------------------------------------------------------------
 
@@ -185,7 +178,7 @@ class SiteQuantizer(VitQuantizer):
             plan.fixed,
             batches,
             threads=plan.config.threads,
-            progress=report("Searching scales"),
+            progress=report(stages.SCALES),
         )
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
@@ -216,7 +209,7 @@ class SiteQuantizer(VitQuantizer):
         if known is not None and all(s.tensor in known.channels for s in sites):
             stats = known
         else:
-            advance = report("Calibrating")
+            advance = report(stages.CALIBRATING)
             stats = self.collect(sites, batches, advance)
         traces = {f"{s.tensor} ({s.label})": stats.channels[s.tensor].trace for s in sites}
         growth = find_growth(traces).warning
@@ -238,7 +231,7 @@ class SiteQuantizer(VitQuantizer):
                 wide,
                 batches,
                 threads=threads,
-                progress=report("Histograms"),
+                progress=report(stages.HISTOGRAMS),
             )
         return stats
 
