@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +31,7 @@ from ptq_onnx.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.preparation import Prepared, prepare, read_input
 from ptq_onnx.preprocess_input import Given, from_files
 from ptq_onnx.progress import Advance, Progress, Stages
+from ptq_onnx.publishing import workshop
 from ptq_onnx.result import Result
 from ptq_onnx.selectors import check_selectors, known_roles
 from ptq_onnx.signature import as_pixels, pixels, signature
@@ -93,8 +92,13 @@ def quantize(
     begin = Stages(progress)
     begin(stages.READING, 1)
     place = Output.at(output) if keep_models else Output.of_reports(output)
-    place.keep(model)
+    place.keep(model=model, calib=calib, val=val, labels=labels, scales=scales)
     output = place.folder
+    if not keep_models and place.model.exists():
+        raise ConfigError(
+            f"--output {output} holds a quantized model, which the analysis would take the place"
+            " of; name another folder."
+        )
     if calib is None:
         calib = val if scales is not None and val is not None else embedded.images_for(model)
     prepared = prepare(model, config.opset, config.size, free=True)
@@ -140,9 +144,7 @@ def quantize(
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine")
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with workshop(output) as work:
         run = _Run(prepared, config, preprocess, images, notes, work, begin, labels=labels)
         run.again = lambda: prepare(prepared.path, config.opset, config.size, free=True)
         run.validation = validation(tested, labels)
@@ -159,8 +161,6 @@ def quantize(
                     path.unlink()
         files = place.publish(work)
         begin.done()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return Result(report, output, files, run.analysis, place.model if keep_models else None)
 
 
