@@ -114,6 +114,8 @@ def _fold(graph: ir.Graph, image: ir.Value) -> bool:
         return False
     if not any(node.op_type in ARITHMETIC for node in found.nodes):
         return False
+    if any(len(node.outputs[0].uses()) != 1 for node in found.nodes):
+        return False  # a Shape of what would go
     conv = uses[0].node
     read = [constant(v) for v in conv.inputs[1:]]
     if conv.op_type != "Conv" or uses[0].idx != 0 or any(a is None for a in read):
@@ -127,6 +129,8 @@ def _fold(graph: ir.Graph, image: ir.Value) -> bool:
         return False
     if any(len(v) not in (1, channels) for v in (found.factor, found.shift)):
         return False
+    if image.shape is None or image.shape[1] != channels:
+        return False  # a grey image that the arithmetic spreads over several channels
     spread = (groups, 1, weight.shape[1], *(1,) * (weight.ndim - 2))
     factor, shift = (np.broadcast_to(v, channels) for v in (found.factor, found.shift))
     wide = weight.astype(np.float64).reshape(groups, -1, *weight.shape[1:])
