@@ -65,7 +65,7 @@ def _split(graph: ir.Graph, product: ir.Node) -> bool:
     if data.shape is None or output.shape is None or constant(data) is not None:
         return False
     shape, wide = list(data.shape), list(output.shape)
-    if len(shape) < 3 or len(shape) > len(wide) or shape[-3] not in (1, experts):
+    if len(shape) < 3 or len(shape) != len(wide) or shape[-3] not in (1, experts):
         return False
     bias, output, end = _bias_behind(output, experts, weight.shape[-1])
     add = _Emitter(graph, product)

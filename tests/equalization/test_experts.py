@@ -58,6 +58,7 @@ def test_equal_in_float(name: str, bias: bool) -> None:
         ((T, K), (3, K, N)),
         ((1, T, K), (MOST + 1, K, N)),
         ((2, 3, T, K), (2, 3, K, N)),
+        ((3, T, K), (1, 3, K, N)),
         ((1, T, K), (K, N)),
     ],
 )
