@@ -76,6 +76,7 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
     """
     notes: list[str] = []
     nodes_before, opset_before = len(model.graph), model.graph.opset_imports[""]
+    outputs = [str(v.name) for v in model.graph.outputs]
     notes.extend(flatten(model))
     refuse_branches(model)
     converted = _to_float32(model.graph)
@@ -105,6 +106,7 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
     _tidy(model)
     _infer_shapes(model)
     fold_shapes(model.graph)
+    _name_outputs(model.graph, outputs)
     return CleanReport(
         nodes_before=nodes_before,
         nodes_after=len(model.graph),
@@ -112,6 +114,20 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         opset=model.graph.opset_imports[""],
         notes=tuple(notes),
     )
+
+
+def _name_outputs(graph: ir.Graph, names: list[str]) -> None:
+    """Outputs of those names again: one tensor that is several of them has one name, the others
+    are copies of it."""
+    for position, name in enumerate(names):
+        value = graph.outputs[position]
+        if value.name == name:
+            continue
+        node = ir.node("Identity", [value], name=f"{name}_output")
+        copy = node.outputs[0]
+        copy.name, copy.type, copy.shape = name, value.type, value.shape
+        graph.append(node)
+        graph.outputs[position] = copy
 
 
 def flatten(model: ir.Model) -> list[str]:

@@ -294,6 +294,20 @@ def test_clean_folds_shape_arithmetic(batch: str | int, opset: int) -> None:
     assert text(model) == before
 
 
+def test_a_tensor_that_is_two_outputs_keeps_both_names() -> None:
+    """As of a last hidden state, which is one of all hidden states too."""
+    g = SmallGraph((2, 3, 8, 8))
+    first = g("Relu", patches(g))
+    names = first, g("Identity", first), g("Relu", g("Neg", first))
+    proto = g.proto(*names)
+    model = g.model(*names)
+    clean(model)
+    assert [v.name for v in model.graph.outputs] == list(names)
+    assert len({*model.graph.outputs}) == len(names)
+    assert ops(model).count("Identity") == 1
+    assert_same(model, proto, X)
+
+
 @pytest.mark.parametrize("opset", [9, 24])
 def test_older_and_newer_opsets(opset: int) -> None:
     g = SmallGraph(SHAPE, opset)
