@@ -77,7 +77,7 @@ def _copy(graph: ir.Graph, reader: ir.Node, index: int) -> ir.Node:
     value = reader.inputs[index]
     assert value is not None
     for node, _ in consumers(value):
-        if node.op_type == "Identity":
+        if node.op_type == "Identity" and not node.outputs[0].is_graph_output():
             reader.replace_input_with(index, node.outputs[0])
             return node
     name = unique_name(graph, f"{value.name}_read")

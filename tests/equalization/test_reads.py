@@ -200,3 +200,22 @@ def test_parts_of_a_packed_tensor(quantizer: str) -> None:
     file = to_standard(lower(found.model, found.specs))
     assert check(file, "onnxruntime").conforms
     assert decibels(run(query_and_key_norms(), BATCHES[0])[0], run(file, BATCHES[0])[0]) >= 15
+
+
+def test_a_copy_that_is_an_output_is_no_reader_s_own() -> None:
+    """A feature under two names: neither output is rounded, the product has a copy besides."""
+    g = SmallGraph(("batch", TOKENS, WIDTH))
+    read = norm(g, "x")
+    model = finish(g, g("Add", "x", attend(g, *packed(g, read))), read)
+    node = ir.node("Identity", [model.graph.outputs[-1]], name="again")
+    node.outputs[0].name, node.outputs[0].type = "again", model.graph.outputs[-1].type
+    node.outputs[0].shape = model.graph.outputs[-1].shape
+    model.graph.append(node)
+    model.graph.outputs.append(node.outputs[0])
+    x = BATCHES[0]
+    expected = run(model, x)
+    quantizer = quantized(model, quantizer="deploy", equalize=False)
+    file = to_standard(lower(quantizer.model, quantizer.specs))
+    assert [v.name for v in file.graph.outputs] == [v.name for v in model.graph.outputs]
+    for before, after in zip(expected[1:], run(file, x)[1:], strict=True):
+        np.testing.assert_array_equal(before, after)
