@@ -6,7 +6,9 @@ Runtime. How far an output b is off from a:
 
     √(Σ (a - b)² / Σ a²)
 
-over all its elements on all images; of several outputs the worst counts.
+over all its elements on all images; of an output of whole numbers, such as classes by ArgMax, the
+part of its elements that differ, but for one, which a tie decides. Of several outputs the worst
+counts.
 """
 
 from __future__ import annotations
@@ -113,8 +115,11 @@ class Reference:
         except Exception:  # a rewrite that breaks the graph is wrong, too
             return Off(LARGEST, names[0])
         noise, signal = powers
+        whole = np.array([a.dtype.kind in "iub" for a in self.expected[0]])
+        noise = np.where(whole, np.maximum(noise - 1, 0), noise)
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.where(noise == 0, 0.0, np.sqrt(noise / signal))
+            ratio = noise / signal
+            values = np.where(noise == 0, 0.0, np.where(whole, ratio, np.sqrt(ratio)))
         worst = int(np.argmax(values))
         return Off(float(min(values[worst], LARGEST)), names[worst])
 
@@ -146,10 +151,13 @@ TYPES = {
 
 
 def _powers(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
-    """Σ (a - b)² and Σ a²; where both are the same infinity, or no number, nothing is off."""
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    if a.shape != b.shape:
+    """Σ (a - b)² and Σ a²; where both are the same infinity, or no number, nothing is off. Of
+    whole numbers how many differ, and how many there are."""
+    if one.shape != other.shape:
         return np.inf, 1.0
+    if one.dtype.kind in "iub":
+        return float(np.sum(one != other)), float(one.size)
+    a, b = one.astype(np.float64), other.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         noise = float(np.sum(np.where(same, 0, a - b) ** 2))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from small_graph import SmallGraph, run, sample
 from small_image_model import image_model, pictures
 
 from ptq_onnx import equalization
@@ -14,7 +16,7 @@ from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.errors import ModelError
 from ptq_onnx.graph import load
 from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.parity import BOUND, LARGEST, Reference
+from ptq_onnx.parity import BOUND, LARGEST, WRONG, Reference
 from ptq_onnx.pipeline import Result, quantize
 from ptq_onnx.runtime import Classifier
 
@@ -124,3 +126,28 @@ def test_what_off_means(tmp_path: Path) -> None:
     changed.graph.outputs[0].shape = None
     next(n for n in changed.graph if n.op_type == "Conv").op_type = "NoSuchOp"
     assert reference.off(changed).value == LARGEST
+
+
+def classes_of_pixels(path: Path, change: float = 0.0) -> Path:
+    """[batch, 3, 64, 64] → the class of each pixel, int64; weights changed by that part."""
+    g = SmallGraph(("batch", 3, 64, 64))
+    weight = sample(50, 3, 3, 3) * (1 + change * sample(50, 3, 3, 3, seed=1))
+    y = g("ArgMax", g("Conv", "x", weight, pads=[1, 1, 1, 1]), axis=1, keepdims=0)
+    g.dtype = onnx.TensorProto.INT64
+    onnx.save(g.proto(y), path)
+    return path
+
+
+def test_a_class_that_a_tie_decides_is_no_other_function(tmp_path: Path) -> None:
+    """Of whole numbers it counts how many differ, not by how much."""
+    path = classes_of_pixels(tmp_path / "m.onnx")
+    x = [sample(8, 3, 64, 64, seed=2)]
+    reference = Reference(path, load(path), x, 8)
+    rounded = load(classes_of_pixels(tmp_path / "rounded.onnx", 2e-4))
+    one, other = (run(m, x[0])[0] for m in (load(path), rounded))
+    differing = int((one != other).sum())
+    assert differing > 1
+    assert reference.off(rounded).value == pytest.approx((differing - 1) / one.size)
+    assert reference.accepts(reference.off(rounded))
+    wrong = load(classes_of_pixels(tmp_path / "wrong.onnx", 0.5))
+    assert reference.off(wrong).value > WRONG
