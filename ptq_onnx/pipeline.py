@@ -23,10 +23,13 @@ from ptq_onnx.errors import ConfigError, ImageError, ModelError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
 from ptq_onnx.preparation import Prepared, prepare
-from ptq_onnx.spec import Site, TensorSpec
+from ptq_onnx.scales_file import read_scales
+from ptq_onnx.spec import Site
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis, Automatic
+
+__all__ = ["Result", "quantize", "read_scales", "resolve_preprocess"]
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """Called with (stage, images in all); returns what is called with images done."""
@@ -249,20 +252,6 @@ def _publish(work: Path, output: Path) -> tuple[Path, ...]:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, output / name)
     return tuple(output / name for name in names)
-
-
-def read_scales(path: str | Path) -> dict[str, TensorSpec]:
-    """Specs by tensor from the report.json of an earlier run. Raises ConfigError."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = data["tensors"]
-        return {e["tensor"]: TensorSpec.from_json(e["tensor"], e) for e in entries}
-    except OSError as error:
-        raise ConfigError(f"--scales {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--scales {path} is no report.json of this tool ({type(error).__name__}: {error})."
-        ) from error
 
 
 @dataclass

@@ -29,6 +29,12 @@ METADATA_KEY = "ptq_onnx.preprocess"
 #: A picture whose sides are between the input size and this multiple of it is never resized.
 CROP_ONLY = 1.1
 
+#: Pixels of a resized picture, beyond what a crop needs of one that is wide or tall.
+MOST_PIXELS = 1 << 26
+
+LEAST_CROP, LEAST_STD, LARGEST_NUMBER, LARGEST_SIDE = 0.1, 1e-6, 1e4, 8192
+"""Bounds of what options and a model's metadata may ask for."""
+
 _NAMED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -73,23 +79,26 @@ class Preprocess:
             if not _finite(values, self.channels):
                 raise ConfigError(
                     f"Preprocessing: {field} needs one finite number for each of the "
-                    f"{self.channels} channels, got {values!r}."
+                    f"{self.channels} channels, got {values!r:.80}."
                 )
             object.__setattr__(self, field, tuple(float(value) for value in values))
-        if min(self.std) <= 0:
+        if min(self.std) < LEAST_STD:
             raise ConfigError(f"Preprocessing: std must be positive, got {self.std}.")
         if not _sides(self.size):
             raise ConfigError(
-                "Preprocessing: size must be (height, width), two positive whole numbers, "
-                f"got {self.size!r}."
+                "Preprocessing: size must be (height, width), two positive whole numbers up to "
+                f"{LARGEST_SIDE}, got {self.size!r:.80}."
             )
         object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
-        if not (_number(self.crop_pct) and 0 < self.crop_pct <= 1):
-            raise ConfigError(f"Preprocessing: crop_pct must be in (0, 1], got {self.crop_pct!r}.")
-        if self.interpolation not in _RESAMPLING:
+        if not (_number(self.crop_pct) and LEAST_CROP <= self.crop_pct <= 1):
+            raise ConfigError(
+                f"Preprocessing: crop_pct must be in (0, 1], at least {LEAST_CROP}, got"
+                f" {self.crop_pct!r:.40}."
+            )
+        if not isinstance(self.interpolation, str) or self.interpolation not in _RESAMPLING:
             raise ConfigError(
                 f"Preprocessing: interpolation must be one of {', '.join(_RESAMPLING)}, "
-                f"got {self.interpolation!r}."
+                f"got {self.interpolation!r:.40}."
             )
 
     @classmethod
@@ -116,7 +125,7 @@ class Preprocess:
         """The inverse of :meth:`to_json`. Raises ConfigError."""
         try:
             values: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"Preprocessing: not valid JSON ({error}): {text[:60]!r}.") from None
         known = set(cls.__dataclass_fields__)
         required = {"mean", "std", "size"}
@@ -194,18 +203,24 @@ def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     height, width = (
         max(t, int(side / ratio + 1e-6)) for side, t in zip(sides, target, strict=True)
     )
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"resized, it would have {width} by {height} pixels; it is too narrow")
     return image.resize((width, height), _RESAMPLING[preprocess.interpolation])
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+def _number(value: Any) -> bool:
+    return bool(
+        isinstance(value, int | float | np.number)
+        and not isinstance(value, bool)
+        and abs(value) <= LARGEST_NUMBER  # false for NaN too
+    )
 
 
 def _finite(values: object, count: int) -> bool:
     return (
         isinstance(values, tuple | list)
         and len(values) == count
-        and all(_number(value) and math.isfinite(value) for value in values)
+        and all(map(_number, values))
     )
 
 
@@ -213,5 +228,5 @@ def _sides(size: object) -> bool:
     return (
         isinstance(size, tuple | list)
         and len(size) == 2
-        and all(isinstance(side, int | np.integer) and side > 0 for side in size)
+        and all(isinstance(side, int | np.integer) and 0 < side <= LARGEST_SIDE for side in size)
     )
