@@ -208,12 +208,10 @@ def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     return image.resize((width, height), _RESAMPLING[preprocess.interpolation])
 
 
-def _number(value: Any) -> bool:
-    return bool(
-        isinstance(value, int | float | np.number)
-        and not isinstance(value, bool)
-        and abs(value) <= LARGEST_NUMBER  # false for NaN too
-    )
+def _number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        return False
+    return bool(abs(value) <= LARGEST_NUMBER)  # NaN is not
 
 
 def _finite(values: object, count: int) -> bool:
