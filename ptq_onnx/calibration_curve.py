@@ -10,23 +10,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.errors import ConfigError
+from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.image_source import NOISE, ImageSource
-from ptq_onnx.preprocess import FloatArray
+from ptq_onnx.outputs import MOST_DB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ptq_onnx.analysis.results import Closeness
 
 SIZES = (1, 4, 16, 64, 256)
 IMAGES = "images"
 """The source that is no noise."""
 LEAST_SPAN = 10
 """Points of accuracy that the axis shows at least."""
-LABELS = {"top1": "Top-1 accuracy in %", "sqnr_db": "SQNR of the logits in dB"}
+LABELS = {"top1": "Top-1 accuracy in %", "sqnr_db": "SQNR in dB"}
 LINES = {IMAGES: ("#1f77b4", "-", "o"), NOISE: ("#c98a00", "--", "s")}
 """Colour, line style and marker by source."""
 
@@ -38,7 +37,7 @@ class Point:
     source: str
     images: int
     sqnr_db: float
-    agreement: float
+    agreement: float | None
     top1: float | None = None
 
 
@@ -85,32 +84,39 @@ def measure_curve(
     ``val``: the images to measure on; with ``labels``, or class folders, top-1 too. A size
     beyond the number of calibration images is left out. Raises PtqError.
     """
-    from ptq_onnx import pipeline
-    from ptq_onnx.evaluation import logits
+    from ptq_onnx import embedded, pipeline
+    from ptq_onnx.auto.closeness import Recorded
     from ptq_onnx.images import open_images
+    from ptq_onnx.labels import labels_for
 
     sizes = _checked(sizes)
+    calib = embedded.images_for(model) if calib is None else calib
     if config.auto:
         raise ConfigError("auto would decide anew for every size; use it with quantize.")
     if calib == NOISE:
         raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
     preprocess = pipeline.resolve_preprocess(model, config)
-    available = len(open_images(calib or pipeline.EMBEDDED, preprocess))
+    available = len(open_images(calib, preprocess))
     tested = open_images(val, preprocess)
-    _truth(tested, labels)  # wrong labels are told before the work, not after
+    labelled = _labelled(model, tested, labels)  # wrong labels are told before the work
     usable = [n for n in sizes if n <= available]
     notes = []
-    if calib is None:
-        notes.append("No --calib: the real images are the embedded digits.")
     if len(usable) < len(sizes):
         missing = ", ".join(str(n) for n in sizes if n > available)
         notes.append(f"Left out {missing} images: there are {available} to calibrate with.")
     runs = [(IMAGES, n) for n in usable] + [(NOISE, n) for n in sizes]
     tell = (progress or (lambda *_: lambda __: None))("Quantizing", len(runs))
-    reference = logits(model, tested, batch_size=config.batch, threads=config.threads)
-    truth = _truth(tested, labels, reference.shape[1])  # by now, unreadable images are out
     points = []
     with tempfile.TemporaryDirectory() as folder:
+        reference = Recorded(
+            model,
+            tested,
+            Path(folder),
+            labels_of=(lambda n: labels_for(tested, labels, n)) if labelled else None,
+            threads=config.threads,
+        )
+        right = None if reference.truth is None else reference.hits()
+        float_top1 = None if right is None else 100 * float(right.mean())
         for source, n in runs:
             result = pipeline.quantize(
                 model,
@@ -119,37 +125,29 @@ def measure_curve(
                 calib=NOISE if source == NOISE else calib,
             )
             file = result.output / "quantized.onnx"
-            found = logits(file, tested, batch_size=config.batch, threads=config.threads)
-            points.append(measure_point(source, n, found, reference, truth))
+            points.append(measure_point(source, n, reference.measure(file)[0], float_top1))
             tell(1)
     return Curve(
         model=model.name,
         quantizer=config.quantizer,
         bits=config.bits,
         method=config.effective_method,
-        count=len(reference),
-        float_top1=None if truth is None else _top1(reference, truth),
+        count=reference.count,
+        float_top1=float_top1,
         points=tuple(points),
         notes=tuple(notes),
     )
 
 
-def measure_point(
-    source: str,
-    images: int,
-    logits: FloatArray,
-    reference: FloatArray,
-    truth: NDArray[np.int64] | None,
-) -> Point:
-    """Top-1, SQNR = 10·log10(Σ fp² / Σ (fp − q)²) and agreement of logits [N, classes]."""
-    fp = reference.astype(np.float64)
-    signal, noise = float(np.square(fp).sum()), float(np.square(fp - logits).sum())
+def measure_point(source: str, images: int, found: Closeness, float_top1: float | None) -> Point:
+    """Top-1, SQNR of the worst output, and agreement of a file."""
+    bounded = abs(found.sqnr_db) < MOST_DB
     return Point(
         source=source,
         images=images,
-        sqnr_db=math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise),
-        agreement=100 * float((logits.argmax(axis=1) == fp.argmax(axis=1)).mean()),
-        top1=None if truth is None else _top1(logits, truth),
+        sqnr_db=found.sqnr_db if bounded else math.copysign(math.inf, found.sqnr_db),
+        agreement=found.agreement,
+        top1=None if float_top1 is None or found.drop is None else float_top1 - found.drop,
     )
 
 
@@ -211,17 +209,18 @@ def _checked(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def _truth(
-    source: ImageSource, labels: str | Path | None, classes: int | None = None
-) -> NDArray[np.int64] | None:
-    """Labels from the file or the class folders; None where there are neither."""
+def _labelled(model: Path, source: ImageSource, labels: str | Path | None) -> bool:
+    """Whether there are labels, in the file or as class folders, for a model that has classes.
+    Raises ImageError, and ModelError for a file that is of no use."""
+    from ptq_onnx.evaluation import no_classes
     from ptq_onnx.labels import labels_for
     from ptq_onnx.pipeline import has_class_folders
+    from ptq_onnx.runtime import Network
 
     if labels is None and not has_class_folders(source):
-        return None
-    return labels_for(source, labels, classes)
-
-
-def _top1(logits: FloatArray, truth: NDArray[np.int64]) -> float:
-    return 100 * float((logits.argmax(axis=1) == truth).mean())
+        return False
+    labels_for(source, labels)
+    network = Network(model, 1)
+    if labels is not None and not network.class_outputs:
+        raise ModelError(no_classes(network))
+    return bool(network.class_outputs)

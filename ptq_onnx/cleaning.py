@@ -20,13 +20,14 @@ from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules.common import _no_op
 
+from ptq_onnx.branches import has_branches, inline_branches, refuse_branches
 from ptq_onnx.contrib import RUNTIME, read_back
 from ptq_onnx.decompose import WRITTEN_OUT, write_out
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.formula import constant, scalar, sizes
 from ptq_onnx.fusion.shapes import simplify_layout
 from ptq_onnx.symbolic import fold_shapes
-from ptq_onnx.validation import one_line, refuse_branches
+from ptq_onnx.validation import one_line, refuse_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +76,11 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
     """
     notes: list[str] = []
     nodes_before, opset_before = len(model.graph), model.graph.opset_imports[""]
-    if model.functions:
-        common.InlinePass()(model)
+    notes.extend(flatten(model))
+    refuse_branches(model)
     converted = _to_float32(model.graph)
     if converted:
         notes.append(f"converted {', '.join(converted)} to float32")
-    _name_batch(model.graph)
     if any(node.domain == "" and node.op_type in WRITTEN_OUT for node in model.graph):
         _infer_shapes(model)
         notes.extend(write_out(model))
@@ -99,7 +99,6 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         _fold(model)
         if len(model.graph) == before:
             break
-    refuse_branches(model)
     _infer_shapes(model)
     fold_shapes(model.graph)
     simplify_layout(model.graph)
@@ -113,6 +112,24 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         opset=model.graph.opset_imports[""],
         notes=tuple(notes),
     )
+
+
+def flatten(model: ir.Model) -> list[str]:
+    """One graph without functions, and without the branches that can be decided, in place.
+
+    Axes of the inputs without a name get one. Returns notes; a second call changes nothing.
+    """
+    if model.functions:
+        common.InlinePass()(model)
+    _name_axes(model.graph)
+    if not has_branches(model):
+        return []
+    count = inline_branches(model)
+    if has_branches(model):  # the runtime's inference knows more ops
+        _infer_shapes(model)
+        count += inline_branches(model, inferred=True)
+    refuse_unknown(model)
+    return [f"{count} If nodes inlined, which shapes or constants decide"] if count else []
 
 
 def _to_float32(graph: ir.Graph) -> list[str]:
@@ -157,14 +174,24 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _name_batch(graph: ir.Graph) -> None:
-    """An unnamed first dimension of an input is called ``batch``, so that shapes can be tied."""
+CHANNELS_FIRST = ("batch", "channels", "height", "width")
+CHANNELS_LAST = ("batch", "height", "width", "channels")
+
+
+def _name_axes(graph: ir.Graph) -> None:
+    """An axis of an input without a name gets one, so that shapes can be tied: the first is
+    ``batch``, the others of an image are what they are."""
     for value in graph.inputs:
-        if value.shape is None or len(value.shape) == 0:
+        if value.shape is None:
             continue
-        first, *others = value.shape
-        if isinstance(first, ir.SymbolicDim) and not first.value:
-            value.shape = ir.Shape(["batch", *others])
+        names: tuple[str, ...] = CHANNELS_FIRST[:1]
+        if len(value.shape) == len(CHANNELS_FIRST):
+            names = CHANNELS_LAST if value.shape[-1] in (1, 3) else CHANNELS_FIRST
+        taken = {d.value for d in value.shape if not isinstance(d, int)}
+        for axis, name in enumerate(names[: len(value.shape)]):
+            dim = value.shape[axis]
+            if not isinstance(dim, int) and not dim.value and name not in taken:
+                value.shape = ir.Shape([*value.shape[:axis], name, *value.shape[axis + 1 :]])
 
 
 def skeleton(model: ir.Model) -> onnx.ModelProto:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -24,6 +25,7 @@ from ptq_onnx.console import (
     decibels,
     fail,
     one_line_errors,
+    outputs_table,
     percent,
     progress_bars,
     show,
@@ -138,11 +140,19 @@ def evaluate(
     path, other = find_model(model), None if reference is None else find_model(reference)
     if "val" not in paths:
         raise ConfigError("evaluate needs images: --val DIR.")
-    from ptq_onnx import evaluation, pipeline
+    from ptq_onnx import evaluation, pipeline, runtime
     from ptq_onnx.images import open_images
 
     source = open_images(paths["val"], pipeline.resolve_preprocess(path, options))
-    truth = _truth(source, paths.get("labels"), needed=other is None)
+    classes = bool(runtime.Network(path, 1).class_outputs)
+    if not classes and other is None:
+        raise ConfigError(
+            f"{path} has no output [batch, classes], so that only closeness to the float model can"
+            " be measured: name that with --reference FLOAT.onnx."
+        )
+    truth = None
+    if classes or "labels" in paths:  # the second is refused, before any image is read
+        truth = _truth(source, paths.get("labels"), needed=other is None)
     with progress_bars() as progress:
         found = evaluation.evaluate(
             path,
@@ -164,17 +174,26 @@ def evaluate(
             "sqnr_db": found.sqnr_db,
             "agreement": found.agreement,
         }
-        print(json.dumps({"model": str(path), **{k: _finite(v) for k, v in numbers.items()}}))
+        text = {"model": str(path), **{k: _finite(v) for k, v in numbers.items()}}
+        print(json.dumps({**text, "outputs": [asdict(one) for one in found.outputs]}))
         return
     rows = [("images", str(found.count)), ("unreadable, skipped", str(len(source.skipped)))]
-    if truth is not None:
-        rows += [("top-1", percent(found.top1)), ("top-5", percent(found.top5))]
+    several = len(found.outputs) > 1
+    for one in found.outputs:
+        if one.top1 is not None:
+            where = f" of '{one.name}'" if several else ""
+            rows += [(f"top-1{where}", percent(one.top1)), (f"top-5{where}", percent(one.top5))]
     if other is not None:
-        rows += [
-            ("SQNR against the reference", decibels(found.sqnr_db)),
-            ("same top class as the reference", percent(found.agreement)),
-        ]
+        worst = " of the worst output" if several else ""
+        rows.append((f"SQNR against the reference{worst}", decibels(found.sqnr_db)))
+        if found.agreement is not None:
+            where = f" in '{found.main}'" if several else ""
+            rows.append((f"same top class as the reference{where}", percent(found.agreement)))
     stdout().print(simple_table((path.name, ""), rows))
+    if several and other is not None:
+        stdout().print(outputs_table([asdict(one) for one in found.outputs]))
+    for note in found.notes:
+        print(f"note: {note}")
 
 
 @app.command()

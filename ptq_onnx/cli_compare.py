@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from ptq_onnx import cli_options as o
-from ptq_onnx.console import decibels, percent, progress_bars, simple_table, stdout
+from ptq_onnx.console import (
+    OUTPUT_COLUMNS,
+    decibels,
+    output_cells,
+    percent,
+    progress_bars,
+    simple_table,
+    stdout,
+)
 from ptq_onnx.errors import ConfigError, ImageError
 
 Models = Annotated[
@@ -60,6 +68,8 @@ def compare(
         if "labels" in paths:
             raise
         truth = None
+    if "labels" not in paths and not comparison.classifies(base):
+        truth = None  # its folders are no classes
     with progress_bars() as progress:
         found = comparison.compare(
             models,
@@ -80,6 +90,8 @@ def compare(
         print(json.dumps(asdict(found), allow_nan=False))
         return
     stdout().print(table(found))
+    if any(len(one.outputs) > 1 for one in found.contenders):
+        stdout().print(outputs_table(found))
     if folder is not None:
         print(f"Written:\n  {folder / 'compare.html'}\n  {folder / 'compare.json'}")
 
@@ -102,3 +114,13 @@ def table(found: Any) -> Any:
         )
     titles = ("model", "top-1", "SQNR", "same class", "last block", "size", "an image")
     return simple_table(titles, rows)
+
+
+def outputs_table(found: Any) -> Any:
+    """One row per model and output."""
+    rows = []
+    for one in found.contenders[1:]:
+        for index, output in enumerate(one.outputs):
+            name = one.name if index == 0 else ""
+            rows.append((name, output.name, *output_cells(asdict(output))))
+    return simple_table(("model", "output", *OUTPUT_COLUMNS), rows)

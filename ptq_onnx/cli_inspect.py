@@ -35,6 +35,9 @@ def show(found: Inspection) -> None:
     """Print it as tables."""
     console = stdout()
     console.print(simple_table((found.path, ""), _summary(found), words=True))
+    if found.refused is not None:
+        console.print(Text(f"not prepared: {found.refused}"), soft_wrap=True)
+        return
     console.print(simple_table(("block", "roles"), _blocks(found), words=True))
     if found.unrecognised:
         rows = [(u.node, u.op_type) for u in found.unrecognised[:SHOWN]]
@@ -54,13 +57,19 @@ def show(found: Inspection) -> None:
 
 
 def _summary(found: Inspection) -> list[tuple[str, str]]:
-    fused = ", ".join(f"{count} {name}" for name, count in found.fusions.items() if count)
-    return [
+    rows = [
         *(("input", _line(t)) for t in found.inputs),
         *(("output", _line(t)) for t in found.outputs),
         ("producer", found.producer or "not told"),
         ("opset", str(found.opset)),
         ("size", f"{found.bytes / 1e6:.2f} MB, {found.parameters / 1e6:.2f} M parameters"),
+    ]
+    if found.refused is not None:
+        ops = ", ".join(f"{count} {name}" for name, count in list(found.ops.items())[:SHOWN])
+        return [*rows, ("nodes", f"{found.nodes_before}: {ops}")]
+    fused = ", ".join(f"{count} {name}" for name, count in found.fusions.items() if count)
+    return [
+        *rows,
         ("nodes", f"{found.nodes_before}, {found.nodes} cleaned and fused"),
         ("fused", fused or "nothing"),
         ("blocks", str(found.blocks)),

@@ -58,7 +58,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "the embedded digits",
+        "none; models/digits_vit.onnx of the source alone has its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]
@@ -153,7 +153,7 @@ MinSqnr = Annotated[
         "--min-sqnr",
         "DB",
         f"{MIN_SQNR:g} without labels",
-        "auto: SQNR that the logits must have, on --val or on calibration images held apart.",
+        "auto: SQNR that every output must have, on --val or on calibration images held apart.",
     ),
 ]
 PerChannel = Annotated[
@@ -275,8 +275,8 @@ PreprocessName = Annotated[
     option(
         "--preprocess",
         "NAME",
-        "the model's metadata, else imagenet",
-        "imagenet or inception (0.5 everywhere).",
+        "the model's metadata or first ops, else imagenet",
+        "imagenet, inception (0.5 everywhere) or none (pixels as they are, 0 to 255).",
     ),
 ]
 Mean = Annotated[

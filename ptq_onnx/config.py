@@ -14,6 +14,7 @@ import yaml
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.option_file import read_yaml
 from ptq_onnx.option_types import check_options, shown
+from ptq_onnx.preprocess import PREPROCESS_NAMES
 from ptq_onnx.targets import TARGETS as BY_NAME
 from ptq_onnx.targets import Target
 
@@ -192,7 +193,7 @@ class QuantizeConfig:
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
         if self.preprocess is not None:
-            _choice("preprocess", self.preprocess, ("imagenet", "inception"))
+            _choice("preprocess", self.preprocess, PREPROCESS_NAMES)
         Bits.parse(self.bits)
         _at_least("images", self.images, 1)
         _at_least("batch", self.batch, 1)

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.next_steps import next_steps
 
 if TYPE_CHECKING:
     from ptq_onnx.pipeline import Result
@@ -97,19 +98,39 @@ def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
     """What :func:`ptq_onnx.quantize` takes as ``progress``; None (silence) in a pipe."""
     stream = stream or sys.stderr
     if not stream.isatty():
-        yield None
+        with _warnings(Console(file=stream, width=PIPE_WIDTH)):
+            yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Bars(*columns, TimeElapsedColumn(), console=Console(file=stream)) as bars:
+    console = Console(file=stream)
+    with Bars(*columns, TimeElapsedColumn(), console=console) as bars, _warnings(console):
 
         def start(stage: str, total: int) -> Callable[[int], None]:
             task = bars.add_task(stage, total=total)
             return lambda done: bars.advance(task, done)
 
         yield start
+
+
+@contextmanager
+def _warnings(console: Console) -> Iterator[None]:
+    """What a run warns of, as soon as it does: it may not be worth its minutes. What the images
+    are warned of is counted in the report."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = Text(f"warning: {record.getMessage()}", style="bold yellow")
+            console.print(text, soft_wrap=True)
+
+    handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def show(result: Result) -> None:
@@ -119,9 +140,18 @@ def show(result: Result) -> None:
         console.print(worst_ops(report["analysis"]))
     if report.get("auto"):
         console.print(decisions(report["auto"]))
+    warning = (report.get("preprocess_check") or {}).get("warning")
+    if warning:
+        console.print(Text(f"warning: {warning}", style="bold yellow"), soft_wrap=True)
     console.print(summary(report))
+    outputs = (report.get("fidelity") or {}).get("outputs") or []
+    if len(outputs) > 1:
+        console.print(outputs_table(outputs))
     for note in report.get("notes", ()):
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        if note != warning:
+            console.print(Text(f"note: {note}"), soft_wrap=True)
+    for purpose, command in next_steps(report, result.files):
+        console.print(Text(f"next, {purpose}: {command}"), soft_wrap=True)
     console.print("Written:")
     for path in result.files:
         console.print(Text(f"  {path}"), soft_wrap=True)
@@ -179,15 +209,57 @@ def summary(report: Mapping[str, Any]) -> Table:
     sizes = report["sizes"]
     rows = [("size", _megabytes(sizes["float"]), _megabytes(sizes["quantized"]))]
     if accuracy:
-        for key, label in (("top1", "top-1"), ("top5", "top-5")):
-            pair = accuracy["float"].get(key), accuracy["quantized"].get(key)
-            if None not in pair:
-                name = f"{label} of {accuracy['count']} images"
-                rows.append((name, percent(pair[0]), percent(pair[1])))
+        several = len(accuracy.get("outputs") or ()) > 1
+        for one in accuracy["outputs"] if several else [accuracy]:
+            where = f" of '{one['name']}'" if several else ""
+            for key, label in (("top1", "top-1"), ("top5", "top-5")):
+                pair = one["float"].get(key), one["quantized"].get(key)
+                if None not in pair:
+                    name = f"{label}{where} of {accuracy['count']} images"
+                    rows.append((name, percent(pair[0]), percent(pair[1])))
     if fidelity:
-        rows.append(("SQNR of the logits", "", decibels(fidelity["sqnr_db"])))
-        rows.append(("same top class as float", "", percent(fidelity["agreement"])))
+        images = "" if accuracy else f" on {on_images(fidelity)}"
+        rows.append((f"{sqnr_title(fidelity)}{images}", "", decibels(fidelity["sqnr_db"])))
+        if fidelity["agreement"] is not None:
+            rows.append(("same top class as float", "", percent(fidelity["agreement"])))
     return simple_table(("", "float", "quantized"), rows)
+
+
+OUTPUT_COLUMNS = ("SQNR", "cosine", "same class")
+
+
+def output_cells(output: Mapping[str, Any]) -> tuple[str, ...]:
+    """SQNR, cosine and share of equal top classes of one output, or what whole numbers have."""
+    if output["equal"] is not None:
+        return f"{output['equal']:.1f} % equal", "-", "-"
+    cosine = "-" if output["cosine"] is None else f"{output['cosine']:.4f}"
+    return decibels(output["sqnr_db"]), cosine, percent(output["agreement"])
+
+
+def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each output of a model that has several."""
+    rows = [(one["name"], _shape(one["shape"]), *output_cells(one)) for one in outputs]
+    return simple_table(("output", "shape", *OUTPUT_COLUMNS), rows)
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def sqnr_title(fidelity: Mapping[str, Any]) -> str:
+    """What the SQNR is of."""
+    outputs = fidelity.get("outputs") or []
+    if len(outputs) > 1:
+        return "SQNR of the worst output"
+    logits = fidelity["agreement"] is not None or not outputs
+    return "SQNR of the logits" if logits else f"SQNR of '{outputs[0]['name']}'"
+
+
+def on_images(fidelity: Mapping[str, Any]) -> str:
+    """Which images a figure is of, in words."""
+    kind = fidelity.get("source", "val")
+    words = {"held apart": " held apart from calibration", "calibration": " of the calibration"}
+    return f"{fidelity['images']} images{words.get(kind, '')}"
 
 
 def simple_table(

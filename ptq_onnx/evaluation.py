@@ -1,17 +1,17 @@
 """How good a model is: accuracy on labelled images, and closeness to a reference model."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.errors import ImageError
+from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.image_source import ImageSource
+from ptq_onnx.outputs import OutputFigures, Tallies, Tally, notes_on, pairs
 from ptq_onnx.preprocess import FloatArray
-from ptq_onnx.runtime import Classifier, Model, cuda_works, session
+from ptq_onnx.runtime import Classifier, Model, Network, cuda_works, session
 
 __all__ = ["Evaluation", "Progress", "cuda_works", "evaluate", "logits", "session"]
 
@@ -23,8 +23,11 @@ Progress = Callable[[int, int], Any]
 class Evaluation:
     """What :func:`evaluate` measures; None where there is nothing to measure it against.
 
-    ``top1``, ``top5`` (None below 5 classes) and ``agreement`` are percentages, ``sqnr_db`` is in
-    dB (higher is better), ``count`` is the number of images.
+    ``top1``, ``top5`` (None below 5 classes) and ``agreement`` are percentages, of ``main``: the
+    output [batch, classes], of several the one with the most right answers, else the first; None
+    where no output is that. ``sqnr_db`` is in dB (higher is better), that of the worst output.
+    ``count`` is the number of images. ``outputs``: each by itself; ``left_out``: those without
+    figures, with the reason. ``whole``: outputs whose first dimension is not the batch.
     """
 
     count: int
@@ -32,6 +35,21 @@ class Evaluation:
     top5: float | None = None
     sqnr_db: float | None = None
     agreement: float | None = None
+    outputs: tuple[OutputFigures, ...] = ()
+    main: str | None = None
+    left_out: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be said of the outputs besides their figures."""
+        found = [f"Output {one}." for one in self.left_out]
+        if self.whole:
+            found.append(
+                f"The first dimension of {', '.join(self.whole)} is not the batch: compared run by"
+                " run, without runs that a filled-up batch made."
+            )
+        return [*found, *notes_on(self.outputs)]
 
 
 def evaluate(
@@ -43,59 +61,115 @@ def evaluate(
     threads: int = 0,
     reference: Model | None = None,
     progress: Progress | None = None,
+    names: tuple[str | None, str | None] = (None, None),
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
 
-    ``labels`` int64 [N] belong to ``images.names``. Against ``reference``: SQNR of the logits,
-    10·log10(Σ fp² / Σ (fp − q)²) with the sums over all images and classes, and the share of images
-    with the same top class. Raises ImageError, ModelError.
+    ``labels`` int64 [N] belong to ``images.names``. Against ``reference``: SQNR and cosine of each
+    output, 10·log10(Σ fp² / Σ (fp − q)²) with the sums over all images and values, and the share
+    of images with the same top class where the output is [batch, classes]. ``names``: what errors
+    call the two models. Raises ImageError, ModelError.
     """
-    tested = Classifier(model, threads)
-    trusted = None if reference is None else Classifier(reference, threads)
-    for classifier in (tested, trusted):
-        if classifier is not None:
-            classifier.check(images.preprocess.shape)
+    tested = Network(model, threads, name=names[0])
+    trusted = None if reference is None else Network(reference, threads, name=names[1])
+    for network in (tested, trusted):
+        if network is not None:
+            network.check(images.preprocess.shape)
     classes = _by_name(images, labels)
-    count = labelled = hits1 = hits5 = same = 0
-    signal = noise = 0.0
-    width = 0
-    for names, batch in images.named_batches(batch_size):
-        q = tested(batch)
-        width = q.shape[1]
-        # Stable: among equal logits, which quantized models do have, the first class leads
-        best = np.argsort(-q, axis=1, kind="stable")[:, :5]
+    if classes is not None and not tested.class_outputs:
+        raise ModelError(no_classes(tested))
+    shared = {n: n for n in tested.names} if trusted is None else pairs(tested.names, trusted.names)
+    if not shared:
+        raise ImageError(
+            f"The outputs of the reference model are none of the model's, {tested.described}: they"
+            " are not the same network."
+        )
+    tallies = Tallies(list(shared))
+    count = 0
+    counted: list[Tally] | None = None
+    for names_, batch in images.named_batches(batch_size):
+        found = tested(batch)
+        floats = None if trusted is None else trusted(batch)
+        tallies.add(
+            found,
+            tested.whole,
+            None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats},
+            tested.loose,
+        )
         if classes is not None:
-            known = np.array([name in classes for name in names])
-            truth = np.array([classes.get(name, 0) for name in names], dtype=np.int64)
-            if (truth >= width).any():
-                worst = int(truth.argmax())
-                raise ImageError(
-                    f"Label {truth[worst]} of image '{names[worst]}' is out of range: the model "
-                    f"has {width} classes, 0…{width - 1}."
-                )
-            right = (best == truth[:, None]) & known[:, None]
-            labelled += int(known.sum())
-            hits1 += int(right[:, 0].sum())
-            hits5 += int(right.sum())
-        if trusted is not None:
-            fp = trusted(batch)
-            if fp.shape != q.shape:
-                raise ImageError(
-                    f"The reference model gives {fp.shape[1]} logits an image, the model {width}: "
-                    "they are not the same network."
-                )
-            signal += float(np.square(fp, dtype=np.float64).sum())
-            noise += float(np.square(fp.astype(np.float64) - q).sum())
-            same += int((fp.argmax(axis=1) == q.argmax(axis=1)).sum())
+            if counted is None:
+                counted = _wide_enough(tallies.classes, classes, tested)
+            known = np.array([name in classes for name in names_])
+            truth = np.array([classes.get(name, 0) for name in names_], dtype=np.int64)
+            for tally in counted:
+                tally.count(found[tally.name], truth, known)
         count += len(batch)
         if progress is not None:
             progress(count, len(images))
+    return _evaluation(tallies, counted or [], count, [tested, trusted], shared)
+
+
+def _evaluation(
+    tallies: Tallies,
+    counted: Sequence[Tally],
+    count: int,
+    networks: Sequence[Network | None],
+    shared: Mapping[str, str],
+) -> Evaluation:
+    tested, trusted = networks[0], networks[1]
+    assert tested is not None
+    outputs = tuple(t.figures(counted=t in counted) for t in tallies.each.values() if t.shape)
+    by_name = {one.name: one for one in outputs}
+    main = _main([by_name[t.name] for t in (counted or tallies.classes)])
+    left = [f"{one}: no tensor of numbers, left out" for one in tested.left_out]
+    left += [f"'{n}': not in the reference model" for n in tested.names if n not in shared]
+    left += [
+        f"'{t.name}': the two models do not always give it the same size, so that it has no figures"
+        for t in tallies.each.values()
+        if t.ragged
+    ]
+    left += [f"'{n}': only a filled-up batch makes it" for n in shared if n not in by_name]
     return Evaluation(
         count=count,
-        top1=_percent(hits1, labelled) if classes is not None else None,
-        top5=_percent(hits5, labelled) if classes is not None and width >= 5 else None,
-        sqnr_db=_sqnr_db(signal, noise) if trusted is not None else None,
-        agreement=_percent(same, count) if trusted is not None else None,
+        top1=None if main is None else main.top1,
+        top5=None if main is None else main.top5,
+        sqnr_db=None if trusted is None else tallies.worst,
+        agreement=None if main is None else main.agreement,
+        outputs=outputs,
+        main=None if main is None else main.name,
+        left_out=tuple(left),
+        whole=tuple(n for n in tested.names if n in tested.whole),
+    )
+
+
+def _main(candidates: Sequence[OutputFigures]) -> OutputFigures | None:
+    """The output that answers: with the most right answers, else the first."""
+    return max(candidates, key=lambda one: one.top1 or 0.0, default=None)
+
+
+def _wide_enough(
+    tallies: Sequence[Tally], classes: Mapping[str, int], network: Network
+) -> list[Tally]:
+    """The outputs that have all classes of the labels. Raises ImageError, ModelError."""
+    if not tallies:
+        raise ModelError(no_classes(network))
+    name = max(classes, key=lambda n: classes[n], default="")
+    most = classes.get(name, 0)
+    found = [tally for tally in tallies if tally.width > most]
+    if not found:
+        width = max(tally.width for tally in tallies)
+        raise ImageError(
+            f"Label {most} of image '{name}' is out of range: the model "
+            f"has {width} classes, 0…{width - 1}."
+        )
+    return found
+
+
+def no_classes(network: Network) -> str:
+    """Why labels are of no use to a model."""
+    return (
+        f"{network.name} has no output [batch, classes] to compare labels with, only"
+        f" {network.described}: leave the labels out."
     )
 
 
@@ -142,13 +216,3 @@ def _by_name(images: ImageSource, labels: NDArray[np.int64] | None) -> dict[str,
     if len(labels) and labels.min() < 0:
         raise ImageError(f"Label {labels.min()} is negative: classes count from 0.")
     return dict(zip(names, labels.tolist(), strict=True))
-
-
-def _percent(part: int, whole: int) -> float:
-    return 100.0 * part / whole if whole else math.nan
-
-
-def _sqnr_db(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -16,9 +16,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from ptq_onnx.cleaning import SMALL, CleanReport, clean, skeleton
+from ptq_onnx.cleaning import SMALL, CleanReport, clean, flatten, skeleton
 from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
+from ptq_onnx.ordering import sort_nodes
+from ptq_onnx.signature import put_back
 from ptq_onnx.standard import to_standard
 from ptq_onnx.telemetry import switch_off
 from ptq_onnx.validation import one_line, validate
@@ -28,6 +30,7 @@ switch_off()  # by its API too, where it is loaded by now
 __all__ = [
     "CleanReport",
     "clean",
+    "flatten",
     "load",
     "open_plain",
     "open_session",
@@ -60,6 +63,7 @@ def read(path: str | Path) -> ir.Model:
     """Read any valid ONNX file, whether it can be quantized or not. Raises ModelError."""
     path = Path(path)
     proto = _parse(path)
+    sort_nodes(proto.graph)
     refile(proto)
     _check_external_data(proto, path)
     try:
@@ -79,7 +83,9 @@ def outline(path: str | Path) -> ir.Model:
     """
     path = Path(path)
     try:
-        return ir.from_proto(_parse(path))
+        proto = _parse(path)
+        sort_nodes(proto.graph)
+        return ir.from_proto(proto)
     except ModelError:
         raise
     except Exception as error:
@@ -89,6 +95,8 @@ def outline(path: str | Path) -> ir.Model:
 def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
     """Write the model as standard ONNX, checked, and all at once or not at all.
 
+    It takes the input that its file took, whatever form it has in here.
+
     Models beyond 1.9 GB keep their weights in ``<name>.data`` beside the file.
     """
     path = Path(path)
@@ -97,6 +105,7 @@ def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
     if path.is_dir():
         raise ModelError(f"Cannot write {path}: it is a folder; give the name of a file.")
     standard = to_standard(model)
+    put_back(standard)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     weights = path.with_name(f".{path.name}.{os.getpid()}.data.tmp")
     try:
@@ -346,12 +355,14 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
         raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
 
 
-def open_plain(model: ir.Model, threads: int = 0) -> ort.InferenceSession:
+def open_plain(
+    model: ir.Model, threads: int = 0, *, quiet: bool = False
+) -> ort.InferenceSession:
     """A session for a few images, without the packed copies of the weights, which would take
-    memory and time."""
+    memory and time. ``quiet``: what it cannot run is told by the exception alone."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if quiet else 3
     options.add_session_config_entry("session.disable_prepacking", "1")
     return open_session(to_standard(model), options)
 

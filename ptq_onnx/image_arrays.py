@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,9 @@ def from_iterable(
         path = folder / "images.f32"
         count = _spool(arrays, path, preprocess, limit)
         shape = (count, *preprocess.shape)
+        kept = replace(preprocess, channels_last=False)
         source = ArraySource(
-            lambda: np.memmap(path, np.float32, "r", shape=shape), "The iterable", preprocess
+            lambda: np.memmap(path, np.float32, "r", shape=shape), "The iterable", kept
         )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -149,12 +151,13 @@ def _check(array: Images, where: str, preprocess: Preprocess) -> None:
     """Refuse an array whose images cannot become model inputs of ``preprocess.shape``."""
     found = f"{array.dtype}{list(array.shape)}"
     if array.dtype == np.uint8:
-        if array.ndim != 4 or array.shape[-1] not in (1, 3, 4):
+        fits = array.ndim == 4 and (array.shape[-1] in (1, 3, 4) or _is_pixels(array, preprocess))
+        if not fits:
             raise ImageError(f"{where}: uint8 pixels must be [N, H, W, 3 (or 1, 4)], got {found}.")
     elif not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"{where}: expected floats or uint8 pixels, got {found}.")
-    elif array.ndim != 4 or array.shape[1:] != preprocess.shape:
-        wanted = ", ".join(map(str, preprocess.shape))
+    elif array.ndim != 4 or array.shape[1:] != preprocess.given:
+        wanted = ", ".join(map(str, preprocess.given))
         raise ImageError(
             f"{where}: expected preprocessed images [N, {wanted}], got {found}: resize them, or "
             "give raw pixels as uint8 [N, H, W, C]."
@@ -167,13 +170,22 @@ def _check(array: Images, where: str, preprocess: Preprocess) -> None:
         )
 
 
+def _is_pixels(array: Images, preprocess: Preprocess) -> bool:
+    """Whether uint8 images are inputs of a model that takes bytes, channels first."""
+    return preprocess.raw and array.shape[-3:] == preprocess.shape
+
+
 def _to_input(image: Array, where: str, preprocess: Preprocess) -> FloatArray:
     """One image of a checked array as float32 [C, H, W]."""
     if image.dtype == np.uint8:
+        if image.shape[-1] not in (1, 3, 4):
+            return np.array(image, dtype=np.float32)
         try:
             return from_pixels(image, preprocess)
         except (ValueError, MemoryError) as error:
             raise ImageError(f"{where}: {error}.") from None
+    if preprocess.channels_last:
+        image = image.transpose(2, 0, 1)
     with np.errstate(over="ignore"):
         pixels = np.array(image, dtype=np.float32)
     if not np.isfinite(pixels).all():

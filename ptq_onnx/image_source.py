@@ -13,6 +13,8 @@ from ptq_onnx.preprocess import FloatArray, Preprocess
 NOISE = "noise"
 """What --calib calls a :class:`NoiseSource`."""
 NOISE_SEED = 0
+PIXEL_MEAN, PIXEL_DEVIATION = np.float32(127.5), np.float32(58)
+"""Of noise for models that take pixels; the deviation is that of ImageNet's."""
 THREADS = 2  # Pillow releases the GIL while it decodes; two keep a CPU session fed
 
 Item = tuple[str, FloatArray]
@@ -90,7 +92,8 @@ class ImageSource(ABC):
 
 
 class NoiseSource(ImageSource):
-    """Standard Gaussian model inputs, always the same: calibration data that shows nothing."""
+    """Standard Gaussian model inputs, or Gaussian pixels where the model takes pixels, always the
+    same: calibration data that shows nothing."""
 
     def __init__(self, preprocess: Preprocess, count: int) -> None:
         self.preprocess, self.count, self.skipped = preprocess, count, []
@@ -104,7 +107,10 @@ class NoiseSource(ImageSource):
 
     def _read(self, slot: int) -> Item:
         random = np.random.default_rng((NOISE_SEED, slot))
-        return f"noise {slot}", random.standard_normal(self.preprocess.shape, dtype=np.float32)
+        noise = random.standard_normal(self.preprocess.shape, dtype=np.float32)
+        if self.preprocess.raw:  # pixels of middle gray, as far from it as pictures'
+            noise = np.rint(np.clip(PIXEL_MEAN + PIXEL_DEVIATION * noise, 0, 255))
+        return f"noise {slot}", noise
 
 
 def evenly(count: int, limit: int | None) -> list[int]:

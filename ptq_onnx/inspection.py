@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
+from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import ahead_to, back_to, is_product
+from ptq_onnx.errors import PtqError
 from ptq_onnx.fusion.near_miss import NearMiss, near_misses
 from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.signature import signature
 
 OUTSIDE = "outside"
 
@@ -52,11 +55,61 @@ class Inspection:
     unrecognised: tuple[Unrecognised, ...]
     near_misses: tuple[NearMiss, ...]
     notes: tuple[str, ...]
+    ops: dict[str, int] = field(default_factory=dict)
+    """How often each op occurs in the file, the most frequent first."""
+    refused: str | None = None
+    """Why the model cannot be prepared for quantization; then what cleaning finds is empty."""
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Load, clean and fuse a model, and say what is in it. Raises ModelError."""
-    return describe(prepare(path))
+    """Load, clean and fuse a model, and say what is in it; of one that cannot be prepared, what
+    the file says, and why. Raises ModelError where onnx cannot read it."""
+    plain = graphs.outline(path)
+    try:
+        found = describe(prepare(path))
+    except PtqError as error:
+        return _as_written(plain, Path(path), str(error))
+    return replace(found, ops=_ops(plain))
+
+
+def _as_written(model: ir.Model, path: Path, reason: str) -> Inspection:
+    """What a file says of itself."""
+    graph = model.graph
+    return Inspection(
+        path=str(path),
+        bytes=_size(path),
+        producer=_producer(model),
+        opset=model.graph.opset_imports.get("", 0),
+        inputs=tuple(_tensor(v) for v in graph.inputs if not v.is_initializer()),
+        outputs=tuple(_tensor(v) for v in graph.outputs),
+        parameters=_parameters(graph),
+        nodes_before=len(graph),
+        nodes=len(graph),
+        fusions={},
+        blocks=0,
+        roles={},
+        unrecognised=(),
+        near_misses=(),
+        notes=(),
+        ops=_ops(model),
+        refused=reason,
+    )
+
+
+def _ops(model: ir.Model) -> dict[str, int]:
+    """Ops of the graph, of branches and of functions."""
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    nodes = (n for part in parts for n in ir.traversal.RecursiveGraphIterator(part))
+    return dict(Counter(node.op_type for node in nodes).most_common())
+
+
+def _parameters(graph: ir.Graph) -> int:
+    tensors = (v.const_value for v in graph.initializers.values())
+    return sum(tensor.size for tensor in tensors if tensor is not None)
+
+
+def _producer(model: ir.Model) -> str:
+    return " ".join(filter(None, (model.producer_name, model.producer_version)))
 
 
 def describe(prepared: Prepared) -> Inspection:
@@ -67,15 +120,11 @@ def describe(prepared: Prepared) -> Inspection:
     return Inspection(
         path=str(prepared.path),
         bytes=_size(prepared.path),
-        producer=" ".join(
-            filter(None, (prepared.model.producer_name, prepared.model.producer_version))
-        ),
+        producer=_producer(prepared.model),
         opset=prepared.cleaned.opset_before,
-        inputs=tuple(_tensor(v) for v in graph.inputs if not v.is_initializer()),
+        inputs=_inputs(prepared.model),
         outputs=tuple(_tensor(v) for v in graph.outputs),
-        parameters=sum(
-            v.const_value.size for v in graph.initializers.values() if v.const_value is not None
-        ),
+        parameters=_parameters(graph),
         nodes_before=prepared.cleaned.nodes_before,
         nodes=len(graph),
         fusions=prepared.fusions,
@@ -91,6 +140,14 @@ def _size(path: Path) -> int:
     """Bytes of the file, and of the data file that goes with it."""
     data = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+
+def _inputs(model: ir.Model) -> tuple[Tensor, ...]:
+    """The inputs of the file, in whatever form they are in here."""
+    own = signature(model)
+    if own is not None:
+        return (Tensor(own.name, own.dtype.lower(), own.shape),)
+    return tuple(_tensor(v) for v in model.graph.inputs if not v.is_initializer())
 
 
 def _tensor(value: ir.Value) -> Tensor:

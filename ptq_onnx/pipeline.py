@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,14 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx import embedded
 from ptq_onnx import graph as graphs
+from ptq_onnx.calibration.class_output import class_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
-from ptq_onnx.errors import ConfigError, ImageError, ModelError
+from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
-from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.input_size import try_size
+from ptq_onnx.preparation import Prepared, prepare, read_input
 from ptq_onnx.scales_file import read_scales
+from ptq_onnx.signature import as_pixels, pixels, signature
+from ptq_onnx.sites import image_input
 from ptq_onnx.spec import Site
 
 if TYPE_CHECKING:
@@ -34,8 +40,7 @@ __all__ = ["Result", "quantize", "read_scales", "resolve_preprocess"]
 Progress = Callable[[str, int], Callable[[int], None]]
 """Called with (stage, images in all); returns what is called with images done."""
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
-"""The images that come with the project, for when none are given."""
+log = logging.getLogger(__name__)
 
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
@@ -86,8 +91,8 @@ def quantize(
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
-    ``calib``: folder, .npy/.npz or iterable of arrays; None: the embedded images; ``noise``:
-    standard Gaussian ones. ``val``
+    ``calib``: folder, .npy/.npz or iterable of arrays; ``noise``: standard Gaussian ones; None is
+    for the embedded model, which has images of its own, and for ``scales``. ``val``
     and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
     run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
     ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
@@ -98,7 +103,9 @@ def quantize(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
-    prepared = prepare(model, config.opset)
+    if calib is None:
+        calib = val if scales is not None and val is not None else embedded.images_for(model)
+    prepared = prepare(model, config.opset, config.size)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     _check_attention_blocks(prepared, config)
@@ -108,13 +115,17 @@ def quantize(
             " run do not fit; leave one out."
         )
     preprocess = resolve_preprocess(prepared.model, config)
+    try_size(prepared.model, prepared.path, image_input(prepared.model), preprocess.shape)
     prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
     images = _calibration_images(calib, preprocess, config, notes)
     tested = None if val is None else open_images(val, preprocess)
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
-    if tested is not None and (labels is not None or has_class_folders(tested)):
+    labelled = tested is not None and (labels is not None or has_class_folders(tested))
+    if labelled and not class_outputs(prepared.model):
+        labelled = _without_classes(prepared, labels, notes)
+    if tested is not None and labelled:
         from ptq_onnx.labels import labels_for
 
         truth = labels_for(tested, labels)
@@ -131,7 +142,13 @@ def quantize(
     try:
         run = _Run(prepared, config, preprocess, images, notes, work, progress, labels=labels)
         run.validation = validation(tested, labels)
-        report = run.run(tested, truth, scales)
+        try:
+            report = run.run(tested, truth, scales)
+        except PtqError as error:  # the folder that it may name is gone by then
+            text = str(error).replace(str(work), str(output))
+            if text == str(error):
+                raise
+            raise type(error)(text) from error
         if not keep_models:
             for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
                 path.unlink()
@@ -139,6 +156,17 @@ def quantize(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Result(report, output, files, run.analysis)
+
+
+def _without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
+    """False, with a note, for class folders that are of no use to the model. Raises ModelError for
+    labels that were asked for."""
+    made = ", ".join(f"{v['name']} {v['shape']}" for v in map(_value, prepared.model.graph.outputs))
+    where = f"Model {prepared.path} has no output [batch, classes], only {made}"
+    if labels is not None:
+        raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
+    notes.append(f"{where}: the class folders of --val are no labels here.")
+    return False
 
 
 def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
@@ -177,15 +205,14 @@ def has_class_folders(source: ImageSource) -> bool:
 
 
 def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> Preprocess:
-    """Preprocessing by the options, else by the model's metadata, else imagenet's.
+    """Preprocessing by the options, else by the model's metadata, else by its first ops (a graph
+    that normalises pixels itself gets pixels), else imagenet's.
 
-    Size and channels come from the model's input where it states them. Raises ConfigError
-    where option and model contradict each other.
+    Size and channels come from the model's input where it states them, or from what fixes them
+    in its graph. Raises ConfigError where option and model contradict each other.
     """
     if not isinstance(model, ir.Model):
-        model = graphs.load(model)
-    from ptq_onnx.sites import image_input
-
+        model = read_input(model, config.size)
     shape = image_input(model).shape
     sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
     if len(sides) != 4:
@@ -195,7 +222,7 @@ def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> 
     if config.preprocess is None and stored is not None:
         base = Preprocess.from_json(stored)
     else:
-        base = Preprocess.named(config.preprocess or "imagenet")
+        base = _by_first_ops(model, config)
     size = config.size or (base.size if height is None or width is None else (height, width))
     if height is not None and width is not None and tuple(size) != (height, width):
         raise ConfigError(
@@ -209,29 +236,32 @@ def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> 
     changes: dict[str, Any] = {"mean": mean, "std": std, "size": tuple(size)}
     if channels is not None:
         changes["channels"] = channels
+    own = signature(model)
+    if own is not None:
+        changes["channels_last"] = own.channels_last
     if config.crop_pct is not None:
         changes["crop_pct"] = config.crop_pct
     if config.interpolation is not None:
         changes["interpolation"] = config.interpolation
-    return replace(base, **changes)
+    return as_pixels(model, config, replace(base, **changes))
+
+
+def _by_first_ops(model: ir.Model, config: QuantizeConfig) -> Preprocess:
+    """The preprocessing that options name, or that the graph leaves to be done."""
+    if config.preprocess is not None:
+        return Preprocess.named(config.preprocess)
+    top = pixels(model)
+    if top == 1:
+        return replace(Preprocess.named("none"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    return Preprocess.named("imagenet" if top is None else "none")
 
 
 def _calibration_images(
-    calib: str | Path | Iterable[Any] | None,
+    calib: str | Path | Iterable[Any],
     preprocess: Preprocess,
     config: QuantizeConfig,
     notes: list[str],
 ) -> ImageSource:
-    if calib is None:
-        if not EMBEDDED.is_dir():
-            raise ImageError(
-                "The embedded images are not here; name calibration images with --calib."
-            )
-        notes.append(
-            "No --calib: calibrated with the embedded images of digits. Give images like those"
-            " that the model will see for a model of your own."
-        )
-        calib = EMBEDDED
     if isinstance(calib, str) and calib == NOISE:
         notes.append(
             "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
@@ -279,8 +309,6 @@ class _Run:
     @property
     def fixed(self) -> int | None:
         """The model's batch size where it is fixed."""
-        from ptq_onnx.sites import image_input
-
         shape = image_input(self.prepared.model).shape
         return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
@@ -303,11 +331,12 @@ class _Run:
         from ptq_onnx.quantizers import make_quantizer
         from ptq_onnx.quantizers.base import Plan
 
-        config = self._resolve_auto()
         checked = None if scales is not None else self._check_preprocess()
+        config = self._resolve_auto()
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
+        plan = replace(plan, fixed=self._pixel_range())
         plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         decided = None
         if config.auto:
@@ -361,6 +390,13 @@ class _Run:
         report["notes"] = self.notes
         self._write(report, analysed, pictures)
         return report
+
+    def _pixel_range(self) -> dict[str, tuple[float, float]]:
+        """The range of an image of pixels, which is known: no image shows more."""
+        if not (self.preprocess.raw and isinstance(self.images, FolderSource)):
+            return {}
+        sites = self.prepared.sites.values()
+        return {site.tensor: (0.0, 255.0) for site in sites if site.role == "input"}
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the equalised model.
@@ -422,14 +458,16 @@ class _Run:
     def _check_preprocess(self) -> PreprocessCheck | None:
         """Whether another normalisation suits the model better; None where that cannot be told.
 
-        It takes pictures of the user's own, and a transformer whose outputs are classes.
+        It takes pictures of the user's own, and a transformer with an output of logits: features
+        have no classes to be sure of.
         """
         source, model = self.images, self.prepared.model
-        shapes = [v.shape for v in model.graph.outputs]
-        classes = any(s is not None and len(s) == 2 and s[1] != 1 for s in shapes)
-        if not (self.config.check_preprocess and classes and isinstance(source, FolderSource)):
+        logits = logits_output(model)
+        if not (self.config.check_preprocess and logits and isinstance(source, FolderSource)):
             return None
-        if source.root.resolve() == EMBEDDED:
+        if source.root.resolve() == embedded.IMAGES:
+            return None
+        if self.preprocess.raw:  # there is no normalisation to be wrong
             return None
         if self.prepared.blocks.count == 0:  # without LayerNorm, larger inputs alone make it surer
             return None
@@ -441,12 +479,13 @@ class _Run:
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
-            classifier = Classifier(opened)
+            classifier = Classifier(opened, output=logits)
             found = check_preprocess(classifier, pictures, self.preprocess)
         except ModelError:  # no classifier after all
             return None
         if found.warning is not None:
             self.notes.append(found.warning)
+            log.warning(found.warning)
         return found
 
     def _resolve_auto(self) -> QuantizeConfig:
@@ -483,7 +522,7 @@ class _Run:
                 "bytes": prepared.path.stat().st_size,
                 "opset": prepared.cleaned.opset_before,
                 "producer": model.producer_name,
-                "inputs": [_value(v) for v in model.graph.inputs if not v.is_initializer()],
+                "inputs": _inputs(model),
                 "outputs": [_value(v) for v in model.graph.outputs],
             },
             "config": json.loads(json.dumps(asdict(config))),
@@ -670,40 +709,24 @@ class _Run:
         return pictures
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
-        """Accuracy of the files in ONNX Runtime, where there are images to measure on."""
-        from ptq_onnx.evaluation import evaluate, since
+        """The files in ONNX Runtime: on ``--val``, else on images held apart."""
+        from ptq_onnx.measurement import measured
 
-        if tested is None:
-            return {"accuracy": None, "fidelity": None}
-        found = evaluate(
+        source, kind = tested, "val"
+        if source is None:
+            source, apart = self._held_apart(None)
+            kind = "held apart" if apart else "calibration"
+        found, notes = measured(
             self.work / "quantized.onnx",
-            tested,
+            self.work / "fused.onnx",
+            source,
             truth,
+            kind,
             threads=self.config.threads,
-            reference=self.work / "fused.onnx",
-            progress=since(self.stage("Evaluating", len(tested))),
+            stage=self.stage,
         )
-        # JSON has no infinity: without any noise 200 dB, as everywhere in the report.
-        sqnr = None if found.sqnr_db is None else max(-200.0, min(found.sqnr_db, 200.0))
-        fidelity = {
-            "images": found.count,
-            "sqnr_db": sqnr,
-            "agreement": found.agreement,
-        }
-        if truth is None:
-            return {"accuracy": None, "fidelity": fidelity}
-        plain = evaluate(self.work / "fused.onnx", tested, truth, threads=self.config.threads)
-        accuracy = {
-            "count": found.count,
-            "float": {"top1": plain.top1, "top5": plain.top5},
-            "quantized": {
-                "top1": found.top1,
-                "top5": found.top5,
-                "sqnr_db": sqnr,
-                "agreement": found.agreement,
-            },
-        }
-        return {"accuracy": accuracy, "fidelity": fidelity}
+        self.notes.extend(notes)
+        return found
 
     def _write(
         self, report: dict[str, Any], analysed: dict[str, Any], pictures: list[tuple[str, Path]]
@@ -758,6 +781,14 @@ def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dic
 
 def _float(site: Site, reason: str) -> dict[str, Any]:
     return {"tensor": site.tensor, "role": site.role, "block": site.block, "reason": reason}
+
+
+def _inputs(model: ir.Model) -> list[dict[str, Any]]:
+    """The inputs of the file."""
+    own = signature(model)
+    if own is not None:
+        return [{"name": own.name, "shape": list(own.shape)}]
+    return [_value(v) for v in model.graph.inputs if not v.is_initializer()]
 
 
 def _value(value: ir.Value) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -10,9 +10,13 @@ import onnx_ir as ir
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import Blocks, find_blocks
 from ptq_onnx.contrib import refuse_tied
+from ptq_onnx.errors import ModelError, PtqError
 from ptq_onnx.fusion import fuse
-from ptq_onnx.sites import find_sites
+from ptq_onnx.input_size import Axes, fix_size
+from ptq_onnx.signature import channels_last, take_images
+from ptq_onnx.sites import find_sites, image_input
 from ptq_onnx.spec import Site
+from ptq_onnx.validation import one_line
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,46 @@ class Prepared:
     sites: dict[str, Site]
 
 
-def prepare(path: str | Path, opset: int = 21) -> Prepared:
-    """Load, clean and fuse a model, and find its blocks. Raises ModelError."""
+def prepare(
+    path: str | Path, opset: int = 21, size: tuple[int, int] | None = None
+) -> Prepared:
+    """Load, clean and fuse a model, and find its blocks.
+
+    ``size``: height and width to which dynamic axes are fixed, where the graph holds for one size
+    only; None: what the graph tells. Raises ModelError, ConfigError.
+    """
+    path = Path(path)
     model = graphs.load(path)
-    refuse_tied(model, Path(path))
-    report = graphs.clean(model, opset)
-    counts = fuse(model)
-    blocks = find_blocks(model)
-    return Prepared(Path(path), model, report, counts, blocks, find_sites(model, blocks))
+    refuse_tied(model, path)
+    notes = settle(model, path, size)
+    try:
+        report = graphs.clean(model, opset)
+        report = replace(report, notes=(*notes, *report.notes))
+        counts = fuse(model)
+        blocks = find_blocks(model)
+        return Prepared(path, model, report, counts, blocks, find_sites(model, blocks))
+    except PtqError:
+        raise
+    except Exception as error:  # a graph that nobody here has seen; its text may be a whole graph
+        raise ModelError(
+            f"Model {path} cannot be prepared; a bug here, which its file would help to mend"
+            f" ({type(error).__name__}: {one_line(error)})."
+        ) from error
+
+
+def settle(model: ir.Model, path: Path, size: tuple[int, int] | None = None) -> list[str]:
+    """Decide branches and sizes, and bring the image to our form, in place; returns notes."""
+    notes = graphs.flatten(model)
+    image = image_input(model)
+    last = channels_last(image.shape or ())
+    axes = Axes(image, *((3, 1, 2) if last else (1, 2, 3)))
+    notes += fix_size(model, path, size, axes)
+    notes += take_images(model, image)
+    return notes
+
+
+def read_input(path: str | Path, size: tuple[int, int] | None = None) -> ir.Model:
+    """A model of which only the input is of interest, in our form. Raises ModelError."""
+    model = graphs.load(path)
+    settle(model, Path(path), size)
+    return model

@@ -38,7 +38,9 @@ LEAST_CROP, LEAST_STD, LARGEST_NUMBER, LARGEST_SIDE = 0.1, 1e-6, 1e4, 8192
 _NAMED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
 }
+PREPROCESS_NAMES = tuple(_NAMED)
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -62,7 +64,8 @@ class Preprocess:
 
     ``mean`` and ``std`` are per channel on the scale 0…1, ``size`` is (height, width) in pixels,
     ``crop_pct`` in (0, 1] is the part of the resized picture that the crop keeps, ``channels`` is
-    3 (RGB) or 1 (grayscale). Raises ConfigError.
+    3 (RGB) or 1 (grayscale). ``channels_last``: the model takes [H, W, C], and arrays given as its
+    inputs have it so; in here images are [C, H, W]. Raises ConfigError.
     """
 
     mean: tuple[float, ...]
@@ -71,10 +74,15 @@ class Preprocess:
     crop_pct: float = 0.875
     interpolation: Interpolation = "bicubic"
     channels: int = 3
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ConfigError(f"Preprocessing: channels must be 1 or 3, got {self.channels!r}.")
+        if not isinstance(self.channels_last, bool):
+            raise ConfigError(
+                f"Preprocessing: channels_last must be true or false, got {self.channels_last!r}."
+            )
         for field, values in (("mean", self.mean), ("std", self.std)):
             if not _finite(values, self.channels):
                 raise ConfigError(
@@ -103,7 +111,8 @@ class Preprocess:
 
     @classmethod
     def named(cls, name: str, size: int | tuple[int, int] = 224) -> "Preprocess":
-        """``'imagenet'`` or ``'inception'`` (0.5 everywhere) at ``size``. Raises ConfigError."""
+        """``'imagenet'``, ``'inception'`` (0.5 everywhere) or ``'none'`` (pixels as they are, 0 to
+        255) at ``size``. Raises ConfigError."""
         if name not in _NAMED:
             raise ConfigError(
                 f"Unknown normalisation {name!r}: expected one of {', '.join(_NAMED)}."
@@ -112,13 +121,26 @@ class Preprocess:
         return cls(mean, std, (size, size) if isinstance(size, int) else size)
 
     @property
+    def raw(self) -> bool:
+        """Whether pictures stay what they are: 0 to 255, not normalised."""
+        return not any(self.mean) and all(abs(255 * s - 1) < 1e-6 for s in self.std)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one preprocessed picture."""
         return self.channels, *self.size
 
+    @property
+    def given(self) -> tuple[int, int, int]:
+        """Shape of an array that is one model input, as the model takes it."""
+        return (*self.size, self.channels) if self.channels_last else self.shape
+
     def to_json(self) -> str:
         """One line of JSON, for ``metadata_props[METADATA_KEY]``."""
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        if not self.channels_last:  # as files of earlier versions have it
+            del values["channels_last"]
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> "Preprocess":
@@ -161,7 +183,7 @@ def from_image(image: Image.Image, preprocess: Preprocess) -> FloatArray:
     pixels = pixels.reshape(height, width, preprocess.channels)
     mean = np.array(preprocess.mean, dtype=np.float32)
     std = np.array(preprocess.std, dtype=np.float32)
-    values = (pixels / np.float32(255) - mean) / std
+    values = pixels if preprocess.raw else (pixels / np.float32(255) - mean) / std
     return np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)
 
 
@@ -208,9 +230,12 @@ def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     return image.resize((width, height), _RESAMPLING[preprocess.interpolation])
 
 
-def _number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
-        return False
+def _number(value: Any) -> bool:
+    kinds = int, float, np.floating, np.integer
+    return isinstance(value, kinds) and not isinstance(value, bool) and _is_small(value)
+
+
+def _is_small(value: Any) -> bool:
     return bool(abs(value) <= LARGEST_NUMBER)  # NaN is not
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,30 @@ REDUCE = frozenset((
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
-class Symbolic:
-    """Shapes and integer contents of the values of one graph."""
+@dataclass(frozen=True)
+class Tie:
+    """A dynamic size that must be a fixed one for a node to run, by the value that fixes it."""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
+    size: Dim
+    fixed: int
+    by: ir.Value
+    split: tuple[int, ...] = ()
+    """Into what a Reshape cuts it: a hint, for it may also cut the batch."""
+
+
+class Symbolic:
+    """Shapes and integer contents of the values of one graph.
+
+    ``trust``: take what shape inference has said where no rule here tells a shape. Files hold
+    shapes of the example they were traced with, which are not to be trusted.
+    """
+
+    def __init__(self, graph: ir.Graph, *, trust: bool = True) -> None:
+        self.graph, self.trust = graph, trust
         self.shapes: dict[ir.Value, Shape] = {}
         self.data: dict[ir.Value, Data] = {}
         self.names: dict[str, Dim] = {}
+        self.ties: list[Tie] = []
 
     def run(self) -> Symbolic:
         """Walk the graph once, in order."""
@@ -128,7 +145,7 @@ class Symbolic:
     def known(self, node: ir.Node) -> list[Shape | None]:
         """What shape inference has said, where it uses no dimension but the inputs'."""
         found: list[Shape | None] = []
-        for value in node.outputs:
+        for value in node.outputs if self.trust else ():
             dims: list[Dim | None] = [None] if value.shape is None else []
             for dim in value.shape or ():
                 if isinstance(dim, int):
@@ -154,7 +171,7 @@ class Symbolic:
         if kind == "Size":
             shape = self.shape(node.inputs[0])
             return None if shape is None else _objects(_product(shape)).reshape(())
-        if not any(v in self.data for v in node.inputs if v is not None):
+        if not any(v in self.data or _is_decision(v) for v in node.inputs if v is not None):
             return None
         inputs = [self.content(v) for v in node.inputs]
         if any(
@@ -217,9 +234,10 @@ class Symbolic:
             return None if first is None else [first]
         if kind in BROADCAST:
             shapes = [self.shape(v) for v in node.inputs]
-            return (
-                [_broadcast([s for s in shapes if s is not None])] if None not in shapes else None
-            )
+            if None in shapes:
+                return None
+            self.tie(node, [s for s in shapes if s is not None])
+            return [_broadcast([s for s in shapes if s is not None])]
         rule = SHAPES.get(kind)
         if rule is not None and first is not None:
             return rule(self, node, first)
@@ -250,6 +268,17 @@ class Symbolic:
             return (max(math.ceil((limit - start) / delta), 0),)
         return (_tidy(limit - start),) if delta == 1 else None
 
+    def tie(self, node: ir.Node, shapes: Sequence[Shape]) -> None:
+        """Note the dynamic sizes that meet a fixed one other than 1, counted from the last axis."""
+        for back in range(1, max(map(len, shapes), default=0) + 1):
+            dims = {v: s[-back] for v, s in zip(node.inputs, shapes, strict=True) if back <= len(s)}
+            fixed = [(v, d) for v, d in dims.items() if isinstance(d, int) and d != 1]
+            for value, number in fixed[:1]:
+                if value is not None:
+                    self.ties += [
+                        Tie(d, number, value) for d in dims.values() if not isinstance(d, int)
+                    ]
+
     def axes(self, node: ir.Node) -> list[int] | None:
         """Axes from the attribute or the second input."""
         axes = node.attributes.get_ints("axes")
@@ -259,6 +288,17 @@ class Symbolic:
 
 
 # --- arithmetic ---------------------------------------------------------------------------
+
+
+def dynamic_names(dim: Dim) -> list[str]:
+    """The dynamic dimensions that an expression depends on."""
+    return sorted(s.name for s in dim.free_symbols) if isinstance(dim, sympy.Basic) else []
+
+
+def _is_decision(value: ir.Value) -> bool:
+    """True for a constant of one integer or truth value: what a branch may be taken by."""
+    array = constant(value)
+    return array is not None and array.size == 1 and array.dtype.kind in "ib"
 
 
 def _objects(items: Any) -> Data:
@@ -328,7 +368,7 @@ def _ceil(value: Any) -> Any:
 def _cast(node: ir.Node, inputs: list[Data]) -> Data | None:
     to = node.attributes.get_int("to", 7)
     if to == ir.DataType.BOOL:
-        return None
+        return _truths(lambda a: _sides(a, 0, lambda sign: sign != 0), inputs)
     if to in (ir.DataType.INT64, ir.DataType.INT32):
         return _each(lambda x: x if isinstance(x, sympy.Basic) else int(x))(node, inputs)
     if to == ir.DataType.FLOAT:
@@ -336,13 +376,37 @@ def _cast(node: ir.Node, inputs: list[Data]) -> Data | None:
     return None
 
 
-def _compare(node: ir.Node, inputs: list[Data]) -> Data | None:
-    """Equal: where the expressions decide it for all positive dimensions."""
-    found = np.frompyfunc(lambda a, b: sympy.Eq(a, b), 2, 1)(*inputs)
-    found = _objects(found)
-    if not all(x in (sympy.true, sympy.false) or isinstance(x, bool) for x in found.ravel()):
-        return None
-    return _objects(np.frompyfunc(bool, 1, 1)(found))
+def _sides(left: Any, right: Any, holds: Callable[[int], bool]) -> bool | None:
+    """Whether a relation holds, by the sign of left - right: where that is the same for all
+    positive dimensions, or the relation holds for no sign, or for all, that it can have."""
+    left, right = (int(x) if isinstance(x, (bool, np.bool_)) else x for x in (left, right))
+    difference = sympy.expand(sympy.sympify(left) - sympy.sympify(right))
+    # A dimension is one at least: d = 1 + e with e ≥ 0
+    extra = {
+        s: 1 + sympy.Symbol(f"{s.name} beyond one", integer=True, nonnegative=True)
+        for s in difference.free_symbols
+    }
+    difference = sympy.expand(difference.subs(extra))
+    possible = {1, 0, -1}
+    possible -= {1} if difference.is_nonpositive else set()
+    possible -= {0} if difference.is_nonzero or difference.is_positive else set()
+    possible -= {-1} if difference.is_nonnegative else set()
+    answers = {holds(sign) for sign in possible}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def _truths(decide: Callable[..., bool | None], inputs: list[Data]) -> Data | None:
+    """A decision for each element; None unless all can be taken."""
+    found = _objects(np.frompyfunc(decide, len(inputs), 1)(*inputs))
+    return None if any(x is None for x in found.ravel()) else found
+
+
+def _relation(holds: Callable[[int], bool]) -> Callable[[ir.Node, list[Data]], Data | None]:
+    return lambda _, inputs: _truths(lambda a, b: _sides(a, b, holds), inputs)
+
+
+def _logic(operation: Callable[..., bool]) -> Callable[[ir.Node, list[Data]], Data | None]:
+    return lambda _, inputs: _truths(lambda *a: operation(*map(bool, a)), inputs)
 
 
 def _select(_: ir.Node, inputs: list[Data]) -> Data | None:
@@ -429,7 +493,15 @@ CONTENTS: dict[str, Callable[[ir.Node, list[Data]], Data | None]] = {
     "Floor": _each(_floor),
     "Ceil": _each(_ceil),
     "Cast": _cast,
-    "Equal": _compare,
+    "Equal": _relation(lambda sign: sign == 0),
+    "Greater": _relation(lambda sign: sign > 0),
+    "GreaterOrEqual": _relation(lambda sign: sign >= 0),
+    "Less": _relation(lambda sign: sign < 0),
+    "LessOrEqual": _relation(lambda sign: sign <= 0),
+    "Not": _logic(lambda a: not a),
+    "And": _logic(lambda a, b: a and b),
+    "Or": _logic(lambda a, b: a or b),
+    "Xor": _logic(lambda a, b: a != b),
     "Where": _select,
     "Gather": _gather,
     "Slice": _slice,
@@ -469,6 +541,12 @@ def _matmul(self: Symbolic, node: ir.Node, first: Shape) -> Found:
     second = self.shape(node.inputs[1])
     if second is None or len(first) < 2 or len(second) < 2:
         return None
+    for dynamic, fixed, value in (
+        (first[-1], second[-2], node.inputs[1]),
+        (second[-2], first[-1], node.inputs[0]),
+    ):
+        if not isinstance(dynamic, int) and isinstance(fixed, int) and value is not None:
+            self.ties.append(Tie(dynamic, fixed, value))
     outer = _broadcast([first[:-2], second[:-2]])
     return None if outer is None else [(*outer, first[-2], second[-1])]
 
@@ -495,7 +573,23 @@ def _reshape(self: Symbolic, node: ir.Node, first: Shape) -> Found:
     if -1 in dims:
         index = dims.index(-1)
         dims[index] = _quotient(_product(first), _product([d for d in dims if d != -1]))
+    if node.outputs[0].name and len(first) > 1 and len(dims) > 1:
+        self.ties += _cuts(node.outputs[0], first, dims)
     return [tuple(_tidy(d) for d in dims)]
+
+
+def _cuts(value: ir.Value, first: Shape, dims: Sequence[Dim]) -> list[Tie]:
+    """The ties of a Reshape that cuts one dynamic size into fixed ones behind the batch."""
+    before, after = list(first[1:]), list(dims[1:])
+    for size in list(before):
+        if size in after:
+            before.remove(size)
+            after.remove(size)
+    if len(before) != 1 or isinstance(before[0], int) or not after:
+        return []
+    if not all(isinstance(d, int) and d > 0 for d in after):
+        return []
+    return [Tie(before[0], _product(after), value, tuple(after))]
 
 
 def _transpose(self: Symbolic, node: ir.Node, first: Shape) -> Found:
@@ -552,6 +646,9 @@ def _cut(self: Symbolic, node: ir.Node, first: Shape) -> Found:
 def _pieces(self: Symbolic, node: ir.Node, first: Shape) -> Found:
     axis = node.attributes.get_int("axis", 0) % len(first)
     lengths = self.numbers(node.inputs[1]) if len(node.inputs) > 1 else None
+    given = node.attributes.get_ints("split")
+    if lengths is None and given is not None:
+        lengths = list(given)
     if lengths is None:
         size, count = first[axis], len(node.outputs)
         if not isinstance(size, int):
@@ -620,6 +717,10 @@ def _window(self: Symbolic, node: ir.Node, first: Shape) -> Found:
             span = span + strides[i] - 1
         spatial.append(_tidy(_quotient(_tidy(span), strides[i]) + 1))
     channels = first[1] if weight is None else weight[0]
+    if weight is not None and not isinstance(first[1], int) and node.inputs[1] is not None:
+        groups = attributes.get_int("group", 1)
+        if isinstance(weight[1], int):
+            self.ties.append(Tie(first[1], weight[1] * groups, node.inputs[1]))
     return [(first[0], channels, *spatial)]
 
 

@@ -9,14 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from ptq_onnx.branches import CANNOT_BRANCH, LOOPS
 from ptq_onnx.contrib import TIED
 from ptq_onnx.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-CONTROL_FLOW = frozenset(("If", "Loop", "Scan"))
-LOOPS = frozenset(("Loop", "Scan"))
-"""Refused when loading; a branch may yet turn out to be fixed, once shapes are known."""
-
 RUNTIME_DOMAIN = "com.microsoft"
 
 MASK_OPS = frozenset(
@@ -40,26 +37,11 @@ MASK_OPS = frozenset(
 
 def validate(model: ir.Model, path: Path) -> None:
     """Raise :class:`ModelError` with the first thing that stands against quantization."""
-    _check_ops(model, path)
+    refuse_unknown(model, f"Model {path}: ")
     if any(node.domain == RUNTIME_DOMAIN for node in model.graph):
         _check_runtime(path)
-    _check_inputs(model.graph, path)
+    check_input(model, path)
     _check_weights(model.graph, path)
-
-
-CANNOT_BRANCH = (
-    "is control flow, which cannot be quantized."
-    " Export the model with fixed branches and loops unrolled."
-)
-
-
-def refuse_branches(model: ir.Model) -> None:
-    """Raise :class:`ModelError` for control flow that cleaning could not decide."""
-    for node in model.graph:
-        if node.domain == "" and node.op_type in CONTROL_FLOW:
-            raise ModelError(
-                f"Node '{node.name or node.outputs[0].name}': {node.op_type} {CANNOT_BRANCH}"
-            )
 
 
 def one_line(error: Exception) -> str:
@@ -68,14 +50,18 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _check_ops(model: ir.Model, path: Path) -> None:
-    """No control flow, and no op that only a plug-in knows."""
+def refuse_unknown(model: ir.Model, prefix: str = "") -> None:
+    """No loop, and no op that only a plug-in knows; what a branch holds is looked at once it is
+    known which is taken."""
     local = {(f.domain, f.name) for f in model.functions.values()}
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for node in (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)):
-        where = f"Model {path}: node '{node.name or node.outputs[0].name}'"
+    for node in (node for graph in graphs for node in graph):
+        where = f"{prefix}{'n' if prefix else 'N'}ode '{node.name or node.outputs[0].name}'"
         if node.domain == "" and node.op_type in LOOPS:
-            raise ModelError(f"{where}: {node.op_type} {CANNOT_BRANCH}")
+            raise ModelError(
+                f"{where}: {node.op_type} is control flow, which cannot be quantized."
+                f" {CANNOT_BRANCH}"
+            )
         known = node.domain in ("", RUNTIME_DOMAIN, *TIED) or (node.domain, node.op_type) in local
         if not known:
             raise ModelError(
@@ -97,25 +83,39 @@ def _check_runtime(path: Path) -> None:
         ) from error
 
 
-def _check_inputs(graph: ir.Graph, path: Path) -> None:
-    """One input, a batch of images."""
-    inputs = [v for v in graph.inputs if v.name not in graph.initializers]
-    if len(inputs) == 1 and _is_image(inputs[0]):
+def check_input(model: ir.Model, path: Path) -> None:
+    """One input, a batch of images. Raises ModelError, true for what the file takes."""
+    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
+    if len(inputs) == 1 and is_image(inputs[0]):
         return
     found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
+    images = [v for v in inputs if is_image(v)]
+    if len(inputs) == 1:
+        what = f"its input is {found}, no image"
+        advice = "Only models with one image input can be quantized here"
+    elif len(images) == 1:
+        what = f"it has {len(inputs)} inputs: {found}"
+        advice = f"Export the part that reads '{images[0].name}' alone, the others as constants"
+    else:
+        what = f"it has {len(inputs)} inputs: {found}"
+        advice = "Only models with one image input can be quantized here"
     raise ModelError(
-        f"Model {path}: expected one image input (float, [batch, channels, height, width]),"
-        f" found {found}. Export the image encoder alone."
+        f"Model {path}: {what}; this version calibrates with images: one input, float or uint8,"
+        f" [batch, channels, height, width] or [batch, height, width, channels]. {advice}."
     )
 
 
-def _is_image(value: ir.Value) -> bool:
-    return value.dtype in FLOATS and value.shape is not None and len(value.shape) == 4
+def is_image(value: ir.Value) -> bool:
+    """Whether an input can be a batch of images."""
+    types = (*FLOATS, ir.DataType.UINT8)
+    return value.dtype in types and value.shape is not None and len(value.shape) == 4
 
 
 def _describe(value: ir.Value) -> str:
     dtype = "untyped" if value.dtype is None else value.dtype.name.lower()
-    dims = "?" if value.shape is None else ", ".join(str(d) for d in value.shape)
+    dims = "?"
+    if value.shape is not None:
+        dims = ", ".join(str(d if isinstance(d, int) else d.value or "?") for d in value.shape)
     return f"({dtype} [{dims}])"
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ptq_onnx import cli, cli_options
+from ptq_onnx.analysis.results import Closeness
 from ptq_onnx.calibration_curve import (
     IMAGES,
     Curve,
@@ -47,12 +48,10 @@ def curve(top1: float | None = 80.0) -> Curve:
 
 
 def test_figures_of_a_point() -> None:
-    reference = np.array([[3, 0], [0, 4]], np.float32)
-    found = np.array([[3, 0.5], [1, 0]], np.float32)
-    point = measure_point(NOISE, 4, found, reference, np.array([0, 1]))
-    assert point.sqnr_db == pytest.approx(10 * np.log10(25 / (0.25 + 1 + 16)))
-    assert (point.agreement, point.top1, point.images, point.source) == (50, 50, 4, NOISE)
-    same = measure_point(IMAGES, 1, reference, reference, None)
+    point = measure_point(NOISE, 4, Closeness(50.0, 1.6, 50.0), 100.0)
+    assert (point.sqnr_db, point.agreement, point.top1) == (1.6, 50, 50)
+    assert (point.images, point.source) == (4, NOISE)
+    same = measure_point(IMAGES, 1, Closeness(None, 200.0, 100.0), None)
     assert (same.sqnr_db, same.agreement, same.top1) == (np.inf, 100, None)
 
 
@@ -71,7 +70,7 @@ def test_the_picture_shows_the_points() -> None:
     np.testing.assert_array_equal(drawn["Gaussian noise"].get_xydata(), [[1, 8]])
     np.testing.assert_array_equal(sqnr.get_lines()[0].get_xydata(), [[1, 5]])
     assert [text.get_text() for text in sqnr.get_xticklabels()] == ["1", "4"]
-    assert [a.get_ylabel() for a in draw_curve(curve(None)).axes] == ["SQNR of the logits in dB"]
+    assert [a.get_ylabel() for a in draw_curve(curve(None)).axes] == ["SQNR in dB"]
 
 
 def test_a_hair_of_accuracy_is_not_drawn_as_a_cliff() -> None:

@@ -357,7 +357,8 @@ def test_bad_models(
     command: Command, broken: dict[str, tuple[Path, str]], what: str, verb: str
 ) -> None:
     path, said = broken[what]
-    words = ("--val", DIGITS / "val", "--labels", DIGITS / "val.txt") if verb == "evaluate" else ()
+    measured = ("--val", DIGITS / "val", "--labels", DIGITS / "val.txt")
+    words = measured if verb == "evaluate" else ("--calib", DIGITS / "calib")
     assert_refused(command(verb, path, *words), said)
 
 
@@ -378,8 +379,9 @@ def convolution(path: Path) -> Path:
 
 def test_model_without_a_block(command: Command, tmp_path: Path) -> None:
     path = convolution(tmp_path / "conv.onnx")
-    assert_refused(command("quantize", path), "no transformer block", "vanilla")
-    outcome = command("quantize", path, "--quantizer", "vanilla", *QUICK)
+    given = ("quantize", path, "--calib", DIGITS / "calib")
+    assert_refused(command(*given), "no transformer block", "vanilla")
+    outcome = command(*given, "--quantizer", "vanilla", *QUICK)
     assert (outcome.code, outcome.err) == (0, "")
     assert Path("output/quantized.onnx").is_file()
 
@@ -389,7 +391,8 @@ def test_activations_that_are_not_finite(command: Command, tmp_path: Path) -> No
     g.output_shape = ("batch", 4)
     flat = g("Flatten", g("Log", g("Sub", g("GlobalAveragePool", "x"), 10.0)))
     path = g.save(tmp_path / "log.onnx", g("Gemm", flat, sample(3, 4), sample(4)))
-    assert_refused(command("quantize", path, "--quantizer", "vanilla", *QUICK), "NaN", flat)
+    words = ("--calib", DIGITS / "calib", "--quantizer", "vanilla", *QUICK)
+    assert_refused(command("quantize", path, *words), "NaN", flat)
 
 
 def pictures(folder: Path, good: int, bad: int) -> Path:
@@ -545,7 +548,8 @@ def test_quiet_in_a_pipe(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert "embedded images" in done.stdout
+    assert "of the logits on 32 images held apart from calibration" in done.stdout
+    assert "next, accuracy on labelled images: ptq-onnx evaluate" in done.stdout
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
-from ptq_onnx.analysis.graphwise import graphwise
+from ptq_onnx.analysis.graphwise import float_outputs, graphwise
 from ptq_onnx.analysis.modules import find_modules
 from ptq_onnx.analysis.results import Analysis
 from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
@@ -102,7 +102,7 @@ def analyse_quantized(
         named(source, fixed or SMALL, fixed, ATTENTION_IMAGES),
     )
     switched = None
-    if full:
+    if full and float_outputs(subject.model):
         modules = find_modules(subject.model, subject.blocks, subject.sites, specs)
         switched = sensitivity(
             subject.model,

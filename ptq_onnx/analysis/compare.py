@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,12 @@ from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
-from ptq_onnx.errors import ConfigError
-from ptq_onnx.evaluation import evaluate
+from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.evaluation import evaluate, no_classes
 from ptq_onnx.image_source import ImageSource
+from ptq_onnx.outputs import decibels as in_json
 from ptq_onnx.preparation import prepare
-from ptq_onnx.runtime import Classifier, session
+from ptq_onnx.runtime import Network, session
 from ptq_onnx.spec import TensorSpec
 
 Array = NDArray[np.float32]
@@ -83,9 +83,11 @@ def compare(
     files = [quantized_file(path) for path in paths]
     names = _names([Path(p) for p in paths])
     begin = progress or (lambda _, __: lambda ___: None)
+    _check_labels(base, labels)
     done = begin("Comparing", len(files) + 1)
-    outputs = block_outputs(base)
-    floats = FloatBlocks(base, list(outputs.values()), images, block_images, threads)
+    outputs = block_outputs(base, images.preprocess.size)
+    tensors = list(outputs.values())
+    floats = FloatBlocks(base, tensors, images, block_images, threads) if outputs else None
     times = _times([base, *files], images, threads)
     contenders = []
     for index, (name, file) in enumerate(zip(["float", *names], [base, *files], strict=True)):
@@ -106,19 +108,24 @@ def compare(
                 quantized_ops=tapped.quantized_ops(),
                 top1=measured.top1,
                 top5=measured.top5,
-                sqnr_db=_finite(measured.sqnr_db),
+                sqnr_db=in_json(measured.sqnr_db),
                 agreement=measured.agreement,
                 ms_per_image=times[index],
-                blocks=floats.blocks(tapped, outputs) if index else (),
+                blocks=floats.blocks(tapped, outputs) if index and floats is not None else (),
+                outputs=measured.outputs,
             )
         )
         done(1)
     return Comparison(base.name, len(images), min(block_images, len(images)), tuple(contenders))
 
 
-def block_outputs(path: Path) -> dict[int, str]:
-    """The tensor behind each transformer block of a float model."""
-    prepared = prepare(path)
+def block_outputs(path: Path, size: tuple[int, int] | None = None) -> dict[int, str]:
+    """The tensor behind each transformer block of a float model; none where it has no blocks, or
+    cannot be prepared."""
+    try:
+        prepared = prepare(path, size=size)
+    except ModelError:
+        return {}
     return {
         role.block: str(node.outputs[0].name)
         for node in prepared.model.graph
@@ -135,7 +142,7 @@ class FloatBlocks:
     ) -> None:
         self._tensors = tensors
         self._images, self._limit = images, limit
-        copy = graphs.to_standard(prepare(path).model)
+        copy = graphs.to_standard(prepare(path, size=images.preprocess.size).model)
         values = {v.name: v for node in copy.graph for v in node.outputs}
         own = {v.name for v in copy.graph.outputs}
         copy.graph.outputs.extend(values[t] for t in tensors if t not in own)
@@ -205,7 +212,7 @@ def _size(path: Path) -> int:
 def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[float]:
     """Median milliseconds of one image, file by file."""
     one = next(images.batches(1))
-    models = [Classifier(file, threads) for file in files]
+    models = [Network(file, threads) for file in files]
     for model in models:
         model.check(images.preprocess.shape)
         model(one)
@@ -218,8 +225,15 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
     return [1000 * statistics.median(times) for times in taken]
 
 
-def _finite(value: float | None) -> float | None:
-    """An SQNR without noise is 200 dB: JSON knows no infinity."""
-    if value is None or math.isfinite(value):
-        return value
-    return 200.0 if value > 0 else -200.0
+def classifies(base: Path) -> bool:
+    """Whether a model has an output [batch, classes]. Raises ModelError."""
+    return bool(Network(base, 1).class_outputs)
+
+
+def _check_labels(base: Path, labels: Labels | None) -> None:
+    """Refuse labels for a model that has no classes, before the work. Raises ModelError."""
+    if labels is None:
+        return
+    network = Network(base, 1)
+    if not network.class_outputs:
+        raise ModelError(no_classes(network))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ptq_onnx.analysis.results import Comparison, Contender
 from ptq_onnx.analysis.svg import line_chart
+from ptq_onnx.outputs import OutputFigures
 
 COLUMNS: tuple[tuple[str, Callable[[Contender], float | None], str, bool], ...] = (
     ("Top-1, %", lambda c: c.top1, "{:.2f}", True),
@@ -44,6 +45,7 @@ def render_comparison(found: Comparison) -> str:
         rows=_rows(found),
         names=[c.name for c in quantized],
         blocks=blocks,
+        outputs=_outputs(quantized),
         chart=Markup(line_chart(lines, "Block", "dB (higher is better)")),
     )
 
@@ -63,6 +65,23 @@ def _rows(found: Comparison) -> list[dict[str, Any]]:
         ops = ", ".join(f"{kind} {count}" for kind, count in one.quantized_ops.items())
         rows.append({"name": one.name, "file": one.file, "cells": cells, "ops": ops or "none"})
     return rows
+
+
+def _outputs(quantized: Sequence[Contender]) -> list[tuple[str, list[str]]]:
+    """A row per output, where a model has several."""
+    names = list(dict.fromkeys(o.name for c in quantized for o in c.outputs))
+    if len(names) < 2:
+        return []
+    by_name = [{o.name: o for o in c.outputs} for c in quantized]
+    return [(name, [_output(own.get(name)) for own in by_name]) for name in names]
+
+
+def _output(one: OutputFigures | None) -> str:
+    if one is None:
+        return "–"
+    if one.equal is not None:
+        return f"{one.equal:.1f} % equal"
+    return "–" if one.sqnr_db is None else f"{one.sqnr_db:.1f}"
 
 
 def _block(one: Any) -> str:

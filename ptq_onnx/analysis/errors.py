@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.results import Error, decibels
+from ptq_onnx.outputs import classes_of, top_classes
 
 Array = NDArray[np.float32]
 
@@ -54,16 +56,42 @@ class Sums:
 
 
 def logits_error(reference: Array, value: Array) -> Error:
-    """The error of logits [N, classes] (or of any output), with the share of equal top classes."""
+    """The error of logits [N, classes], with the share of equal top classes, or of any output."""
+    same = top_classes(reference) == top_classes(value) if classes_of(reference) else None
+    return output_error(reference, value, same)
+
+
+def outputs_error(references: Sequence[Array], values: Sequence[Array]) -> Error:
+    """The error of all outputs at once: each divided by its root mean square in the float model,
+    so that all count alike. The top classes are those of the first [batch, classes]."""
+    if len(references) == 1:
+        return logits_error(references[0], values[0])
+    same = next(
+        (
+            top_classes(f) == top_classes(q)
+            for f, q in zip(references, values, strict=True)
+            if classes_of(f)
+        ),
+        None,
+    )
+    scales = [math.sqrt(float(np.mean(np.square(f, dtype=np.float64)))) or 1.0 for f in references]
+    weights = [s * math.sqrt(f.size) for s, f in zip(scales, references, strict=True)]
+    flat = [
+        np.concatenate([v.ravel() / w for v, w in zip(part, weights, strict=True)])
+        for part in (references, values)
+    ]
+    return output_error(flat[0], flat[1], same)
+
+
+def output_error(reference: Array, value: Array, same: NDArray[np.bool_] | None) -> Error:
+    """The error of any values; ``same``: which images have the same top class."""
     sums = Sums()
     sums.add(reference, value)
-    rows = len(reference)
-    same = reference.reshape(rows, -1).argmax(axis=1) == value.reshape(rows, -1).argmax(axis=1)
     return Error(
         snr=sums.snr,
         snr_db=decibels(sums.snr),
         mse=sums.noise / max(sums.count, 1),
         cosine=sums.cosine,
         max_abs=sums.largest,
-        agreement=100 * float(same.mean()) if rows else 100.0,
+        agreement=None if same is None else 100 * float(same.mean()) if len(same) else 100.0,
     )

@@ -17,7 +17,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.errors import Sums, logits_error
-from ptq_onnx.analysis.results import BlockError, Error, Graphwise, OpError, decibels
+from ptq_onnx.analysis.results import (
+    BlockError,
+    Error,
+    Graphwise,
+    OpError,
+    OutputError,
+    decibels,
+)
 from ptq_onnx.analysis.tokens import Tokens, find_tokens
 from ptq_onnx.blocks import Blocks, Role, is_layout, is_product, name_of, through_layout
 from ptq_onnx.engine import Simulator, VitQuantizer
@@ -75,8 +82,7 @@ def graphwise(
     nodes = _compared(model, quantizer)
     tokens = find_tokens(model, blocks)
     sums = {name: _Pair() for name in nodes}
-    output = str(model.graph.outputs[0].name)
-    last: list[tuple[Array, Array]] = []
+    ends: dict[str, list[tuple[Array, Array]]] = {n: [] for n in float_outputs(model)}
     changed: frozenset[str] | None = None
     images = 0
     for batch in batches:
@@ -92,8 +98,8 @@ def graphwise(
         def compare(name: str, value: Array, floats: dict[str, Array] = floats) -> None:
             if name in sums:
                 sums[name].add(floats[name], value, tokens)
-            if name == output:
-                last.append((floats[name], value))
+            if name in ends:
+                ends[name].append((floats[name], value))
             floats.pop(name, None)
 
         quantized.walk(batch, compare)
@@ -107,7 +113,11 @@ def graphwise(
         for name, node in nodes.items()
         if sums[name].whole.count
     ]
-    return Graphwise(images, held_apart, tuple(ops), tuple(_block_errors(ops)), _logits(last))
+    found = tuple(OutputError(name, _error(pairs)) for name, pairs in ends.items() if pairs)
+    logits = next((one.error for one in found if one.error.agreement is not None), None)
+    if logits is None and found:
+        logits = found[0].error
+    return Graphwise(images, held_apart, tuple(ops), tuple(_block_errors(ops)), logits, found)
 
 
 def _compared(model: ir.Model, quantizer: VitQuantizer) -> dict[str, ir.Node]:
@@ -135,9 +145,14 @@ def _changed(own: Simulator, batch: Array, floats: Mapping[str, Array]) -> froze
     return frozenset(found)
 
 
-def _logits(pairs: list[tuple[Array, Array]]) -> Error | None:
-    if not pairs:
-        return None
+def float_outputs(model: ir.Model) -> tuple[str, ...]:
+    """The model's outputs that hold floats, each once."""
+    kinds = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+    made = [v for v in model.graph.outputs if v.dtype in kinds and v.producer() is not None]
+    return tuple(dict.fromkeys(str(v.name) for v in made))
+
+
+def _error(pairs: list[tuple[Array, Array]]) -> Error:
     return logits_error(*(np.concatenate(values) for values in zip(*pairs, strict=True)))
 
 

@@ -24,6 +24,9 @@ from ptq_onnx.analysis.sections import by_place, sections
 
 Entry = Mapping[str, Any]
 
+GOOD_DB, FAIR_DB = 20, 12
+"""SQNR from which on an error is small, or noticeable."""
+HOLDS = "The accuracy holds"
 WORST = 10
 """Ops that the page marks as the worst."""
 EMBEDDED_BYTES = 90_000
@@ -69,6 +72,8 @@ def render(
         calibration=report.get("calibration") or {},
         arithmetic=ARITHMETIC.get(_arithmetic(report), "not stated"),
         verdict=verdict(report),
+        warning=warning(report),
+        outputs=_outputs(report.get("fidelity")),
         cards=_cards(report),
         svg=Markup(svg[max(svg.find("<svg"), 0) :]),
         analysis=analysis,
@@ -91,38 +96,88 @@ def _arithmetic(report: Entry) -> str:
     return str(report.get("arithmetic") or "")
 
 
+def warning(report: Entry) -> str | None:
+    """What may make every figure of the page worthless."""
+    found: str | None = (report.get("preprocess_check") or {}).get("warning")
+    return found
+
+
 def verdict(report: Entry) -> tuple[str, str]:
-    """A word for the colour (good, fair, bad, none) and one line that says how it went."""
+    """A word for the colour (good, fair, bad, none) and one line that says how it went.
+
+    Nothing is good where the pictures may not reach the model as it was trained.
+    """
+    grade, text = _measured(report)
+    if warning(report) is None:
+        return grade, text
+    if text.startswith(HOLDS):
+        text = f"Quantization costs little{text[len(HOLDS) :]}"
+    first = "The float model itself may be off, see the warning. "
+    return ("bad" if grade == "bad" else "fair"), first + text
+
+
+def _measured(report: Entry) -> tuple[str, str]:
     accuracy, fidelity = report.get("accuracy"), report.get("fidelity")
+    outputs = (fidelity or {}).get("outputs") or []
     if accuracy is not None and _top1(accuracy) is not None:
         before, after = accuracy["float"]["top1"], accuracy["quantized"]["top1"]
         lost, count = before - after, accuracy["count"]
         grade = "good" if lost <= 1 else "fair" if lost <= 3 else "bad"
         word = {
-            "good": "The accuracy holds",
+            "good": HOLDS,
             "fair": "Some accuracy is lost",
             "bad": "Too much accuracy is lost",
         }[grade]
         text = f"{word}: top-1 {before:.2f} % → {after:.2f} % on {count} images"
-        return grade, f"{text} (one image is {100 / count:.2g} points)."
+        where = f" (output '{accuracy['output']}')" if len(outputs) > 1 else ""
+        return grade, f"{text}{where} (one image is {100 / count:.2g} points)."
     if fidelity is not None and fidelity.get("agreement") is not None:
         same = fidelity["agreement"]
         grade = "good" if same >= 98 else "fair" if same >= 93 else "bad"
         word = {"good": "close to", "fair": "near", "bad": "far from"}[grade]
         return grade, (
             f"The quantized file is {word} the float model: the same top class on {same:.1f} %"
-            f" of {fidelity['images']} images without labels. Accuracy was not measured."
+            f" of {_images(fidelity)}. Accuracy was not measured."
+        )
+    if fidelity is not None and fidelity.get("sqnr_db") is not None:
+        decibels = fidelity["sqnr_db"]
+        grade = "good" if decibels >= GOOD_DB else "fair" if decibels >= FAIR_DB else "bad"
+        word = {"good": "close to", "fair": "near", "bad": "far from"}[grade]
+        worst = min(outputs, key=lambda one: _ascending(one["sqnr_db"]), default=None)
+        where = f", at '{worst['name']}', the worst output," if worst and len(outputs) > 1 else ""
+        return grade, (
+            f"The quantized file is {word} the float model: {decibels:.1f} dB SQNR{where} on"
+            f" {_images(fidelity)}. No output is [batch, classes]: there is no accuracy to measure."
         )
     blocks = (report.get("analysis") or {}).get("blocks") or []
     if blocks:
         last = blocks[-1]["snr_db"]
-        grade = "good" if last >= 20 else "fair" if last >= 12 else "bad"
+        grade = "good" if last >= GOOD_DB else "fair" if last >= FAIR_DB else "bad"
         word = {"good": "small", "fair": "noticeable", "bad": "large"}[grade]
         return grade, (
             f"The error of the last block is {word}, {last:.1f} dB. Accuracy was not measured:"
             " give --val, and --labels, to know it."
         )
     return "none", "Nothing was measured on images: the quality of this model is not known."
+
+
+def _images(fidelity: Entry) -> str:
+    """Which images, in words."""
+    words = {
+        "held apart": "images held apart from calibration",
+        "calibration": "images that calibration used too",
+    }
+    return f"{fidelity['images']} {words.get(str(fidelity.get('source')), 'images without labels')}"
+
+
+def _ascending(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _outputs(fidelity: Entry | None) -> list[Entry]:
+    """The rows of the table of outputs: none where one says it all."""
+    found = list((fidelity or {}).get("outputs") or [])
+    return found if len(found) > 1 else []
 
 
 def _top1(accuracy: Entry) -> float | None:
@@ -145,11 +200,14 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
                 text = f"{before[key]:.2f} → {after[key]:.2f} %"
                 small = f"{change:+.2f} points, {accuracy['count']} images".replace("-", "−")
                 cards.append((title, text, small))
-    else:
+    elif fidelity is None or fidelity.get("agreement") is not None:
         cards.append(("Accuracy", "not measured", "needs --val and labels"))
     close = fidelity or (accuracy or {}).get("quantized") or {}
     if close.get("sqnr_db") is not None:
-        cards.append(("SQNR of the logits", f"{close['sqnr_db']:.1f} dB", "higher is better"))
+        title, images = _sqnr_title(fidelity), "" if fidelity is None else _images(fidelity)
+        small = images if fidelity and fidelity.get("source") not in (None, "val") else ""
+        small = f"higher is better; {small}" if small else "higher is better"
+        cards.append((title, f"{close['sqnr_db']:.1f} dB", small))
     if close.get("agreement") is not None:
         cards.append(("Same top class", f"{close['agreement']:.1f} %", "as the float model"))
     sizes = report.get("sizes") or {}
@@ -163,6 +221,15 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
             bits += f"; for {config['target']}"
         cards.append(("Quantizer", str(config.get("quantizer")), bits))
     return cards
+
+
+def _sqnr_title(fidelity: Entry | None) -> str:
+    """What the SQNR is of."""
+    found = (fidelity or {}).get("outputs") or []
+    if len(found) > 1:
+        return f"SQNR, worst of {len(found)} outputs"
+    logits = not found or found[0]["agreement"] is not None
+    return "SQNR of the logits" if logits else f"SQNR of {found[0]['name']}"
 
 
 def _ops(ops: Sequence[Entry], sensitivity: Entry | None) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.outputs import OutputFigures
+
 
 def decibels(snr: float) -> float:
     """-10 log10 of a noise-to-signal ratio; 200 where there is no noise at all."""
@@ -42,15 +44,27 @@ class OpError:
 
 @dataclass(frozen=True)
 class Error:
-    """The error of the logits: as in :class:`OpError`; ``agreement``: the percentage of images
-    with the same top class."""
+    """The error of the outputs: as in :class:`OpError`; ``agreement``: the percentage of images
+    with the same top class, None where no output is [batch, classes].
+
+    Of several outputs each is divided by its root mean square in the float model first, so that
+    all count alike: ``snr`` then is the mean of theirs.
+    """
 
     snr: float
     snr_db: float
     mse: float
     cosine: float
     max_abs: float
-    agreement: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """The error of one output of the model."""
+
+    name: str
+    error: Error
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,8 @@ class BlockError:
 class Graphwise:
     """Errors of all compute ops, in graph order, with every op quantized.
 
-    ``held_apart``: the images were not used in calibration.
+    ``held_apart``: the images were not used in calibration. ``logits``: of the first output
+    [batch, classes], where none is of the first; ``outputs``: of each that holds floats.
     """
 
     images: int
@@ -74,6 +89,7 @@ class Graphwise:
     ops: tuple[OpError, ...]
     blocks: tuple[BlockError, ...]
     logits: Error | None = None
+    outputs: tuple[OutputError, ...] = ()
 
 
 Scope = Literal["op", "kind", "block", "model"]
@@ -325,13 +341,15 @@ class Analysis:
 class Closeness:
     """A quantized file in its runtime, against the float model, on the images of ``auto``.
 
-    ``drop``: points of top-1 lost; None without labels. ``sqnr_db``: of the logits. ``agreement``:
-    the percentage of images with the same top class.
+    ``drop``: points of top-1 lost; None without labels. ``sqnr_db``: of the output where it is
+    lowest, which ``output`` names where there are several. ``agreement``: the percentage of images
+    with the same top class; None where no output is [batch, classes].
     """
 
     drop: float | None
     sqnr_db: float
-    agreement: float
+    agreement: float | None
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -402,7 +420,8 @@ class BlockMatch:
 @dataclass(frozen=True)
 class Contender:
     """One file of a comparison. ``quantized_ops``: QuantizeLinear, DequantizeLinear and integer
-    ops, counted. ``ms_per_image``: median, one image at a time."""
+    ops, counted. ``ms_per_image``: median, one image at a time. ``sqnr_db``: of the worst output;
+    ``outputs``: each by itself."""
 
     name: str
     file: str
@@ -414,6 +433,7 @@ class Contender:
     agreement: float | None
     ms_per_image: float
     blocks: tuple[BlockMatch, ...]
+    outputs: tuple[OutputFigures, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ptq_onnx.analysis.results import (
     Variation,
 )
 from ptq_onnx.equalization import Move
+from ptq_onnx.outputs import OutputFigures
 from ptq_onnx.spec import Code, Granularity
 from ptq_onnx.targets import Stored
 
@@ -92,6 +93,15 @@ def _or_null(one: Schema) -> Schema:
     return {"anyOf": [one, {"type": "null"}]}
 
 
+def _closeness() -> Schema:
+    """One output of ``fidelity``: its figures but for the accuracy, which stands by itself."""
+    found = schema_of(OutputFigures)
+    for name in ("top1", "top5"):
+        del found["properties"][name]
+        found["required"].remove(name)
+    return found
+
+
 def report_schema() -> Schema:
     """The schema of the whole report. Keys that it does not name may be added later."""
     place = {"tensor": STRING, "role": STRING, "block": _or_null(COUNT)}
@@ -144,11 +154,19 @@ def report_schema() -> Schema:
             "analysis": _or_null(analysis),
             "accuracy": _or_null(
                 _object(
-                    {"count": COUNT, "float": _object(accuracy),
-                     "quantized": _object({**accuracy, **closeness})}
+                    {"count": COUNT, "output": STRING, "float": _object(accuracy),
+                     "quantized": _object({**accuracy, **closeness}),
+                     "outputs": _list(_object(
+                         {"name": STRING, "float": _object(accuracy),
+                          "quantized": _object(accuracy)}))}
                 )
             ),
-            "fidelity": _or_null(_object({"images": COUNT, **closeness})),
+            "fidelity": _or_null(
+                _object(
+                    {"images": COUNT, "source": {"enum": ["val", "held apart", "calibration"]},
+                     **closeness, "outputs": _list(_closeness())}
+                )
+            ),
             "notes": _list(STRING),
         }
     )  # fmt: skip

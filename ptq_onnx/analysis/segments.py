@@ -8,7 +8,7 @@ session that all such runs share.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,9 +36,10 @@ class Segment:
     output: str
 
 
-def find_segments(model: ir.Model, output: str) -> list[Segment]:
-    """The graph from the image to ``output``, cut wherever one tensor alone is alive that an
-    elementwise add makes or several ops read."""
+def find_segments(model: ir.Model, *outputs: str, features: str | None = None) -> list[Segment]:
+    """The graph from the image to the last of ``outputs``, cut wherever one tensor alone is alive
+    that an elementwise add makes or several ops read. An output lives to the end; from where
+    ``features`` are made on there is no cut."""
     nodes = list(model.graph)
     place = {node: index for index, node in enumerate(nodes)}
     inputs = [v for v in model.graph.inputs if not v.is_initializer()]
@@ -47,7 +48,9 @@ def find_segments(model: ir.Model, output: str) -> list[Segment]:
         if not is_constant(value):
             uses = [place[node] for node, _ in consumers(value) if node in place]
             last_use[value] = max(uses, default=-1)
-    end = next(i for i, node in enumerate(nodes) if output in {v.name for v in node.outputs})
+    made = {v.name: i for i, node in enumerate(nodes) for v in node.outputs}
+    end = max(made[output] for output in outputs)
+    last_use |= {v: len(nodes) for v in last_use if v.name in outputs}
     segments: list[Segment] = []
     alive = set(inputs)
     start, before = 0, str(inputs[0].name)
@@ -55,8 +58,13 @@ def find_segments(model: ir.Model, output: str) -> list[Segment]:
         alive.update(v for v in node.outputs if not is_constant(v))
         alive = {v for v in alive if last_use[v] > index}
         if index == end:
-            segments.append(Segment(start, index + 1, before, output))
-        elif len(alive) == 1 and _is_cut(value := next(iter(alive)), node):
+            segments.append(Segment(start, index + 1, before, str(nodes[end].outputs[0].name)))
+        elif (
+            len(alive) == 1
+            and _is_cut(value := next(iter(alive)), node)
+            and value.name not in outputs
+            and index < made.get(features, end)
+        ):
             segments.append(Segment(start, index + 1, before, str(value.name)))
             start, before = index + 1, str(value.name)
     return segments
@@ -73,7 +81,7 @@ class Segments:
     """ONNX Runtime sessions of runs of segments, lowered with any set of specs.
 
     ``keep`` sessions stay open, those used last; memory is that of the weights in them.
-    ``features``: a tensor of the last segment that runs to the end give beside the output.
+    ``features``: a tensor of the last segment that runs to the end give beside the outputs.
     ``rounded``: the same graph with weights rounded and biases corrected; a product has those
     of its constants where a run quantizes its weight, and ``model``'s where it does not.
     """
@@ -81,7 +89,7 @@ class Segments:
     def __init__(
         self,
         model: ir.Model,
-        output: str,
+        output: str | Sequence[str],
         threads: int = 0,
         keep: int = 3,
         features: str | None = None,
@@ -89,11 +97,14 @@ class Segments:
     ) -> None:
         self._model = model
         self._features = features
-        self.parts = find_segments(model, output)
+        self._outputs = (output,) if isinstance(output, str) else tuple(output)
+        self.parts = find_segments(model, *self._outputs, features=features)
         self._threads, self._keep = threads, keep
         self._changed = {} if rounded is None else changed_constants(model, rounded)
         self.seen: Array | None = None
         """The features of the last run; None where it did not reach them."""
+        self.ends: tuple[Array, ...] = ()
+        """All outputs of the last run; none where it did not reach them."""
         self._open: OrderedDict[tuple[int, int, str], ort.InferenceSession] = OrderedDict()
 
     def places(self) -> dict[str, int]:
@@ -130,8 +141,12 @@ class Segments:
             session.run(None, {feed: np.ascontiguousarray(value[i : i + batch])})
             for i in range(0, len(value), batch)
         ]
-        self.seen = np.concatenate([p[1] for p in parts]) if len(parts[0]) > 1 else None
-        return np.concatenate([p[0] for p in parts])
+        whole = [np.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
+        final = last == len(self.parts) - 1
+        self.ends = tuple(whole[: len(self._outputs)]) if final else ()
+        rest = whole[len(self.ends or whole[:1]) :]
+        self.seen = rest[0] if rest else None
+        return whole[0]
 
     def _build(self, first: int, last: int, specs: Specs) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -158,8 +173,10 @@ class Segments:
         start, stop = self.parts[first].start, self.parts[last].stop
         nodes = list(graph)
         values = {v.name: v for node in nodes for v in node.outputs}
-        graph.outputs[:] = [values[self.parts[last].output]]
-        if last == len(self.parts) - 1 and self._features in values:
+        final = last == len(self.parts) - 1
+        ends = self._outputs if final else (self.parts[last].output,)
+        graph.outputs[:] = [values[name] for name in ends]
+        if final and self._features in values and self._features not in ends:
             graph.outputs.append(values[self._features])
         for node in reversed(nodes[stop:]):
             graph.remove(node, safe=True)

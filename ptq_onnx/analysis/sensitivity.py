@@ -18,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.errors import Sums, logits_error
+from ptq_onnx.analysis.errors import Sums, outputs_error
+from ptq_onnx.analysis.graphwise import float_outputs
 from ptq_onnx.analysis.modules import Module, find_modules
 from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels
 from ptq_onnx.analysis.segments import Segments, Specs
@@ -28,8 +29,8 @@ from ptq_onnx.image_source import ImageSource
 from ptq_onnx.spec import Site, TensorSpec
 
 Array = NDArray[np.float32]
-Outcome = tuple[Array, Array | None]
-"""Logits [N, classes], and features [N, …] where the model has them."""
+Outcome = tuple[tuple[Array, ...], Array | None]
+"""Outputs, as logits [N, classes], and features [N, …] where the model has them."""
 Judged = tuple[Error, float | None]
 APART = ("kind", "block", "model")
 """Scopes whose weights and activations leave-one-out also takes apart; layerwise does for all."""
@@ -93,9 +94,8 @@ def sensitivity(
         _Runs, reference or model, threads, features, None if reference is None else model
     )
     first = start()
-    truth = first.measured(
-        images, first.segments.run(images.values, 0, first.last, {}, images.batch)
-    )
+    first.segments.run(images.values, 0, first.last, {}, images.batch)
+    truth = first.measured(images)
     judge = partial(_judged, truth)
     alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
     runs = start()
@@ -133,7 +133,7 @@ def layerwise_errors(
     """
     runs = _Runs(model, threads, None)
     found = dict(runs.each({}, alone, images, progress))
-    return {m: logits_error(runs.baseline[0], outcome[0]) for m, outcome in found.items()}
+    return {m: outputs_error(runs.baseline[0], outcome[0]) for m, outcome in found.items()}
 
 
 def errors_of(
@@ -147,9 +147,10 @@ def errors_of(
     """The error of the logits with all ``specs``, and the SNR of the features in dB."""
     runs = _Runs(model, threads, _last_norm(model, blocks))
     segments, values = runs.segments, images.values
-    truth = runs.measured(images, segments.run(values, 0, runs.last, {}, images.batch))
-    found = runs.measured(images, segments.run(values, 0, runs.last, specs, images.batch))
-    return _judged(truth, found)
+    segments.run(values, 0, runs.last, {}, images.batch)
+    truth = runs.measured(images)
+    segments.run(values, 0, runs.last, specs, images.batch)
+    return _judged(truth, runs.measured(images))
 
 
 def _last_norm(model: ir.Model, blocks: Blocks) -> str | None:
@@ -168,7 +169,7 @@ def _judged(truth: Outcome, found: Outcome) -> Judged:
         sums = Sums()
         sums.add(truth[1], found[1])
         features = decibels(sums.snr)
-    return logits_error(truth[0], found[0]), features
+    return outputs_error(truth[0], found[0]), features
 
 
 def run_count(modules: Sequence[Module]) -> int:
@@ -204,15 +205,18 @@ class _Runs:
         features: str | None,
         rounded: ir.Model | None = None,
     ) -> None:
-        self.output = str(model.graph.outputs[0].name)
-        self.segments = Segments(model, self.output, threads, features=features, rounded=rounded)
+        self.outputs = float_outputs(model)
+        if not self.outputs:
+            raise ModelError("The model has no output of floats to measure modules at.")
+        self.segments = Segments(model, self.outputs, threads, features=features, rounded=rounded)
         self.last = len(self.segments.parts) - 1
-        self.baseline: Outcome = np.zeros(0, np.float32), None
+        self.baseline: Outcome = (), None
 
-    def measured(self, images: Images, logits: Array) -> Outcome:
-        """Logits and features of the run just made, without what only fills up a batch."""
-        seen = self.segments.seen
-        return logits[: images.real], None if seen is None else seen[: images.real]
+    def measured(self, images: Images) -> Outcome:
+        """Outputs and features of the run just made, without what only fills up a batch."""
+        seen, count = self.segments.seen, len(images.values)
+        ends = tuple(e[: images.real] if len(e) == count else e for e in self.segments.ends)
+        return ends, None if seen is None else seen[: images.real]
 
     def each(
         self,
@@ -243,7 +247,7 @@ class _Runs:
                     )
                 if progress is not None:
                     progress(len(group))
-                outcome = self.measured(images, found)
+                outcome = self.measured(images)
                 yield from ((module, outcome) for module in group)
             value = self.segments.run(value, number, number, background, images.batch)
-        self.baseline = self.measured(images, value)
+        self.baseline = self.measured(images)

@@ -3,7 +3,7 @@
 What can be decided is in ``candidates.py``, what it costs in ``costs.py``, the search in
 ``search.py``, which knows nothing of models. Every trial is a file, measured in its runtime
 (``trials.py``). Calibration is not repeated; the activations of the float model are computed once
-for the expectations, its logits once for the measurements.
+for the expectations, its outputs once for the measurements.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from ptq_onnx.analysis.results import Automatic, Closeness, Decision
 from ptq_onnx.auto.candidates import Candidate, with_decisions
-from ptq_onnx.auto.closeness import hits
 from ptq_onnx.auto.search import Outcome, Stage, State, search
 from ptq_onnx.auto.trials import Evidence, Trials
 from ptq_onnx.config import MAX_DROP, MIN_SQNR, QuantizeConfig
@@ -48,13 +47,13 @@ def decide(
     outcome = search(list(options), measure, met, each=each, stage=stage)
     final = [options[o] for o in outcome.decisions]
     config = with_decisions(plan.config, final)
-    truth = trials.truth
+    reference = trials.reference
     found = Automatic(
         bound=bound,
         limit=limit,
-        images=len(trials.reference),
+        images=reference.count,
         held_apart=evidence.held_apart,
-        float_top1=None if truth is None else 100 * float(hits(trials.reference, truth).mean()),
+        float_top1=None if reference.truth is None else 100 * float(reference.hits().mean()),
         before=outcome.start,
         after=outcome.result,
         met=outcome.met,

@@ -1,44 +1,129 @@
-"""How close a quantized model is to the float one, from the logits of both."""
+"""How close a quantized file is to the float one: at every output, and in its answers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.errors import logits_error
 from ptq_onnx.analysis.results import Closeness
-from ptq_onnx.preprocess import FloatArray
+from ptq_onnx.evaluation import Progress
+from ptq_onnx.image_source import ImageSource
+from ptq_onnx.outputs import Tallies, Values, decibels, pairs, percent, top_classes
+from ptq_onnx.runtime import Network
 
 Labels = NDArray[np.int64]
+BATCH = 8
+HELD = 256_000_000
+"""Bytes of the float model's outputs that stay in memory; what is beyond lies in files."""
 
 
-def closeness(reference: FloatArray, logits: FloatArray, truth: Labels | None) -> Closeness:
-    """Drop of top-1, SQNR and agreement of logits [N, classes] against the float model's."""
-    error = logits_error(reference, logits)
-    drop = None
-    if truth is not None:
-        # Counted, not subtracted: the difference of two rounded shares may miss a bound it is on.
-        lost = int(hits(reference, truth).sum()) - int(hits(logits, truth).sum())
-        drop = 100 * lost / len(truth)
-    return Closeness(drop, error.snr_db, error.agreement)
+class Recorded:
+    """The float model's outputs on all images, for files to be compared with.
+
+    ``truth``: the right classes, where ``labels_of``, asked with the number of classes once all
+    images were read, gives them. ``main``: the output [batch, classes] that answers: with most
+    right answers, else the first; None where there is none. Raises ImageError, ModelError.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        images: ImageSource,
+        folder: Path,
+        *,
+        labels_of: Callable[[int], Labels] | None = None,
+        threads: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        network = Network(model, threads, name="The float model")
+        network.check(images.preprocess.shape)
+        self.images, self.names = images, network.names
+        self._threads, self._folder, self._bytes = threads, folder, 0
+        self._batches: list[dict[str, Values]] = []
+        tallies = Tallies(network.names)
+        for batch in images.batches(BATCH):
+            found = network(batch)
+            tallies.add(found, network.whole)
+            self._batches.append({name: self._kept(value) for name, value in found.items()})
+            if progress is not None:
+                progress(min(len(self._batches) * BATCH, len(images)), len(images))
+        self.top = {t.name: self._top(t.name) for t in tallies.classes}
+        self.count = len(images)
+        self.main: str | None = next(iter(self.top), None)
+        self.truth: Labels | None = None
+        if labels_of is not None and self.top:
+            truth = labels_of(max(t.width for t in tallies.classes))
+            able = [t.name for t in tallies.classes if t.width > truth.max(initial=0)]
+            self.main = max(able, key=lambda name: int((self.top[name] == truth).sum()))
+            self.truth = truth
+
+    def hits(self) -> NDArray[np.bool_]:
+        """Which images the float model gets right."""
+        assert self.main is not None
+        return hits(self.top[self.main], self.truth)
+
+    def measure(self, model: Path) -> tuple[Closeness, float | None]:
+        """A file against the float model, and one standard error of its drop; None without
+        labels. Raises ImageError, ModelError."""
+        network = Network(model, self._threads, name="The quantized model")
+        shared = pairs(network.names, self.names)
+        tallies = Tallies(list(shared))
+        top: list[Labels] = []
+        main = next((n for n, o in shared.items() if o == self.main), None)
+        for batch, floats in zip(self.images.batches(BATCH), self._batches, strict=True):
+            found = network(batch)
+            known = {n: floats[o] for n, o in shared.items() if o in floats}
+            tallies.add(found, network.whole, known, network.loose)
+            if main is not None:
+                top.append(top_classes(found[main]))
+        drop = error = agreement = None
+        if main is not None and self.main is not None:
+            after = np.concatenate(top)
+            agreement = percent(int((after == self.top[self.main]).sum()), len(after))
+            if self.truth is not None:
+                before, right = self.hits(), hits(after, self.truth)
+                drop, error = points_lost(before, right), drop_error(before, right)
+        worst = tallies.worst
+        at = next((t.name for t in tallies.ranked if t.sqnr == worst), None)
+        several = at if len(tallies.each) > 1 else None
+        return Closeness(drop, decibels(worst) or 0.0, agreement, several), error
+
+    def _kept(self, value: Values) -> Values:
+        self._bytes += value.nbytes
+        if self._bytes <= HELD:
+            return value
+        path = self._folder / f"output_{self._bytes}.npy"
+        np.save(path, value)
+        kept: Values = np.load(path, mmap_mode="r")
+        return kept
+
+    def _top(self, name: str) -> Labels:
+        return np.concatenate([top_classes(batch[name]) for batch in self._batches])
 
 
-def hits(logits: FloatArray, truth: Labels) -> NDArray[np.bool_]:
-    """Whether the top class is the right one; of equals the first leads."""
-    return np.asarray(logits.argmax(axis=1) == truth)
+def hits(top: Labels, truth: Labels | None) -> NDArray[np.bool_]:
+    """Whether the top classes are the right ones."""
+    return np.asarray(top == truth)
 
 
-def drop_error(reference: FloatArray, logits: FloatArray, truth: Labels) -> float:
+def points_lost(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
+    """The drop of top-1 between two lists of hits. Counted, not subtracted: the difference of two
+    rounded shares may miss a bound it is on."""
+    return 100 * (int(before.sum()) - int(after.sum())) / len(after)
+
+
+def drop_error(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
     """One standard error of the drop in points: √(b + c - (b - c)² / N) / N · 100.
 
     b and c count the images that only one of the two models gets right (McNemar's table). With
     none, one is assumed: so few images cannot rule it out.
     """
-    before, after = hits(reference, truth), hits(logits, truth)
     b, c = int((before & ~after).sum()), int((after & ~before).sum())
-    count = len(truth)
+    count = len(before)
     if b + c == 0:
         return 100 / count
     return 100 * math.sqrt(max(b + c - (b - c) ** 2 / count, 0)) / count

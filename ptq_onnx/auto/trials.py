@@ -16,15 +16,14 @@ from ptq_onnx.analysis.results import Closeness, Error
 from ptq_onnx.analysis.segments import Specs
 from ptq_onnx.analysis.sensitivity import Images, layerwise_errors
 from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions
-from ptq_onnx.auto.closeness import Labels, closeness, drop_error
+from ptq_onnx.auto.closeness import Labels, Recorded
 from ptq_onnx.auto.costs import cost
 from ptq_onnx.auto.search import Option, Stage
 from ptq_onnx.config import ALL
-from ptq_onnx.evaluation import logits, since
+from ptq_onnx.evaluation import since
 from ptq_onnx.export.half import to_float16
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.image_source import ImageSource
-from ptq_onnx.preprocess import FloatArray
 from ptq_onnx.quantizers import make_quantizer
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.spec import Rule
@@ -54,14 +53,14 @@ class Trials:
         self, plan: Plan, batches: Iterable[Any], evidence: Evidence, stage: Stage
     ) -> None:
         self._batches, self._evidence, self._stage = batches, evidence, stage
-        self.reference: FloatArray = logits(
+        self.reference = Recorded(
             evidence.reference,
             evidence.images,
+            evidence.work,
+            labels_of=evidence.labels_of,
             threads=plan.config.threads,
             progress=since(stage("Float model", len(evidence.images))),
         )
-        labels = evidence.labels_of
-        self.truth = None if labels is None else labels(self.reference.shape[1])
         self._base = make_quantizer(plan)
         statistics = self._base.measure(batches)
         self._specs = self._base.solve(statistics)
@@ -96,9 +95,9 @@ class Trials:
         if key not in self._known:
             specs = quantizer.calibrate(self._batches)
             lowered = lower(quantizer.model, specs)
-            found = self._logits(to_float16(lowered) if self.plan.config.float16 else lowered)
-            error = None if self.truth is None else drop_error(self.reference, found, self.truth)
-            self._known[key] = closeness(self.reference, found, self.truth), error
+            self._known[key] = self._run(
+                to_float16(lowered) if self.plan.config.float16 else lowered
+            )
         return self._known[key]
 
     def _quantizer(self, chosen: Sequence[Candidate]) -> SiteQuantizer:
@@ -106,16 +105,15 @@ class Trials:
             replace(self.plan, config=with_decisions(self.plan.config, chosen), progress=None)
         )
 
-    def _logits(self, model: ir.Model) -> FloatArray:
+    def _run(self, model: ir.Model) -> tuple[Closeness, float | None]:
         """Of a file, as it is deployed: models beyond 2 GB have no other form."""
-        evidence = self._evidence
-        with tempfile.TemporaryDirectory(dir=evidence.work) as folder:
+        with tempfile.TemporaryDirectory(dir=self._evidence.work) as folder:
             path = Path(folder) / "trial.onnx"
             graphs.save(model, path, check=False)
-            return logits(path, evidence.images, threads=self.plan.config.threads)
+            return self.reference.measure(path)
 
     def _noise(self, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
-        """Noise to signal at the logits that each decision is expected to take away: what its
+        """Noise to signal at the outputs that each decision is expected to take away: what its
         tensors make when they alone are quantized, less what is left with 8 bits."""
         config = self.plan.config
         module = {c: Module(c.module, "op", c.role, c.block, "all", c.tensors) for c in candidates}

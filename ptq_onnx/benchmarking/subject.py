@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.errors import ModelError
+from ptq_onnx.preparation import read_input
+from ptq_onnx.signature import TO_LAST, channels_last
+from ptq_onnx.sites import image_input
+from ptq_onnx.validation import is_image
 
 SEED = 0
 SIDE = 224
@@ -55,15 +59,20 @@ class Subject:
         return {i.name: (batch, *i.shape) for i in self.inputs}
 
     def feed(self, batch: int) -> Feed:
-        """Standard normal inputs from a fixed seed; zeros where an input takes no floats."""
+        """Standard normal inputs from a fixed seed, random bytes for uint8; zeros where an input
+        takes something else."""
         random = np.random.default_rng(SEED)
         shapes = self.shapes(batch)
-        return {
-            i.name: random.standard_normal(shapes[i.name], dtype=np.float32).astype(i.dtype)
-            if i.dtype.kind == "f"
-            else np.zeros(shapes[i.name], i.dtype)
-            for i in self.inputs
-        }
+        found: Feed = {}
+        for i in self.inputs:
+            shape = shapes[i.name]
+            if i.dtype.kind == "f":
+                found[i.name] = random.standard_normal(shape, dtype=np.float32).astype(i.dtype)
+            elif i.dtype == np.uint8:
+                found[i.name] = random.integers(0, 256, shape, dtype=np.uint8)
+            else:
+                found[i.name] = np.zeros(shape, i.dtype)
+        return found
 
 
 def read_subject(path: str | Path) -> Subject:
@@ -80,6 +89,8 @@ def read_subject(path: str | Path) -> Subject:
         if isinstance(v.const_value, ir.ExternalTensor)
     }
     files = [path, *(_beside(path, other) for other in beside)]
+    if len(free) == 1 and is_image(free[0]):
+        _fill(free[0], path)
     return Subject(
         path=path,
         inputs=tuple(_input(v, path) for v in free),
@@ -101,6 +112,21 @@ def _beside(path: Path, other: Path) -> Path:
     return found
 
 
+def _fill(image: ir.Value, path: Path) -> None:
+    """Give dynamic axes of an image the sizes that the file's graph tells, where it does."""
+    shape = list(image.shape or ())
+    if all(isinstance(d, int) for d in shape[1:]):
+        return
+    try:
+        known = list(image_input(read_input(path)).shape or ())
+    except ModelError:
+        return
+    if channels_last(shape):
+        known = [known[i] for i in TO_LAST]
+    dims = (d if isinstance(d, int) else k for d, k in zip(shape[1:], known[1:], strict=True))
+    image.shape = ir.Shape([shape[0], *dims])
+
+
 def _input(value: ir.Value, path: Path) -> Input:
     name = str(value.name)
     if value.shape is None or len(value.shape) == 0 or value.dtype is None:
@@ -114,6 +140,8 @@ def _input(value: ir.Value, path: Path) -> Input:
             f"Model {path}: input '{name}' is of type {value.dtype}, which cannot be fed."
         ) from None
     first, *rest = value.shape
-    unknown = [CHANNELS, SIDE, SIDE] if len(rest) == 3 else [SIDE] * len(rest)
+    unknown = [SIDE] * len(rest)
+    if len(rest) == 3:
+        unknown = [SIDE, SIDE, CHANNELS] if channels_last(value.shape) else [CHANNELS, SIDE, SIDE]
     sides = (d if isinstance(d, int) else u for d, u in zip(rest, unknown, strict=True))
     return Input(name, dtype, first if isinstance(first, int) else None, tuple(sides))

@@ -20,8 +20,9 @@ FLOATS = frozenset(
     [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE]
 )
 STANDARD = ("", "ai.onnx")
-BEFORE = frozenset(["Mul", "Div", "Transpose", "Reshape", "Identity"])
-"""What may stand between the image and its QuantizeLinear: a factor per channel."""
+BEFORE = frozenset(["Mul", "Div", "Transpose", "Reshape", "Identity", "Cast"])
+"""What may stand between the image and its QuantizeLinear: a factor per channel, and what makes
+floats with the channels first of an image in bytes, or with the channels last."""
 BEHIND = frozenset(["DequantizeLinear", "Cast", "Mul", "Identity"])
 """What may stand between the last integers and an output."""
 

@@ -429,10 +429,11 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     counts = restructure(model, target)
     common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
-    fixed: dict[str, tuple[float, float]] = {}
+    fixed: dict[str, tuple[float, float]] = dict(plan.fixed)
     moves = plan.config.code == "uniform"  # see the module's text
     if plan.pixels is not None and moves:
-        roles, fixed = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
+        roles, exact = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
+        fixed.update(exact)
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     sites = find_sites(model, blocks)
     nodes = {name_of(node): node for node in model.graph}

@@ -13,6 +13,7 @@ from ptq_onnx.fusion.gelu import fuse_gelu, fuse_quick_gelu
 from ptq_onnx.fusion.l2_norm import fuse_l2_norm
 from ptq_onnx.fusion.layer_norm import fuse_layer_norm
 from ptq_onnx.fusion.linear import fuse_linear
+from ptq_onnx.fusion.normalisation import fold_normalisation
 from ptq_onnx.fusion.patch_embed import count_patch_embeds, fuse_conv_bias
 from ptq_onnx.fusion.rms_norm import fuse_rms_norm
 from ptq_onnx.fusion.silu import fuse_silu
@@ -28,6 +29,7 @@ RULES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("AttentionScale", fuse_attention_scale),
     ("AttentionMask", split_mask),
     ("ConvBias", fuse_conv_bias),
+    ("Normalisation", fold_normalisation),
     ("Linear", fuse_linear),
     ("LinearBatchNorm", fuse_linear_batch_norm),
     ("PatchEmbed", count_patch_embeds),

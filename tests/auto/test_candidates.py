@@ -10,9 +10,10 @@ from prepared_models import DIGITS, images, prepared, quantized
 
 from ptq_onnx.auto import notes_on
 from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions
-from ptq_onnx.auto.closeness import closeness, drop_error
+from ptq_onnx.auto.closeness import drop_error, hits, points_lost
 from ptq_onnx.auto.costs import cost, macs
 from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.outputs import Tallies, top_classes
 from ptq_onnx.quantizers import make_quantizer
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 
@@ -206,14 +207,18 @@ def test_closeness_against_counting() -> None:
     truth = np.array([0, 1, 2, 2])
     reference = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]]
     found = np.eye(3, dtype=np.float32)[[0, 2, 1, 2]]
-    one = closeness(reference, found, truth)
-    assert (one.drop, one.agreement) == (25.0, 25.0)
-    assert one.sqnr_db == pytest.approx(10 * np.log10(4 / 6))
-    assert closeness(reference, found, None).drop is None
-    assert closeness(reference, reference, truth).sqnr_db == 200
+    before, after = (hits(top_classes(logits), truth) for logits in (reference, found))
+    tallies = Tallies(["logits", "again"])
+    tallies.add(
+        {"logits": found, "again": reference}, set(), {"logits": reference, "again": reference}
+    )
+    one, same = (tally.figures() for tally in tallies.each.values())
+    assert (points_lost(before, after), one.agreement) == (25.0, 25.0)
+    assert one.sqnr_db == pytest.approx(10 * np.log10(4 / 6)) == tallies.worst
+    assert same.sqnr_db == 200
     # b = 2, c = 1: √(3 - 1/4) / 4
-    assert drop_error(reference, found, truth) == pytest.approx(100 * np.sqrt(2.75) / 4)
-    assert drop_error(reference, reference, truth) == 25
+    assert drop_error(before, after) == pytest.approx(100 * np.sqrt(2.75) / 4)
+    assert drop_error(before, before) == 25
 
 
 def test_the_error_of_a_drop_is_its_deviation() -> None:
@@ -222,12 +227,10 @@ def test_the_error_of_a_drop_is_its_deviation() -> None:
     count, runs = 500, 400
     drops, errors = [], []
     for _ in range(runs):
-        truth = np.zeros(count, np.int64)
         first, second = draw.random(count) < 0.8, draw.random(count)
         after = np.where(first, second < 0.95, second < 0.2)
-        logits = [np.stack([hit, ~hit], axis=1).astype(np.float32) for hit in (first, after)]
-        drops.append(closeness(*logits, truth).drop)
-        errors.append(drop_error(*logits, truth))
+        drops.append(points_lost(first, after))
+        errors.append(drop_error(first, after))
     assert np.mean(errors) == pytest.approx(np.std(drops), rel=0.1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -10,8 +11,8 @@ from google.protobuf.descriptor import FieldDescriptor
 
 INTEGERS = (0, 1, -1, 2, 3, 7, 8, 9, 16, 127, 255, 1 << 16, (1 << 31) - 1, 1 << 31, -(1 << 31))
 LARGE = (1 << 40, (1 << 62), (1 << 63) - 1, -(1 << 63))
-FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-7, 1e30, 3.4e38, float("inf"), float("-inf"), float("nan"))
-TEXTS = ("", "x", "nothing", "a" * 300, "é×\u202e", "\x1b[31m", "../..", "/dev/zero", "com.microsoft")
+FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-7, 1e30, 3.4e38, math.inf, -math.inf, math.nan)
+TEXTS = ("", "x", "no", "a" * 300, "é×\u202e", "\x1b[31m", "../..", "/dev/zero", "com.microsoft")
 WHOLE = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 
 
@@ -44,7 +45,7 @@ def _change(message: Any, field: Any, rng: random.Random, messages: list[Any]) -
         if rng.random() < 0.4:
             message.ClearField(name)
         else:
-            alike = [m for m in messages if m.DESCRIPTOR == field.message_type]
+            alike = [m for m in messages if field.message_type == m.DESCRIPTOR]
             if alike:
                 getattr(message, name).CopyFrom(_copy(rng.choice(alike)))
     elif rng.random() < 0.2:
@@ -60,7 +61,7 @@ def _change_list(values: Any, field: Any, rng: random.Random, messages: list[Any
     elif what == "clear":
         del values[:]
     elif field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
-        alike = [m for m in messages if m.DESCRIPTOR == field.message_type]
+        alike = [m for m in messages if field.message_type == m.DESCRIPTOR]
         if alike:
             values.add().CopyFrom(_copy(rng.choice(alike)))
     elif len(values) > 1 and what == "swap":

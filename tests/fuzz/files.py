@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz.bytes_of import damaged
 from numpy.typing import NDArray
 from PIL import Image
 
+from fuzz.bytes_of import damaged
 from ptq_onnx.images import open_images
 from ptq_onnx.preprocess import Preprocess
 
@@ -65,8 +65,10 @@ def npy_bytes(rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         return content
     end = content.index(b"\n") + 1
+    # fmt: off
     shapes = ("(-1, 3, 8, 12)", "(10**12, 3, 8, 12)", "(4, 3, 8, 12.0)", "()", "(True, 3, 8, 12)",
-              f"({1 << 62}, 3, 8, 12)", "(0, 3, 8, 12)", "(4, 3, 8)", "(((((4,),),),),)")  # fmt: skip
+              f"({1 << 62}, 3, 8, 12)", "(0, 3, 8, 12)", "(4, 3, 8)", "(((((4,),),),),)")
+    # fmt: on
     kinds = ("<f4", "|O", "|u1", "<f8", ">f4", "<M8[s]", "|V10", "<U3", "<c8", "|b1", "x", "<f2")
     header = (
         f"{{'descr': '{rng.choice(kinds)}', 'fortran_order': {rng.random() < 0.3}, "

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from fuzz.oracle import Wrong
 from numpy.typing import NDArray
+
+from fuzz.oracle import Wrong
 
 TOLERANCE = 1e-3
 SIDE = {"batch": 2}

@@ -26,6 +26,7 @@ from ptq_onnx.export.integer.products import (
     largest_sum,
     scale_of,
 )
+from ptq_onnx.export.integer.reasons import of_weight, without_form
 from ptq_onnx.export.integer.softmax import SoftmaxStep
 from ptq_onnx.spec import TensorSpec
 
@@ -57,9 +58,9 @@ def make_plan(
             if planner is None:
                 raise refusal(node, "the integer target has no integer form of this op")
             plan.steps[node] = planner(plan, node)
-        except ModelError:
+        except ModelError as error:
             if strict:
-                raise
+                raise ModelError(f"{error}{without_form(model, node, planner_of)}") from error
             plan.left.append(node)
     if strict:
         plan.image_spec()
@@ -86,7 +87,7 @@ def plan_linear(plan: Plan, node: ir.Node) -> Planned:
     weight, spec = plan.weight(node)
     rows = np.ones(()) if spec.factor is None else spec.factor.astype(np.float64).ravel()
     if x.accumulator or not np.allclose(x.scale * rows, x.step, rtol=1e-6, atol=0):
-        raise refusal(node, "its weight does not take the factors of its input")
+        raise refusal(node, of_weight(node))
     bias = plan.constant(node, 2)
     step = scale_of(x.step, spec.scale)
     bound = largest_sum(weight, int(x.zero), (x.low, x.high), 1)

@@ -22,6 +22,7 @@ from ptq_onnx.export.integer.elementwise import Term
 from ptq_onnx.export.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
 from ptq_onnx.export.integer.grid import Double, Grid, Ints, LogGrid
 from ptq_onnx.export.integer.products import WEIGHT_ZERO
+from ptq_onnx.export.integer.reasons import of_padding
 from ptq_onnx.kernels import carried_specs
 from ptq_onnx.layout import layout_indices
 from ptq_onnx.quantizers.uniform import quantize
@@ -148,6 +149,9 @@ class Plan:
                 or np.any(scale[channel] != grid.scale)
                 or np.any(zero[channel] != grid.zero)
             ):
+                reason = of_padding(output)
+                if reason is not None:
+                    raise refusal(producer(output), reason)
                 raise ModelError(
                     f"Tensor '{output.name}': one of its channels is quantized in two ways."
                 )

@@ -1,0 +1,125 @@
+"""Which output holds logits: by the end of the graph, not by its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper
+from small_graph import SmallGraph, sample
+
+from ptq_onnx import graph as graphs
+from ptq_onnx.calibration.class_output import class_outputs, logits_output
+from ptq_onnx.calibration.preprocess_check import MOST, check_preprocess
+from ptq_onnx.fusion import fuse
+from ptq_onnx.images import Preprocess, open_images
+from ptq_onnx.preparation import prepare
+from ptq_onnx.runtime import Classifier
+
+Build = Callable[[SmallGraph], str]
+W, B = sample(8, 5), sample(5)
+
+
+def norm(g: SmallGraph) -> str:
+    return g("LayerNormalization", "x", np.ones(8), np.zeros(8), axis=-1)
+
+
+def first(g: SmallGraph) -> str:
+    return g("Gather", norm(g), np.array(0), axis=1)
+
+
+def linear(g: SmallGraph, x: str, seed: int = 0) -> str:
+    return g("Add", g("MatMul", x, sample(8, 5, seed=seed)), sample(5, seed=seed + 1))
+
+
+def unit(g: SmallGraph, x: str) -> str:
+    return g("Div", x, g("ReduceL2", x, np.array([-1]), keepdims=1))
+
+
+LOGITS: dict[str, Build] = {
+    "head": lambda g: linear(g, first(g)),
+    "gemm": lambda g: g("Gemm", first(g), W, B),
+    "pooled": lambda g: linear(g, g("ReduceMean", norm(g), np.array([1]), keepdims=0)),
+    "softmax": lambda g: g("Softmax", linear(g, first(g)), axis=-1),
+    "probabilities without bias": lambda g: g("Softmax", g("MatMul", first(g), W), axis=-1),
+    "two heads": lambda g: g("Div", g("Add", linear(g, first(g)), linear(g, first(g), 7)), 2.0),
+    "pooled classes": lambda g: g("ReduceMean", linear(g, norm(g)), np.array([1]), keepdims=0),
+}
+FEATURES: dict[str, Build] = {
+    "class token of DINOv2": first,
+    "mean of the tokens": lambda g: g("ReduceMean", norm(g), np.array([1]), keepdims=0),
+    "pooler": lambda g: g("Tanh", linear(g, first(g))),
+    "CLIP, projected": lambda g: g("MatMul", first(g), W),
+    "CLIP, normalised": lambda g: unit(g, g("MatMul", first(g), W)),
+    "normalised with bias": lambda g: unit(g, linear(g, first(g))),
+    "normalised and scaled": lambda g: g("Mul", unit(g, g("MatMul", first(g), W)), 100.0),
+    "a residual branch": lambda g: g("Add", first(g), g("Gemm", first(g), sample(8, 8), sample(8))),
+}
+
+
+def model(build: Build, name: str = "y") -> ir.Model:
+    g = SmallGraph(("batch", 6, 8))
+    made = build(g)
+    g.nodes.append(helper.make_node("Identity", [made], [name], "/last"))
+    found = g.model(name)
+    graphs.clean(found)
+    fuse(found)
+    return found
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits(name: str) -> None:
+    found = model(LOGITS[name])
+    assert class_outputs(found) == ["y"]
+    assert logits_output(found) == "y"
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_are_no_logits(name: str) -> None:
+    found = model(FEATURES[name])
+    assert class_outputs(found) == ["y"]
+    assert logits_output(found) is None
+
+
+def test_a_name_that_says_features() -> None:
+    assert logits_output(model(LOGITS["head"], "image_embeds")) is None
+
+
+def cut(path: Path, folder: Path, unit_length: bool) -> Path:
+    """A sample model without its head: what a feature extractor of it gives."""
+    prepared = prepare(path)
+    head = prepared.model.graph.outputs[0].producer()
+    assert head is not None
+    name = str(head.inputs[0].name)  # type: ignore[union-attr]
+    proto: Any = ir.to_proto(graphs.to_standard(prepared.model))
+    if unit_length:
+        proto.graph.node.append(helper.make_node("LpNormalization", [name], ["e"], axis=-1, p=2))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(100), "c"))
+        proto.graph.node.append(helper.make_node("Mul", ["e", "c"], ["unit"]))
+        name = "unit"
+    del proto.graph.output[:]
+    proto.graph.output.append(helper.make_tensor_value_info(name, 1, ["batch", 192]))
+    onnx.save(proto, folder / "cut.onnx")
+    return folder / "cut.onnx"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("unit_length", [False, True])
+def test_features_of_a_sample_model_would_raise_a_false_alarm(
+    shared: Path, real_models: dict[str, Path], tmp_path: Path, unit_length: bool
+) -> None:
+    """DeiT-Ti's features under its own normalisation: the softmax of them says "[0, 255]"."""
+    path = cut(real_models["deit"], tmp_path, unit_length)
+    plain = Preprocess((0.0,) * 3, (1.0,) * 3, (224, 224))
+    images = np.concatenate(
+        list(open_images(shared / "imagenet/calib", plain, limit=MOST).batches(8))
+    )
+    found = check_preprocess(Classifier(path, 1), images, Preprocess.named("imagenet"))
+    assert found.warning is not None
+    assert logits_output(prepare(path).model) is None
+    assert logits_output(prepare(real_models["deit"]).model) == "logits"
