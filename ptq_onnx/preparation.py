@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import Blocks, find_blocks
@@ -13,6 +14,7 @@ from ptq_onnx.contrib import refuse_tied
 from ptq_onnx.errors import ModelError, PtqError
 from ptq_onnx.fusion import fuse
 from ptq_onnx.input_size import Axes, fix_size
+from ptq_onnx.sessions import Session
 from ptq_onnx.signature import channels_last, take_images
 from ptq_onnx.sites import find_sites, image_input
 from ptq_onnx.spec import Site
@@ -52,10 +54,21 @@ def prepare(
     except PtqError:
         raise
     except Exception as error:  # a graph that nobody here has seen; its text may be a whole graph
+        refuse_what_does_not_run(path)
         raise ModelError(
             f"Model {path} cannot be prepared; a bug here, which its file would help to mend"
             f" ({type(error).__name__}: {one_line(error)})."
         ) from error
+
+
+def refuse_what_does_not_run(path: Path) -> None:
+    """Raise ModelError where ONNX Runtime refuses the file too: then that is what is wrong."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        Session(str(path), options, providers=["CPUExecutionProvider"])
+    except ModelError as error:
+        raise ModelError(f"Model {path}: {error}") from error
 
 
 def settle(model: ir.Model, path: Path, size: tuple[int, int] | None = None) -> list[str]:

@@ -54,6 +54,13 @@ def refuse_unknown(model: ir.Model, prefix: str = "") -> None:
     """No loop, and no op that only a plug-in knows; what a branch holds is looked at once it is
     known which is taken."""
     local = {(f.domain, f.name) for f in model.functions.values()}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        odd = next((a for a in node.attributes.values() if a.is_ref()), None)
+        if odd is not None:
+            raise ModelError(
+                f"{prefix}{'n' if prefix else 'N'}ode '{node.name or node.outputs[0].name}': its"
+                f" attribute {odd.name} refers to one of a function, and the node is in none."
+            )
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for node in (node for graph in graphs for node in graph):
         where = f"{prefix}{'n' if prefix else 'N'}ode '{node.name or node.outputs[0].name}'"
@@ -87,7 +94,12 @@ def check_input(model: ir.Model, path: Path) -> None:
     """One input, a batch of images. Raises ModelError, true for what the file takes."""
     inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
     if len(inputs) == 1 and is_image(inputs[0]):
-        return
+        if all(d >= 1 for d in inputs[0].shape or () if isinstance(d, int)):
+            return
+        raise ModelError(
+            f"Model {path}: its input is '{inputs[0].name}' {_describe(inputs[0])}, which holds no"
+            " image: export it with the size of the images, or a dynamic one."
+        )
     found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
     images = [v for v in inputs if is_image(v)]
     if len(inputs) == 1:
@@ -128,6 +140,11 @@ def _check_weights(graph: ir.Graph, path: Path) -> None:
             raise ModelError(
                 f"Model {path}: tensor '{value.name}' cannot be read: {one_line(error)}."
             ) from error
+        if tensor.dtype in FLOATS and array.ndim > 1 and not array.size:
+            raise ModelError(
+                f"Model {path}: tensor '{value.name}' {list(array.shape)} holds nothing; weights"
+                " need at least one element. Export the model again."
+            )
         if tensor.dtype not in FLOATS or np.isfinite(array).all():
             continue
         if np.isnan(array).any():

@@ -38,6 +38,7 @@ from ptq_onnx.centring import TOKENS
 from ptq_onnx.layout import channel_map
 from ptq_onnx.quantizers.log2 import log2_codes, log2_values
 from ptq_onnx.quantizers.uniform import dequantize, over, quantize
+from ptq_onnx.sessions import Session
 from ptq_onnx.spec import Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -301,7 +302,7 @@ def _raw(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = ort.InferenceSession(
+    session = Session(
         ir.to_proto(copy).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     feed = session.get_inputs()[0].name

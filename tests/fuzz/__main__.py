@@ -30,6 +30,8 @@ def worker(kind: str, first: int, count: int) -> None:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             found = run_case(kind, seed, Path(folder))
         end = {"seed": seed, "code": found.code, "finding": found.finding}
+        if found.admits:
+            end["admits"] = found.text
         print(json.dumps(end | {"seconds": round(found.seconds, 2)}), flush=True)
 
 
@@ -61,6 +63,8 @@ def lot(kind: str, first: int, count: int) -> tuple[Counter[int], list[dict[str,
         codes[line["code"]] += 1
         if line["finding"]:
             findings.append({"kind": kind, **line})
+        elif "admits" in line:
+            findings.append({"kind": kind, **line, "finding": "admits: a fault of its own"})
     if process.returncode:
         at = lines[-1].get("begin", first) if lines else first
         what = ended or f"crash: ended with {process.returncode}"

@@ -39,6 +39,11 @@ class Outcome:
     text: str = ""
     seconds: float = 0.0
 
+    @property
+    def admits(self) -> bool:
+        """Whether the one line says that the fault is the package's own."""
+        return "a bug here" in self.text
+
 
 def judge(call: Callable[[], object], folder: Path) -> Outcome:
     """Run ``call`` as the command line runs its commands, in ``folder``, and look at the rest.
