@@ -28,6 +28,7 @@ from ptq_onnx.evaluation import evaluate
 from ptq_onnx.images import open_images
 from ptq_onnx.integer_interpreter import differing_tensors
 from ptq_onnx.labels import labels_for
+from ptq_onnx.model_size import model_bytes
 from ptq_onnx.pipeline import quantize, read_scales, resolve_preprocess
 from ptq_onnx.preparation import prepare
 from ptq_onnx.runtime import session
@@ -73,7 +74,7 @@ def main() -> None:
         truth = labels_for(source, options.data / "imagenet/val.txt")
         few = [batch for batch, _ in zip(source.batches(1), range(options.exact), strict=False)]
         plain = evaluate(path, source, truth, batch_size=4)
-        size = path.stat().st_size / 1e6
+        size = model_bytes(path) / 1e6
         speed = milliseconds(path, few[0])
         print(
             f"| {name} | FP32 | {plain.top1:.1f} | | | {speed:.0f} | {size:.2f} | | |", flush=True
@@ -124,7 +125,7 @@ def measure(
             "sqnr_db": measured.sqnr_db,
             "agreement": measured.agreement,
             "ms": milliseconds(file, few[0]),
-            "bytes": file.stat().st_size,
+            "bytes": model_bytes(file),
         }
         if target == "integer":
             model = ir.load(file)

@@ -131,7 +131,9 @@ def _reason(found: Symbolic, condition: ir.Value | None) -> str:
             names = sorted({name for x in content.ravel() for name in dynamic_names(x)})
             if names:
                 dims = " and ".join(f"'{name}'" for name in names)
-                return f"depends on the size of the dynamic axis {dims} of the input"
+                batch = {str(v.shape[0]) for v in found.graph.inputs if v.shape}
+                advice = "" if batch & set(names) else ", which --size HxW may fix"
+                return f"depends on the size of the dynamic axis {dims} of the input{advice}"
             continue
         if value.is_graph_input():
             return f"depends on the values of the input '{value.name}'"

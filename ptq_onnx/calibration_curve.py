@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.image_source import NOISE, ImageSource
 from ptq_onnx.outputs import MOST_DB
+from ptq_onnx.progress import Planned, Progress, Stages
+from ptq_onnx.stages import RUNNING_FLOAT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Closeness
 
 SIZES = (1, 4, 16, 64, 256)
+QUANTIZING = "Quantizing and measuring"
 IMAGES = "images"
 """The source that is no noise."""
 LEAST_SPAN = 10
@@ -77,7 +80,7 @@ def measure_curve(
     calib: str | Path | None = None,
     labels: str | Path | None = None,
     sizes: Sequence[int] = SIZES,
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
+    progress: Progress | None = None,
 ) -> Curve:
     """Quantize ``model`` once for each of ``sizes``, with images and with noise.
 
@@ -105,7 +108,8 @@ def measure_curve(
         missing = ", ".join(str(n) for n in sizes if n > available)
         notes.append(f"Left out {missing} images: there are {available} to calibrate with.")
     runs = [(IMAGES, n) for n in usable] + [(NOISE, n) for n in sizes]
-    tell = (progress or (lambda *_: lambda __: None))("Quantizing", len(runs))
+    begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
+    begin(RUNNING_FLOAT, 1)
     points = []
     with tempfile.TemporaryDirectory() as folder:
         reference = Recorded(
@@ -117,6 +121,7 @@ def measure_curve(
         )
         right = None if reference.truth is None else reference.hits()
         float_top1 = None if right is None else 100 * float(right.mean())
+        tell = begin(QUANTIZING, len(runs))
         for source, n in runs:
             result = pipeline.quantize(
                 model,
@@ -127,6 +132,7 @@ def measure_curve(
             file = result.output / "quantized.onnx"
             points.append(measure_point(source, n, reference.measure(file)[0], float_top1))
             tell(1)
+    begin.done()
     return Curve(
         model=model.name,
         quantizer=config.quantizer,

@@ -107,9 +107,9 @@ def quantize(
     """Quantize a model and write it to a folder, with its report."""
     options, paths = o.settings(config, locals())
     path = find_model(model)
-    from ptq_onnx import pipeline
-
     with progress_bars() as progress:
+        from ptq_onnx import pipeline  # seconds
+
         result = pipeline.quantize(path, config=options, progress=progress, **paths)
     show(result)
 
@@ -140,20 +140,24 @@ def evaluate(
     path, other = find_model(model), None if reference is None else find_model(reference)
     if "val" not in paths:
         raise ConfigError("evaluate needs images: --val DIR.")
-    from ptq_onnx import evaluation, pipeline, runtime
-    from ptq_onnx.images import open_images
-
-    source = open_images(paths["val"], pipeline.resolve_preprocess(path, options))
-    classes = bool(runtime.Network(path, 1).class_outputs)
-    if not classes and other is None:
-        raise ConfigError(
-            f"{path} has no output [batch, classes], so that only closeness to the float model can"
-            " be measured: name that with --reference FLOAT.onnx."
-        )
-    truth = None
-    if classes or "labels" in paths:  # the second is refused, before any image is read
-        truth = _truth(source, paths.get("labels"), needed=other is None)
     with progress_bars() as progress:
+        from ptq_onnx import evaluation, pipeline, runtime
+        from ptq_onnx.calibration.class_output import features_of
+        from ptq_onnx.images import open_images
+
+        source = open_images(paths["val"], pipeline.resolve_preprocess(path, options))
+        classes = bool(runtime.Network(path, 1).class_outputs)
+        if not classes and other is None:
+            raise ConfigError(
+                f"{path} has no output [batch, classes], so that only closeness to the float model"
+                " can be measured: name that with --reference FLOAT.onnx."
+            )
+        truth = None
+        if classes or "labels" in paths:  # the second is refused, before any image is read
+            truth = _truth(source, paths.get("labels"), needed=other is None)
+        features = []
+        if other is not None and classes and truth is None:
+            features = features_of(other, source.preprocess.size)
         found = evaluation.evaluate(
             path,
             source,
@@ -161,9 +165,10 @@ def evaluate(
             batch_size=options.batch,
             threads=options.threads,
             reference=other,
+            features=features,
             progress=None
             if progress is None
-            else evaluation.since(progress("Evaluating", len(source))),
+            else evaluation.since(progress("Measuring the model", len(source))),
         )
     if as_json:
         numbers = {

@@ -56,9 +56,9 @@ def analyse(
     given["sensitivity"] = True if sensitivity is None else sensitivity
     options, paths = o.settings(config, given)
     path = find_model(model)
-    from ptq_onnx import pipeline
-
     with progress_bars() as progress:
+        from ptq_onnx import pipeline  # seconds
+
         result = pipeline.quantize(
             path, config=options, progress=progress, keep_models=False, **paths
         )

@@ -54,23 +54,24 @@ def compare(
     folder = Path(paths["output"]) if "output" in paths else None
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {folder} is a file; name a folder.")
-    from ptq_onnx import pipeline
-    from ptq_onnx.analysis import compare as comparison
-    from ptq_onnx.analysis.compare_page import render_comparison
-    from ptq_onnx.images import open_images
-    from ptq_onnx.labels import labels_for
-
-    base = comparison.find_reference(models, reference)
-    source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
-    try:
-        truth = labels_for(source, paths.get("labels"))
-    except ImageError:
-        if "labels" in paths:
-            raise
-        truth = None
-    if "labels" not in paths and not comparison.classifies(base):
-        truth = None  # its folders are no classes
     with progress_bars() as progress:
+        from ptq_onnx import pipeline
+        from ptq_onnx.analysis import compare as comparison
+        from ptq_onnx.analysis.compare_page import render_comparison
+        from ptq_onnx.analysis.results import plain
+        from ptq_onnx.images import open_images
+        from ptq_onnx.labels import labels_for
+
+        base = comparison.find_reference(models, reference)
+        source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
+        try:
+            truth = labels_for(source, paths.get("labels"))
+        except ImageError:
+            if "labels" in paths:
+                raise
+            truth = None
+        if "labels" not in paths and not comparison.classifies(base):
+            truth = None  # its folders are no classes
         found = comparison.compare(
             models,
             source,
@@ -81,13 +82,14 @@ def compare(
             threads=options.threads,
             progress=progress,
         )
-    text = json.dumps(asdict(found), indent=1, allow_nan=False)
+    numbers = plain(asdict(found))
+    text = json.dumps(numbers, indent=1, allow_nan=False)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.json").write_text(text, encoding="utf-8")
         (folder / "compare.html").write_text(render_comparison(found), encoding="utf-8")
     if as_json:
-        print(json.dumps(asdict(found), allow_nan=False))
+        print(json.dumps(numbers, allow_nan=False))
         return
     stdout().print(table(found))
     if any(len(one.outputs) > 1 for one in found.contenders):

@@ -66,9 +66,9 @@ def calibration_curve(
     target_folder = Path(paths.get("output", "output"))
     if target_folder.exists() and not target_folder.is_dir():
         raise ConfigError(f"--output {target_folder} is a file; name a folder.")
-    from ptq_onnx.calibration_curve import SIZES, measure_curve, write_curve
-
     with progress_bars() as progress:
+        from ptq_onnx.calibration_curve import SIZES, measure_curve, write_curve
+
         found = measure_curve(
             path,
             config=options,

@@ -135,7 +135,8 @@ Auto = Annotated[
     switch(
         "auto",
         DEFAULT.auto,
-        "Leave the fewest, cheapest ops in float, or at 8 bits, that keep the loss in bounds.",
+        "Leave few, cheap ops in float, or at 8 bits, that keep the loss in bounds: none of them"
+        " can be done without; another set may be smaller.",
     ),
 ]
 MaxDrop = Annotated[

@@ -6,12 +6,13 @@ import atexit
 import errno
 import io
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -22,19 +23,21 @@ from rich.text import Text
 
 from ptq_onnx.errors import PtqError
 from ptq_onnx.next_steps import next_steps
+from ptq_onnx.outputs import MOST_DB
+from ptq_onnx.progress import Progress
 
 if TYPE_CHECKING:
     from ptq_onnx.pipeline import Result
 
 WORST = 15
 """How many ops the table of the worst ops shows."""
+EXACT = "exact"
+"""What stands for infinite dB."""
 PIPE_WIDTH = 120
 """Columns where there is no terminal to ask."""
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of an interrupt and of a termination: 128 and the signal's number."""
-
-Progress = Callable[[str, int], Callable[[int], None]]
 
 
 @contextmanager
@@ -101,18 +104,10 @@ def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
         with _warnings(Console(file=stream, width=PIPE_WIDTH)):
             yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    from ptq_onnx.bars import Bars
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    console = Console(file=stream)
-    with Bars(*columns, TimeElapsedColumn(), console=console) as bars, _warnings(console):
-
-        def start(stage: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(stage, total=total)
-            return lambda done: bars.advance(task, done)
-
-        yield start
+    with Bars(stream) as bars, _warnings(bars.console):
+        yield bars
 
 
 @contextmanager
@@ -176,7 +171,8 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
     table.add_column("dB\n(higher is better)", justify="right")
     for op in ops[:count]:
         block = "" if op["block"] is None else str(op["block"])
-        cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", f"{op['snr_db']:.1f}"
+        found = EXACT if op["snr_db"] is None else f"{op['snr_db']:.1f}"
+        cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", found
         table.add_row(*map(Text, cells))
     return table
 
@@ -200,7 +196,7 @@ def _closeness(found: Mapping[str, Any] | None) -> tuple[str, str]:
     if found is None:
         return "-", "-"
     drop = "-" if found["drop"] is None else f"{found['drop']:.1f}"
-    return drop, decibels(found["sqnr_db"])
+    return drop, decibels(_measured(found["sqnr_db"]))
 
 
 def summary(report: Mapping[str, Any]) -> Table:
@@ -281,8 +277,15 @@ def percent(value: float | None) -> str:
 
 
 def decibels(value: float | None) -> str:
-    """``12.3 dB``; a dash for what was not measured."""
+    """``12.3 dB``; ``exact`` without any error, a dash for what was not measured."""
+    if value is not None and value >= MOST_DB:
+        return EXACT
     return "-" if value is None else f"{value:.1f} dB"
+
+
+def _measured(value: float | None) -> float:
+    """dB as a report holds them: null where there was no error."""
+    return math.inf if value is None else value
 
 
 def _megabytes(count: int) -> str:

@@ -1,6 +1,6 @@
 """How good a model is: accuracy on labelled images, and closeness to a reference model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,15 @@ def evaluate(
     reference: Model | None = None,
     progress: Progress | None = None,
     names: tuple[str | None, str | None] = (None, None),
+    features: Collection[str] = (),
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
 
     ``labels`` int64 [N] belong to ``images.names``. Against ``reference``: SQNR and cosine of each
     output, 10·log10(Σ fp² / Σ (fp − q)²) with the sums over all images and values, and the share
     of images with the same top class where the output is [batch, classes]. ``names``: what errors
-    call the two models. Raises ImageError, ModelError.
+    call the two models. ``features``: outputs that look like [batch, classes] and are none; not
+    asked where there are labels. Raises ImageError, ModelError.
     """
     tested = Network(model, threads, name=names[0])
     trusted = None if reference is None else Network(reference, threads, name=names[1])
@@ -84,7 +86,7 @@ def evaluate(
             f"The outputs of the reference model are none of the model's, {tested.described}: they"
             " are not the same network."
         )
-    tallies = Tallies(list(shared))
+    tallies = Tallies(list(shared), features if classes is None else ())
     count = 0
     counted: list[Tally] | None = None
     for names_, batch in images.named_batches(batch_size):

@@ -73,6 +73,7 @@ def read(path: str | Path) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
+    _free_axes(model.graph)
     _map_external_data(model, path)
     _check(proto, model, path)
     try:
@@ -91,7 +92,9 @@ def outline(path: str | Path) -> ir.Model:
     try:
         proto = _parse(path)
         sort_nodes(proto.graph)
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+        _free_axes(model.graph)
+        return model
     except ModelError:
         raise
     except Exception as error:
@@ -306,6 +309,14 @@ def _map_external_data(model: ir.Model, path: Path) -> None:
         except Exception as error:
             raise _unreadable(path, str(value.name), str(tensor.location), error) from error
         value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+
+
+def _free_axes(graph: ir.Graph) -> None:
+    """A size below 1 of an input or output, as Paddle's exporters write it, is a dynamic one."""
+    for value in (*graph.inputs, *graph.outputs):
+        dims = list(value.shape or ())
+        if any(isinstance(d, int) and d < 1 for d in dims):
+            value.shape = ir.Shape([None if isinstance(d, int) and d < 1 else d for d in dims])
 
 
 def _let_go(model: ir.Model) -> None:

@@ -55,7 +55,7 @@ def fix_size(model: ir.Model, path: Path, size: Size | None, axes: Axes) -> list
     names = (axes.dim(axes.height), axes.dim(axes.width))
     if all(isinstance(d, int) for d in (*names, axes.dim(axes.channels))):
         return []
-    found = Symbolic(model.graph, trust=False).run()
+    found = Symbolic(model.graph, trust=False, keep=True).run()
     ties = [t for t in found.ties if isinstance(t.size, sympy.Basic)]
     channels = found.names.get(str(axes.dim(axes.channels)))
     fixed = next((t.fixed for t in ties if t.size == channels and not t.split), None)

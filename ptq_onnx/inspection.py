@@ -12,6 +12,7 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import ahead_to, back_to, is_product
 from ptq_onnx.errors import PtqError
 from ptq_onnx.fusion.near_miss import NearMiss, near_misses
+from ptq_onnx.model_size import model_bytes
 from ptq_onnx.preparation import Prepared, prepare
 from ptq_onnx.signature import signature
 
@@ -77,7 +78,7 @@ def _as_written(model: ir.Model, path: Path, reason: str) -> Inspection:
     graph = model.graph
     return Inspection(
         path=str(path),
-        bytes=_size(path),
+        bytes=model_bytes(path),
         producer=_producer(model),
         opset=model.graph.opset_imports.get("", 0),
         inputs=tuple(_tensor(v) for v in graph.inputs if not v.is_initializer()),
@@ -119,7 +120,7 @@ def describe(prepared: Prepared) -> Inspection:
     unknown = [Unrecognised(name, kinds[name]) for name in prepared.blocks.unrecognised]
     return Inspection(
         path=str(prepared.path),
-        bytes=_size(prepared.path),
+        bytes=model_bytes(prepared.path),
         producer=_producer(prepared.model),
         opset=prepared.cleaned.opset_before,
         inputs=_inputs(prepared.model),
@@ -134,12 +135,6 @@ def describe(prepared: Prepared) -> Inspection:
         near_misses=(*near_misses(prepared.model), *_lost_attention(prepared)),
         notes=prepared.cleaned.notes,
     )
-
-
-def _size(path: Path) -> int:
-    """Bytes of the file, and of the data file that goes with it."""
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
 
 
 def _inputs(model: ir.Model) -> tuple[Tensor, ...]:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import is_constant, is_layout, name_of
-from ptq_onnx.export.lowering import Factor, lower, rows_of
+from ptq_onnx.channels import Factor, rows_of
+from ptq_onnx.export.lowering import lower
 from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ptq_onnx.evaluation import Evaluation, evaluate, since
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.outputs import OutputFigures, decibels
+from ptq_onnx.stages import MEASURING, MEASURING_FLOAT
 
 NAMES = ("The quantized model", "The float model")
 """What errors call the two files: where they lie while they are measured is no one's business."""
@@ -27,12 +28,13 @@ def measured(
     kind: str,
     *,
     threads: int,
+    features: Collection[str] = (),
     stage: Callable[[str, int], Callable[[int], Any]],
 ) -> tuple[dict[str, Any], list[str]]:
     """``accuracy`` (None without labels) and ``fidelity`` of the report, and notes.
 
     ``kind``: which images these are: ``val``, ``held apart`` from calibration, or of the
-    ``calibration`` itself. Raises PtqError.
+    ``calibration`` itself. ``features``: outputs that are no classes. Raises PtqError.
     """
     found = evaluate(
         quantized,
@@ -40,8 +42,9 @@ def measured(
         truth,
         threads=threads,
         reference=reference,
-        progress=since(stage("Evaluating", len(images))),
+        progress=since(stage(MEASURING, len(images))),
         names=NAMES,
+        features=features,
     )
     fidelity: dict[str, Any] = {
         "images": found.count,
@@ -52,7 +55,14 @@ def measured(
     }
     if truth is None:
         return {"accuracy": None, "fidelity": fidelity}, found.notes
-    plain = evaluate(reference, images, truth, threads=threads, names=(NAMES[1], None))
+    plain = evaluate(
+        reference,
+        images,
+        truth,
+        threads=threads,
+        names=(NAMES[1], None),
+        progress=since(stage(MEASURING_FLOAT, len(images))),
+    )
     by_name = {one.name: one for one in found.outputs}
     answers = [one for one in plain.outputs if one.top1 is not None and one.name in by_name]
     fidelity["agreement"] = by_name[str(plain.main)].agreement

@@ -8,7 +8,7 @@ classes] with more than one class.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,9 @@ class OutputFigures:
 class Tally:
     """Running sums of one output."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, answers: bool = True) -> None:
+        """``answers``: where it is [batch, n], n are classes, not features."""
+        self.name, self._answers = name, answers
         self.shape: tuple[int | str, ...] = ()
         self.width = 0
         """Classes, where the output is [batch, classes]; else 0."""
@@ -66,7 +67,7 @@ class Tally:
         """Take the shape of one batch."""
         self.shape = ("batch", *value.shape[1:]) if by_image else value.shape
         self.floats = bool(np.issubdtype(value.dtype, np.floating))
-        self.width = classes_of(value) if by_image else 0
+        self.width = classes_of(value) if by_image and self._answers else 0
 
     def compare(self, reference: Values, value: Values) -> None:
         """Fold in a batch of both models. Raises ImageError where the shapes differ."""
@@ -115,7 +116,7 @@ class Tally:
                 closeness["agreement"] = percent(self._same, self._images)
         elif self.compared:
             closeness = {"equal": percent(self._equal, self._values) if self._values else 100.0}
-        if counted and self.width:
+        if counted and self.width and self._known:
             closeness["top1"] = percent(self._hits1, self._known)
             if self.width >= 5:
                 closeness["top5"] = percent(self._hits5, self._known)
@@ -144,8 +145,9 @@ class Tally:
 class Tallies:
     """Running sums of all outputs, which are added batch by batch."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.each = {name: Tally(name) for name in names}
+    def __init__(self, names: Sequence[str], features: Collection[str] = ()) -> None:
+        """``features``: outputs in which no class leads."""
+        self.each = {name: Tally(name, name not in features) for name in names}
 
     def add(
         self,

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx import embedded
+from ptq_onnx import embedded, stages
 from ptq_onnx import graph as graphs
-from ptq_onnx.calibration.class_output import class_outputs, logits_output
+from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
 from ptq_onnx.input_size import try_size
+from ptq_onnx.model_size import model_bytes
 from ptq_onnx.preparation import Prepared, prepare, read_input
+from ptq_onnx.progress import Advance, Progress, Stages
 from ptq_onnx.scales_file import read_scales
 from ptq_onnx.signature import as_pixels, pixels, signature
 from ptq_onnx.sites import image_input
@@ -35,10 +37,7 @@ from ptq_onnx.spec import Site
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis, Automatic
 
-__all__ = ["Result", "quantize", "read_scales", "resolve_preprocess"]
-
-Progress = Callable[[str, int], Callable[[int], None]]
-"""Called with (stage, images in all); returns what is called with images done."""
+__all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"]
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +94,14 @@ def quantize(
     for the embedded model, which has images of its own, and for ``scales``. ``val``
     and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
     run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
-    ``fused.onnx``, ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it
-    is written beside and renamed, so a failure leaves nothing. ``keep_models=False``: without
-    the two models. Raises PtqError.
+    ``fused.onnx``, ``formed.onnx`` where the model was changed before it was quantized,
+    ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it is written beside and
+    renamed, so a failure leaves nothing. ``keep_models=False``: without the models. Raises
+    PtqError.
     """
     config = config or QuantizeConfig()
+    begin = Stages(progress)
+    begin(stages.READING, 1)
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
@@ -134,13 +136,15 @@ def quantize(
             "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
             " bound the logits with --min-sqnr."
         )
+    begin.plan(stages.planned(config, 0 if tested is None else len(tested), truth is not None))
+    begin(stages.LOADING, 1)
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        run = _Run(prepared, config, preprocess, images, notes, work, progress, labels=labels)
+        run = _Run(prepared, config, preprocess, images, notes, work, begin, labels=labels)
         run.validation = validation(tested, labels)
         try:
             report = run.run(tested, truth, scales)
@@ -150,9 +154,11 @@ def quantize(
                 raise
             raise type(error)(text) from error
         if not keep_models:
-            for path in (*work.glob("quantized.onnx*"), *work.glob("fused.onnx*")):
-                path.unlink()
+            for name in ("quantized", "fused", "formed"):
+                for path in work.glob(f"{name}.onnx*"):
+                    path.unlink()
         files = _publish(work, output)
+        begin.done()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Result(report, output, files, run.analysis)
@@ -294,7 +300,7 @@ class _Run:
     images: ImageSource
     notes: list[str]
     work: Path
-    progress: Progress | None
+    progress: Stages
     analysis: Analysis | None = None
     original: Prepared | None = None
     """The model before equalisation, where there is any."""
@@ -316,16 +322,16 @@ class _Run:
         """Batches of the size that config or model ask for."""
         return Batches(source, size or self.config.batch, self.fixed)
 
-    def stage(self, name: str, total: int | None = None) -> Callable[[int], None]:
-        if self.progress is None:
-            return lambda _: None
-        return self.progress(name, len(self.images) if total is None else total)
+    def stage(self, name: str, total: int | None = None, runs: int = 1) -> Advance:
+        """Begin a stage: of the calibration images, run so many times, where no total is given."""
+        return self.progress(name, runs * len(self.images) if total is None else total)
 
     def run(
         self, tested: ImageSource | None, truth: Any, scales: str | Path | None
     ) -> dict[str, Any]:
         import torch
 
+        from ptq_onnx.analysis.results import plain
         from ptq_onnx.export.half import to_float16
         from ptq_onnx.export.lowering import lower
         from ptq_onnx.quantizers import make_quantizer
@@ -336,7 +342,6 @@ class _Run:
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
-        plan = replace(plan, fixed=self._pixel_range())
         plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         decided = None
         if config.auto:
@@ -354,6 +359,7 @@ class _Run:
                 f"{len(self.images.skipped)} calibration images could not be read and were"
                 f" skipped, the first: {self.images.skipped[0]}."
             )
+        self.stage(stages.WRITING, 1)
         quantized = self.work / "quantized.onnx"
         if config.target == INTEGER:
             lowered = self._lower_integer(quantizer)
@@ -372,6 +378,7 @@ class _Run:
             "forms": dict(plan.forms),
             "moves": [asdict(move) for move in plan.moves],
         }
+        report["formed"] = self._formed(plan, quantizer)
         report["validation"] = self.validation
         report["auto"] = None if decided is None else asdict(decided)
         report["preprocess_check"] = None if checked is None else asdict(checked)
@@ -388,15 +395,16 @@ class _Run:
         analysed.update(self._measure(tested, truth))
         report.update(analysed)
         report["notes"] = self.notes
-        self._write(report, analysed, pictures)
-        return report
+        self.stage(stages.REPORTING, 1)
+        written: dict[str, Any] = plain(report)
+        self._write(written, pictures)
+        return written
 
-    def _pixel_range(self) -> dict[str, tuple[float, float]]:
+    def _pixel_range(self, plan: Any) -> dict[str, tuple[float, float]]:
         """The range of an image of pixels, which is known: no image shows more."""
         if not (self.preprocess.raw and isinstance(self.images, FolderSource)):
             return {}
-        sites = self.prepared.sites.values()
-        return {site.tensor: (0.0, 255.0) for site in sites if site.role == "input"}
+        return {s.tensor: (0.0, 255.0) for s in plan.sites.values() if s.role == "input"}
 
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the equalised model.
@@ -425,8 +433,18 @@ class _Run:
 
         return self._adopt(in_form(plan))
 
+    def _formed(self, plan: Any, quantizer: Any) -> str:
+        """The file of the float model whose tensors the report names: equalised, in the target's
+        form, its weights rounded and biases corrected. Not written where nothing was changed."""
+        changed = self.config.equalizes or any(plan.forms.values())
+        if not changed and quantizer.model is plan.model:
+            return "fused.onnx"
+        graphs.save(quantizer.model, self.work / "formed.onnx")
+        return "formed.onnx"
+
     def _adopt(self, plan: Any) -> Any:
         """The plan, whose model from here on is the prepared one."""
+        plan = replace(plan, fixed={**self._pixel_range(plan), **plan.fixed})
         self.prepared = replace(
             self.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites
         )
@@ -450,8 +468,7 @@ class _Run:
             sample=load(few, self.fixed, self.config.batch),
             work=self.work,
         )
-        stage = self.progress or (lambda *_: lambda _: None)
-        plan, found = decide(plan, self.batches(self.images), evidence, stage)
+        plan, found = decide(plan, self.batches(self.images), evidence, self.progress)
         self.notes.extend(notes_on(found))
         return plan, found
 
@@ -473,9 +490,10 @@ class _Run:
             return None
         from ptq_onnx.runtime import Classifier
 
+        self.stage(stages.CHECKING, 1)
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
-        few = open_images(source.root, plain, limit=min(MOST, self.config.images))
+        few = open_images(source.root, plain, limit=MOST)  # however few calibration takes
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
@@ -504,7 +522,7 @@ class _Run:
             sites,
             self.batches(self.images),
             threads=config.threads,
-            progress=self.stage("Channel ranges"),
+            progress=self.stage(stages.CHANNELS),
         )
         selector, text = widest_blocks(stats, self.prepared.sites, self.prepared.blocks)
         self.notes.append(text)
@@ -519,7 +537,7 @@ class _Run:
             "ptq_onnx": _version(),
             "model": {
                 "path": prepared.path.name,
-                "bytes": prepared.path.stat().st_size,
+                "bytes": model_bytes(prepared.path),
                 "opset": prepared.cleaned.opset_before,
                 "producer": model.producer_name,
                 "inputs": _inputs(model),
@@ -553,8 +571,8 @@ class _Run:
             ],
             "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
             "sizes": {
-                "float": (self.work / "fused.onnx").stat().st_size,
-                "quantized": (self.work / "quantized.onnx").stat().st_size,
+                "float": model_bytes(self.work / "fused.onnx"),
+                "quantized": model_bytes(self.work / "quantized.onnx"),
             },
         }
 
@@ -673,11 +691,12 @@ class _Run:
         from ptq_onnx.quantizers.base import Plan
 
         prepared, config = self.prepared, self.config
+        advance = self.stage(stages.DRAWING, 3)
         simulators = {"float": reference}
         if config.quantizer != "vanilla":
             plain = QuantizeConfig(quantizer="vanilla", bits=config.bits, threads=config.threads)
             whole = self.original or prepared
-            plan = Plan(whole.model, whole.blocks, whole.sites, plain, self.stage)
+            plan = Plan(whole.model, whole.blocks, whole.sites, plain)
             vanilla = make_quantizer(plan)
             few = self.images
             if isinstance(few, FolderSource):
@@ -686,6 +705,7 @@ class _Run:
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
             simulators["vanilla"] = Simulator(whole.model, vanilla, threads=config.threads)
+        advance(1)
         simulators[config.quantizer] = simulator
         names, batch = next(source.named_batches(1))
         repeated = np.repeat(batch, self.fixed or 1, axis=0)
@@ -699,6 +719,7 @@ class _Run:
         folder.mkdir()
         self.picture = folder / f"picture_{Path(maps[0].image_name).stem}.png"
         Image.fromarray(maps[0].image).save(self.picture)
+        advance(1)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
@@ -723,14 +744,13 @@ class _Run:
             truth,
             kind,
             threads=self.config.threads,
+            features=feature_outputs(self.prepared.model),
             stage=self.stage,
         )
         self.notes.extend(notes)
         return found
 
-    def _write(
-        self, report: dict[str, Any], analysed: dict[str, Any], pictures: list[tuple[str, Path]]
-    ) -> None:
+    def _write(self, report: dict[str, Any], pictures: list[tuple[str, Path]]) -> None:
         text = json.dumps(report, indent=1, allow_nan=False, default=float)
         (self.work / "report.json").write_text(text, encoding="utf-8")
         if not self.config.report:
@@ -739,7 +759,7 @@ class _Run:
         from ptq_onnx.analysis.report import render
         from ptq_onnx.analysis.results import OpError
 
-        ops = [OpError(**op) for op in analysed["analysis"]["ops"]]
+        ops = [OpError(**op) for op in report["analysis"]["ops"]]
         page = render(report, snr_over_blocks(ops), pictures, self.picture)
         (self.work / "report.html").write_text(page, encoding="utf-8")
 

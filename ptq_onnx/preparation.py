@@ -33,9 +33,7 @@ class Prepared:
     sites: dict[str, Site]
 
 
-def prepare(
-    path: str | Path, opset: int = 21, size: tuple[int, int] | None = None
-) -> Prepared:
+def prepare(path: str | Path, opset: int = 21, size: tuple[int, int] | None = None) -> Prepared:
     """Load, clean and fuse a model, and find its blocks.
 
     ``size``: height and width to which dynamic axes are fixed, where the graph holds for one size

@@ -176,7 +176,7 @@ class Network:
         self._input = inputs[0]
         self._dtype = TYPES[self._input.type]
         batch = self._input.shape[0]
-        self._batch: int | None = batch if isinstance(batch, int) else None
+        self._batch: int | None = batch if isinstance(batch, int) and batch > 0 else None
 
     @property
     def described(self) -> str:
@@ -204,7 +204,7 @@ class Network:
         wanted = list(self._input.shape[1:])
         if channels_last(self._input.shape):
             wanted = [wanted[2], *wanted[:2]]
-        if any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
+        if any(isinstance(w, int) and w not in (s, -1) for w, s in zip(wanted, shape, strict=True)):
             raise ImageError(
                 f"{self.name} expects images {list(wanted)} (channels, height, width), got "
                 f"{list(shape)}: set the preprocessing to the model's input size."

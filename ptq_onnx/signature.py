@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.errors import ConfigError
+from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.fusion.formula import unique_name
 from ptq_onnx.fusion.normalisation import FLOATS, normalised_from
 from ptq_onnx.preprocess import Preprocess
@@ -26,6 +26,9 @@ KEY = "ptq_onnx.input"
 """Key of a model's ``metadata_props`` while it is in our form; no file has it."""
 PIXELS_KEY = "ptq_onnx.pixels"
 """Largest value of a picture that the graph normalises itself: 255, or 1; no file has it."""
+
+NEARLY = 1e-3
+"""How far from a whole number a pixel may be."""
 
 SIDES = (1, 3)
 """How many channels an image has."""
@@ -59,15 +62,24 @@ def channels_last(shape: Any) -> bool:
 
 
 def fed(images: NDArray[np.float32], shape: Any, dtype: Any) -> NDArray[Any]:
-    """Float images [B, C, H, W] as an input of that shape and NumPy type takes them; pixels of
-    bytes are rounded."""
+    """Float images [B, C, H, W] as an input of that shape and NumPy type takes them.
+
+    Raises ImageError where bytes are wanted and the images are no pixels.
+    """
     dtype = np.dtype(dtype)
     found: NDArray[Any] = images
     if channels_last(shape):
         found = np.ascontiguousarray(found.transpose(TO_LAST))
     if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        found = np.clip(np.rint(found), limits.min, limits.max)
+        whole, limits = np.rint(found), np.iinfo(dtype)
+        off = float(np.abs(found - whole).max(initial=0))
+        if off > NEARLY or whole.min(initial=0) < limits.min or whole.max(initial=0) > limits.max:
+            raise ImageError(
+                f"The model takes pixels as {dtype}, {limits.min} to {limits.max}, got"
+                f" {found.min():.4g} to {found.max():.4g}: feed them as they are"
+                " (--preprocess none)."
+            )
+        found = whole
     return found.astype(dtype, copy=False)
 
 
@@ -163,9 +175,7 @@ def put_back(model: ir.Model) -> None:
     graph.insert_before(next(iter(graph)), nodes)
 
 
-def _exchange(
-    graph: ir.Graph, image: ir.Value, name: str, last: bool, of_bytes: bool
-) -> ir.Value:
+def _exchange(graph: ir.Graph, image: ir.Value, name: str, last: bool, of_bytes: bool) -> ir.Value:
     """Put an input in our form in the place of the file's."""
     assert image.shape is not None
     order = TO_FIRST if last else range(4)

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from ptq_onnx.targets import Stored
 
+LARGEST_EXPONENT = 126
+"""2^-126 is the smallest normal float32: no log2 code means a smaller value."""
+
 Granularity = Literal["tensor", "channel", "ptf", "row"]
 Code = Literal["uniform", "log2", "e4m3"]
 
@@ -56,7 +59,8 @@ class Rule:
     ``renormalize`` divides A V by the sum of the row's codes' values. ``stored``: the type of an
     activation's integer codes in the file; weights are int8, or int4 where ``block_size``, the
     number of rows that share a scale and zero point of a column, is not 0. ``centred``: the mean
-    over tokens is taken out before, and added to A V (see ``centring.py``).
+    over tokens, of the tensor in whole steps of its scale, is taken out before, and added to A V
+    (see ``centring.py``).
     """
 
     bits: int = 8
@@ -72,9 +76,11 @@ class Rule:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest code, in units of the scale."""
+        """Smallest and largest code, in units of the scale; of log2 the last one means zero."""
         if self.code == "e4m3":
             return -448, 448
+        if self.code == "log2":
+            return 0, min((1 << self.bits) - 1, LARGEST_EXPONENT)
         if self.signed:
             return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         return 0, (1 << self.bits) - 1
@@ -101,10 +107,12 @@ class TensorSpec:
 
     @property
     def alpha(self) -> NDArray[np.int32] | None:
-        """PTF's exponents: log2 of the factor (int32, shape of ``factor``), or None."""
+        """PTF's exponents: log2 of the factor (int32, shape of ``factor``); None for any other
+        factor than powers of two."""
         if self.factor is None or self.rule.granularity != "ptf":
             return None
-        return np.round(np.log2(self.factor)).astype(np.int32)
+        exponents = np.round(np.log2(self.factor)).astype(np.int32)
+        return exponents if np.array_equal(np.exp2(exponents), self.factor) else None
 
     def with_factor(self, factor: NDArray[np.float32] | None) -> TensorSpec:
         """The same spec with another factor."""
@@ -123,6 +131,7 @@ class TensorSpec:
             "stored": self.rule.stored,
             "centred": self.rule.centred,
             "block_size": self.rule.block_size,
+            "limits": list(self.rule.limits),
             "scale": self.scale.astype(float).tolist(),
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,

@@ -72,11 +72,12 @@ class Symbolic:
     """Shapes and integer contents of the values of one graph.
 
     ``trust``: take what shape inference has said where no rule here tells a shape. Files hold
-    shapes of the example they were traced with, which are not to be trusted.
+    shapes of the example they were traced with, which are not to be trusted. ``keep``: where a
+    dynamic size meets a fixed one go on with the dynamic one, so that all ties are found.
     """
 
-    def __init__(self, graph: ir.Graph, *, trust: bool = True) -> None:
-        self.graph, self.trust = graph, trust
+    def __init__(self, graph: ir.Graph, *, trust: bool = True, keep: bool = False) -> None:
+        self.graph, self.trust, self.keep = graph, trust, keep
         self.shapes: dict[ir.Value, Shape] = {}
         self.data: dict[ir.Value, Data] = {}
         self.names: dict[str, Dim] = {}
@@ -237,7 +238,7 @@ class Symbolic:
             if None in shapes:
                 return None
             self.tie(node, [s for s in shapes if s is not None])
-            return [_broadcast([s for s in shapes if s is not None])]
+            return [_broadcast([s for s in shapes if s is not None], self.keep)]
         rule = SHAPES.get(kind)
         if rule is not None and first is not None:
             return rule(self, node, first)
@@ -522,15 +523,14 @@ CONTENTS: dict[str, Callable[[ir.Node, list[Data]], Data | None]] = {
 Found = list[Shape | None] | None
 
 
-def _broadcast(shapes: Sequence[Shape]) -> Shape | None:
+def _broadcast(shapes: Sequence[Shape], keep: bool = False) -> Shape | None:
     rank = max((len(s) for s in shapes), default=0)
     result: list[Dim] = []
     for position in range(rank):
         dims = [s[position - rank] for s in shapes if rank - position <= len(s)]
         wide = list(dict.fromkeys(d for d in dims if d != 1))
         if len(wide) > 1:
-            fixed = [d for d in wide if isinstance(d, int)]
-            wide = fixed[:1]
+            wide = [d for d in wide if isinstance(d, int) != keep][:1]
             if not wide:
                 return None
         result.append(wide[0] if wide else 1)

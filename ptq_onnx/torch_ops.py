@@ -32,7 +32,10 @@ def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
     if spec.rule.code == "log2":
         return log2_fake_quantize(x, spec.rule.bits)
     if spec.rule.centred:
-        mean = x.mean(dim=TOKENS, keepdim=True)
+        # Of values rounded to the step, as in the file (export/lowering.py).
+        step = torch.as_tensor(spec.scale, device=x.device)
+        whole = torch.round(x * (1 / step)).sum(dim=TOKENS, keepdim=True)
+        mean = whole * (step / x.shape[TOKENS])
         return dequantize(quantize(x - mean, spec), spec) + mean
     if spec.rule.granularity == "row":
         top = x.amax(dim=-1, keepdim=True)

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from recorded_progress import Recorded
 
 from ptq_onnx import cli, cli_options
 from ptq_onnx.analysis.results import Closeness
 from ptq_onnx.calibration_curve import (
     IMAGES,
+    QUANTIZING,
     Curve,
     Point,
     draw_curve,
@@ -28,6 +30,8 @@ from ptq_onnx.cli_curve import calibration_curve, table
 from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.image_source import NOISE
+from ptq_onnx.progress import WHOLE
+from ptq_onnx.stages import RUNNING_FLOAT
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"
@@ -109,7 +113,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_curve_of_the_embedded_model(few: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text((DIGITS / "val.txt").read_text() + "a_bad.png 0\n")
-    told: list[int] = []
+    told = Recorded()
     found = measure_curve(
         MODEL,
         config=QuantizeConfig(quantizer="deploy", threads=1),
@@ -117,12 +121,14 @@ def test_a_curve_of_the_embedded_model(few: Path, tmp_path: Path) -> None:
         calib=DIGITS / "calib",
         labels=labels,
         sizes=(200, 2, 8, 2),
-        progress=lambda stage, total: told.append(total) or told.append,  # type: ignore[func-returns-value]
+        progress=told,
     )
     assert [(p.source, p.images) for p in found.points] == [
         (IMAGES, 2), (IMAGES, 8), (NOISE, 2), (NOISE, 8), (NOISE, 200),
     ]  # fmt: skip
-    assert told == [5, 1, 1, 1, 1, 1]
+    told.assert_complete()
+    assert told.names == [WHOLE, RUNNING_FLOAT, QUANTIZING]
+    assert told.stages[2].steps == [1, 1, 1, 1, 1]
     assert found.count == 12
     assert found.notes == ("Left out 200 images: there are 128 to calibrate with.",)
     real, noise = found.line(IMAGES, "sqnr_db"), found.line(NOISE, "sqnr_db")

@@ -70,8 +70,10 @@ def test_the_normalisation_of_the_model_is_not_doubted(tmp_path: Path, folder: P
     assert not any("preprocessing" in note for note in found["notes"])
 
 
-def test_a_wrong_normalisation_is_a_note(tmp_path: Path, folder: Path) -> None:
-    found = report(folder, tmp_path / "a", preprocess="imagenet", images=32)
+@pytest.mark.parametrize("images", [4, 32])
+def test_a_wrong_normalisation_is_a_note(tmp_path: Path, folder: Path, images: int) -> None:
+    """However few images calibration takes: the folder has more."""
+    found = report(folder, tmp_path / "a", preprocess="imagenet", images=images)
     assert found["preprocess_check"]["warning"] in found["notes"]
     assert "--preprocess inception" in found["preprocess_check"]["warning"]
 

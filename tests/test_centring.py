@@ -10,11 +10,11 @@ import torch
 from small_transformer import Choices, transformer
 from test_targets import decibels, quantized, run, tokens
 
-from ptq_onnx.analysis.variation import fake_quantize
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.engine import Simulator
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
+from ptq_onnx.quantizers.fake_quantize import fake_quantize
 from ptq_onnx.spec import TensorSpec
 from ptq_onnx.torch_ops import HANDLERS
 from ptq_onnx.torch_ops import fake_quantize as in_torch

@@ -59,3 +59,37 @@ def test_near_misses_have_reasons(tmp_path: Path) -> None:
     assert reasons["Softmax"][0] == "attention"
     assert found.blocks == 0
     assert {u.op_type for u in found.unrecognised} >= {"Erf", "Sqrt", "Softmax"}
+
+
+def test_what_cannot_be_prepared_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inputs, outputs and ops as the file has them, and why it cannot be quantized."""
+    g = SmallGraph(("batch", 77))
+    g.inputs[0].type.tensor_type.elem_type = 7
+    table = g.const(sample(100, 8), "table")
+    path = g.save(tmp_path / "text.onnx", g("Tanh", g("Tanh", g("Gather", table, "x"))))
+    found = inspect(path)
+    assert found.refused is not None
+    assert "'x' (int64 [batch, 77]), no image" in found.refused
+    assert found.ops == {"Tanh": 2, "Gather": 1}
+    assert (found.inputs[0].dtype, found.inputs[0].shape) == ("int64", ("batch", 77))
+    assert (found.parameters, found.nodes, found.blocks) == (800, 3, 0)
+    cli_inspect.show(found)
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"not prepared: {found.refused}" in text
+    assert "3: 2 Tanh, 1 Gather" in text
+    json.dumps(asdict(found))
+
+
+def test_the_ops_of_a_file(digits: Inspection) -> None:
+    assert digits.refused is None
+    assert sum(digits.ops.values()) == digits.nodes_before
+
+
+def test_an_input_in_bytes_is_told_as_the_file_has_it(tmp_path: Path) -> None:
+    g = SmallGraph(("n", 8, 8, 3))
+    g.inputs[0].type.tensor_type.elem_type = 2
+    path = g.save(tmp_path / "m.onnx", g("ReduceMean", g("Cast", "x", to=1), keepdims=0))
+    found = inspect(path).inputs[0]
+    assert (found.name, found.dtype, found.shape) == ("x", "uint8", ("n", 8, 8, 3))

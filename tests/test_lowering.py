@@ -14,14 +14,8 @@ from small_graph import SmallGraph, run, sample, text
 from small_transformer import Choices, transformer
 
 from ptq_onnx.blocks import consumers, find_blocks, is_constant, is_layout, is_linear
-from ptq_onnx.export.lowering import (
-    cancels,
-    is_power_of_two,
-    lower,
-    reads_codes,
-    rows_of,
-    stored_zero_point,
-)
+from ptq_onnx.channels import cancels, is_power_of_two, rows_of
+from ptq_onnx.export.lowering import lower, reads_codes, stored_zero_point
 from ptq_onnx.fusion import fuse
 from ptq_onnx.graph import serialize, to_standard
 from ptq_onnx.kernels import NodeKernels

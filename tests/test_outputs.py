@@ -18,11 +18,12 @@ from ptq_onnx.analysis.schema import report_schema, violations
 from ptq_onnx.auto.closeness import Recorded
 from ptq_onnx.cli import app
 from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.console import show, stdout
+from ptq_onnx.console import show
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation import evaluate
 from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.outputs import Tallies, Tally, pairs
+from ptq_onnx.next_steps import next_steps
+from ptq_onnx.outputs import Tallies, Tally, classes_of, pairs
 from ptq_onnx.pipeline import Result, quantize
 from ptq_onnx.runtime import Network
 
@@ -128,6 +129,22 @@ def test_sizes_that_follow_the_values_have_no_figures() -> None:
         Tally("y").compare(np.zeros((3, 7)), np.zeros((2, 7)))
 
 
+@pytest.mark.parametrize(
+    ("shape", "classes"),
+    [
+        ((4, 10), 10),
+        ((4, 10, 1, 1), 10),
+        ((4, 1), 0),
+        ((4, 6, 10), 0),
+        ((4, 1, 8, 8), 0),
+        ((4,), 0),
+    ],
+)
+def test_what_has_classes(shape: tuple[int, ...], classes: int) -> None:
+    assert classes_of(np.zeros(shape, np.float32)) == classes
+    assert classes_of(np.zeros(shape, np.int64)) == 0
+
+
 def test_outputs_are_paired_by_name_else_by_place() -> None:
     assert pairs(["a", "b"], ["b", "a"]) == {"a": "a", "b": "b"}
     assert pairs(["a", "new"], ["a", "old"]) == {"a": "a", "new": "old"}
@@ -207,6 +224,20 @@ def test_a_dense_output_has_no_class(folder: Path, tmp_path: Path, capsys: Any) 
         assert "SQNR of" in text
     assert "dB SQNR on 20 images" in page
     assert "no accuracy to measure" in page
+
+
+def test_an_embedding_has_no_class_that_leads(folder: Path, tmp_path: Path) -> None:
+    save_network(folder / "embedding.onnx", ("embedding", "boxes"))
+    found = run(folder, "embedding.onnx", tmp_path / "out", config={"report": False})
+    fidelity = found.report["fidelity"]
+    assert fidelity["agreement"] is None
+    assert [one["agreement"] for one in fidelity["outputs"]] == [None, None]
+    assert not any("--labels" in text for _, text in next_steps(found.report, found.files))
+    words = ["evaluate", str(tmp_path / "out/quantized.onnx"), "--reference"]
+    words += [str(folder / "embedding.onnx"), "--val", str(folder / "val.npy"), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["agreement"] is None
 
 
 def test_labels_without_classes_are_refused_before_the_work(folder: Path, tmp_path: Path) -> None:
@@ -313,9 +344,18 @@ def test_no_error_names_a_hidden_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_val_the_images_held_apart_are_measured(folder: Path, tmp_path: Path) -> None:
+def test_without_val_there_are_figures_and_the_next_commands(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = run(folder, "all.onnx", tmp_path / "out", config={"report": False})
     fidelity = found.report["fidelity"]
     assert (fidelity["source"], fidelity["images"]) == ("calibration", 16)
     assert all(one["sqnr_db"] is not None for one in fidelity["outputs"][:3])
-    stdout()
+    show(found)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "SQNR of the worst output on 16 images of the calibration" in shown
+    out = tmp_path / "out"
+    evaluate_ = f"evaluate {out}/quantized.onnx --reference {out}/fused.onnx --val DIR --labels"
+    for command in (evaluate_, f"check {out}/quantized.onnx --target onnxruntime", "benchmark"):
+        assert f": ptq-onnx {command}" in shown
+    assert next_steps(found.report, [p for p in found.files if p.suffix != ".onnx"]) == []

@@ -101,6 +101,25 @@ def test_limits(bits: int, signed: bool, limits: tuple[int, int]) -> None:
     assert Rule(bits, signed).limits == limits
 
 
+@pytest.mark.parametrize(("bits", "last"), [(4, 15), (6, 63), (8, 126)])
+def test_the_last_log2_code_is_in_the_report(bits: int, last: int) -> None:
+    """It means zero, and is not 2^b - 1 where that would be less than any float32."""
+    spec = TensorSpec("x", Rule(bits, False, False, code="log2"), np.float32(1), np.array(0))
+    assert spec.to_json()["limits"] == [0, last]
+
+
+def test_exponents_are_of_powers_of_two_only() -> None:
+    """Rounded exponents would be another factor than the file's."""
+    rule = Rule(8, False, False, "ptf")
+    for factor, key in ((np.float32([1, 4, 0.5]), "alpha"), (np.float32([1, 3, 0.7]), "factor")):
+        spec = TensorSpec("x", rule, np.float32(1), np.array(0, np.int32), factor=factor)
+        data = spec.to_json()
+        assert ("alpha" in data, "factor" in data) == (key == "alpha", key == "factor")
+        again = TensorSpec.from_json("x", data).factor
+        assert again is not None
+        np.testing.assert_array_equal(again, factor)
+
+
 def test_labels() -> None:
     site = Site("t", "fc2", 3, (2,), ("batch", 4, 8), None, ())
     assert site.label == "blocks.3.fc2"

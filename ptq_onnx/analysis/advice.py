@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -69,7 +70,10 @@ def _gains(sensitivity: Sensitivity) -> list[str]:
         )[:NAMED]
         named = [s for s in best if gain(s) >= GAIN]
         if named:
-            parts = "; ".join(f"{s.module} {gain(s):+.1f} dB" for s in named)
+            parts = "; ".join(
+                f"{s.module} {gain(s):+.1f} dB" if math.isfinite(gain(s)) else f"{s.module} all"
+                for s in named
+            )
             out.append(
                 f"Left in float {option}, these give back most at the {where}"
                 f" ({before:.1f} dB with everything quantized): {parts} (--keep-float)."
@@ -119,10 +123,12 @@ def _clipping(variation: Variation) -> list[str]:
     for role, group in sorted(groups.items(), key=lambda g: min(t.snr_db or 0 for t in g[1])):
         worst = min(group, key=lambda t: t.snr_db or 0)
         clip = worst.clip or (0.0, 0.0)
+        around = " around their mean" if worst.clip_of == "centred" else ""
         out.append(
             f"{_where(role, group)}: {100 * (worst.clip_noise or 0):.0f} % of the error is"
             f" clipping (values {worst.low:.3g}…{worst.high:.3g}, range"
-            f" {clip[0]:.3g}…{clip[1]:.3g}, {100 * (worst.clipped or 0):.2g} % outside) → a wider"
+            f" {clip[0]:.3g}…{clip[1]:.3g}{around},"
+            f" {100 * (worst.clipped or 0):.2g} % outside) → a wider"
             " range (--method robust or minmax)."
         )
     return out
@@ -175,22 +181,26 @@ def _attention(
 ) -> list[str]:
     """Uniform codes of few bits where log2 codes keep more of the order of the rows."""
     maps = [specs[s.tensor] for s in sites.values() if s.role == "softmax" and s.tensor in specs]
-    narrow = [s for s in maps if s.rule.code == "uniform" and s.rule.bits <= 4]
-    if not narrow:
-        return []
-    rank: dict[str, list[float]] = defaultdict(list)
-    for block in attention.blocks:
-        for code in block.codes:
-            if code.bits == 4:
-                rank[code.code].append(code.rank)
-    uniform, log2 = (sum(rank[c]) / len(rank[c]) for c in ("uniform", "log2"))
-    if log2 <= uniform:
-        return []
-    return [
-        f"Attention in {narrow[0].rule.bits} uniform bits keeps little of the order of its rows"
-        f" (rank correlation {uniform:.2f}; log2 codes {log2:.2f}) → --quantizer fqvit, whose"
-        " codes are log2."
-    ]
+    narrow = {s.rule.bits for s in maps if s.rule.code == "uniform" and s.rule.bits <= 4}
+    out = []
+    for bits in sorted(narrow):
+        ranks = [
+            (block.own.rank, log2.rank)
+            for block in attention.blocks
+            if block.own is not None and block.own.code == "uniform" and block.own.bits == bits
+            for log2 in block.codes
+            if log2.code == "log2" and log2.bits == bits
+        ]
+        if not ranks:
+            continue
+        uniform, log2_rank = (sum(one) / len(ranks) for one in zip(*ranks, strict=True))
+        if log2_rank > uniform:
+            out.append(
+                f"Attention in {bits} uniform bits keeps little of the order of its rows (rank"
+                f" correlation {uniform:.2f}; log2 codes of {bits} bits {log2_rank:.2f}) →"
+                " --quantizer fqvit, whose codes are log2."
+            )
+    return out
 
 
 def _where(role: str, group: Sequence[TensorVariation]) -> str:

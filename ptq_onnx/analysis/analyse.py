@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx import stages
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import float_outputs, graphwise
-from ptq_onnx.analysis.modules import find_modules
+from ptq_onnx.analysis.modules import find_modules, left_in_float
 from ptq_onnx.analysis.results import Analysis
 from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
 from ptq_onnx.analysis.variation import variation
 from ptq_onnx.blocks import Blocks
-from ptq_onnx.engine import Simulator, VitQuantizer
+from ptq_onnx.engine import Simulator
 from ptq_onnx.image_source import ImageSource
+from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.spec import Site
 
 VARIATION_IMAGES = 16
@@ -40,7 +43,7 @@ class Subject:
     """
 
     model: ir.Model
-    quantizer: VitQuantizer
+    quantizer: SiteQuantizer
     blocks: Blocks
     sites: Mapping[str, Site]
     simulator: Simulator
@@ -81,8 +84,9 @@ def analyse_quantized(
         sites=subject.sites,
         simulator=subject.simulator,
         reference=other or floats,
+        count=count,
         threads=threads,
-        progress=begin("Every op", count),
+        progress=begin(stages.EVERY_OP, count),
     )
     few = min(VARIATION_IMAGES, count)
     varied = variation(
@@ -91,8 +95,10 @@ def analyse_quantized(
         subject.sites,
         specs,
         _Filled(source, fixed or SMALL, fixed, few),
+        rounded=subject.model,
+        count=few,
         threads=threads,
-        progress=begin("Variation", few),
+        progress=begin(stages.VARIATION, 2 * few),
     )
     looked = attention_values(
         subject.model,
@@ -100,6 +106,8 @@ def analyse_quantized(
         other or floats,
         subject.simulator,
         named(source, fixed or SMALL, fixed, ATTENTION_IMAGES),
+        specs,
+        begin(stages.ATTENTION, min(ATTENTION_IMAGES, count)),
     )
     switched = None
     if full and float_outputs(subject.model):
@@ -112,8 +120,9 @@ def analyse_quantized(
             load(source, fixed, batch),
             held_apart=held_apart,
             reference=subject.other,
+            left_in_float=partial(left_in_float, quantizer=subject.quantizer),
             threads=threads,
-            progress=begin("Module by module", run_count(modules)),
+            progress=begin(stages.MODULES, run_count(modules)),
         )
     advice = advise(subject.sites, specs, varied, switched, looked)
     return Analysis(ops, switched, varied, looked, advice)
@@ -128,6 +137,8 @@ def named(
     for names, batch in source.named_batches(size):
         if limit is not None and done >= limit:
             return
+        if limit is not None:
+            names, batch = names[: limit - done], batch[: limit - done]
         missing = 0 if fixed is None else fixed - len(batch)
         if missing:
             batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])

@@ -7,7 +7,7 @@ order of a row's values be kept. Rollout: Abnar and Zuidema, arXiv 2005.00928.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ from ptq_onnx.analysis.results import (
     Rollout,
     decibels,
 )
-from ptq_onnx.analysis.tokens import Tokens, find_tokens
+from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.engine import Simulator
-from ptq_onnx.quantizers.log2 import log2_codes, log2_values
+from ptq_onnx.quantizers.fake_quantize import fake_quantize, values_of
+from ptq_onnx.spec import Rule, TensorSpec
 
 Array = NDArray[np.float32]
 Code = Literal["uniform", "log2"]
@@ -37,22 +38,26 @@ PER_OCTAVE = 2
 CODES: tuple[tuple[Code, int], ...] = (("uniform", 8), ("log2", 8), ("uniform", 4), ("log2", 4))
 ROWS = 64
 """Rows per head and image whose ranks are compared, spread evenly."""
+EVERY = 8
+"""Of those rows every so many also have their pairs counted."""
+
+
+def attention_spec(code: Code, bits: int) -> TensorSpec:
+    """Codes of values on [0, 1]: 2^bits - 1 uniform steps, or log2 codes (LIS)."""
+    rule = Rule(bits, signed=False, symmetric=code == "uniform", code=code, method="fixed")
+    step = np.float32(1) / np.float32((1 << bits) - 1)
+    return TensorSpec("", rule, np.asarray(step), np.asarray(0, np.int32), clip=(0.0, 1.0))
 
 
 def round_attention(attention: Array, code: Code, bits: int) -> Array:
     """Attention on [0, 1] in 2^bits - 1 uniform steps, or as log2 codes (LIS)."""
-    if code == "log2":
-        return log2_values(log2_codes(attention, bits), bits)
-    steps = np.float32((1 << bits) - 1)
-    return np.asarray(np.rint(attention * steps) / steps, np.float32)
+    return fake_quantize(attention, attention_spec(code, bits))
 
 
 def levels(code: Code, bits: int) -> NDArray[np.float64]:
     """The values that codes of that width stand for, ascending."""
-    if code == "log2":
-        codes = np.arange(1 << bits, dtype=np.int32)
-        return np.unique(log2_values(codes, bits).astype(np.float64))
-    return np.linspace(0, 1, 1 << bits)
+    codes = np.arange(1 << bits, dtype=np.int32)
+    return np.unique(values_of(codes, attention_spec(code, bits)).astype(np.float64))
 
 
 def ranks(rows: Array) -> NDArray[np.float64]:
@@ -112,8 +117,10 @@ class _Code:
     """Sums of one code over batches."""
 
     sums: Sums = field(default_factory=Sums)
-    rank: list[float] = field(default_factory=list)
-    turned: list[float] = field(default_factory=list)
+    rank: float = 0.0
+    ranked: int = 0
+    turned: float = 0.0
+    paired: int = 0
     lowest: float = np.inf
     highest: float = -np.inf
     total: float = 0.0
@@ -123,8 +130,11 @@ class _Code:
     def add(self, maps: Array, rounded: Array) -> None:
         self.sums.add(maps, rounded)
         one, other = _some_rows(maps), _some_rows(rounded)
-        self.rank.append(float(rank_correlation(one, other).mean()))
-        self.turned.append(float(discordant(one[::8], other[::8]).mean()))
+        self.rank += float(rank_correlation(one, other).sum())
+        self.ranked += len(one)
+        one, other = _some_rows(maps, EVERY), _some_rows(rounded, EVERY)
+        self.turned += float(discordant(one, other).sum())
+        self.paired += len(one)
         row = rounded.sum(axis=-1, dtype=np.float64)
         self.lowest = min(self.lowest, float(row.min()))
         self.highest = max(self.highest, float(row.max()))
@@ -132,46 +142,54 @@ class _Code:
         self.rows += row.size
         self.zeros += int(np.count_nonzero(rounded == 0))
 
-    def result(self, code: Code, bits: int) -> AttentionCode:
+    def result(self, rule: Rule) -> AttentionCode:
         return AttentionCode(
-            code=code,
-            bits=bits,
+            code=rule.code,
+            bits=rule.bits,
             snr_db=decibels(self.sums.snr),
-            rank=float(np.mean(self.rank)),
-            discordant=float(np.mean(self.turned)),
+            rank=self.rank / max(self.ranked, 1),
+            discordant=self.turned / max(self.paired, 1),
             row_sum=(self.lowest, self.total / max(self.rows, 1), self.highest),
             zero=self.zeros / max(self.sums.count, 1),
+            snr=self.sums.snr,
+            row=rule.granularity == "row",
         )
 
 
 class _Block:
     """Sums of one block over batches."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, own: TensorSpec | None) -> None:
         self.heads = heads
         self.counts = np.zeros(-LOWEST * PER_OCTAVE, np.int64)
-        self.codes = {key: _Code() for key in CODES}
+        keys = list(CODES)
+        if own is not None and own.rule.bits not in (8, 4):
+            keys += [("uniform", own.rule.bits), ("log2", own.rule.bits)]
+        self.codes = [(attention_spec(*key), _Code()) for key in keys]
+        self.own = None if own is None else (own, _Code())
         self.model = _Code()
 
     def add(self, maps: Array, quantized: Array) -> None:
         octave = np.log2(np.maximum(maps, np.float32(2.0**LOWEST)).ravel()) - LOWEST
         place = np.clip(octave * PER_OCTAVE, 0, len(self.counts) - 1).astype(np.int64)
         self.counts += np.bincount(place, minlength=len(self.counts))
-        for (code, bits), found in self.codes.items():
-            found.add(maps, round_attention(maps, code, bits))
+        for spec, found in (*self.codes, *([] if self.own is None else [self.own])):
+            found.add(maps, fake_quantize(maps, spec))
         self.model.add(maps, quantized)
 
     def result(self, block: int) -> BlockAttention:
-        model = self.model.result("uniform", 8)
+        model = self.model.result(Rule())
         return BlockAttention(
             block=block,
             heads=self.heads,
             lowest=LOWEST,
             counts=tuple(int(v) for v in self.counts),
-            codes=tuple(one.result(*key) for key, one in self.codes.items()),
+            codes=tuple(one.result(spec.rule) for spec, one in self.codes),
             snr_db=model.snr_db,
             rank=model.rank,
             discordant=model.discordant,
+            snr=model.snr,
+            own=None if self.own is None else self.own[1].result(self.own[0].rule),
         )
 
 
@@ -190,11 +208,14 @@ def attention_values(
     reference: Simulator,
     quantized: Simulator,
     batches: Iterable[tuple[Sequence[str], Any]],
+    specs: Mapping[str, TensorSpec] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> AttentionAnalysis | None:
     """Analyse the attention of all blocks; ``batches``: names of images with their pixels.
 
-    None for a model without attention. Rollout is that of the first image, where every block
-    attends over all its patches.
+    ``specs``: those of the quantized model. ``progress`` is called with images done. None for a
+    model without attention. Rollout is that of the first image, where every block attends over
+    all its patches.
     """
     names = softmax_outputs(model, blocks)
     if not names:
@@ -210,11 +231,14 @@ def attention_values(
             maps = floats[name]
             if maps.ndim < 3:
                 continue
-            one = found.setdefault(block, _Block(maps.shape[1] if maps.ndim == 4 else 1))
-            one.add(maps[: len(labels)], others[name][: len(labels)])
+            heads, own = maps.shape[1] if maps.ndim == 4 else 1, (specs or {}).get(name)
+            one = found.setdefault(block, _Block(heads, own))
+            one.add(*(first_images(m, len(batch), len(labels)) for m in (maps, others[name])))
         if not images and tokens is not None:
             rolled = _rollout(names, floats, others, tokens, labels[0])
         images += len(labels)
+        if progress is not None:
+            progress(len(labels))
     return AttentionAnalysis(images, tuple(b.result(k) for k, b in sorted(found.items())), rolled)
 
 
@@ -251,8 +275,9 @@ def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return 1.0 if scale == 0 else float(a @ b) / scale
 
 
-def _some_rows(maps: Array) -> Array:
-    """Rows of attention maps [B, H, N, N], ``ROWS`` of each head at most, as [R, N]."""
+def _some_rows(maps: Array, every: int = 1) -> Array:
+    """Rows of attention maps [B, H, N, N], ``ROWS`` of each head at most, as [R, N]; of those
+    ``every`` so many."""
     count = maps.shape[-2]
-    chosen = np.unique(np.linspace(0, count - 1, min(ROWS, count)).astype(int))
+    chosen = np.unique(np.linspace(0, count - 1, min(ROWS, count)).astype(int))[::every]
     return np.ascontiguousarray(maps[..., chosen, :].reshape(-1, maps.shape[-1]))

@@ -17,13 +17,17 @@ from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.blocks import name_of
+from ptq_onnx.calibration.class_output import features_of
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.evaluation import evaluate, no_classes
+from ptq_onnx.evaluation import evaluate, no_classes, since
 from ptq_onnx.image_source import ImageSource
+from ptq_onnx.model_size import model_bytes
 from ptq_onnx.outputs import decibels as in_json
 from ptq_onnx.preparation import prepare
+from ptq_onnx.progress import Planned, Progress, Stages
 from ptq_onnx.runtime import Network, session
 from ptq_onnx.spec import TensorSpec
+from ptq_onnx.stages import READING
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -31,6 +35,8 @@ Labels = NDArray[np.int64]
 QUANTIZED = "quantized.onnx"
 FLOAT = "fused.onnx"
 REPORT = "report.json"
+TIMING, MEASURING = "Timing the files", "Measuring the files"
+"""Stages, as the user reads them."""
 LOOKED = 2
 """Images that matching looks at."""
 ROUNDS = 21
@@ -74,7 +80,7 @@ def compare(
     block_images: int = 32,
     batch: int = 8,
     threads: int = 0,
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure every file, and the float model, on the same images. Raises PtqError."""
     if not paths:
@@ -82,13 +88,17 @@ def compare(
     base = find_reference(paths, reference)
     files = [quantized_file(path) for path in paths]
     names = _names([Path(p) for p in paths])
-    begin = progress or (lambda _, __: lambda ___: None)
     _check_labels(base, labels)
-    done = begin("Comparing", len(files) + 1)
+    count = len(files) + 1
+    plan = [Planned(READING, 10), Planned(TIMING, ROUNDS * count)]
+    begin = Stages(progress, [*plan, Planned(MEASURING, 2 * count * len(images))])
+    begin(READING, 1)
+    features = features_of(base, images.preprocess.size)
     outputs = block_outputs(base, images.preprocess.size)
     tensors = list(outputs.values())
     floats = FloatBlocks(base, tensors, images, block_images, threads) if outputs else None
-    times = _times([base, *files], images, threads)
+    times = _times([base, *files], images, threads, begin(TIMING, ROUNDS))
+    advance = begin(MEASURING, count * len(images))
     contenders = []
     for index, (name, file) in enumerate(zip(["float", *names], [base, *files], strict=True)):
         measured = evaluate(
@@ -98,13 +108,15 @@ def compare(
             batch_size=batch,
             threads=threads,
             reference=base if index else None,
+            features=features,
+            progress=since(advance),
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
         contenders.append(
             Contender(
                 name=name,
                 file=file.name,
-                bytes=_size(file),
+                bytes=model_bytes(file),
                 quantized_ops=tapped.quantized_ops(),
                 top1=measured.top1,
                 top5=measured.top5,
@@ -115,7 +127,7 @@ def compare(
                 outputs=measured.outputs,
             )
         )
-        done(1)
+    begin.done()
     return Comparison(base.name, len(images), min(block_images, len(images)), tuple(contenders))
 
 
@@ -181,7 +193,8 @@ class FloatBlocks:
             if one is None:
                 out.append(BlockMatch(block, None, None, None))
             else:
-                out.append(BlockMatch(block, one[0], one[1], decibels(sums[tensor].snr)))
+                ratio = sums[tensor].snr
+                out.append(BlockMatch(block, one[0], one[1], decibels(ratio), ratio))
         return tuple(out)
 
 
@@ -204,12 +217,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [n if names.index(n) == i else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
-def _size(path: Path) -> int:
-    """Bytes of the file and of the weights beside it."""
-    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.is_file())
-
-
-def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[float]:
+def _times(
+    files: Sequence[Path], images: ImageSource, threads: int, progress: Callable[[int], None]
+) -> list[float]:
     """Median milliseconds of one image, file by file."""
     one = next(images.batches(1))
     models = [Network(file, threads) for file in files]
@@ -222,6 +232,7 @@ def _times(files: Sequence[Path], images: ImageSource, threads: int) -> list[flo
             start = time.perf_counter()
             model(one)
             times.append(time.perf_counter() - start)
+        progress(1)
     return [1000 * statistics.median(times) for times in taken]
 
 

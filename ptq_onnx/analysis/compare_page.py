@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from ptq_onnx.analysis.report import EXACT
 from ptq_onnx.analysis.results import Comparison, Contender
 from ptq_onnx.analysis.svg import line_chart
 from ptq_onnx.outputs import OutputFigures
@@ -37,7 +39,12 @@ def render_comparison(found: Comparison) -> str:
     by_block = [{b.block: b for b in c.blocks} for c in quantized]
     blocks = [(n, [_block(one.get(n)) for one in by_block]) for n in numbers]
     lines = {
-        c.name: {b.block: b.snr_db for b in c.blocks if b.snr_db is not None} for c in quantized
+        c.name: {
+            b.block: b.snr_db
+            for b in c.blocks
+            if b.snr_db is not None and math.isfinite(b.snr_db)
+        }
+        for c in quantized
     }
     return environment.get_template("compare.html").render(
         found=found,
@@ -61,6 +68,7 @@ def _rows(found: Comparison) -> list[dict[str, Any]]:
         for (_, value, text, _), top in zip(COLUMNS, best, strict=True):
             number = value(one)
             shown = "–" if number is None else text.format(number)
+            shown = EXACT if number == math.inf else shown
             cells.append((shown, index > 0 and number is not None and number == top))
         ops = ", ".join(f"{kind} {count}" for kind, count in one.quantized_ops.items())
         rows.append({"name": one.name, "file": one.file, "cells": cells, "ops": ops or "none"})
@@ -87,4 +95,5 @@ def _output(one: OutputFigures | None) -> str:
 def _block(one: Any) -> str:
     if one is None or one.snr_db is None:
         return "not found"
-    return f"{one.snr_db:.1f}{'*' if one.how == 'position' else ''}"
+    shown = f"{one.snr_db:.1f}" if math.isfinite(one.snr_db) else EXACT
+    return f"{shown}{'*' if one.how == 'position' else ''}"

@@ -9,7 +9,7 @@ makes: q, k, v out of a packed linear, the concatenation with the class token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,9 @@ from ptq_onnx.analysis.results import (
     OutputError,
     decibels,
 )
-from ptq_onnx.analysis.tokens import Tokens, find_tokens
+from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks import Blocks, Role, is_layout, is_product, name_of, through_layout
+from ptq_onnx.calibration.class_output import feature_outputs
 from ptq_onnx.engine import Simulator, VitQuantizer
 from ptq_onnx.errors import ModelError
 from ptq_onnx.spec import Site
@@ -66,10 +67,13 @@ def graphwise(
     simulator: Simulator | None = None,
     reference: Simulator | None = None,
     own: Simulator | None = None,
+    count: int | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Graphwise:
     """Errors of all compute ops and blocks over all batches ([B, C, H, W]).
+
+    ``count``: how many images these are, where others fill up a batch behind the last.
 
     ``model`` is the float model that was quantized. ``reference`` simulates the float model to
     compare with, ``model`` where none is given. Where it is another one with the same tensor
@@ -86,6 +90,8 @@ def graphwise(
     changed: frozenset[str] | None = None
     images = 0
     for batch in batches:
+        size = len(batch)
+        real = size if count is None else min(size, count - images)
         floats: dict[str, Array] = {}
         reference.walk(batch, floats.__setitem__)
         if own is not None and changed is None:
@@ -95,17 +101,25 @@ def graphwise(
             own.walk(batch, again.__setitem__)
             floats.update({name: again[name] for name in changed})
 
-        def compare(name: str, value: Array, floats: dict[str, Array] = floats) -> None:
+        def compare(
+            name: str,
+            value: Array,
+            floats: dict[str, Array] = floats,
+            size: int = size,
+            real: int = real,
+        ) -> None:
+            if name not in floats:
+                return
+            one, other = (first_images(v, size, real) for v in (floats.pop(name), value))
             if name in sums:
-                sums[name].add(floats[name], value, tokens)
+                sums[name].add(one, other, tokens)
             if name in ends:
-                ends[name].append((floats[name], value))
-            floats.pop(name, None)
+                ends[name].append((one, other))
 
         quantized.walk(batch, compare)
-        images += len(batch)
+        images += real
         if progress is not None:
-            progress(len(batch))
+            progress(real)
     if not images:
         raise ModelError("There are no images to analyse the quantized model on.")
     ops = [
@@ -113,7 +127,12 @@ def graphwise(
         for name, node in nodes.items()
         if sums[name].whole.count
     ]
-    found = tuple(OutputError(name, _error(pairs)) for name, pairs in ends.items() if pairs)
+    features = feature_outputs(model)
+    found = tuple(
+        OutputError(name, _error(pairs, name not in features))
+        for name, pairs in ends.items()
+        if pairs
+    )
     logits = next((one.error for one in found if one.error.agreement is not None), None)
     if logits is None and found:
         logits = found[0].error
@@ -152,8 +171,9 @@ def float_outputs(model: ir.Model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(v.name) for v in made))
 
 
-def _error(pairs: list[tuple[Array, Array]]) -> Error:
-    return logits_error(*(np.concatenate(values) for values in zip(*pairs, strict=True)))
+def _error(pairs: list[tuple[Array, Array]], answers: bool) -> Error:
+    error = logits_error(*(np.concatenate(values) for values in zip(*pairs, strict=True)))
+    return error if answers else replace(error, agreement=None)
 
 
 def _role(name: str, node: ir.Node, blocks: Blocks, sites: Mapping[str, Site] | None) -> Role:
@@ -200,6 +220,8 @@ def _op_error(
         tensor=tensor,
         class_db=decibels(pair.first.snr) if pair.first.count else None,
         patch_db=decibels(pair.patches.snr) if pair.patches.count else None,
+        class_snr=pair.first.snr if pair.first.count else None,
+        patch_snr=pair.patches.snr if pair.patches.count else None,
     )
 
 

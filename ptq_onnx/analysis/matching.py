@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.quantizers.uniform import dequantize
+from ptq_onnx.quantizers.fake_quantize import values_of
 from ptq_onnx.runtime import TYPES, open_with_fp8
 from ptq_onnx.signature import fed
 from ptq_onnx.spec import TensorSpec
@@ -147,7 +147,7 @@ class Reader:
         """Tensors of integers without a scale, as seen so far: no values to compare."""
         self._input = session.get_inputs()[0]
         size = self._input.shape[0]
-        self._fixed = size if isinstance(size, int) else None
+        self._fixed = size if isinstance(size, int) and size > 0 else None
 
     def run(self, batch: Array) -> dict[str, Array]:
         """The tensors of images [B, C, H, W], as float32 [B, …]; integers as they are where
@@ -176,7 +176,7 @@ class Reader:
         if array.dtype.kind not in "iub":
             return np.asarray(array, np.float32)
         if tensor in self._codes:
-            return dequantize(array.astype(np.int32), self._codes[tensor])
+            return values_of(array.astype(np.int32), self._codes[tensor])
         self.integers.add(tensor)
         return np.asarray(array, np.float32)
 

@@ -1,21 +1,26 @@
 """The modules that sensitivity analysis switches: ops, kinds of ops, blocks, the whole model.
 
-A module holds what ``--keep-float ROLE@BLOCK`` would leave in float: the outputs and the
-weights of its ops, and those inputs of linears and products that nothing else reads. So what
-leave-one-out gives back is what that option gives.
+A module holds the outputs and the weights of its ops, and those inputs of linears and products
+that nothing else reads. What ``--keep-float`` leaves in float for it may be more, as the partner
+of an attention product: :func:`left_in_float`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from ptq_onnx.analysis.results import Part, Scope
 from ptq_onnx.blocks import Blocks, name_of
+from ptq_onnx.config import ALL, INTEGER, Selector
 from ptq_onnx.spec import Site, TensorSpec
+
+if TYPE_CHECKING:
+    from ptq_onnx.quantizers.base import SiteQuantizer
 
 KINDS: dict[str, tuple[str, ...]] = {
     "patch_embed": ("patch_embed",),
@@ -88,6 +93,22 @@ def find_modules(
         add(f"blocks.{index}", "block", None, index, partial(_is_block, index))
     add("model", "model", None, None, lambda *_: True)
     return found
+
+
+def left_in_float(module: Module, quantizer: SiteQuantizer) -> frozenset[str]:
+    """The tensors that ``--keep-float`` with the module's roles leaves in float; the module's own
+    where that option knows none of them."""
+    plan = quantizer.plan
+    if module.scope == "model" or plan.config.target == INTEGER:
+        return module.tensors
+    known = {r.name for r in plan.blocks.roles.values()} - {"layout", "other"}
+    known |= {base_role(s) for s in plan.sites.values()}
+    roles = KINDS[module.name] if module.scope == "kind" else (str(module.role),)
+    roles = (ALL,) if module.scope == "block" else tuple(r for r in roles if r in known)
+    blocks = None if module.block is None else (module.block,)
+    kept = (*plan.config.keep_float, *(str(Selector(role, blocks)) for role in roles))
+    after = quantizer.rules_under(replace(plan.config, keep_float=kept))
+    return module.tensors | {t for t in quantizer.rules if t not in after}
 
 
 def _is_op(role: str, block: int | None, r: str, b: int | None) -> bool:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ptq_onnx.analysis.sections import by_place, sections
+from ptq_onnx.outputs import MOST_DB
 
 Entry = Mapping[str, Any]
 
@@ -29,6 +30,8 @@ GOOD_DB, FAIR_DB = 20, 12
 HOLDS = "The accuracy holds"
 WORST = 10
 """Ops that the page marks as the worst."""
+EXACT = "exact"
+"""What stands for infinite dB."""
 EMBEDDED_BYTES = 90_000
 """Larger pictures go into the page as WebP, so that twelve of them fit in about 1 MB."""
 
@@ -63,7 +66,9 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, size=size, cell=cell, counts=counts)
+    environment.filters.update(
+        number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
+    )
     analysis = report.get("analysis")
     return environment.get_template("report.html").render(
         report=report,
@@ -151,12 +156,13 @@ def _measured(report: Entry) -> tuple[str, str]:
         )
     blocks = (report.get("analysis") or {}).get("blocks") or []
     if blocks:
-        last = blocks[-1]["snr_db"]
+        found = blocks[-1]["snr_db"]
+        last = math.inf if found is None else found
         grade = "good" if last >= GOOD_DB else "fair" if last >= FAIR_DB else "bad"
         word = {"good": "small", "fair": "noticeable", "bad": "large"}[grade]
         return grade, (
-            f"The error of the last block is {word}, {last:.1f} dB. Accuracy was not measured:"
-            " give --val, and --labels, to know it."
+            f"The error of the last block is {word}, {decibel_text(last, None, 1, ' dB')}."
+            " Accuracy was not measured: give --val, and --labels, to know it."
         )
     return "none", "Nothing was measured on images: the quality of this model is not known."
 
@@ -207,7 +213,7 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
         title, images = _sqnr_title(fidelity), "" if fidelity is None else _images(fidelity)
         small = images if fidelity and fidelity.get("source") not in (None, "val") else ""
         small = f"higher is better; {small}" if small else "higher is better"
-        cards.append((title, f"{close['sqnr_db']:.1f} dB", small))
+        cards.append((title, decibel_text(close["sqnr_db"], None, 1, " dB"), small))
     if close.get("agreement") is not None:
         cards.append(("Same top class", f"{close['agreement']:.1f} %", "as the float model"))
     sizes = report.get("sizes") or {}
@@ -345,6 +351,15 @@ def number(value: Any) -> str:
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and value < 1e6):
         return str(int(value))
     return f"{value:.4g}" if math.isfinite(value) else "∞" if value == math.inf else str(value)
+
+
+def decibel_text(
+    value: float | None, ratio: float | None, digits: int = 1, unit: str = ""
+) -> str:
+    """dB as text: ``exact`` without any error, which JSON holds as null beside a ratio of 0."""
+    if value is None:
+        return EXACT if ratio == 0 else ""
+    return f"{value:.{digits}f}{unit}" if value < MOST_DB else EXACT
 
 
 def cell(value: Any) -> str:

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.outputs import OutputFigures
+from ptq_onnx.spec import Code
+
+Decibels = Annotated[
+    float, "dB, higher is better; null where there is no error at all: the ratio beside it is 0"
+]
+"""-10 log10 of a noise-to-signal ratio; infinite without noise, which JSON holds as null."""
 
 
 def decibels(snr: float) -> float:
-    """-10 log10 of a noise-to-signal ratio; 200 where there is no noise at all."""
-    return 200.0 if snr <= 1e-20 else -10 * math.log10(snr)
+    """-10 log10 of a noise-to-signal ratio; infinite where there is no noise at all."""
+    return math.inf if snr <= 0 else -10 * math.log10(snr)
+
+
+def difference(one: float, other: float) -> float:
+    """``one`` less ``other``, in dB; 0 where both are without error."""
+    return 0.0 if one == other else one - other
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON holds it: lists for tuples, null for infinite numbers."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 @dataclass(frozen=True)
@@ -23,8 +43,9 @@ class OpError:
 
     ``snr`` is noise to signal, Σ(q - f)² / Σf² over all images: lower is better. ``snr_db``
     is -10 log10 of it: higher is better. ``quantized``: the op's output is rounded to codes.
-    ``tensor`` is that output. ``class_db`` and ``patch_db``: the same for the class token and
-    for all other tokens alone; None where the tensor has no tokens.
+    ``tensor`` is that output. ``class_snr``, ``class_db`` and ``patch_snr``, ``patch_db``: the
+    same for the class token and for the patches alone; ratios are None where the tensor has no
+    tokens. Every ``db`` is None without any error: its ratio is 0.
     """
 
     node: str
@@ -32,14 +53,16 @@ class OpError:
     role: str
     block: int | None
     snr: float
-    snr_db: float
+    snr_db: Decibels
     mse: float
     cosine: float
     max_abs: float
     quantized: bool
     tensor: str = ""
-    class_db: float | None = None
-    patch_db: float | None = None
+    class_db: Decibels | None = None
+    patch_db: Decibels | None = None
+    class_snr: float | None = None
+    patch_snr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ class Error:
     """
 
     snr: float
-    snr_db: float
+    snr_db: Decibels
     mse: float
     cosine: float
     max_abs: float
@@ -73,7 +96,7 @@ class BlockError:
 
     block: int
     snr: float
-    snr_db: float
+    snr_db: Decibels
 
 
 @dataclass(frozen=True)
@@ -102,11 +125,12 @@ class Switched:
 
     ``module`` names it: ``blocks.5.fc2`` (scope ``op``), ``fc2`` (``kind``: all of them),
     ``blocks.5`` (``block``) or ``model``; ``part``: its activations, its weights, or both;
-    ``tensors``: how many that are. ``features_db``: the SNR of the last norm's output, all
-    tokens; None for a model without one. ``gain_db``, ``features_gain_db`` (leave-one-out): what
-    logits and features gain in dB over the model with everything quantized; None in layerwise
-    results. The logits of one class token are few numbers: where quantization has destroyed
-    them, only the features still tell the modules apart.
+    ``tensors``: how many of those are switched. ``features_snr``, ``features_db``: those of the
+    last norm's output, all tokens; the ratio is None for a model without one. ``gain_db``,
+    ``features_gain_db`` (leave-one-out): what logits and features gain in dB over the model with
+    everything quantized; None in layerwise results, and where the gain is infinite: nothing is
+    left of the error. The logits of one class token are few numbers: where quantization has
+    destroyed them, only the features still tell the modules apart.
     """
 
     module: str
@@ -116,9 +140,10 @@ class Switched:
     part: Part
     tensors: int
     error: Error
-    features_db: float | None = None
+    features_db: Decibels | None = None
     gain_db: float | None = None
     features_gain_db: float | None = None
+    features_snr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,16 +151,20 @@ class Sensitivity:
     """Layerwise and leave-one-out analysis, both measured at the logits.
 
     ``baseline``: everything quantized. ``layerwise``: one module quantized, the rest float.
-    ``leave_one_out``: one module float, the rest quantized.
+    ``leave_one_out``: everything quantized but what ``--keep-float`` would leave in float for the
+    module (part ``all``; the partner of an attention product with it), or its weights or
+    activations alone. The other tensors keep the numbers of this run; ``--keep-float`` equalises
+    and calibrates anew.
     """
 
     images: int
     held_apart: bool
     baseline: Error
-    baseline_features_db: float | None
+    baseline_features_db: Decibels | None
     layerwise: tuple[Switched, ...]
     leave_one_out: tuple[Switched, ...]
     seconds: float
+    baseline_features_snr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +195,9 @@ class TensorHistogram:
     quantized_counts: tuple[int, ...]
 
 
+ClipOf = Literal["values", "centred", "row"]
+
+
 @dataclass(frozen=True)
 class TensorVariation:
     """How much one tensor varies, and what its own rounding costs it.
@@ -174,8 +206,11 @@ class TensorVariation:
     over its output channels), ``sdam_heads`` over the heads, each None where there are none.
     ``kurtosis``: of all values; 3 for a normal distribution. ``channel_ratio``: the largest
     channel's extreme over the median channel's. Where the tensor is quantized: ``clip``, the
-    values of its smallest and largest code; ``clipped``: the share of values outside;
-    ``snr_db``: of the float values rounded, nothing else being quantized; ``clip_noise``: the
+    values of its smallest and largest code, in the channel with the widest range; ``clip_of``:
+    what that range is of: the values, or what is left of them when the mean over the tokens is
+    taken out (``centred``), or when each row is divided by its largest value (``row``);
+    ``clipped``: the share of values outside, counted there; ``snr``, ``snr_db``: of the float
+    values rounded as the file rounds them, nothing else being quantized; ``clip_noise``: the
     share of that error that comes from clipped values.
     """
 
@@ -193,9 +228,11 @@ class TensorVariation:
     channel_ratio: float | None
     clip: tuple[float, float] | None
     clipped: float | None
-    snr_db: float | None
+    snr_db: Decibels | None
     clip_noise: float | None
     histogram: TensorHistogram
+    clip_of: ClipOf | None = None
+    snr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -259,21 +296,24 @@ class Variation:
 
 @dataclass(frozen=True)
 class AttentionCode:
-    """One way to hold attention maps: ``uniform`` levels on [0, 1] or ``log2`` codes (LIS).
+    """One way to hold attention maps: ``uniform`` levels on [0, 1], ``log2`` codes (LIS) or 8-bit
+    floats; ``row``: every row divided by its largest value before.
 
-    Measured on float maps, rounded: ``snr_db``; ``rank``, the mean Spearman correlation of
-    rows before and after (ties share their rank); ``discordant``, the share of pairs in a row
+    Measured on float maps, rounded: ``snr``, ``snr_db``; ``rank``, the mean Spearman correlation
+    of rows before and after (ties share their rank); ``discordant``, the share of pairs in a row
     whose order is lost or turned (a ranking loss); ``row_sum``, smallest, mean and largest sum
     of a row, one before; ``zero``, the share of values that become zero.
     """
 
-    code: Literal["uniform", "log2"]
+    code: Code
     bits: int
-    snr_db: float
+    snr_db: Decibels
     rank: float
     discordant: float
     row_sum: tuple[float, float, float]
     zero: float
+    snr: float = 0.0
+    row: bool = False
 
 
 @dataclass(frozen=True)
@@ -281,8 +321,10 @@ class BlockAttention:
     """Attention maps of one block over all images looked at.
 
     ``counts``: values per bin of log2 A, from 2^``lowest`` up to 1, one bin per half octave,
-    those below in the first. ``codes``: what rounding does to float maps. ``snr_db``, ``rank``,
-    ``discordant``: the maps of the quantized model against those of the float one.
+    those below in the first. ``codes``: what rounding does to float maps, in 8 and 4 bits and in
+    the model's own; ``own``: what the codes of the quantized model do, None where it has none.
+    ``snr``, ``snr_db``, ``rank``, ``discordant``: the maps of the quantized model against those of
+    the float one.
     """
 
     block: int
@@ -290,9 +332,11 @@ class BlockAttention:
     lowest: int
     counts: tuple[int, ...]
     codes: tuple[AttentionCode, ...]
-    snr_db: float
+    snr_db: Decibels
     rank: float
     discordant: float
+    snr: float = 0.0
+    own: AttentionCode | None = None
 
 
 @dataclass(frozen=True)
@@ -329,12 +373,16 @@ class Analysis:
     advice: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the keys of graphwise stand at the top, as in report.json."""
+        """Plain values; the keys of graphwise stand at the top, as in report.json, which knows no
+        infinite dB: they are null."""
         parts = {
             name: None if (part := getattr(self, name)) is None else asdict(part)
             for name in ("sensitivity", "variation", "attention")
         }
-        return {**asdict(self.graphwise), **parts, "advice": list(self.advice)}
+        found: dict[str, Any] = plain(
+            {**asdict(self.graphwise), **parts, "advice": list(self.advice)}
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -347,7 +395,7 @@ class Closeness:
     """
 
     drop: float | None
-    sqnr_db: float
+    sqnr_db: Decibels
     agreement: float | None
     output: str | None = None
 
@@ -408,20 +456,22 @@ class BlockMatch:
     """One transformer block in a quantized file: its output tensor, how it was found (by
     ``name``, or by ``position``: shape, order and likeness), and its SNR against float.
 
-    All None where nothing in the file is like it.
+    All None where nothing in the file is like it; ``snr_db`` also where there is no error, and
+    ``snr`` 0.
     """
 
     block: int
     tensor: str | None
     how: Literal["name", "position"] | None
-    snr_db: float | None
+    snr_db: Decibels | None
+    snr: float | None = None
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One file of a comparison. ``quantized_ops``: QuantizeLinear, DequantizeLinear and integer
-    ops, counted. ``ms_per_image``: median, one image at a time. ``sqnr_db``: of the worst output;
-    ``outputs``: each by itself."""
+    """One file of a comparison. ``bytes`` counts the weights it keeps in other files too.
+    ``quantized_ops``: QuantizeLinear, DequantizeLinear and integer ops, counted. ``ms_per_image``:
+    median, one image at a time. ``sqnr_db``: of the worst output; ``outputs``: each by itself."""
 
     name: str
     file: str

@@ -13,11 +13,12 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ptq_onnx.analysis.results import (
     AttentionAnalysis,
     Automatic,
+    Decibels,
     Graphwise,
     Sensitivity,
     Variation,
@@ -47,7 +48,7 @@ def schema_of(kind: Any) -> Schema:
         return dict(PLAIN[kind])
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = get_type_hints(kind, include_extras=True)
         names = [f.name for f in fields(kind)]
         return {
             "type": "object",
@@ -56,6 +57,8 @@ def schema_of(kind: Any) -> Schema:
             "required": names,
             "additionalProperties": False,
         }
+    if origin is Annotated:  # decibels, which are infinite where there is no error
+        return {"type": ["number", "null"], "description": arguments[1]}
     if origin in (Union, types.UnionType):
         return {"anyOf": [schema_of(a) for a in arguments]}
     if origin is Literal:
@@ -106,7 +109,7 @@ def report_schema() -> Schema:
     """The schema of the whole report. Keys that it does not name may be added later."""
     place = {"tensor": STRING, "role": STRING, "block": _or_null(COUNT)}
     accuracy = {"top1": _or_null(NUMBER), "top5": _or_null(NUMBER)}
-    closeness = {"sqnr_db": _or_null(NUMBER), "agreement": _or_null(NUMBER)}
+    closeness = {"sqnr_db": schema_of(Decibels), "agreement": _or_null(NUMBER)}
     analysis = schema_of(Graphwise)
     analysis["properties"] |= {
         "sensitivity": _or_null(schema_of(Sensitivity)),
@@ -122,6 +125,7 @@ def report_schema() -> Schema:
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
         "centred": {"type": "boolean"},
         "block_size": COUNT,
+        "limits": {**_list(COUNT), "minItems": 2, "maxItems": 2},
         "scale": {"type": ["number", "array"]},
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},
@@ -149,6 +153,12 @@ def report_schema() -> Schema:
             ),
             "arithmetic": {"enum": ["float", "integer"]},
             "tensors": _list(_object(spec)),
+            "formed": {
+                "enum": ["formed.onnx", "fused.onnx"],
+                "description": "The file of the float model that was quantized, whose tensors the"
+                " report names: equalised, in the target's form, weights rounded, biases"
+                " corrected.",
+            },
             "floats": _list(_object({**place, "reason": STRING})),
             "sizes": _object({"float": COUNT, "quantized": COUNT}),
             "analysis": _or_null(analysis),

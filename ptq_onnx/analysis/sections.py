@@ -49,10 +49,12 @@ def by_place(sensitivity: Entry, analysis: str) -> dict[tuple[str, int | None], 
     """
 
     def figure(entry: Entry) -> float:
+        """Infinite where JSON has null: nothing is left of the error."""
         if analysis == "layerwise":
-            return float(entry["error"]["snr_db"])
-        features = entry["features_gain_db"]
-        return float(entry["gain_db"] if features is None else features)
+            found = entry["error"]["snr_db"]
+        else:
+            found = entry["gain_db" if entry["features_snr"] is None else "features_gain_db"]
+        return math.inf if found is None else float(found)
 
     return {
         (m["role"], m["block"]): figure(m)
@@ -72,7 +74,8 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
     )
     cells = {(r, b): v for (r, b), v in layerwise.items() if b is not None}
     given = {(r, b): v for (r, b), v in gains.items() if b is not None}
-    digits = 1 if max(map(abs, given.values()), default=0) >= 1 else 2
+    finite = [abs(v) for v in given.values() if math.isfinite(v)]
+    digits = 1 if max(finite, default=0) >= 1 else 2
     left = {(m["module"], m["scope"], m["part"]): m for m in found["leave_one_out"]}
     rows = [
         {**m, "left": left.get((m["module"], m["scope"], m["part"]))} for m in found["layerwise"]
@@ -87,7 +90,7 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
                 roles,
                 blocks,
                 "Gain of leave-one-out",
-                text=lambda v: f"{round(v, digits) + 0.0:.{digits}f}",
+                text=lambda v: f"{round(v, digits) + 0.0:.{digits}f}" if math.isfinite(v) else "∞",
                 bad_is_high=True,  # what gives much back costs much
             )
         ),
@@ -109,6 +112,7 @@ def _variation(found: Entry | None) -> dict[str, Any] | None:
             "f": t["histogram"]["float_counts"],
             "q": t["histogram"]["quantized_counts"],
             "clip": t["clip"],
+            "of": t["clip_of"],
         }
         for t in tensors
     ]
@@ -139,13 +143,18 @@ def _label(entry: Entry) -> str:
     return str(entry["role"]) if block is None else f"blocks.{block}.{entry['role']}"
 
 
+def _coarse(codes: list[Entry]) -> Entry:
+    """Four uniform bits."""
+    return next(c for c in codes if (c["code"], c["bits"]) == ("uniform", 4))
+
+
 def _attention(found: Entry | None, chosen: list[int]) -> dict[str, Any] | None:
     if found is None:
         return None
     blocks = found["blocks"]
     if not chosen and blocks:
         # The last block, and the one that four uniform bits hurt most.
-        worst = min(blocks, key=lambda b: b["codes"][2]["snr_db"])
+        worst = max(blocks, key=lambda b: _coarse(b["codes"])["snr"])
         chosen = sorted({worst["block"], blocks[-1]["block"]})
     levels = [
         {"block": b["block"], "svg": Markup(attention_levels(BlockAttention(**b)))}

@@ -1,9 +1,10 @@
 """Layerwise and leave-one-out analysis: which module costs what, at the logits.
 
-Layerwise: one module is quantized, the rest float. Leave-one-out: all are quantized but one;
-what it gives back. A run starts at the graph segment that holds the module, from activations
-that all runs share, and ends in a session that all runs share (see segments.py). Memory holds
-the images, one activation per image, and the weights of a few sessions.
+Layerwise: one module is quantized, the rest float. Leave-one-out: all are quantized but what
+``--keep-float`` leaves in float for one; what that gives back. A run starts at the graph segment
+that holds the module, from activations that all runs share, and ends in a session that all runs
+share (see segments.py). Memory holds the images, one activation per image, and the weights of a
+few sessions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 from ptq_onnx.analysis.errors import Sums, outputs_error
 from ptq_onnx.analysis.graphwise import float_outputs
 from ptq_onnx.analysis.modules import Module, find_modules
-from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels
+from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels, difference
 from ptq_onnx.analysis.segments import Segments, Specs
 from ptq_onnx.blocks import Blocks, name_of
+from ptq_onnx.calibration.class_output import class_outputs, feature_outputs
 from ptq_onnx.errors import ModelError
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.spec import Site, TensorSpec
@@ -32,6 +34,7 @@ Array = NDArray[np.float32]
 Outcome = tuple[tuple[Array, ...], Array | None]
 """Outputs, as logits [N, classes], and features [N, …] where the model has them."""
 Judged = tuple[Error, float | None]
+"""The error of the logits, and the noise-to-signal ratio of the features."""
 APART = ("kind", "block", "model")
 """Scopes whose weights and activations leave-one-out also takes apart; layerwise does for all."""
 
@@ -74,6 +77,7 @@ def sensitivity(
     held_apart: bool,
     reference: ir.Model | None = None,
     apart: bool = True,
+    left_in_float: Callable[[Module], frozenset[str]] | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Sensitivity:
@@ -82,8 +86,9 @@ def sensitivity(
     ``reference``: the float model that ``model`` came from, where that is another: its weights
     not yet rounded, its biases not yet corrected. Its logits are compared with, and a linear
     whose weight a run leaves in float has its constants, not ``model``'s. ``apart``: weights and
-    activations also by themselves. ``progress`` is called with the number of runs done, of
-    :func:`run_count`. Raises ModelError where there is no image.
+    activations also by themselves. ``left_in_float``: the tensors that leave-one-out leaves in
+    float for a module, where they are not its own alone. ``progress`` is called with the number of
+    runs done, of :func:`run_count`. Raises ModelError where there is no image.
     """
     if not len(images.values):
         raise ModelError("There are no images to analyse the quantized model on.")
@@ -96,15 +101,15 @@ def sensitivity(
     first = start()
     first.segments.run(images.values, 0, first.last, {}, images.batch)
     truth = first.measured(images)
-    judge = partial(_judged, truth)
+    answers = bool(set(class_outputs(model)) - set(feature_outputs(model)))
+    judge = partial(_judged, truth, answers=answers)
     alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
     runs = start()
     layerwise = {m: judge(found) for m, found in runs.each({}, alone, images, progress)}
-    but = {
-        m: {t: spec for t, spec in specs.items() if t not in m.tensors}
-        for m in modules
-        if m.part == "all" or m.scope in APART
-    }
+    taken = [m for m in modules if m.part == "all" or m.scope in APART]
+    if left_in_float is not None:
+        taken = [replace(m, tensors=left_in_float(m)) if m.part == "all" else m for m in taken]
+    but = {m: {t: spec for t, spec in specs.items() if t not in m.tensors} for m in taken}
     runs = start()
     left = {m: judge(found) for m, found in runs.each(specs, but, images, progress)}
     baseline = judge(runs.baseline)
@@ -112,7 +117,8 @@ def sensitivity(
         images=images.real,
         held_apart=held_apart,
         baseline=baseline[0],
-        baseline_features_db=baseline[1],
+        baseline_features_db=None if baseline[1] is None else decibels(baseline[1]),
+        baseline_features_snr=baseline[1],
         layerwise=tuple(_switched(m, layerwise[m], None) for m in alone),
         leave_one_out=tuple(_switched(m, left[m], baseline) for m in but),
         seconds=time.perf_counter() - started,
@@ -150,7 +156,8 @@ def errors_of(
     segments.run(values, 0, runs.last, {}, images.batch)
     truth = runs.measured(images)
     segments.run(values, 0, runs.last, specs, images.batch)
-    return _judged(truth, runs.measured(images))
+    error, features = _judged(truth, runs.measured(images))
+    return error, None if features is None else decibels(features)
 
 
 def _last_norm(model: ir.Model, blocks: Blocks) -> str | None:
@@ -162,14 +169,16 @@ def _last_norm(model: ir.Model, blocks: Blocks) -> str | None:
     return str(last.outputs[0].name)
 
 
-def _judged(truth: Outcome, found: Outcome) -> Judged:
-    """The error of the logits, and the SNR of the features in dB."""
+def _judged(truth: Outcome, found: Outcome, answers: bool = True) -> Judged:
+    """The error of the outputs, and the noise-to-signal ratio of the features; ``answers``: an
+    output holds classes."""
     features: float | None = None
     if truth[1] is not None and found[1] is not None:
         sums = Sums()
         sums.add(truth[1], found[1])
-        features = decibels(sums.snr)
-    return outputs_error(truth[0], found[0]), features
+        features = sums.snr
+    error = outputs_error(truth[0], found[0])
+    return error if answers else replace(error, agreement=None), features
 
 
 def run_count(modules: Sequence[Module]) -> int:
@@ -178,9 +187,10 @@ def run_count(modules: Sequence[Module]) -> int:
 
 
 def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switched:
-    error, features = found
-    before, features_before = (None, None) if baseline is None else baseline
-    both = features is not None and features_before is not None
+    error, ratio = found
+    before, ratio_before = (None, None) if baseline is None else baseline
+    features = None if ratio is None else decibels(ratio)
+    features_before = None if ratio_before is None else decibels(ratio_before)
     return Switched(
         module=module.name,
         scope=module.scope,
@@ -190,8 +200,11 @@ def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switche
         tensors=len(module.tensors),
         error=error,
         features_db=features,
-        gain_db=None if before is None else error.snr_db - before.snr_db,
-        features_gain_db=(features or 0) - (features_before or 0) if both else None,
+        gain_db=None if before is None else difference(error.snr_db, before.snr_db),
+        features_gain_db=None
+        if features is None or features_before is None
+        else difference(features, features_before),
+        features_snr=ratio,
     )
 
 

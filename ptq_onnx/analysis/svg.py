@@ -42,7 +42,7 @@ def heat_map(
     blocks: int,
     label: str,
     limits: tuple[float, float] | None = None,
-    text: Callable[[float], str] = "{:.0f}".format,
+    text: Callable[[float], str] = lambda v: f"{v:.0f}" if math.isfinite(v) else "∞",
     bad_is_high: bool = False,
 ) -> str:
     """Blocks across, roles down; each cell holds its figure on the colour of it: green where
@@ -67,7 +67,7 @@ def heat_map(
             body.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{tall - 1}"'
                 f' fill="{color}"><title>blocks.{block}.{escape(role)}:'
-                f" {value:.2f} dB</title></rect>"
+                f" {f'{value:.2f} dB' if math.isfinite(value) else 'exact'}</title></rect>"
             )
             body.append(
                 _text(x + wide / 2 - 0.5, y + 14, text(value), extra=' fill="#111" font-size="10"')

@@ -37,6 +37,14 @@ class Tokens:
         return value.take([0], axis), value.take(range(self.extra, self.count), axis)
 
 
+def first_images(value: Array, batch: int, count: int) -> Array:
+    """What belongs to the first ``count`` of ``batch`` images: axis 0 counts images, or their
+    windows, image after image."""
+    if count >= batch or value.ndim == 0 or len(value) % batch:
+        return value
+    return value[: len(value) // batch * count]
+
+
 def find_tokens(model: ir.Model, blocks: Blocks) -> Tokens | None:
     """The tokens of the first attention over the whole image; None where there is none."""
     shape = image_input(model).shape

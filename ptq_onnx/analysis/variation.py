@@ -24,6 +24,7 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import (
     ChannelRanges,
+    ClipOf,
     KindVariation,
     Outlier,
     TensorHistogram,
@@ -31,13 +32,11 @@ from ptq_onnx.analysis.results import (
     Variation,
     decibels,
 )
-from ptq_onnx.analysis.tokens import Tokens, find_tokens
+from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.calibration.statistics import ChannelStatistics, collect
-from ptq_onnx.centring import TOKENS
 from ptq_onnx.layout import channel_map
-from ptq_onnx.quantizers.log2 import log2_codes, log2_values
-from ptq_onnx.quantizers.uniform import dequantize, over, quantize
+from ptq_onnx.quantizers.fake_quantize import clipped, fake_quantize, reach
 from ptq_onnx.sessions import Session
 from ptq_onnx.spec import Site, TensorSpec
 
@@ -59,35 +58,36 @@ def variation(
     specs: Mapping[str, TensorSpec],
     batches: Iterable[Any],
     *,
+    rounded: ir.Model | None = None,
+    count: int | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Variation:
-    """Variation of every site of the float ``model``; ``batches`` [B, C, H, W] are run twice."""
+    """Variation of every site of the float ``model``; ``batches`` [B, C, H, W] are run twice.
+
+    ``rounded``: the model whose weights the file holds, where they were rounded another way than
+    to the nearest. ``count``: how many images these are, where others fill up a batch behind the
+    last. ``progress`` is called with the images of both runs.
+    """
     activations = [s for s in sites.values() if not s.is_parameter]
-    stats = collect(model, activations, batches, threads=threads)
+    stats = collect(model, activations, batches, threads=threads, progress=progress)
     tokens = find_tokens(model, blocks)
     seen = {s.tensor: _Seen(s, stats.channels[s.tensor], specs.get(s.tensor)) for s in activations}
-    for values in _raw(model, activations, batches, threads, progress):
+    images = 0
+    for size, values in _raw(model, activations, batches, threads):
+        real = size if count is None else min(size, count - images)
         for tensor, value in values.items():
-            seen[tensor].add(value, tokens)
+            seen[tensor].add(first_images(value, size, real), tokens)
+        images += real
+        if progress is not None:
+            progress(real)
     found = [one.result() for one in seen.values()]
     outliers = [o for one in seen.values() for o in one.outliers()]
-    weights = [_weight(model, s, sites, specs.get(s.tensor)) for s in sites.values()
-               if s.is_parameter]  # fmt: skip
+    weights = [_weight(model, rounded or model, s, sites, specs.get(s.tensor))
+               for s in sites.values() if s.is_parameter]  # fmt: skip
     norms = _norm_inputs(model, blocks, seen)
     tensors = tuple(found + [w for w in weights if w is not None])
-    return Variation(stats.images, tensors, tuple(_kinds(tensors)), norms, tuple(outliers))
-
-
-def fake_quantize(value: Array, spec: TensorSpec) -> Array:
-    """Quantized and dequantized values of a tensor."""
-    if spec.rule.code == "log2":
-        return log2_values(log2_codes(value, spec.rule.bits), spec.rule.bits)
-    if spec.rule.centred:
-        mean = value.mean(axis=TOKENS, keepdims=True)
-        found: Array = dequantize(quantize(value - mean, spec), spec) + mean
-        return found
-    return dequantize(quantize(value, spec), spec)
+    return Variation(images, tensors, tuple(_kinds(tensors)), norms, tuple(outliers))
 
 
 def sdam(means: Double) -> float | None:
@@ -135,23 +135,17 @@ class _Rounding:
 
     def add(self, value: Array, rounded: Array) -> None:
         self.sums.add(value, rounded)
-        low, high = self.bounds(value.shape)
-        outside = (value < low) | (value > high)
+        outside = clipped(value, self.spec)
         self.clipped += int(np.count_nonzero(outside))
-        if self.clipped:
-            error = (rounded - value)[outside].astype(np.float64)
-            self.clip_noise += float(error @ error)
+        error = rounded[outside].astype(np.float64) - value[outside]
+        self.clip_noise += float(error @ error)
 
-    def bounds(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
-        """Lowest and highest value that a code reaches, half a step beyond, per channel."""
-        spec = self.spec
-        if spec.rule.code == "log2":
-            return np.float32(-np.inf), np.float32(np.inf)
-        factor = np.float32(1) if spec.factor is None else spec.factor
-        zero = over(spec.zero_point, spec, shape).astype(np.float32)
-        step = over(spec.scale, spec, shape) * factor
-        low, high = (edge - zero for edge in spec.rule.limits)
-        return (low - 0.5) * step, (high + 0.5) * step
+    @property
+    def of(self) -> ClipOf:
+        """What the range of the codes is of."""
+        if self.spec.rule.granularity == "row":
+            return "row"
+        return "centred" if self.spec.rule.centred else "values"
 
 
 class _Seen:
@@ -277,8 +271,10 @@ def _rounded(rounding: _Rounding | None) -> dict[str, Any]:
         return {"clip": None, "clipped": None, "snr_db": None, "clip_noise": None}
     sums = rounding.sums
     return {
-        "clip": rounding.spec.clip,
+        "clip": reach(rounding.spec),
+        "clip_of": rounding.of,
         "clipped": rounding.clipped / max(sums.count, 1),
+        "snr": sums.snr,
         "snr_db": decibels(sums.snr),
         "clip_noise": rounding.clip_noise / sums.noise if sums.noise else 0.0,
     }
@@ -289,9 +285,8 @@ def _raw(
     sites: list[Site],
     batches: Iterable[Any],
     threads: int,
-    progress: Callable[[int], None] | None,
-) -> Iterable[dict[str, Array]]:
-    """The raw values of all sites, batch by batch."""
+) -> Iterable[tuple[int, dict[str, Array]]]:
+    """The size of every batch, and the raw values of all sites."""
     copy = graphs.to_standard(model)
     values = {v.name: v for v in copy.graph.inputs}
     values.update({v.name: v for node in copy.graph for v in node.outputs})
@@ -311,13 +306,15 @@ def _raw(
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
         if len(wanted) < len(sites):
             found[feed] = batch
-        yield found
-        if progress is not None:
-            progress(len(batch))
+        yield len(batch), found
 
 
 def _weight(
-    model: ir.Model, site: Site, sites: Mapping[str, Site], spec: TensorSpec | None
+    model: ir.Model,
+    rounded_model: ir.Model,
+    site: Site,
+    sites: Mapping[str, Site],
+    spec: TensorSpec | None,
 ) -> TensorVariation | None:
     constant = model.graph.initializers[site.tensor].const_value
     if constant is None:
@@ -333,7 +330,9 @@ def _weight(
     histogram.add(0, value)
     rounding = None if spec is None else _Rounding(spec)
     if rounding is not None:
-        rounded = fake_quantize(value, rounding.spec)
+        held = rounded_model.graph.initializers[site.tensor].const_value
+        start = value if held is None else np.asarray(held.numpy(), np.float32)
+        rounded = fake_quantize(start, rounding.spec)
         rounding.add(value, rounded)
         histogram.add(1, rounded)
     heads = _head_means(model, site, sites, means)

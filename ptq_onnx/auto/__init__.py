@@ -1,4 +1,5 @@
-"""``--auto``: leaves the fewest, cheapest modules in float that keep the loss within a bound.
+"""``--auto``: leaves few, cheap modules in float that keep the loss within a bound, none of which
+can be done without.
 
 What can be decided is in ``candidates.py``, what it costs in ``costs.py``, the search in
 ``search.py``, which knows nothing of models. Every trial is a file, measured in its runtime

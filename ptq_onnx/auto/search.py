@@ -1,10 +1,11 @@
-"""The search for the fewest, cheapest decisions that bring a measured score within a bound.
+"""The search for few, cheap decisions that bring a measured score within a bound.
 
-It knows nothing of models. A module is treated by one of its options, or by none. Options are
-taken in the order of what they are expected to gain per cost; how many are needed is measured
-(doubling, then bisection); then decisions are taken back, those first that cost most for what
-they gain, until not a single one can be. Expectations only order: every answer rests on measured
-scores.
+What it finds is a set from which nothing can be taken, nor made cheaper, one decision at a time;
+that no smaller set will do it does not promise. It knows nothing of models. A module is treated by
+one of its options, or by none. Options are taken in the order of what they are expected to gain
+per cost; how many are needed is measured (doubling, then bisection); then decisions are taken
+back, those first that cost most for what they gain, until not a single one can be. Expectations
+only order: every answer rests on measured scores.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from ptq_onnx.stages import ENOUGH, TAKING_BACK
+
 S = TypeVar("S")
 Stage = Callable[[str, int], Callable[[int], None]]
 LEAST = 1e-12
 """What stands for no cost."""
 LIMIT = 250
 """Measurements at most."""
-ENOUGH, TAKING_BACK = "How many decisions", "Which can be undone"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def search(
     limit: int = LIMIT,
     stage: Stage | None = None,
 ) -> Outcome[S]:
-    """Decisions that bring the measured score within the bound, as few and cheap as it finds.
+    """Decisions that bring the measured score within the bound, of which none can be undone or
+    made cheaper.
 
     ``measure`` gives the score of a state, ``met`` says whether it is good enough. Nothing is
     assumed of them; where all the strongest options together are not enough, nothing is decided
@@ -155,22 +158,24 @@ def _enough(
 ) -> int:
     """How many steps are enough where one less is not; all of them where no fewer were seen
     to be."""
-    advance = begin(ENOUGH, 2 * len(order).bit_length())
-    low, high = 0, 1
+    left = 2 * len(order).bit_length()  # at most
+    advance = begin(ENOUGH, left)
+    low, high, found = 0, 1, False
     try:
         while high < len(order) and not met(known(taken(order, high))):
             low, high = high, min(2 * high, len(order))
             advance(1)
-    except OutOfRuns:
-        return len(order)
-    try:
+            left -= 1
+        found = True
         while high - low > 1:
             middle = (low + high) // 2
             good = met(known(taken(order, middle)))
             low, high = (low, middle) if good else (middle, high)
             advance(1)
+            left -= 1
     except OutOfRuns:
-        pass
+        high = high if found else len(order)
+    advance(left)
     return high
 
 

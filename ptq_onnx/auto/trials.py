@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ptq_onnx import graph as graphs
+from ptq_onnx import stages
 from ptq_onnx.analysis.modules import Module
 from ptq_onnx.analysis.results import Closeness, Error
 from ptq_onnx.analysis.segments import Specs
@@ -59,7 +60,7 @@ class Trials:
             evidence.work,
             labels_of=evidence.labels_of,
             threads=plan.config.threads,
-            progress=since(stage("Float model", len(evidence.images))),
+            progress=since(stage(stages.RUNNING_FLOAT, len(evidence.images))),
         )
         self._base = make_quantizer(plan)
         statistics = self._base.measure(batches)
@@ -118,7 +119,7 @@ class Trials:
         config = self.plan.config
         module = {c: Module(c.module, "op", c.role, c.block, "all", c.tensors) for c in candidates}
         wider = {m for c, m in module.items() if c.kind == "8 bits"}
-        advance = self._stage("Module by module", len(set(module.values())) + len(wider))
+        advance = self._stage(stages.EXPECTING, len(set(module.values())) + len(wider))
 
         def errors(modules: Iterable[Module], specs: Specs) -> dict[Module, Error]:
             return layerwise_errors(

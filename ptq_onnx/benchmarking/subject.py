@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.errors import ModelError
+from ptq_onnx.model_size import data_files, model_bytes
 from ptq_onnx.preparation import read_input
 from ptq_onnx.signature import TO_LAST, channels_last
 from ptq_onnx.sites import image_input
@@ -83,19 +84,18 @@ def read_subject(path: str | Path) -> Subject:
     if not free:
         raise ModelError(f"Model {path} has no input; there is nothing to time.")
     ops = {node.op_type for node in _nodes(model)}
-    beside = {
-        Path(v.const_value.path)
-        for v in model.graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    files = [path, *(_beside(path, other) for other in beside)]
+    for file in data_files(path):
+        if not file.is_file():
+            raise ModelError(
+                f"Model {path}: its data file '{file.name}' is missing; put it beside it."
+            )
     if len(free) == 1 and is_image(free[0]):
         _fill(free[0], path)
     return Subject(
         path=path,
         inputs=tuple(_input(v, path) for v in free),
         quantized=bool(ops & QUANTIZED_OPS),
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=model_bytes(path),
     )
 
 
@@ -103,13 +103,6 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
-
-
-def _beside(path: Path, other: Path) -> Path:
-    found = path.parent / other
-    if not found.is_file():
-        raise ModelError(f"Model {path}: its data file '{other}' is missing; put it beside it.")
-    return found
 
 
 def _fill(image: ir.Value, path: Path) -> None:

@@ -7,9 +7,12 @@ norm, a pooling, a tanh, a division by their length, or a projection without bia
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
 from ptq_onnx.blocks import is_constant
+from ptq_onnx.errors import PtqError
 from ptq_onnx.runtime import may_be_classes
 
 PASSED = frozenset(
@@ -18,6 +21,11 @@ PASSED = frozenset(
      "QuantizeLinear", "Expand")
 )  # fmt: skip
 """Ops through which classes stay classes."""
+MAKERS = frozenset(
+    ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization",
+     "L2Normalization", "Tanh")
+)  # fmt: skip
+"""Ops whose results are features."""
 FEATURES = ("embed", "feat", "pool", "hidden", "token", "latent", "descriptor", "project")
 """Words by which exporters name outputs that are no logits."""
 
@@ -41,6 +49,40 @@ def logits_output(model: ir.Model) -> str | None:
         if name in named and value.shape is not None and _is_head(value):
             return name if not any(word in name.lower() for word in FEATURES) else None
     return None
+
+
+def feature_outputs(model: ir.Model) -> list[str]:
+    """Those of them that certainly are features, so that no class leads: by their name, or made by
+    a norm, a tanh or a division by their length."""
+    named = set(class_outputs(model))
+    return [
+        str(v.name)
+        for v in model.graph.outputs
+        if str(v.name) in named
+        and (any(word in str(v.name).lower() for word in FEATURES) or _is_feature(v))
+    ]
+
+
+def features_of(path: str | Path, size: tuple[int, int] | None = None) -> list[str]:
+    """:func:`feature_outputs` of a file; none where it cannot be prepared."""
+    from ptq_onnx.preparation import prepare
+
+    try:
+        return feature_outputs(prepare(path, size=size).model)
+    except PtqError:
+        return []
+
+
+def _is_feature(value: ir.Value) -> bool:
+    node = value.producer()
+    if node is None:
+        return False
+    made = [v for v in node.inputs if v is not None and not is_constant(v)]
+    if node.op_type in MAKERS or (node.op_type == "Div" and len(made) == 2):
+        return True
+    if node.op_type in PASSED or (node.op_type in ("Mul", "Div", "Concat") and made):
+        return all(_is_feature(v) for v in (made[:1] if node.op_type in PASSED else made))
+    return False
 
 
 def _size(dim: int | ir.SymbolicDim) -> int | str:

@@ -26,6 +26,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from ptq_onnx import stages
 from ptq_onnx.blocks import (
     Blocks,
     Role,
@@ -38,6 +39,7 @@ from ptq_onnx.blocks import (
 from ptq_onnx.calibration import Statistics
 from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.channels import rows_of
 from ptq_onnx.equalization import forms
 from ptq_onnx.equalization.moves import (
     Hidden,
@@ -57,7 +59,6 @@ from ptq_onnx.equalization.strength import (
     choose_factor,
     output_noise,
 )
-from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
@@ -429,11 +430,10 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     counts = restructure(model, target)
     common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
-    fixed: dict[str, tuple[float, float]] = dict(plan.fixed)
+    fixed: dict[str, tuple[float, float]] = {}
     moves = plan.config.code == "uniform"  # see the module's text
     if plan.pixels is not None and moves:
-        roles, exact = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
-        fixed.update(exact)
+        roles, fixed = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     sites = find_sites(model, blocks)
     nodes = {name_of(node): node for node in model.graph}
@@ -451,7 +451,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         centred,
         batches,
         threads=plan.config.threads,
-        progress=report("Calibrating"),
+        progress=report(stages.EQUALISING),
     )
     widths = plan.config.widths
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)

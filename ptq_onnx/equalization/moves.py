@@ -23,8 +23,8 @@ from ptq_onnx.blocks import (
     through_layout,
 )
 from ptq_onnx.centring import rows_sum_to_one
+from ptq_onnx.channels import rows_of
 from ptq_onnx.equalization.forms import move_rows, own_columns, scale_columns, set_linear
-from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant, new_constant, unique_name
 from ptq_onnx.layout import channel_map
 

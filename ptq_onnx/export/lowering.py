@@ -8,7 +8,8 @@ optimizer breaks those around Add and MatMul). The tensor is divided by f before
 Q/DQ, and multiplied by f behind it. Either multiplication disappears where it can be moved
 exactly (f a power of two): into LayerNormalization's scale and bias, into the columns of
 the linear that makes the tensor, into the rows of the weight that reads it (which were
-quantized with the factor), between q and k, and through A·V.
+quantized with the factor), between q and k, and through A·V. Which of these, ``factors.py``
+decides before the first node is put in.
 """
 
 from __future__ import annotations
@@ -23,22 +24,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import (
-    consumers,
-    is_constant,
-    is_layout,
-    is_linear,
-    is_product,
-    source,
-    through_layout,
-)
+from ptq_onnx.blocks import consumers, is_layout, is_linear, is_product
 from ptq_onnx.centring import TOKENS, static_tokens
-from ptq_onnx.layout import channel_map, layout_indices, static_shape
+from ptq_onnx.channels import Factor, is_convolution
+from ptq_onnx.export.factors import (
+    FactorPlan,
+    Place,
+    leaves,
+    plan_factors,
+    quantized_values,
+    way,
+)
 from ptq_onnx.quantizers.log2 import THRESHOLD, log2_values, top_code
 from ptq_onnx.quantizers.uniform import quantize
 from ptq_onnx.spec import TensorSpec
-
-Factor = NDArray[np.float32]
 
 
 @dataclass
@@ -48,12 +47,12 @@ class _Lowering:
     graph: ir.Graph
     specs: Mapping[str, TensorSpec]
     names: set[str] = field(default_factory=set)
-    absorbed: set[ir.Node] = field(default_factory=set)
-    """Linears whose weight rows take the factor of their input."""
     renormalized: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """A·V outputs that are divided by row sums: the quotient, by the product's output."""
-    original: dict[ir.Value, TensorSpec] = field(default_factory=dict)
-    """Specs by value: names of graph outputs change hands while nodes are put in."""
+    factors: FactorPlan = field(default_factory=lambda: FactorPlan({}))
+    """Decided before the first node is put in."""
+    columns: dict[ir.Node, Factor] = field(default_factory=dict)
+    """What the output channels of linears and convolutions are divided by."""
 
     # --- small builders -----------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class _Lowering:
 
     # --- activations --------------------------------------------------------------------
 
-    def activation(self, value: ir.Value, spec: TensorSpec) -> None:
+    def activation(self, value: ir.Value, spec: TensorSpec, place: Place | None) -> None:
         """Quantize and dequantize one activation; point its readers at the result."""
         uses = [(node, i) for node, i in consumers(value) if node.op_type != "Shape"]
         if spec.rule.code == "log2":
@@ -128,24 +127,22 @@ class _Lowering:
         if spec.rule.centred:
             self.centred(value, spec, uses)
             return
-        out = self.uniform(value, spec)
+        out = self.uniform(value, spec, place)
         producer = value.producer()
         if producer is not None and producer.op_type == "Conv":
             # ONNX Runtime fuses a Conv whose output nothing but QuantizeLinear reads.
             shapes = [(node, i) for node, i in consumers(value) if node.op_type == "Shape"]
             self.redirect(value, shapes, out, outputs=False)
-        if spec.factor is None:
+        if spec.factor is None or place is None:
             self.redirect(value, uses, out)
             return
-        factor = spec.factor
-        scaled = [use for use in uses if self.takes_scaled(value, use, factor)]
-        self.absorbed.update(leaf for use in scaled for leaf, _ in _leaves(use))
+        scaled = [use for use in uses if use in place.scaled]
         plain = [use for use in uses if use not in scaled]
         self.redirect(value, scaled, out, outputs=False)
         for use in plain:
-            self.split_readers(value, use, out, factor)
+            self.split_readers(value, use, out, place)
         if plain or value.is_graph_output():
-            shape = self.constant(f"{value.name}_factor", factor)
+            shape = self.constant(f"{value.name}_factor", spec.factor)
             real = self.add(out.producer(), "Mul", [out, shape], value, "rescaled")
             self.redirect(value, plain, real)
 
@@ -225,10 +222,10 @@ class _Lowering:
             value.name = self.unique(f"{old}_float")
             new.name = old
 
-    def uniform(self, value: ir.Value, spec: TensorSpec) -> ir.Value:
+    def uniform(self, value: ir.Value, spec: TensorSpec, place: Place | None) -> ir.Value:
         """[Mul 1/f] → [Clip] → QuantizeLinear → DequantizeLinear; still divided by f."""
         current = value
-        if spec.factor is not None and not self.fold_into_producer(value, spec.factor):
+        if spec.factor is not None and place is not None and place.before == "mul":
             inverse = self.constant(f"{value.name}_inverse_factor", 1 / spec.factor)
             current = self.add(value.producer(), "Mul", [value, inverse], value, "scaled")
         current = self.clipped(current, value, spec)
@@ -309,26 +306,36 @@ class _Lowering:
 
     # --- factors ------------------------------------------------------------------------
 
-    def takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
-        """True where a reader computes the right result from the tensor divided by f."""
-        leaves = _leaves(use)
-        return bool(leaves) and all(self.leaf_takes_scaled(value, leaf, factor) for leaf in leaves)
+    def divide(self, place: Place, factor: Factor) -> None:
+        """Put 1/f into the op that makes the tensor, as decided."""
+        node = place.node
+        if place.before == "norm" and node is not None:
+            for index in (1, 2):
+                old = node.inputs[index] if len(node.inputs) > index else None
+                if old is not None and old.const_value is not None:
+                    new = old.const_value.numpy() / factor
+                    node.replace_input_with(index, self.constant(f"{old.name}_scaled", new))
+        if place.columns is not None:
+            linear, channels = place.columns.node, place.columns.index.ravel()
+            weight = linear.inputs[1]
+            if weight is not None and weight.shape is not None:
+                width = weight.shape.numpy()[1 if is_linear(linear) else 0]
+                scale = self.columns.setdefault(linear, np.ones(width, np.float32))
+                scale[channels] = factor.ravel()
 
     def split_readers(
-        self, value: ir.Value, use: tuple[ir.Node, int], out: ir.Value, factor: Factor
+        self, value: ir.Value, use: tuple[ir.Node, int], out: ir.Value, place: Place
     ) -> None:
         """Give readers that take the scaled tensor, behind layout ops that others share, layout
         ops of their own on ``out``."""
         if not is_layout(use[0]) or use[1] != 0:
             return
-        for node, index in _leaves(use):
-            read = node.inputs[index]
-            way = None if read is None else _way(value, read)
-            if way is None or not self.leaf_takes_scaled(value, (node, index), factor):
+        for node, index in leaves(use):
+            steps = way(value, node.inputs[index])
+            if (node, index) not in place.behind or steps is None:
                 continue
-            self.absorbed.add(node)
             current = out
-            for step, position in way:
+            for step, position in steps:
                 copy = ir.node(
                     step.op_type,
                     [current, *step.inputs[1:]],
@@ -343,153 +350,12 @@ class _Lowering:
                 current = copy.outputs[position]
             node.replace_input_with(index, current)
 
-    def leaf_takes_scaled(self, value: ir.Value, use: tuple[ir.Node, int], factor: Factor) -> bool:
-        node, index = use
-        if self.coded_between(value, node.inputs[index]):
-            return False
-        if (is_linear(node) or is_convolution(node)) and index == 0:
-            weight, read = node.inputs[1], node.inputs[0]
-            spec = None if weight is None else self.specs.get(str(weight.name))
-            if spec is None or spec.factor is None or read is None:
-                return False
-            axis = -1 if is_linear(node) else 1
-            rows = rows_of(value, read, factor, axis)
-            return rows is not None and cancels(rows_in_weight(node, rows), spec.factor)
-        if is_product(node):
-            return self.product_takes_scaled(node, index, value)
-        return False
-
-    def coded_between(self, value: ir.Value, read: ir.Value | None) -> bool:
-        """True where what a reader takes of ``value`` is quantized again on the way."""
-        while read is not None and read is not value:
-            if read in self.original:
-                return True
-            node = read.producer()
-            read = None if node is None or not is_layout(node) else node.inputs[0]
-        return False
-
-    def product_takes_scaled(self, node: ir.Node, index: int, value: ir.Value) -> bool:
-        """q and k whose factors cancel; v whose factor is that of A·V's own spec."""
-        specs = [self.spec_behind(v) for v in node.inputs]
-        mine, other = specs[index], specs[1 - index]
-        if mine is None or mine.factor is None:
-            return False
-        out = self.original.get(node.outputs[0])
-        if index == 1 and out is not None and out.factor is not None:
-            return bool(np.array_equal(out.factor, mine.factor))
-        if other is None or other.factor is None:
-            return False
-        own = np.atleast_2d(mine.factor)
-        pair = np.swapaxes(np.atleast_2d(other.factor), -1, -2)
-        return pair.shape == own.shape and cancels(pair, own)
-
-    def spec_behind(self, value: ir.Value | None) -> TensorSpec | None:
-        """The spec of the tensor that a product's input was before quantization."""
-        while value is not None:
-            spec = self.original.get(value)
-            if spec is not None:
-                return spec
-            node = value.producer()
-            if node is None or node.op_type not in ("DequantizeLinear", "QuantizeLinear", "Mul"):
-                return None
-            value = node.inputs[0]
-        return None
-
-    def fold_into_producer(self, value: ir.Value, factor: Factor) -> bool:
-        """Move 1/f into what makes the tensor, where that is exact; True if done."""
-        if not is_power_of_two(factor):
-            return False
-        node = value.producer()
-        if node is None:
-            return False
-        if node.op_type == "LayerNormalization" and factor.ndim == 1:
-            for index in (1, 2):
-                old = node.inputs[index] if len(node.inputs) > index else None
-                if old is not None and old.const_value is not None:
-                    new = old.const_value.numpy() / factor
-                    node.replace_input_with(index, self.constant(f"{old.name}_scaled", new))
-            return True
-        if node.op_type == "Div" and value in self.renormalized.values():
-            product = node.inputs[0]
-            node = node if product is None else product.producer() or node
-        if is_product(node):
-            spec = self.spec_behind(node.inputs[1])
-            return (
-                spec is not None
-                and spec.factor is not None
-                and np.array_equal(spec.factor, factor)
-                and self.product_takes_scaled(node, 1, value)
-            )
-        linear = source(value)
-        if linear is None or not (is_linear(linear) or is_convolution(linear)):
-            return False
-        return self.fold_into_columns(linear, value, factor)
-
-    def fold_into_columns(self, linear: ir.Node, value: ir.Value, factor: Factor) -> bool:
-        """Divide the linear's columns that end up in ``value`` by their factor; the output
-        channels of a convolution likewise."""
-        weight, output = linear.inputs[1], linear.outputs[0]
-        if weight is None or weight.const_value is None or weight.shape is None:
-            return False
-        spec = self.specs.get(str(weight.name))
-        axis = 1 if is_linear(linear) else 0
-        if spec is not None and spec.axis != axis:
-            return False
-        if value is output:
-            columns = own_channels(output, factor, -1 if is_linear(linear) else 1)
-        else:
-            columns = channel_map(output, value, factor.shape, -1 if is_linear(linear) else 1)
-        if columns is None or not self.only_reader_of(linear, value, columns):
-            return False
-        scale = linear.meta.setdefault(
-            "column_factor", np.ones(weight.const_value.shape.numpy()[axis], np.float32)
-        )
-        scale[columns.ravel()] = factor.ravel()
-        return True
-
-    def only_reader_of(self, linear: ir.Node, value: ir.Value, columns: NDArray[np.int64]) -> bool:
-        """True where nothing but ``value`` reads those columns of the linear's output."""
-        output = linear.outputs[0]
-        if value is output:
-            return True
-        if output.is_graph_output():
-            return False
-        mine = set(columns.ravel().tolist())
-        for node, index in through_layout(output):
-            read = node.inputs[index]
-            if read is None or read is value:
-                continue
-            start = self.undo(read)
-            if start is value:
-                continue
-            shape = (
-                ()
-                if start.shape is None
-                else tuple(1 if not isinstance(d, int) else d for d in list(start.shape)[1:])
-            )
-            other = channel_map(output, start, shape, -1 if is_linear(linear) else 1)
-            if other is None or mine & set(other.ravel().tolist()):
-                return False
-        return True
-
-    def undo(self, value: ir.Value) -> ir.Value:
-        """The tensor before the Q/DQ that was put behind it."""
-        while value not in self.original:
-            node = value.producer()
-            if node is None or node.op_type not in ("DequantizeLinear", "QuantizeLinear", "Mul"):
-                return value
-            first = node.inputs[0]
-            if first is None:
-                return value
-            value = first
-        return value
-
     # --- weights and products -----------------------------------------------------------
 
     def linear(self, node: ir.Node) -> None:
         """Quantized weight codes and DequantizeLinear in place of the float weight."""
         weight = node.inputs[1]
-        columns: Factor | None = node.meta.get("column_factor")
+        columns = self.columns.get(node)
         if weight is None or weight.const_value is None:
             return
         spec = self.specs.get(str(weight.name))
@@ -505,7 +371,7 @@ class _Lowering:
             node.replace_input_with(1, self.weight(node, weight, spec))
             return
         scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
-        if spec.factor is not None and node not in self.absorbed:
+        if spec.factor is not None and (node, 0) not in self.factors.taken:
             real = self.weight(node, weight, spec, scale)
             factor = self.constant(f"{weight.name}_factor", spec.factor)
             real = self.add(real.producer(), "Mul", [real, factor], weight, "rescaled")
@@ -522,7 +388,7 @@ class _Lowering:
     def convolution(self, node: ir.Node) -> None:
         """As ``linear``: rows are input channels, columns output channels."""
         weight = node.inputs[1]
-        columns: Factor | None = node.meta.get("column_factor")
+        columns = self.columns.get(node)
         if weight is None or weight.const_value is None:
             return
         self.codes_at(node)
@@ -536,7 +402,7 @@ class _Lowering:
             return
         scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
         real = self.weight(node, weight, spec, scale)
-        if spec.factor is not None and node not in self.absorbed:
+        if spec.factor is not None and (node, 0) not in self.factors.taken:
             factor = self.constant(f"{weight.name}_factor", spec.factor)
             real = self.add(real.producer(), "Mul", [real, factor], weight, "rescaled")
         node.replace_input_with(1, real)
@@ -642,12 +508,15 @@ class _Lowering:
         nodes = list(self.graph)
         values = [*self.graph.inputs, *(v for node in nodes for v in node.outputs)]
         self.names.update(str(v.name) for v in [*values, *self.graph.initializers.values()])
-        for value in values:
-            spec = self.specs.get(str(value.name))
-            if spec is not None and not is_constant(value):
-                self.original[value] = spec
-        for value, spec in self.original.items():
-            self.activation(self.renormalized.get(value, value), spec)
+        quantized = quantized_values(self.graph, self.specs)
+        self.factors = plan_factors(self.graph, self.specs)
+        for value, place in self.factors.places.items():
+            factor = quantized[value].factor
+            if factor is not None:
+                self.divide(place, factor)
+        for value, spec in quantized.items():
+            place_of = self.factors.places.get(value)
+            self.activation(self.renormalized.get(value, value), spec, place_of)
         for node in nodes:
             if is_linear(node):
                 self.linear(node)
@@ -696,87 +565,10 @@ def reads_codes(value: ir.Value | None) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def is_power_of_two(factor: Factor) -> bool:
-    """True where every entry is a power of two, so that multiplying by it is exact."""
-    mantissa, _ = np.frexp(factor)
-    return bool(np.all(mantissa == 0.5))
-
-
-def cancels(one: Factor, other: Factor) -> bool:
-    """True where the factors' products are all one (within float32 rounding)."""
-    return bool(np.all(np.abs(one.astype(np.float64) * other - 1) < 1e-6))
-
-
-def _leaves(use: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
-    """The compute ops that a use leads to, itself or behind layout ops."""
-    if not is_layout(use[0]):
-        return [use]
-    return [leaf for made in use[0].outputs for leaf in through_layout(made)]
-
-
-def _way(start: ir.Value, end: ir.Value) -> list[tuple[ir.Node, int]] | None:
-    """The layout ops from ``start`` to ``end``, each with the index of its output, in order; None
-    where one reads more than constants besides."""
-    way: list[tuple[ir.Node, int]] = []
-    while end is not start:
-        node = end.producer()
-        if node is None or not is_layout(node) or node.op_type == "Concat":
-            return None
-        if node.inputs[0] is None or not all(is_constant(v) for v in node.inputs[1:]):
-            return None
-        way.append((node, list(node.outputs).index(end)))
-        end = node.inputs[0]
-    return way[::-1]
-
-
-def is_convolution(node: ir.Node) -> bool:
-    """True for a Conv whose weight, and bias if it has one, are constants."""
-    return node.op_type == "Conv" and all(is_constant(v) for v in node.inputs[1:])
-
-
-def rows_in_weight(node: ir.Node, rows: Factor) -> Factor:
-    """A factor per input channel [C] in the shape in which it divides the weight: [C, 1] of a
-    linear, [N, C/groups, 1, …] of a convolution."""
-    weight = node.inputs[1]
-    if is_linear(node) or weight is None or weight.shape is None:
-        return rows.reshape(-1, 1)
-    outputs, inside = (int(d) for d in list(weight.shape)[:2] if isinstance(d, int))
-    group = np.arange(outputs) // (outputs // node.attributes.get_int("group", 1))
-    index = group[:, None] * inside + np.arange(inside)
-    shape = (outputs, inside, *[1] * (len(weight.shape) - 2))
-    return np.asarray(rows[index].reshape(shape), np.float32)
-
-
 def spread(columns: Factor, weight: ir.Value) -> Factor:
     """[N] against a convolution's weight [N, C, …]."""
     rank = 1 if weight.shape is None else len(weight.shape)
     return columns.reshape(-1, *[1] * (rank - 1))
-
-
-def own_channels(value: ir.Value, factor: Factor, axis: int) -> NDArray[np.int64] | None:
-    """The channels of ``value`` along ``axis`` that the entries of a factor are for, in its
-    shape; None for a factor of something else."""
-    rank = factor.ndim if value.shape is None else len(value.shape)
-    padded = (1,) * (rank - factor.ndim) + factor.shape
-    if factor.ndim == 0 or factor.ndim > rank or padded[axis] != factor.size:
-        return None
-    return np.arange(factor.size, dtype=np.int64).reshape(factor.shape)
-
-
-def rows_of(value: ir.Value, read: ir.Value, factor: Factor, axis: int = -1) -> Factor | None:
-    """The factor of ``value`` per channel (along ``axis``) of ``read``, behind layout ops.
-
-    None where a channel of ``read`` mixes several factors.
-    """
-    if value is read:
-        return None if own_channels(read, factor, axis) is None else factor.reshape(-1)
-    indices = layout_indices(value, read)
-    shape = static_shape(value)
-    if indices is None or shape is None:
-        return None
-    indices = np.moveaxis(indices, axis, -1)
-    values = np.broadcast_to(factor, shape).ravel()[indices.reshape(-1, indices.shape[-1])]
-    return values[0] if bool(np.all(values == values[0])) else None
 
 
 def lower(model: ir.Model, specs: Mapping[str, TensorSpec]) -> ir.Model:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx import stages
 from ptq_onnx.blocks import Blocks, is_linear, name_of
 from ptq_onnx.calibration import (
     FALLBACK,
@@ -26,6 +27,7 @@ from ptq_onnx.calibration.growth import find_growth
 from ptq_onnx.config import ALL, MOST_BITS, QuantizeConfig, Selector
 from ptq_onnx.engine import VitQuantizer
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.progress import Report
 from ptq_onnx.quantizers.ptf import needed_step, zero_points
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
@@ -45,7 +47,7 @@ class Plan:
     blocks: Blocks
     sites: dict[str, Site]
     config: QuantizeConfig
-    progress: Callable[[str], Progress] | None = None
+    progress: Report | None = None
     """Given the name of a stage: what to call with the number of images done."""
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Mean and std of the normalisation, where the images are 8-bit pictures."""
@@ -186,7 +188,7 @@ class SiteQuantizer(VitQuantizer):
             plan.fixed,
             batches,
             threads=plan.config.threads,
-            progress=report("Searching scales"),
+            progress=report(stages.SCALES),
         )
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
@@ -218,7 +220,7 @@ class SiteQuantizer(VitQuantizer):
         if known is not None and all(s.tensor in known.channels for s in sites):
             stats = known
         else:
-            advance = report("Calibrating")
+            advance = report(stages.CALIBRATING)
             stats = self.collect(sites, batches, advance)
         traces = {f"{s.tensor} ({s.label})": stats.channels[s.tensor].trace for s in sites}
         growth = find_growth(traces).warning
@@ -240,7 +242,7 @@ class SiteQuantizer(VitQuantizer):
                 wide,
                 batches,
                 threads=threads,
-                progress=report("Histograms"),
+                progress=report(stages.HISTOGRAMS),
             )
         return stats
 

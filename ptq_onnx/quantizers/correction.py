@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks import is_linear, name_of
 from ptq_onnx.calibration import ChannelStatistics, Statistics
-from ptq_onnx.export.lowering import rows_of
+from ptq_onnx.channels import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import trim
 from ptq_onnx.quantizers.uniform import dequantize, quantize

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ptq_onnx.calibration import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.channels import rows_of
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.export.lowering import rows_of
 from ptq_onnx.fusion.formula import constant
 from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of

@@ -25,8 +25,8 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks import is_layout, is_linear
 from ptq_onnx.calibration import Statistics
+from ptq_onnx.channels import is_convolution, rows_in_weight
 from ptq_onnx.config import INTEGER
-from ptq_onnx.export.lowering import is_convolution, rows_in_weight
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
 from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.spec import Code, Granularity, Rule, Site, TensorSpec
@@ -206,8 +206,8 @@ class FqVit(SiteQuantizer):
         E[k_c²] + s_k² 4^-a_c E[q_c²], the balance between the ranges being searched.
         """
         q, k = pair
-        if q is None or k is None:
-            return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}
+        if q is None or k is None:  # the other one stays in float
+            return {site.tensor: self._ptf(site, self.rules[site.tensor], stats, {})}
         bounds = {s.tensor: self.bounds(s, self.rules[s.tensor], stats) for s in (q, k)}
         moments = {s.tensor: stats.channels[s.tensor].second_moment for s in (q, k)}
         need_q, need_k = (
@@ -220,7 +220,7 @@ class FqVit(SiteQuantizer):
             for s, limits in ((s, self.rules[s.tensor].limits) for s in (q, k))
         )
         if need_q.shape != need_k.shape:
-            return {site.tensor: self.activation(site, self.rules[site.tensor], stats)}
+            return {site.tensor: self._ptf(site, self.rules[site.tensor], stats, {})}
         bound = MAX_K if self.plan.config.ptf_k is None else self.plan.config.ptf_k
         best, best_noise = np.zeros(len(need_q)), np.inf
         for strength in BALANCE:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from ptq_onnx.spec import LARGEST_EXPONENT
 
-MAX_EXPONENT = 126
-"""2^-126 is the smallest normal float32: no code means a smaller value."""
+Array = NDArray[np.float32]
 
 THRESHOLD = 4 / 3 * (1 + 1e-5)
 """floor(log2(t * 4/3)) adds the one at t >= 1.5 * 2^k. The surplus of 1e-5 keeps the tie
@@ -21,8 +20,8 @@ on the upper side against rounding of the logarithm; it changes no code while t 
 
 
 def top_code(bits: int) -> int:
-    """The code that stands for zero: 2^bits - 1, at most ``MAX_EXPONENT``."""
-    return min((1 << bits) - 1, MAX_EXPONENT)
+    """The code that stands for zero: 2^bits - 1, at most 126."""
+    return min((1 << bits) - 1, LARGEST_EXPONENT)
 
 
 def log2_codes(attention: Array, bits: int) -> NDArray[np.int32]:

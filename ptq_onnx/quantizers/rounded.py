@@ -13,10 +13,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx import stages
 from ptq_onnx.blocks import is_linear
 from ptq_onnx.calibration import Statistics
-from ptq_onnx.calibration.moments import collect_moments
+from ptq_onnx.calibration.moments import collect_moments, groups
 from ptq_onnx.fusion.formula import constant
+from ptq_onnx.progress import silent
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import corrected_mean
 from ptq_onnx.quantizers.rounding import adaround, gptq, shrunk
@@ -53,19 +55,17 @@ def rounded_weights(
         return {}, []
     method = METHODS[config.rounding]
     linears, notes = _linears(plan.model, specs)
-    report = plan.progress or (lambda _: lambda __: None)
     bits = {linear.name: specs[linear.name].rule.bits for linear in linears}
     done = plan.rounded  # an earlier dispatch of the plan may have rounded some: the same numbers
     found = {name: done[name, b] for name, b in bits.items() if (name, b) in done}
     linears = [linear for linear in linears if linear.name not in found]
     if not linears:
         return found, notes
+    channels = {linear.read: len(linear.weight) for linear in linears}
+    runs = len(groups(channels))
+    advance = silent if plan.progress is None else plan.progress(stages.ROUNDING, runs=runs)
     for group in collect_moments(
-        plan.model,
-        {linear.read: len(linear.weight) for linear in linears},
-        batches,
-        threads=config.threads,
-        progress=lambda: report("Second moments"),
+        plan.model, channels, batches, threads=config.threads, progress=lambda: advance
     ):
         for linear in linears:
             if linear.read not in group:

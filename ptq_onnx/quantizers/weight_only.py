@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx import stages
 from ptq_onnx.blocks import is_linear
 from ptq_onnx.calibration import Statistics, collect
 from ptq_onnx.quantizers.base import SiteQuantizer
@@ -48,7 +49,7 @@ class WeightOnly(Deploy):
             sites,
             batches,
             threads=plan.config.threads,
-            progress=report("Calibrating"),
+            progress=report(stages.CALIBRATING),
         )
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:

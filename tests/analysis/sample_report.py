@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq_onnx.analysis.results import AttentionMap, BlockError, OpError, decibels
+from ptq_onnx.analysis.results import AttentionMap, BlockError, OpError, decibels, plain
 from ptq_onnx.config import QuantizeConfig
 
 BASE = {
@@ -105,8 +105,8 @@ def make_report(blocks: int = 12) -> dict[str, Any]:
              "reason": "bias: float here, int32 on integer hardware"}
             for b in range(blocks) for r in ("qkv", "proj", "fc1", "fc2")
         ],
-        "analysis": {"images": 32, "held_apart": True, "ops": [asdict(op) for op in ops],
-                     "blocks": ends},
+        "analysis": plain({"images": 32, "held_apart": True, "ops": [asdict(op) for op in ops],
+                           "blocks": ends}),
         "accuracy": {
             "count": 500, "float": {"top1": 75.4, "top5": 92.8},
             "quantized": {"top1": 74.2, "top5": 92.4, "sqnr_db": 21.37, "agreement": 93.6},

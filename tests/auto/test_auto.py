@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ptq_onnx import stages as names
 from ptq_onnx.analysis.report import render
 from ptq_onnx.analysis.schema import report_schema, violations
 from ptq_onnx.auto.candidates import merged
@@ -163,12 +164,12 @@ def test_config_yaml_repeats_the_run(labelled: Run, val: Val, tmp_path: Path) ->
 
 
 def test_nothing_is_calibrated_twice(labelled: Run, unlabelled: Run) -> None:
-    assert labelled.stages["Calibrating"] == unlabelled.stages["Calibrating"] == 1
-    assert unlabelled.stages["Histograms"] == 1
+    assert labelled.stages[names.CALIBRATING] == unlabelled.stages[names.CALIBRATING] == 1
+    assert unlabelled.stages[names.HISTOGRAMS] == 1
     assert labelled.auto["trials"] > 1
     for stages in (labelled.stages, unlabelled.stages):
-        assert stages["Module by module"] == stages["Float model"] == 1
-        assert stages["How many decisions"] == 1
+        assert stages[names.EXPECTING] == stages[names.RUNNING_FLOAT] == 1
+        assert stages[names.ENOUGH] == 1
 
 
 def test_report_and_console_state_the_decisions(
@@ -202,7 +203,7 @@ def test_nothing_to_decide(tmp_path: Path, val: Val) -> None:
     assert (auto["decisions"], auto["trials"], auto["met"], auto["cost"]) == ((), 1, True, 0)
     assert auto["before"] == auto["after"]
     assert any("nothing had to be decided" in note for note in found.result.report["notes"])
-    assert "Module by module" not in found.stages
+    assert names.EXPECTING not in found.stages
     assert QuantizeConfig.load(tmp_path / "a" / "config.yaml").keep_float == ()
 
 

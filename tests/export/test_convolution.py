@@ -9,11 +9,12 @@ import torch
 from small_graph import SmallGraph, run, sample
 
 from ptq_onnx.blocks import find_blocks
+from ptq_onnx.channels import rows_in_weight
 from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.conformance import check
 from ptq_onnx.conformance.optimised import optimised_histogram
 from ptq_onnx.equalization import forms, in_form
-from ptq_onnx.export.lowering import lower, rows_in_weight
+from ptq_onnx.export.lowering import lower
 from ptq_onnx.fusion import fuse
 from ptq_onnx.graph import serialize
 from ptq_onnx.quantizers import make_quantizer

@@ -1,1 +1,1 @@
-"""What the world does to a run: kills, interrupts, a full disk, another run into the same folder."""
+"""What the world does to a run: kills, interrupts, a full disk, a second run at the same time."""

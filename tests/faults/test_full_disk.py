@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.runs import content, model_in, words
 from fuzz.cases import command
 from fuzz.oracle import judge
+
+from faults.runs import content, model_in, words
 
 resource = pytest.importorskip("resource", reason="limits are POSIX's")
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="the limit ends the process there")

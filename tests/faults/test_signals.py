@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from faults.runs import SECONDS, WHOLE, content, hidden, model_in, start, wait_for_work, words
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ptq_onnx.quantizers.log2 import MAX_EXPONENT, log2_codes, log2_values, top_code
+from ptq_onnx.quantizers.log2 import LARGEST_EXPONENT, log2_codes, log2_values, top_code
 
 EXACT_BELOW = 1 << 16
 
@@ -82,7 +82,7 @@ def test_known_codes() -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_top_code_is_zero(bits: int) -> None:
     top = top_code(bits)
-    assert top == min(2**bits - 1, MAX_EXPONENT)
+    assert top == min(2**bits - 1, LARGEST_EXPONENT)
     codes = of(0, 1e-45, 2.0 ** -min(top + 1, 149), bits=bits)
     np.testing.assert_array_equal(codes, top)
     np.testing.assert_array_equal(log2_values(codes, bits), 0)
