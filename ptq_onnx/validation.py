@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from ptq_onnx.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 RUNTIME_DOMAIN = "com.microsoft"
+
+LARGEST_BATCH = 1 << 28
+"""Numbers of a batch whose size is fixed: a gigabyte."""
 
 MASK_OPS = frozenset(
     (
@@ -94,11 +98,13 @@ def check_input(model: ir.Model, path: Path) -> None:
     """One input, a batch of images. Raises ModelError, true for what the file takes."""
     inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
     if len(inputs) == 1 and is_image(inputs[0]):
-        if all(d >= 1 for d in inputs[0].shape or () if isinstance(d, int)):
+        sides = [d for d in inputs[0].shape or () if isinstance(d, int)]
+        if min(sides, default=1) >= 1 and math.prod(sides) <= LARGEST_BATCH:
             return
+        what = "holds no image" if min(sides) < 1 else f"holds more than {LARGEST_BATCH} numbers"
         raise ModelError(
-            f"Model {path}: its input is '{inputs[0].name}' {_describe(inputs[0])}, which holds no"
-            " image: export it with the size of the images, or a dynamic one."
+            f"Model {path}: its input is '{inputs[0].name}' {_describe(inputs[0])}, which {what}:"
+            " export it with the size of the images, and a dynamic batch."
         )
     found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
     images = [v for v in inputs if is_image(v)]
