@@ -23,6 +23,7 @@ from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, lo
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
+from ptq_onnx.file_names import short_stem
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
 from ptq_onnx.input_size import try_size
@@ -717,13 +718,14 @@ class _Run:
             return []
         folder = self.work / "attention"
         folder.mkdir()
-        self.picture = folder / f"picture_{Path(maps[0].image_name).stem}.png"
+        self.picture = folder / f"picture_{short_stem(maps[0].image_name)}.png"
         Image.fromarray(maps[0].image).save(self.picture)
         advance(1)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
-            path = folder / f"{kind}block_{found.block:02d}_{Path(found.image_name).stem}.png"
+            name = f"{kind}block_{found.block:02d}_{short_stem(found.image_name)}.png"
+            path = folder / name
             draw_attention(found, path, config.attention_heads)
             what = ", maps of the float model in 8 and 4 bits" if kind else ""
             pictures.append((f"Block {found.block}, {found.image_name}{what}", path))

@@ -31,10 +31,10 @@ def model_in(folder: Path) -> Path:
     return folder
 
 
-def words(quantizer: str = "vanilla") -> tuple[str, ...]:
+def words(quantizer: str = "vanilla", *more: str) -> tuple[str, ...]:
     return (
         *("quantize", "model.onnx", "--calib", "noise", "--images", "8", "--threads", "1"),
-        *("--quantizer", quantizer, "--analysis-images", "2"),
+        *("--quantizer", quantizer, *more),
     )
 
 

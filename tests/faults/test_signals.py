@@ -22,7 +22,7 @@ LONGEST = 0.4
 
 
 def whole_run(folder: Path, quantizer: str) -> dict[str, bytes]:
-    process = start(folder, *words(quantizer))
+    process = start(folder, *words(quantizer, "--no-report"))
     _, text = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, text
     return content(folder / "output")
@@ -46,7 +46,7 @@ def test_old_or_new(
     folder = tmp_path / "case"
     shutil.copytree(source, folder)
     old = content(folder / "output")
-    process = start(folder, *words("channelwise"))
+    process = start(folder, *words("channelwise", "--no-report"))
     wait_for_work(folder, process)
     time.sleep(random.Random(seed).uniform(0, LONGEST))
     process.send_signal(getattr(signal, name))
@@ -69,7 +69,7 @@ def test_two_runs_into_one_folder(
     source, new = old_and_new
     folder = model_in(tmp_path / "case")
     both: list[subprocess.Popen[str]] = [
-        start(folder, *words(name)) for name in ("vanilla", "channelwise")
+        start(folder, *words(name, "--no-report")) for name in ("vanilla", "channelwise")
     ]
     texts = [process.communicate(timeout=SECONDS)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts

@@ -54,7 +54,7 @@ def outputs(
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         (given,) = session.get_inputs()
-        sides = [d if isinstance(d, int) else SIDE.get(d, DEFAULT_SIDE) for d in given.shape]
+        sides = [d if isinstance(d, int) and d > 0 else SIDE.get(str(d), DEFAULT_SIDE) for d in given.shape]
         if len(sides) == 4 and isinstance(given.shape[0], str | None):
             sides[0] = 2
         pixels = np.random.default_rng(0).standard_normal(sides) * (1 + nudge)
