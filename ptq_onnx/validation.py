@@ -45,6 +45,7 @@ def validate(model: ir.Model, path: Path) -> None:
     if any(node.domain == RUNTIME_DOMAIN for node in model.graph):
         _check_runtime(path)
     check_input(model, path)
+    _check_outputs(model.graph, path)
     _check_weights(model.graph, path)
 
 
@@ -121,6 +122,17 @@ def check_input(model: ir.Model, path: Path) -> None:
         f"Model {path}: {what}; this version calibrates with images: one input, float or uint8,"
         f" [batch, channels, height, width] or [batch, height, width, channels]. {advice}."
     )
+
+
+def _check_outputs(graph: ir.Graph, path: Path) -> None:
+    """Every output is made by a node."""
+    for value in graph.outputs:
+        if value.producer() is None:
+            what = "a weight" if value.name in graph.initializers else "the input itself"
+            raise ModelError(
+                f"Model {path}: its output '{value.name}' is {what}, not made by a node."
+                " Export the model without it."
+            )
 
 
 def is_image(value: ir.Value) -> bool:

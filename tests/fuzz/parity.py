@@ -54,7 +54,7 @@ def outputs(
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         (given,) = session.get_inputs()
-        sides = [d if isinstance(d, int) and d > 0 else SIDE.get(str(d), DEFAULT_SIDE) for d in given.shape]
+        sides = [_side(d) for d in given.shape]
         if len(sides) == 4 and isinstance(given.shape[0], str | None):
             sides[0] = 2
         pixels = np.random.default_rng(0).standard_normal(sides) * (1 + nudge)
@@ -63,6 +63,11 @@ def outputs(
         return list(session.run(None, {given.name: pixels.astype(TYPES[given.type])}, quiet))
     except Exception:
         return None
+
+
+def _side(dim: int | str | None) -> int:
+    """A side as it is, or one for a side that is free; 0 is free too."""
+    return dim if isinstance(dim, int) and dim > 0 else SIDE.get(str(dim), DEFAULT_SIDE)
 
 
 def _distance(expected: Arrays, found: Arrays | None) -> float:

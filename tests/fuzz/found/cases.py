@@ -115,6 +115,13 @@ def attention_as_output(folder: Path) -> Case:
     return _saved(model, folder, (*words, "--no-report"), 0)
 
 
+def weight_as_output(folder: Path) -> Case:
+    model = vit()
+    name = _weight(model, (8, 4)).name
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [8, 4]))
+    return _saved(model, folder, SHORT, 2)
+
+
 def weights_of_a_branch_elsewhere(folder: Path) -> Case:
     """External data was looked for in the graph and its functions, not in branches."""
     model = branched()
@@ -176,6 +183,7 @@ CASES: tuple[Callable[[Path], Case], ...] = (
     runs_for_no_image,
     split_of_no_axis,
     attention_as_output,
+    weight_as_output,
     weights_of_a_branch_elsewhere,
     long_image_names,
     names_that_are_no_text,
