@@ -34,6 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "deploy 8/8/8, gptq": {"quantizer": "deploy", "rounding": "gptq"},
     "deploy 8/8/8, adaround": {"quantizer": "deploy", "rounding": "adaround"},
     "deploy 8/8/8, tensorrt": {"target": "tensorrt"},
+    "deploy 8/8/8, centred, tensorrt": {"target": "tensorrt", "centre_values": True},
     "deploy 8/8/8, residual, tensorrt": {"target": "tensorrt", "quantize_residual": True},
     "deploy 8/8/8, float16, tensorrt": {"target": "tensorrt", "float16": True},
     "deploy fp8, tensorrt": {"target": "tensorrt", "precision": "fp8"},

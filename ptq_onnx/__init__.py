@@ -9,16 +9,28 @@ from typing import TYPE_CHECKING, Any
 from ptq_onnx.telemetry import switch_off
 
 if TYPE_CHECKING:
+    from ptq_onnx.api import (
+        RoleUse,
+        analyse,
+        benchmark,
+        check,
+        compare,
+        evaluate,
+        inspect,
+        quantize,
+        roles,
+    )
     from ptq_onnx.config import QuantizeConfig
     from ptq_onnx.console import one_line_errors, progress_bars, show
     from ptq_onnx.errors import PtqError
-    from ptq_onnx.evaluation import Evaluation, evaluate
+    from ptq_onnx.evaluation import Evaluation
     from ptq_onnx.images import open_images
     from ptq_onnx.labels import labels_for
     from ptq_onnx.model_path import find_model
-    from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
+    from ptq_onnx.pipeline import resolve_preprocess
     from ptq_onnx.preparation import prepare
     from ptq_onnx.preprocess import Preprocess
+    from ptq_onnx.result import Result
 
 switch_off()  # before onnxruntime is loaded
 
@@ -29,16 +41,23 @@ _HOMES = {
     "Preprocess": "preprocess",
     "PtqError": "errors",
     "QuantizeConfig": "config",
-    "Result": "pipeline",
-    "evaluate": "evaluation",
+    "Result": "result",
+    "RoleUse": "api",
+    "analyse": "api",
+    "benchmark": "api",
+    "check": "api",
+    "compare": "api",
+    "evaluate": "api",
     "find_model": "model_path",
+    "inspect": "api",
     "labels_for": "labels",
     "one_line_errors": "console",
     "open_images": "images",
     "prepare": "preparation",
     "progress_bars": "console",
-    "quantize": "pipeline",
+    "quantize": "api",
     "resolve_preprocess": "pipeline",
+    "roles": "api",
     "show": "console",
 }
 """The public names, and the module of each."""
@@ -49,8 +68,14 @@ __all__ = [
     "PtqError",
     "QuantizeConfig",
     "Result",
+    "RoleUse",
+    "analyse",
+    "benchmark",
+    "check",
+    "compare",
     "evaluate",
     "find_model",
+    "inspect",
     "labels_for",
     "one_line_errors",
     "open_images",
@@ -58,6 +83,7 @@ __all__ = [
     "progress_bars",
     "quantize",
     "resolve_preprocess",
+    "roles",
     "show",
 ]
 

@@ -61,6 +61,8 @@ NORMS = frozenset((
 POOLS = frozenset(
     ["ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool", "GlobalMaxPool", "ReduceMax"]
 )
+RESIDUALS = ("residual1", "residual2")
+"""Adds of a branch to the stream that passes it by."""
 ARITHMETIC = frozenset(["Add", "Sub", "Mul", "Div", "Neg"])
 
 REACH = 12

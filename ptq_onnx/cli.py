@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptq_onnx import __version__, cli_analyse, cli_compare
+from ptq_onnx import __version__, cli_analyse, cli_compare, cli_help
 from ptq_onnx import cli_options as o
 from ptq_onnx.cli_benchmark import benchmark
 from ptq_onnx.cli_check import check
@@ -40,6 +40,7 @@ app = typer.Typer(
     help="Post-training quantization of Vision Transformers, from ONNX to ONNX.",
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": cli_help.NAMES},
 )
 
 
@@ -54,7 +55,7 @@ def _root(
         print(context.get_help())
 
 
-@app.command()
+@app.command(cls=cli_help.Command, short_help="Write a quantized model and its report.")
 def quantize(
     model: o.Model,
     calib: o.Calib = None,
@@ -89,6 +90,7 @@ def quantize(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    centre_values: o.CentreValues = None,
     quantize_residual: o.QuantizeResidual = None,
     float16: o.Float16 = None,
     arithmetic: o.Arithmetic = None,
@@ -114,14 +116,18 @@ def quantize(
     show(result)
 
 
-app.command()(cli_analyse.analyse)
-app.command()(cli_compare.compare)
+app.command(cls=cli_help.Command, short_help="Write only the report: what each module costs.")(
+    cli_analyse.analyse
+)
+app.command(cls=cli_help.Command, short_help="Put quantized files side by side.")(
+    cli_compare.compare
+)
 
 
-@app.command()
+@app.command(cls=cli_help.Command, short_help="Measure the accuracy of a model on images.")
 def evaluate(
     model: o.Model,
-    val: o.Val = None,
+    val: o.Measured = None,
     labels: o.Labels = None,
     reference: o.Reference = None,
     as_json: o.Json = False,
@@ -137,7 +143,8 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 of a model in ONNX Runtime."""
     options, paths = o.settings(config, locals())
-    path, other = find_model(model), None if reference is None else find_model(reference)
+    path = find_model(model, written=True)
+    other = None if reference is None else find_model(reference)
     if "val" not in paths:
         raise ConfigError("evaluate needs images: --val DIR.")
     with progress_bars() as progress:
@@ -201,11 +208,11 @@ def evaluate(
         print(f"note: {note}")
 
 
-@app.command()
+@app.command(cls=cli_help.Command, short_help="Write a timm model as ONNX.")
 def export(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model name of timm.")],
     output: Annotated[
-        str | None, o.option("--output", "FILE", "NAME.onnx", "The file to write.")
+        str | None, o.option("--output -o", "FILE", "NAME.onnx", "The file to write.")
     ] = None,
     pretrained: Annotated[
         bool, o.switch("pretrained", True, "Weights from the hub; off: random ones.")
@@ -222,10 +229,12 @@ def export(
     print(export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size))
 
 
-app.command()(check)
-app.command()(benchmark)
-app.command()(calibration_curve)
-app.command()(inspect)
+app.command(cls=cli_help.Command, short_help="Will a runtime compute a file in int8?")(check)
+app.command(cls=cli_help.Command, short_help="Time files side by side.")(benchmark)
+app.command(cls=cli_help.Command, short_help="Draw accuracy over the number of images.")(
+    calibration_curve
+)
+app.command(cls=cli_help.Command, short_help="Show what is in a model.")(inspect)
 
 
 def main() -> NoReturn:
@@ -237,7 +246,7 @@ def main() -> NoReturn:
             # A wrong option: typer keeps the class to itself, not its message
             if not hasattr(error, "format_message"):
                 raise
-            fail(f"{str(error.format_message()).rstrip('.')}. See ptq-onnx --help.")
+            fail(cli_help.told(error))
         if code == INTERRUPTED:  # typer's word for it
             raise KeyboardInterrupt
     sys.exit(code if isinstance(code, int) else 0)

@@ -39,13 +39,13 @@ def benchmark(
     ] = None,
     as_json: o.Json = False,
     output: Annotated[
-        str | None, o.option("--output", "FILE", "none", "Write the JSON to a file, too.")
+        str | None, o.option("--output -o", "FILE", "none", "Write the JSON to a file, too.")
     ] = None,
 ) -> None:
     """Time model files side by side in the runtime they are meant for."""
     batches = None if batch is None else _sizes(batch)
     target = None if output is None else _target(output)
-    paths = [find_model(model) for model in models]
+    paths = [find_model(model, written=True) for model in models]
     from ptq_onnx.benchmarking import benchmark as run
     from ptq_onnx.benchmarking import open_runtime
 
@@ -75,18 +75,24 @@ def table(found: Benchmark) -> Table:
 
     written = [t for t in found.timings if t.precision == AS_WRITTEN]
     half = {(t.path, t.batch): t for t in found.timings if t.precision != AS_WRITTEN}
-    threads = f"{found.threads} threads" if found.threads else "its own choice of threads"
+    threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
+    threads = threads if found.threads else "its own choice of threads"
     title = f"{found.runtime} {found.version}, {found.device}, {threads}"
-    result = Table(title=title, box=box.SIMPLE, title_justify="left")
+    result = Table(  # ten columns fit into 80
+        title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False
+    )
     names = ["model", "batch", "median\nms", "IQR\nms", "images/s", "speed-up", "file\nMB"]
     names.append("peak\nMB")
     precision = next((t.precision for t in half.values()), None)
     if precision is not None:
         names += [f"{precision}\nms", f"{precision}\nspeed-up"]
     for index, name in enumerate(names):
-        result.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+        # The name gives way, by lines; a figure never does
+        result.add_column(
+            name, justify="right" if index else "left", no_wrap=index > 0, overflow="fold"
+        )
     for t in written:
-        cells = _cells(t)
+        cells = _cells(t, written[0].model)
         if precision is not None:
             other = half.get((t.path, t.batch))
             cells += ["-", "-"] if other is None else [_ms(other.median_ms), _times(other.speedup)]
@@ -94,7 +100,7 @@ def table(found: Benchmark) -> Table:
     return result
 
 
-def _cells(t: Timing) -> list[str]:
+def _cells(t: Timing, first: str) -> list[str]:
     peak = t.peak_memory_bytes
     return [
         t.model,
@@ -102,7 +108,7 @@ def _cells(t: Timing) -> list[str]:
         _ms(t.median_ms),
         _ms(t.iqr_ms),
         f"{t.images_per_second:.1f}",
-        _times(t.speedup),
+        "same" if t.same_as == first else _times(t.speedup),
         f"{t.bytes / 1e6:.2f}",
         "-" if peak is None else f"{peak / 1e6:.0f}",
     ]

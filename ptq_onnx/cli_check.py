@@ -31,7 +31,7 @@ def check(
     as_json: o.Json = False,
 ) -> None:
     """List what a runtime would refuse, or compute in float; exit code 1 if anything."""
-    path = find_model(model)
+    path = find_model(model, written=True)
     from ptq_onnx.conformance import check as run
 
     report = run(path, target)

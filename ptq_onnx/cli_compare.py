@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from ptq_onnx.console import (
     stdout,
 )
 from ptq_onnx.errors import ConfigError, ImageError
+from ptq_onnx.output_paths import Output
 
 Models = Annotated[
     list[str],
@@ -31,10 +31,13 @@ Models = Annotated[
 
 def compare(
     models: Models,
-    val: o.Val = None,
+    val: o.Measured = None,
     labels: o.Labels = None,
     reference: o.Reference = None,
-    output: o.Output = None,
+    output: Annotated[
+        str | None,
+        o.option("--output -o", "DIR", "no files", "Folder of compare.html and compare.json."),
+    ] = None,
     as_json: o.Json = False,
     config: o.Config = None,
     preprocess: o.PreprocessName = None,
@@ -51,9 +54,7 @@ def compare(
     options, paths = o.settings(config, locals())
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
-    folder = Path(paths["output"]) if "output" in paths else None
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file; name a folder.")
+    folder = Output.of_reports(paths["output"]).folder if "output" in paths else None
     with progress_bars() as progress:
         from ptq_onnx import pipeline
         from ptq_onnx.analysis import compare as comparison

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
@@ -14,6 +13,7 @@ from ptq_onnx.console import decibels, percent, progress_bars, simple_table, std
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.model_path import find_model
 from ptq_onnx.option_types import shown
+from ptq_onnx.output_paths import Output
 
 if TYPE_CHECKING:
     from ptq_onnx.calibration_curve import Curve
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def calibration_curve(
     model: o.Model,
     calib: o.Calib = None,
-    val: o.Val = None,
+    val: o.Measured = None,
     labels: o.Labels = None,
-    output: o.Output = None,
+    output: o.Folder = None,
     sizes: Annotated[
         str | None,
         o.option("--sizes", "N,N,…", "1,4,16,64,256", "Numbers of calibration images."),
@@ -51,6 +51,7 @@ def calibration_curve(
     equalize: o.Equalize = None,
     bias_correction: o.BiasCorrection = None,
     rounding: o.Rounding = None,
+    centre_values: o.CentreValues = None,
     quantize_residual: o.QuantizeResidual = None,
     float16: o.Float16 = None,
     target: o.Target = None,
@@ -63,9 +64,7 @@ def calibration_curve(
     path = find_model(model)
     if "val" not in paths:
         raise ConfigError("calibration-curve needs images to measure on: --val DIR.")
-    target_folder = Path(paths.get("output", "output"))
-    if target_folder.exists() and not target_folder.is_dir():
-        raise ConfigError(f"--output {target_folder} is a file; name a folder.")
+    target_folder = Output.of_reports(paths.get("output", "output")).folder
     with progress_bars() as progress:
         from ptq_onnx.calibration_curve import SIZES, measure_curve, write_curve
 

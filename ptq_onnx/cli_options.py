@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq_onnx.cli_help import REQUIRED
 from ptq_onnx.config import (
     GELU_NAMES,
     MAX_DROP,
@@ -35,8 +36,12 @@ FIELDS = tuple(field.name for field in fields(QuantizeConfig))
 
 
 def option(names: str, metavar: str | None, default: object, text: str) -> Any:
-    """An option that is None unless given; its help says what None means."""
-    return typer.Option(names, metavar=metavar, help=f"{text} Default: {default}.")
+    """An option that is None unless given; its help says what None means.
+
+    ``names``: one, or several with spaces between. ``default`` REQUIRED: not to be left out.
+    """
+    shown = f"[{default}]" if str(default).startswith(REQUIRED) else f"[default: {default}]"
+    return typer.Option(*names.split(), metavar=metavar, help=f"{text} {shown}", show_default=False)
 
 
 def switch(name: str, default: bool, text: str) -> Any:
@@ -58,18 +63,31 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "none; models/digits_vit.onnx of the source alone has its own",
+        "required; models/digits_vit.onnx alone has its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]
 Val = Annotated[
     str | None, option("--val", "DIR", "none", "Images to measure on: a folder, .npy or .npz.")
 ]
+Measured = Annotated[
+    str | None, option("--val", "DIR", REQUIRED, "Images to measure on: a folder, .npy or .npz.")
+]
 Labels = Annotated[
     str | None,
     option("--labels", "FILE", "the class folders of --val", "Lines 'name label' for --val."),
 ]
-Output = Annotated[str | None, option("--output", "DIR", "output", "Folder of the results.")]
+Output = Annotated[
+    str | None,
+    option(
+        "--output -o",
+        "PATH",
+        "output",
+        "x.onnx: the file to write, its reports in the folder x beside it; any other name: a"
+        " folder of everything.",
+    ),
+]
+Folder = Annotated[str | None, option("--output -o", "DIR", "output", "Folder of the results.")]
 Scales = Annotated[
     str | None,
     option("--scales", "FILE", "none", "report.json of an earlier run, whose scales to re-use."),
@@ -198,6 +216,15 @@ Rounding = Annotated[
         f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
     ),
 ]
+CentreValues = Annotated[
+    bool | None,
+    switch(
+        "centre-values",
+        DEFAULT.centre_values,
+        "tensorrt: take the mean of the image out of v and add it to A·V: more accurate, but an Add"
+        " stands in the fused attention.",
+    ),
+]
 QuantizeResidual = Annotated[
     bool | None,
     switch(
@@ -276,8 +303,9 @@ PreprocessName = Annotated[
     option(
         "--preprocess",
         "NAME",
-        "the model's metadata or first ops, else imagenet",
-        "imagenet, inception (0.5 everywhere) or none (pixels as they are, 0 to 255).",
+        "the model's metadata, else such a file beside it, else by its first ops, else imagenet",
+        "imagenet, inception (0.5 everywhere), none (pixels as they are, 0 to 255), or a folder"
+        " with Hugging Face's preprocessor_config.json.",
     ),
 ]
 Mean = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -149,6 +150,7 @@ class QuantizeConfig:
     equalize: bool = True
     bias_correction: bool = True
     rounding: str = "nearest"
+    centre_values: bool = False
     quantize_residual: bool = False
     float16: bool = False
     arithmetic: Literal["float", "integer"] = "float"
@@ -192,8 +194,9 @@ class QuantizeConfig:
             object.__setattr__(self, "opset", self.runtime.opset)
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
-        if self.preprocess is not None:
-            _choice("preprocess", self.preprocess, PREPROCESS_NAMES)
+        if self.preprocess is not None and not os.path.exists(self.preprocess):
+            files = "a folder with a preprocessor_config.json, or such a file"
+            _choice("preprocess", self.preprocess, (*PREPROCESS_NAMES, files))
         Bits.parse(self.bits)
         _at_least("images", self.images, 1)
         _at_least("batch", self.batch, 1)
@@ -211,6 +214,11 @@ class QuantizeConfig:
             self._check_integer()
         if self.precision == "fp8":
             self._check_fp8()
+        if self.centre_values and not self.runtime.centred_values:
+            raise ConfigError(
+                f"--centre-values with --target {self.target}: its attention maps have finer steps"
+                " than TensorRT's 1/127, so that nothing is gained; use --target tensorrt."
+            )
         if self.quantize_residual and not self.runtime.quantized_residuals:
             raise ConfigError(
                 f"--quantize-residual with --target {self.target}: deploy leaves residual adds in"

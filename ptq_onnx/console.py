@@ -22,12 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.installed import missing_runtime
 from ptq_onnx.next_steps import next_steps
 from ptq_onnx.outputs import MOST_DB
 from ptq_onnx.progress import Progress
 
 if TYPE_CHECKING:
-    from ptq_onnx.pipeline import Result
+    from ptq_onnx.result import Result
 
 WORST = 15
 """How many ops the table of the worst ops shows."""
@@ -66,6 +67,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except PtqError as error:
         fail(str(error))
+    except ImportError as error:
+        told = missing_runtime(error)
+        if told is None:
+            raise
+        fail(str(told))
     except KeyboardInterrupt:
         code = TERMINATED if asked else INTERRUPTED
         atexit.register(_exit_interrupted, code)
@@ -139,6 +145,8 @@ def show(result: Result) -> None:
     if warning:
         console.print(Text(f"warning: {warning}", style="bold yellow"), soft_wrap=True)
     console.print(summary(report))
+    for text in covered(report.get("coverage")):
+        console.print(Text(text), soft_wrap=True)
     outputs = (report.get("fidelity") or {}).get("outputs") or []
     if len(outputs) > 1:
         console.print(outputs_table(outputs))
@@ -150,6 +158,13 @@ def show(result: Result) -> None:
     console.print("Written:")
     for path in result.files:
         console.print(Text(f"  {path}"), soft_wrap=True)
+
+
+def covered(coverage: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """What runs in integers, and why the rest does not, one line each."""
+    if coverage is None:
+        return ()
+    return coverage["line"], *(f"  {text}" for text in coverage["reasons"])
 
 
 def stdout() -> Console:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.model_path import find_model
 
 IMAGES = Path(__file__).resolve().parent.parent / "img" / "digits" / "calib"
 """Calibration images of the embedded model: in the source, not in the wheel."""
@@ -21,8 +22,8 @@ def is_embedded(model: str | Path) -> bool:
 
 def images_for(model: str | Path) -> Path:
     """The calibration images of a model for which none were named. Raises ConfigError for any
-    but the embedded one."""
-    if not is_embedded(model):
+    but the embedded one, ModelError where there is none."""
+    if not is_embedded(find_model(model)):
         raise ConfigError(
             f"Model {model} needs calibration images: --calib with a folder, .npy or .npz of some"
             " 128 pictures like those that it will see (only models/digits_vit.onnx brings its"

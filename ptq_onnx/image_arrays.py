@@ -41,6 +41,7 @@ class ArraySource(ImageSource):
         array = load()
         _check(array, where, preprocess)
         self._indices = evenly(len(array), limit)
+        self.pictures = array.dtype == np.uint8
 
     @property
     def names(self) -> list[str]:
@@ -98,18 +99,20 @@ def from_iterable(
 ) -> ArraySource:
     """The images that an iterable yields, [C, H, W] or [B, C, H, W], uint8 ones [..., H, W, C].
 
-    They are written to a temporary file in one go, so a generator will do and memory stays small.
-    Takes the first ``limit``: the end of a generator may be far away. Raises ImageError.
+    They are written to a temporary file in one go, 4 bytes a value, so a generator will do and
+    memory holds one item of it. Takes the first ``limit``: the end of a generator may be far away.
+    Raises ImageError.
     """
     folder = Path(tempfile.mkdtemp(prefix="ptq_onnx-"))
     try:
         path = folder / "images.f32"
-        count = _spool(arrays, path, preprocess, limit)
+        count, pictures = _spool(arrays, path, preprocess, limit)
         shape = (count, *preprocess.shape)
         kept = replace(preprocess, channels_last=False)
         source = ArraySource(
             lambda: np.memmap(path, np.float32, "r", shape=shape), "The iterable", kept
         )
+        source.pictures = pictures
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -117,16 +120,20 @@ def from_iterable(
     return source
 
 
-def _spool(arrays: Iterable[Any], path: Path, preprocess: Preprocess, limit: int | None) -> int:
-    """Write the images as raw float32 to ``path``; returns how many there were."""
+def _spool(
+    arrays: Iterable[Any], path: Path, preprocess: Preprocess, limit: int | None
+) -> tuple[int, bool]:
+    """Write the images as raw float32 to ``path``; returns how many there were, and whether all
+    were pixels."""
     evenly(1, limit)  # checks the limit
-    count = 0
+    count, pictures = 0, True
     with path.open("wb") as file:
         for item in arrays:
             array = _as_array(item, f"The iterable, image {count}")
             batch = array[None] if array.ndim == 3 else array
             where = f"The iterable, image {count}"
             _check(batch, where, preprocess)
+            pictures &= batch.dtype == np.uint8
             for image in batch if limit is None else batch[: limit - count]:
                 pixels = _to_input(image, f"The iterable, image {count}", preprocess)
                 try:
@@ -144,7 +151,7 @@ def _spool(arrays: Iterable[Any], path: Path, preprocess: Preprocess, limit: int
             "The iterable yields no images: expected arrays [C, H, W] or [B, C, H, W] "
             "(is it a generator that was used up before?)."
         )
-    return count
+    return count, pictures
 
 
 def _check(array: Images, where: str, preprocess: Preprocess) -> None:

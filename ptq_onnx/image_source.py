@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.preprocess import FloatArray, Preprocess
@@ -29,6 +30,10 @@ class ImageSource(ABC):
 
     preprocess: Preprocess
     skipped: list[str]
+    pictures = False
+    """Whether the images are pictures of 8 bits, normalised as ``preprocess`` says."""
+    labels: NDArray[np.int64] | None = None
+    """Class of each image, where the images came with it."""
 
     @property
     @abstractmethod

@@ -9,13 +9,13 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from ptq_onnx import image_arrays
+from ptq_onnx import image_arrays, image_items
 from ptq_onnx.errors import ImageError
 from ptq_onnx.image_source import ImageSource, Item, evenly
 from ptq_onnx.preprocess import FORMATS, METADATA_KEY, Preprocess, load_image
@@ -26,47 +26,95 @@ EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 ) | {f".{name.lower()}" for name in FORMATS if name in ("WEBP", "AVIF")}
 
+
+class Reader(Protocol):
+    """onnxruntime's CalibrationDataReader: inputs by name, None at the end."""
+
+    def get_next(self) -> Any: ...
+
+
+Transform = Callable[[Any], Any]
+"""From a picture (PIL), or from what an iterable yields, to a model input [C, H, W]."""
+Images = str | os.PathLike[str] | ImageSource | Iterable[Any] | Reader
+"""What :func:`open_images` takes."""
+
 _log = logging.getLogger(__name__)
 
 
 def open_images(
-    source: str | Path | Iterable[Any], preprocess: Preprocess, limit: int | None = None
+    source: Images,
+    preprocess: Preprocess,
+    limit: int | None = None,
+    *,
+    transform: Transform | None = None,
+    name: str | None = None,
 ) -> ImageSource:
-    """Open a folder, a ``.npy`` or ``.npz`` file, an array, or an iterable of arrays.
+    """Open images, wherever they are: a folder, a ``.npy`` or ``.npz`` file, an array, a list of
+    paths or of PIL images, or an iterable (a generator, a DataLoader, a CalibrationDataReader).
 
     A folder is read with its sub-folders. Arrays are floats [N, C, H, W] (model inputs) or uint8
-    [N, H, W, C] (pixels, to be preprocessed); an iterable yields [C, H, W] or [B, C, H, W].
-    ``limit`` spreads its choice evenly, but takes the first images of an iterable.
-    Raises ImageError, ConfigError.
+    [N, H, W, C] (pixels, to be preprocessed); an iterable yields [C, H, W] or [B, C, H, W], or
+    tuples whose first entry that is, or dicts that have it as the model's input ``name``.
+    ``transform``: makes a model input of a picture, or of what is yielded. ``limit`` spreads its
+    choice evenly, but takes the first images of an iterable. Raises ImageError, ConfigError.
     """
-    if isinstance(source, str | Path):
+    if isinstance(source, ImageSource):
+        return source
+    if isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.is_dir():
-            return FolderSource(path, preprocess, limit)
+            return FolderSource(path, preprocess, limit, transform=transform)
         if not path.exists():
             raise ImageError(f"'{path}' does not exist: expected a folder of images or an array.")
         if path.suffix.lower() in (".npy", ".npz"):
+            if transform is not None:
+                raise ImageError(
+                    f"'{path}' holds arrays, and preprocess is a function of pictures: give"
+                    " pictures, or leave the function out."
+                )
             return image_arrays.from_file(path, preprocess, limit)
-        raise ImageError(f"'{path}' is neither a folder of images nor a .npy or .npz file.")
-    if hasattr(source, "__array__"):
+        if path.suffix.lower() in EXTENSIONS:
+            return FolderSource(path.parent, preprocess, limit, [path.name], transform)
+        what = "a model, not images: " if path.suffix == ".onnx" else ""
+        raise ImageError(
+            f"'{path}' is {what}neither a folder of images nor a .npy or .npz file."
+        )
+    if isinstance(source, list | tuple) and source:
+        if all(isinstance(item, str | os.PathLike) for item in source):
+            files = [os.path.abspath(item) for item in source]
+            return FolderSource(Path(os.sep), preprocess, limit, files, transform)
+        if any(isinstance(item, str | os.PathLike) for item in source):
+            raise ImageError("The list holds paths and other things: give paths alone.")
+        if all(image_items.is_picture(item) for item in source):
+            return image_items.PictureSource(source, preprocess, limit, transform)
+    if transform is None and hasattr(source, "__array__"):
         return image_arrays.from_array(np.asarray(source), preprocess, limit)
-    if isinstance(source, Iterable):
-        return image_arrays.from_iterable(source, preprocess, limit)
-    raise ImageError(
-        "Images come from a folder, a .npy or .npz file, an array or an iterable of arrays, "
-        f"got {type(source).__name__}."
-    )
+    if isinstance(source, Iterable) or hasattr(source, "get_next"):
+        items = image_items.Items(source, name, transform)
+        opened = image_arrays.from_iterable(items, preprocess, limit)
+        opened.labels = items.labels(len(opened))
+        return opened
+    raise ImageError(f"Images come from {image_items.TAKEN}, got {type(source).__name__}.")
 
 
 class FolderSource(ImageSource):
-    """The image files below ``root``, sorted by relative path.
+    """The image files below ``root``, sorted by relative path, or those that are listed.
 
     An unreadable file gives its place to one that ``limit`` left out, if there is any.
     """
 
-    def __init__(self, root: Path, preprocess: Preprocess, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        preprocess: Preprocess,
+        limit: int | None = None,
+        files: Sequence[str] | None = None,
+        transform: Transform | None = None,
+    ) -> None:
         self.root, self.preprocess, self.skipped = root, preprocess, []
-        self.files = _image_files(root)
+        self.transform, self.pictures = transform, transform is None
+        self.listed = files is not None
+        self.files = _image_files(root) if files is None else list(files)
         if not self.files:
             raise ImageError(
                 f"Folder '{root}' holds no images (looked for {', '.join(sorted(EXTENSIONS))}, "
@@ -75,6 +123,11 @@ class FolderSource(ImageSource):
         self._chosen: list[int | None] = list(evenly(len(self.files), limit))
         self._used = {index for index in self._chosen if index is not None}
         self._lock = threading.Lock()
+
+    def reopened(self, limit: int | None = None, preprocess: Preprocess | None = None) -> Self:
+        """All of its files once more, of which ``limit`` chooses anew."""
+        files = self.files if self.listed else None
+        return type(self)(self.root, preprocess or self.preprocess, limit, files, self.transform)
 
     @property
     def names(self) -> list[str]:
@@ -85,7 +138,7 @@ class FolderSource(ImageSource):
         left = [index for index in range(len(self.files)) if index not in self._used]
         if not left:
             return None
-        rest = FolderSource(self.root, self.preprocess)
+        rest = self.reopened()
         rest._chosen = [left[i] for i in evenly(len(left), limit)]
         rest._used = set(range(len(self.files)))
         return rest
@@ -98,6 +151,10 @@ class FolderSource(ImageSource):
         if index is None:
             raise ImageError(f"Folder '{self.root}': place {slot} is empty.")
         name = self.files[index]
+        if self.transform is not None:
+            return name, image_items.transformed_file(
+                self.root / name, self.transform, self.preprocess
+            )
         return name, load_image(self.root / name, self.preprocess)
 
     def _retry(self, slot: int, error: ImageError) -> Item | None:

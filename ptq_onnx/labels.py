@@ -52,11 +52,14 @@ def labels_for(
     """Class index of each of ``source.names``, int64 [N].
 
     From ``labels_file`` (a name there is a relative path, a file name, or an index into an array);
-    without one, from the folders as torchvision's ImageFolder does: the sub-folders of the first
-    level, sorted, are the classes 0, 1, …. Raises ImageError, also for a label beyond the model's
-    ``classes``.
+    without one, those that came with the images, else from the folders as torchvision's ImageFolder
+    does: the sub-folders of the first level, sorted, are the classes 0, 1, …. Raises ImageError,
+    also for a label beyond the model's ``classes``.
     """
-    truth = _from_folders(source) if labels_file is None else _from_file(source, labels_file)
+    if labels_file is None and source.labels is not None:
+        truth = source.labels
+    else:
+        truth = _from_folders(source) if labels_file is None else _from_file(source, labels_file)
     if classes is not None and (truth >= classes).any():
         name = source.names[int(truth.argmax())]
         raise ImageError(
@@ -79,8 +82,10 @@ def _from_file(source: ImageSource, labels_file: str | Path) -> NDArray[np.int64
 
 
 def _from_folders(source: ImageSource) -> NDArray[np.int64]:
-    if not isinstance(source, FolderSource):
-        raise ImageError("Images in an array have no folders to take classes from: give labels.")
+    if not isinstance(source, FolderSource) or source.listed:
+        raise ImageError(
+            "Images in an array or a list have no folders to take classes from: give labels."
+        )
     loose = [name for name in source.files if "/" not in name]
     if loose:
         raise ImageError(

@@ -71,6 +71,17 @@ def channel_map(
     return np.asarray(low.reshape(shape), np.int64)
 
 
+def varying_axes(start: ir.Value, end: ir.Value) -> tuple[int, ...] | None:
+    """The axes of ``end`` along which it holds different channels (last axis) of ``start``; None
+    where that is unknown."""
+    indices, shape = layout_indices(start, end), static_shape(start)
+    if indices is None or shape is None:
+        return None
+    channels = indices % shape[-1]
+    first = [channels.take([0], axis=axis) for axis in range(channels.ndim)]
+    return tuple(axis for axis, part in enumerate(first) if (channels != part).any())
+
+
 def static_shape(value: ir.Value) -> list[int] | None:
     """The shape with batch size 1, or None where it depends on more than the batch.
 

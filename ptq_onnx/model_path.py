@@ -7,9 +7,14 @@ from pathlib import Path
 from ptq_onnx.errors import ModelError
 
 
-def find_model(path: str | Path) -> Path:
-    """``path``, if it exists. Raises ModelError, which tells how to export a timm model."""
+def find_model(path: str | Path, *, written: bool = False) -> Path:
+    """``path``, if it exists; ``written``: a folder that quantize wrote stands for its model.
+
+    Raises ModelError, which tells how to export a timm model, or which file a folder holds.
+    """
     path = Path(path)
+    if path.is_dir():
+        return _in_folder(path, written)
     if path.exists():
         return path
     from ptq_onnx.timm_export import looks_like_timm
@@ -21,3 +26,17 @@ def find_model(path: str | Path) -> Path:
         else ""
     )
     raise ModelError(f"Model {path} does not exist.{hint}")
+
+
+def _in_folder(folder: Path, written: bool) -> Path:
+    """The model that quantize wrote to, or beside, a folder; else the folder, to be refused."""
+    from ptq_onnx.output_paths import FLOAT, REPORT, find_output
+
+    if written and (folder / REPORT).is_file():
+        return find_output(folder).model
+    found = (path for path in folder.glob("*.onnx") if path.is_file())
+    inside = sorted(found, key=lambda path: (path.name != FLOAT, path))
+    if not inside:
+        return folder
+    also = "" if len(inside) == 1 else f" or one of {len(inside) - 1} others"
+    raise ModelError(f"Model {folder} is a folder; name the file: {inside[0]}{also}.")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,13 +23,18 @@ from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_p
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.file_names import short_stem
+from ptq_onnx.image_items import PictureSource
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
-from ptq_onnx.images import METADATA_KEY, FolderSource, Preprocess, open_images
+from ptq_onnx.images import METADATA_KEY, FolderSource, Images, Preprocess, open_images
 from ptq_onnx.input_size import try_size
 from ptq_onnx.model_size import model_bytes
+from ptq_onnx.output_paths import Output
 from ptq_onnx.preparation import Prepared, prepare, read_input
+from ptq_onnx.preprocess_input import Given, from_files
 from ptq_onnx.progress import Advance, Progress, Stages
+from ptq_onnx.result import Result
 from ptq_onnx.scales_file import read_scales
+from ptq_onnx.selectors import check_selectors, known_roles
 from ptq_onnx.signature import as_pixels, pixels, signature
 from ptq_onnx.sites import image_input
 from ptq_onnx.spec import Site
@@ -44,19 +48,6 @@ log = logging.getLogger(__name__)
 
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What :func:`quantize` made: the report (also in report.json) and the files.
-
-    ``analysis``: its measurements as dataclasses; None with ``report=False``.
-    """
-
-    report: dict[str, Any]
-    output: Path
-    files: tuple[Path, ...]
-    analysis: Analysis | None = None
 
 
 class Batches:
@@ -82,33 +73,36 @@ def quantize(
     *,
     config: QuantizeConfig | None = None,
     output: str | Path = "output",
-    calib: str | Path | Iterable[Any] | None = None,
-    val: str | Path | None = None,
+    calib: Images | None = None,
+    val: Images | None = None,
     labels: str | Path | None = None,
     scales: str | Path | None = None,
     progress: Progress | None = None,
     keep_models: bool = True,
+    given: Given | None = None,
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
-    ``calib``: folder, .npy/.npz or iterable of arrays; ``noise``: standard Gaussian ones; None is
-    for the embedded model, which has images of its own, and for ``scales``. ``val``
-    and ``labels``: images to measure accuracy on. ``scales``: the report.json of an earlier
-    run, whose numbers are used instead of calibrating. The folder gets ``quantized.onnx``,
+    ``calib``: what :func:`open_images` takes; ``noise``: standard Gaussian ones; None is for the
+    embedded model, which has images of its own, and for ``scales``. ``val`` and ``labels``: images
+    to measure accuracy on. ``scales``: the report.json of an earlier run, whose numbers are used
+    instead of calibrating. ``output`` ``x.onnx`` is the quantized file, the folder ``x`` beside it
+    gets the rest; any other name is a folder of everything, the model in it ``quantized.onnx``:
     ``fused.onnx``, ``formed.onnx`` where the model was changed before it was quantized,
     ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it is written beside and
-    renamed, so a failure leaves nothing. ``keep_models=False``: without the models. Raises
-    PtqError.
+    renamed, so a failure leaves nothing. ``keep_models=False``: without the models. ``given``: a
+    preprocessing that no option can name. Raises PtqError.
     """
     config = config or QuantizeConfig()
     begin = Stages(progress)
     begin(stages.READING, 1)
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; name a folder.")
+    place = Output.at(output) if keep_models else Output.of_reports(output)
+    place.keep(model)
+    output = place.folder
     if calib is None:
         calib = val if scales is not None and val is not None else embedded.images_for(model)
     prepared = prepare(model, config.opset, config.size)
+    check_selectors(config, prepared.blocks, prepared.sites)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
     _check_attention_blocks(prepared, config)
@@ -117,11 +111,19 @@ def quantize(
             f"--scales {scales}: --auto decides what is quantized, so that the scales of another"
             " run do not fit; leave one out."
         )
-    preprocess = resolve_preprocess(prepared.model, config)
+    given = given or Given()
+    preprocess = resolve_preprocess(prepared.model, config, given, prepared.path)
+    notes += _preprocess_notes(prepared, config, given)
     try_size(prepared.model, prepared.path, image_input(prepared.model), preprocess.shape)
-    prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
-    images = _calibration_images(calib, preprocess, config, notes)
-    tested = None if val is None else open_images(val, preprocess)
+    if given.transform is None:
+        prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
+    else:
+        prepared.model.metadata_props.pop(METADATA_KEY, None)
+    own = signature(prepared.model)
+    name = image_input(prepared.model).name if own is None else own.name
+    how: dict[str, Any] = {"transform": given.transform, "name": name}
+    images = _calibration_images(calib, preprocess, config, notes, how)
+    tested = None if val is None else open_images(val, preprocess, **how)
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
@@ -158,11 +160,11 @@ def quantize(
             for name in ("quantized", "fused", "formed"):
                 for path in work.glob(f"{name}.onnx*"):
                     path.unlink()
-        files = _publish(work, output)
+        files = place.publish(work)
         begin.done()
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Result(report, output, files, run.analysis)
+    return Result(report, output, files, run.analysis, place.model if keep_models else None)
 
 
 def _without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
@@ -207,18 +209,42 @@ def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
 
 
 def has_class_folders(source: ImageSource) -> bool:
-    """Whether the images lie in sub-folders, which then are their classes."""
-    return isinstance(source, FolderSource) and all("/" in name for name in source.names)
+    """Whether classes came with the images, or they lie in sub-folders, which then are theirs."""
+    if source.labels is not None:
+        return True
+    folders = isinstance(source, FolderSource) and not source.listed
+    return folders and all("/" in name for name in source.names)
 
 
-def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> Preprocess:
-    """Preprocessing by the options, else by the model's metadata, else by its first ops (a graph
-    that normalises pixels itself gets pixels), else imagenet's.
+def _preprocess_notes(prepared: Prepared, config: QuantizeConfig, given: Given) -> list[str]:
+    """What of the preprocessing is not written in the options."""
+    if given.transform is not None:
+        return [
+            "Pictures went through a preprocessing function of yours: the files do not tell it."
+            " Give the same to evaluate and compare."
+        ]
+    stored = METADATA_KEY in prepared.model.metadata_props
+    found = None if stored or given.values else from_files(config, prepared.path)
+    if found is None or config.preprocess is not None:
+        return []
+    return [f"Preprocessing as in {found[1]}, which lies beside the model."]
+
+
+def resolve_preprocess(
+    model: str | Path | ir.Model,
+    config: QuantizeConfig,
+    given: Given | None = None,
+    path: Path | None = None,
+) -> Preprocess:
+    """Preprocessing by the options, else by the model's metadata, else by a
+    ``preprocessor_config.json`` beside its file ``path``, else by its first ops (a graph that
+    normalises pixels itself gets pixels), else imagenet's.
 
     Size and channels come from the model's input where it states them, or from what fixes them
     in its graph. Raises ConfigError where option and model contradict each other.
     """
     if not isinstance(model, ir.Model):
+        path = Path(model)
         model = read_input(model, config.size)
     shape = image_input(model).shape
     sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
@@ -226,7 +252,12 @@ def resolve_preprocess(model: str | Path | ir.Model, config: QuantizeConfig) -> 
         raise ModelError("The model's input is no batch of images [batch, channels, H, W].")
     channels, height, width = sides[1:]
     stored = model.metadata_props.get(METADATA_KEY)
-    if config.preprocess is None and stored is not None:
+    found = from_files(config, path if stored is None else None)
+    if given is not None and given.values is not None:
+        base = given.values
+    elif found is not None:
+        base = found[0]
+    elif config.preprocess is None and stored is not None:
         base = Preprocess.from_json(stored)
     else:
         base = _by_first_ops(model, config)
@@ -264,10 +295,11 @@ def _by_first_ops(model: ir.Model, config: QuantizeConfig) -> Preprocess:
 
 
 def _calibration_images(
-    calib: str | Path | Iterable[Any],
+    calib: Images,
     preprocess: Preprocess,
     config: QuantizeConfig,
     notes: list[str],
+    how: dict[str, Any],
 ) -> ImageSource:
     if isinstance(calib, str) and calib == NOISE:
         notes.append(
@@ -275,20 +307,7 @@ def _calibration_images(
             " comparing, not for use."
         )
         return NoiseSource(preprocess, config.images)
-    return open_images(calib, preprocess, limit=config.images)
-
-
-def _publish(work: Path, output: Path) -> tuple[Path, ...]:
-    """Move the finished files into place; the folder as a whole where it is new."""
-    names = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
-    if not output.exists():
-        os.replace(work, output)
-        os.chmod(output, 0o755)
-    else:
-        for name in names:
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(work / name, output / name)
-    return tuple(output / name for name in names)
+    return open_images(calib, preprocess, limit=config.images, **how)
 
 
 @dataclass
@@ -343,6 +362,7 @@ class _Run:
         graphs.save(self.prepared.model, self.work / "fused.onnx")
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
+        plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
         plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
         decided = None
         if config.auto:
@@ -385,6 +405,7 @@ class _Run:
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
             report["integer"] = self._integer(quantizer, lowered)
+        report["coverage"] = self._coverage(quantizer)
         if config.target == "onnxruntime" and config.report:
             from ptq_onnx.conformance.optimised import optimised_histogram
 
@@ -403,7 +424,7 @@ class _Run:
 
     def _pixel_range(self, plan: Any) -> dict[str, tuple[float, float]]:
         """The range of an image of pixels, which is known: no image shows more."""
-        if not (self.preprocess.raw and isinstance(self.images, FolderSource)):
+        if not (self.preprocess.raw and self.images.pictures):
             return {}
         return {s.tensor: (0.0, 255.0) for s in plan.sites.values() if s.role == "input"}
 
@@ -420,7 +441,7 @@ class _Run:
                 " run do not fit; calibrate anew, or use --no-equalize."
             )
         mean, std = self.preprocess.mean, self.preprocess.std
-        pictures = isinstance(self.images, FolderSource)
+        pictures = self.images.pictures
         if self.config.report and self.config.pictures:  # drawn beside, by vanilla
             self.original = replace(self.prepared, model=self.prepared.model.clone())
         plan = equalise_in_place(
@@ -483,7 +504,7 @@ class _Run:
         logits = logits_output(model)
         if not (self.config.check_preprocess and logits and isinstance(source, FolderSource)):
             return None
-        if source.root.resolve() == embedded.IMAGES:
+        if source.root.resolve() == embedded.IMAGES or not source.pictures:
             return None
         if self.preprocess.raw:  # there is no normalisation to be wrong
             return None
@@ -494,7 +515,7 @@ class _Run:
         self.stage(stages.CHECKING, 1)
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
-        few = open_images(source.root, plain, limit=MOST)  # however few calibration takes
+        few = source.reopened(MOST, plain)  # however few calibration takes
         pictures = np.concatenate(list(few.batches(8)))
         try:
             opened = graphs.open_plain(model, self.config.threads)
@@ -605,6 +626,20 @@ class _Run:
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": self.analysis.to_json()}, pictures
 
+    def _coverage(self, quantizer: Any) -> dict[str, Any]:
+        """What of the written file runs in integers; a warning stands before all other notes."""
+        from ptq_onnx.analysis.coverage import float_reasons, measure_coverage, whole_coverage
+
+        config, sites = self.config, self.prepared.sites
+        if config.target == INTEGER:
+            return whole_coverage(self.prepared.model).to_json()
+        consumers = {tensor: site.consumers for tensor, site in sites.items()}
+        reasons = float_reasons(quantizer.floats, consumers)
+        found = measure_coverage(self.work / "quantized.onnx", config.target, reasons)
+        if found.warning is not None:
+            self.notes.insert(0, found.warning)
+        return found.to_json()
+
     def _lower_integer(self, quantizer: Any) -> ir.Model:
         """The integer file, checked against its own rules. Raises ModelError."""
         from ptq_onnx.conformance.integer import violations
@@ -669,13 +704,13 @@ class _Run:
             if others is not None:
                 return others, True
         if isinstance(tested, FolderSource):
-            return open_images(tested.root, self.preprocess, limit=limit), True
+            return tested.reopened(limit), True
         self.notes.append(
             "All images were used for calibration, so the analysis runs on some of the same;"
             " give more images than --images, or --val, to hold some apart."
         )
         if isinstance(self.images, FolderSource):
-            return open_images(self.images.root, self.preprocess, limit=limit), False
+            return self.images.reopened(limit), False
         return self.images, False
 
     def _draw(
@@ -701,7 +736,7 @@ class _Run:
             vanilla = make_quantizer(plan)
             few = self.images
             if isinstance(few, FolderSource):
-                few = open_images(few.root, self.preprocess, limit=min(32, config.images))
+                few = few.reopened(min(32, config.images))
             channels, height, width = self.preprocess.shape
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
@@ -835,7 +870,9 @@ def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[st
 def _source_name(images: ImageSource) -> str:
     if isinstance(images, NoiseSource):
         return NOISE
-    return str(images.root.name) if isinstance(images, FolderSource) else "arrays"
+    if isinstance(images, FolderSource):
+        return "a list of files" if images.listed else str(images.root.name)
+    return "pictures" if isinstance(images, PictureSource) else "arrays"
 
 
 def _version() -> str:

@@ -11,6 +11,8 @@ import math
 import os
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +67,8 @@ class Preprocess:
     ``mean`` and ``std`` are per channel on the scale 0…1, ``size`` is (height, width) in pixels,
     ``crop_pct`` in (0, 1] is the part of the resized picture that the crop keeps, ``channels`` is
     3 (RGB) or 1 (grayscale). ``channels_last``: the model takes [H, W, C], and arrays given as its
-    inputs have it so; in here images are [C, H, W]. Raises ConfigError.
+    inputs have it so; in here images are [C, H, W]. ``squash``: both sides are resized to
+    ``size / crop_pct``, whatever the picture's shape. Raises ConfigError.
     """
 
     mean: tuple[float, ...]
@@ -75,6 +78,7 @@ class Preprocess:
     interpolation: Interpolation = "bicubic"
     channels: int = 3
     channels_last: bool = False
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -138,8 +142,9 @@ class Preprocess:
     def to_json(self) -> str:
         """One line of JSON, for ``metadata_props[METADATA_KEY]``."""
         values = asdict(self)
-        if not self.channels_last:  # as files of earlier versions have it
-            del values["channels_last"]
+        for name in ("channels_last", "squash"):
+            if not values[name]:  # as files of earlier versions have it
+                del values[name]
         return json.dumps(values)
 
     @classmethod
@@ -165,11 +170,25 @@ def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
     Of an animation it is the first frame. The orientation tag is ignored and an alpha channel
     dropped, both as in timm and in torchvision's ImageFolder.
     """
+    with _opened(path) as image:
+        return from_image(image, preprocess)
+
+
+def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
+    """Decode one image file to RGB or gray. Raises ImageError if it cannot be read."""
+    with _opened(path) as image:
+        image.load()
+        return _convert(image, channels)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture in a regular file, of a format that is known here. Raises ImageError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("it is no regular file")  # a pipe would be waited for
         with Image.open(path, formats=FORMATS) as image:
-            return from_image(image, preprocess)
+            yield image
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
@@ -208,7 +227,9 @@ def _crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The centre of the picture at ``preprocess.size``, after resizing it unless it is near."""
     height, width = preprocess.size
     sides, size = (image.height, image.width), (height, width)
-    if all(s <= side <= CROP_ONLY * s for side, s in zip(sides, size, strict=True)):
+    if not preprocess.squash and all(
+        s <= side <= CROP_ONLY * s for side, s in zip(sides, size, strict=True)
+    ):
         left, top = (image.width - width) // 2, (image.height - height) // 2
     else:
         image = _resize(image, preprocess)
@@ -220,14 +241,22 @@ def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The picture just large enough to cover ``size / crop_pct``, rounded as torchvision does."""
     sides = (image.height, image.width)
     target = [math.floor(s / preprocess.crop_pct) for s in preprocess.size]
-    ratio = min(side / t for side, t in zip(sides, target, strict=True))
-    # The side that sets the ratio lands on its target exactly, whatever int() makes of it
-    height, width = (
-        max(t, int(side / ratio + 1e-6)) for side, t in zip(sides, target, strict=True)
-    )
+    height, width = target
+    if not preprocess.squash:
+        ratio = min(side / t for side, t in zip(sides, target, strict=True))
+        # The side that sets the ratio lands on its target exactly, whatever int() makes of it
+        height, width = (
+            max(t, int(side / ratio + 1e-6)) for side, t in zip(sides, target, strict=True)
+        )
     if height * width > MOST_PIXELS:
         raise ValueError(f"resized, it would have {width} by {height} pixels; it is too narrow")
-    return image.resize((width, height), _RESAMPLING[preprocess.interpolation])
+    if preprocess.squash and sides == (height, width):
+        return image
+    return image.resize((width, height), _filter(preprocess))
+
+
+def _filter(preprocess: Preprocess) -> Image.Resampling:
+    return _RESAMPLING[preprocess.interpolation]
 
 
 def _number(value: Any) -> bool:

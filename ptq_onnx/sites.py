@@ -5,6 +5,10 @@ Each float tensor that a compute op makes or reads is one site, once:
 * a tensor read by products only, through layout ops (q, k, v out of a packed linear, the
   class token out of the last norm), is quantized where each product reads it, so that the
   product gets its integers directly and each part its own range;
+* of a tensor that is cut into parts, one of which products alone read (v beside q and k that have
+  norms of their own), each part is a tensor of its own;
+* what a product reads through a copy (``equalization/reads.py``) is quantized behind it, for that
+  product alone;
 * a tensor that is concatenated on its way (class token + patches) after the Concat;
 * any other where it is made;
 * QKᵀ once, behind its scale, before a bias table is added; the table, and the sum, as FQ-ViT does
@@ -12,6 +16,8 @@ Each float tensor that a compute op makes or reads is one site, once:
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -26,6 +32,7 @@ from ptq_onnx.blocks import (
     name_of,
     through_layout,
 )
+from ptq_onnx.layout import varying_axes
 from ptq_onnx.spec import Site
 
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
@@ -43,7 +50,7 @@ def find_sites(model: ir.Model, blocks: Blocks) -> dict[str, Site]:
             continue
         if value.dtype is not None and value.dtype not in FLOAT_TYPES:
             continue
-        for place in _places(value):
+        for place in places(value):
             site = _activation(place, value, blocks)
             if site is not None and site.tensor not in sites:
                 sites[site.tensor] = site
@@ -60,21 +67,48 @@ def image_input(model: ir.Model) -> ir.Value:
     return next((v for v in free if v.shape is not None and len(v.shape) == 4), free[0])
 
 
-def _places(value: ir.Value) -> list[ir.Value]:
+def places(value: ir.Value) -> list[ir.Value]:
     """Where one logical tensor is quantized (see the module's text)."""
+    parts = _parts(value)
+    if any(_only_products(part) for part in parts):
+        return _distinct(place for part in parts for place in _part_places(part))
+    copies = _distinct(read for read in _reads(value) if is_copy(read))
+    if not copies:
+        return _places(value)
+    others = readers(value) or value.is_graph_output()
+    return [*copies, value] if others else copies
+
+
+def readers(place: ir.Value) -> list[tuple[ir.Node, int]]:
+    """The compute nodes that read a place through layout ops, but those that have a copy."""
+    found: list[tuple[ir.Node, int]] = []
+    for node, index in through_layout(place):
+        read = node.inputs[index]
+        if read is None or read is place or not is_copy(read):
+            found.append((node, index))
+    return found
+
+
+def is_copy(value: ir.Value) -> bool:
+    """True for a tensor of the same numbers that one reader has for itself."""
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Identity"
+
+
+def _places(value: ir.Value) -> list[ir.Value]:
     producer = value.producer()
     uses = list(consumers(value))
     if not uses:
         return [value] if value.is_graph_output() else []
-    leaves = [(n, i) for n, i in through_layout(value)]
+    leaves = list(through_layout(value))
     direct = all(not is_layout(n) for n, _ in uses)
     if direct:
         scale = leaves[0][0] if len(leaves) == 1 else None
         if scale is not None and _is_scaling(value, scale):
             return []
         return [value]
-    readers = [n for n, _ in leaves]
-    if producer is not None and producer.op_type == "Softmax" and any(map(is_linear, readers)):
+    nodes = [n for n, _ in leaves]
+    if producer is not None and producer.op_type == "Softmax" and any(map(is_linear, nodes)):
         return [value]  # mixed heads: where a runtime quantizes a softmax, it is at its output
     made_by_product = producer is not None and is_product(producer)
     if (
@@ -82,10 +116,51 @@ def _places(value: ir.Value) -> list[ir.Value]:
         and not made_by_product
         and all(is_product(n) or (is_linear(n) and i == 0) for n, i in leaves)
     ):
-        read = [n.inputs[i] for n, i in leaves]
-        return list({id(v): v for v in read if v is not None}.values())
+        return _reads(value)
     concat = _last_concat(value)
     return [value if concat is None else concat]
+
+
+def _part_places(part: ir.Value) -> list[ir.Value]:
+    """As ``places``, for a part: what all readers read, where that is one tensor."""
+    reads = _reads(part)
+    return reads if len(reads) == 1 and not part.is_graph_output() else places(part)
+
+
+def _reads(value: ir.Value) -> list[ir.Value]:
+    """The tensors that compute nodes read of a value, through layout ops."""
+    return _distinct(v for n, i in through_layout(value) if (v := n.inputs[i]) is not None)
+
+
+def _only_products(value: ir.Value) -> bool:
+    leaves = list(through_layout(value))
+    return bool(leaves) and all(is_product(node) for node, _ in leaves)
+
+
+def _distinct(values: Iterable[ir.Value]) -> list[ir.Value]:
+    return list({id(v): v for v in values}.values())
+
+
+CUTS = frozenset(("Slice", "Gather", "Split"))
+"""Ops that take a part."""
+
+
+def _parts(value: ir.Value) -> list[ir.Value]:
+    """The tensors that layout ops cut a value into, parts of parts too, all of which it is read
+    as; none where it is read whole."""
+    current = value
+    while not current.is_graph_output():
+        uses = [(n, i) for n, i in consumers(current) if n.op_type != "Shape"]
+        nodes = [n for n, _ in uses]
+        if len(uses) > 1 or (nodes and nodes[0].op_type == "Split"):
+            if not all(n.op_type in CUTS and i == 0 for n, i in uses):
+                return []
+            cut = [v for n in nodes for v in n.outputs if v.uses() or v.is_graph_output()]
+            return [part for v in cut for part in _parts(v) or [v]] if len(cut) > 1 else []
+        if not uses or not is_layout(nodes[0]) or uses[0][1] or nodes[0].op_type == "Concat":
+            return []
+        current = nodes[0].outputs[0]
+    return []
 
 
 def _is_scaling(value: ir.Value, node: ir.Node) -> bool:
@@ -112,7 +187,7 @@ def _last_concat(value: ir.Value) -> ir.Value | None:
 
 def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None:
     producer = value.producer()
-    readers = list(through_layout(place))
+    leaves = readers(place)
     role_of = blocks.roles
     made = None if producer is None else role_of.get(name_of(producer))
     block = None if made is None else made.block
@@ -121,7 +196,7 @@ def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None
         return None
     if role == "qk_scale":
         role = "qk"
-    for node, index in readers:
+    for node, index in leaves:
         reader = role_of.get(name_of(node))
         if reader is None:
             continue
@@ -137,10 +212,11 @@ def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None
         tensor=place.name,
         role=role,
         block=block,
-        channel_axes=_channel_axes(role, shape, producer, cut=place is not value),
+        channel_axes=_axes_of_part(role, place, value)
+        or _channel_axes(role, shape, producer, cut=place is not value),
         shape=shape,
         producer=None if producer is None else name_of(producer),
-        consumers=tuple(name_of(n) for n, _ in readers),
+        consumers=tuple(name_of(n) for n, _ in leaves),
     )
 
 
@@ -148,6 +224,18 @@ def _shape(value: ir.Value) -> tuple[int | str, ...]:
     if value.shape is None:
         return ()
     return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+
+
+def _axes_of_part(role: str, place: ir.Value, value: ir.Value) -> tuple[int, ...]:
+    """Channel axes of a part of what a linear makes that no product reads; empty for others."""
+    producer = value.producer()
+    if place is value or role in PRODUCT_ROLES.values() or producer is None:
+        return ()
+    if not is_linear(producer):
+        return ()
+    shape = _shape(place)
+    axes = varying_axes(value, place) or ()
+    return tuple(axis for axis in axes[-1:] if isinstance(shape[axis], int))
 
 
 def _channel_axes(

@@ -36,7 +36,7 @@ class Target:
     rows: bool = True
     """Every row of an attention map is divided by its largest value at run time."""
     centred_values: bool = False
-    """v is quantized without its mean over the tokens of the image, which is added to A·V."""
+    """v may be quantized without its mean over the tokens of the image, which is added to A·V."""
     eight_bit_floats: bool = False
     """It computes products of FP8 E4M3."""
     quantized_residuals: bool = False

@@ -76,14 +76,29 @@ def _import_timm() -> Any:
         if error.name not in ("timm", "torchvision"):
             raise
         raise ConfigError(
-            f"Exporting timm models needs the package '{error.name}': pip install timm."
+            f"Exporting timm models needs the packages timm and torchvision ('{error.name}' is"
+            f" missing). {_advice()}"
         ) from None
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"timm is installed but cannot be imported ({reason[:160]}): torchvision must match "
-            f"torch {torch.__version__}; reinstall both with pip install -U timm torch torchvision."
+            f"timm is installed but cannot be imported ({reason[:160]}): torchvision must be built"
+            f" for torch {torch.__version__}. {_advice()}"
         ) from error
+
+
+def _advice() -> str:
+    """The torchvision that goes with the torch that is here, which stays."""
+    numbers = torch.__version__.partition("+")[0].split(".")
+    wanted = "torchvision"
+    if numbers[0] == "2" and numbers[1].isdigit():  # torch 2.0 came with torchvision 0.15
+        wanted += f"==0.{int(numbers[1]) + 15}.*"
+    if torch.version.cuda is None:
+        return (
+            f"Install {wanted} in its CPU build, from where torch's CPU build came (PyTorch's own"
+            " instructions say where), then pip install --no-deps timm."
+        )
+    return f"pip install '{wanted}' timm"
 
 
 def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> Any:

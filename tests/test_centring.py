@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ from small_transformer import Choices, transformer
 from test_targets import decibels, quantized, run, tokens
 
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.conformance import check
 from ptq_onnx.engine import Simulator
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.export.lowering import lower
+from ptq_onnx.graph import save
 from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.quantizers.fake_quantize import fake_quantize
 from ptq_onnx.spec import TensorSpec
@@ -26,7 +31,7 @@ def value_specs(quantizer: SiteQuantizer) -> dict[str, TensorSpec]:
 
 def test_fine_codes_give_the_float_model_back() -> None:
     """Only v, with a step so fine that nothing but the reformulation is left."""
-    quantizer = quantized(transformer(Choices(), blocks=2), "tensorrt", [tokens(8)])
+    quantizer = quantized(transformer(Choices(), blocks=2), "tensorrt", [tokens(8)], centred=True)
     specs = value_specs(quantizer)
     assert len(specs) == 2
     assert all(spec.rule.centred for spec in specs.values())
@@ -58,7 +63,7 @@ def test_a_coarse_map_loses_less() -> None:
 def test_statistics_are_those_of_what_is_quantized() -> None:
     model = transformer(Choices())
     batches = [tokens(8), tokens(8, seed=2)]
-    quantizer = quantized(transformer(Choices()), "tensorrt", batches)
+    quantizer = quantized(transformer(Choices()), "tensorrt", batches, centred=True)
     (spec,) = value_specs(quantizer).values()
     site = quantizer.plan.sites[spec.tensor]
     plan_model = quantizer.plan.model
@@ -78,7 +83,7 @@ def test_statistics_are_those_of_what_is_quantized() -> None:
 def test_a_value_that_others_read_keeps_its_mean() -> None:
     model = transformer(Choices())
     by_name = {v.name: v for n in model.graph for v in n.outputs}
-    quantizer = quantized(transformer(Choices()), "tensorrt", [tokens(8)])
+    quantizer = quantized(transformer(Choices()), "tensorrt", [tokens(8)], centred=True)
     (spec,) = value_specs(quantizer).values()
     value = by_name[spec.tensor]
     assert takes_centring(value)
@@ -88,14 +93,30 @@ def test_a_value_that_others_read_keeps_its_mean() -> None:
     assert not takes_centring(attention)
 
 
-def test_openvino_and_onnxruntime_keep_the_mean() -> None:
-    for target in ("onnxruntime", "openvino"):
+def test_the_mean_stays_unless_asked_for() -> None:
+    for target in ("onnxruntime", "openvino", "tensorrt"):
         quantizer = quantized(transformer(Choices()), target, [tokens(8)])
         assert not any(s.rule.centred for s in quantizer.specs.values())
 
 
+def test_only_tensorrt_takes_it() -> None:
+    for target in ("onnxruntime", "openvino", "integer"):
+        with pytest.raises(ConfigError, match=f"--centre-values with --target {target}: .*use"):
+            QuantizeConfig(target=target, centre_values=True)
+
+
+def test_the_checker_names_the_add(tmp_path: Path) -> None:
+    """Without centring, QuantizeLinear stands right behind A·V, but for layout ops."""
+    for centred in (False, True):
+        quantizer = quantized(transformer(Choices()), "tensorrt", [tokens(8)], centred=centred)
+        path = tmp_path / f"{centred}.onnx"
+        save(lower(quantizer.model, quantizer.specs), path)
+        rules = [v.rule for v in check(path, "tensorrt").violations]
+        assert ("attention-output" in rules) == centred
+
+
 def test_numpy_and_torch_agree() -> None:
-    quantizer = quantized(transformer(Choices()), "tensorrt", [tokens(8)])
+    quantizer = quantized(transformer(Choices()), "tensorrt", [tokens(8)], centred=True)
     (spec,) = value_specs(quantizer).values()
     x = np.random.default_rng(1).normal(size=(2, 2, 6, 4)).astype(np.float32) + 2
     np.testing.assert_allclose(
@@ -113,7 +134,7 @@ def test_numpy_and_torch_agree() -> None:
 def test_the_torch_mode_follows() -> None:
     model = transformer(Choices(), blocks=2)
     model.graph.opset_imports[""] = 20
-    quantizer = quantized(model, "tensorrt", [tokens(8)])
+    quantizer = quantized(model, "tensorrt", [tokens(8)], centred=True)
     x = tokens(8, seed=3)
     exact = next(iter(Simulator(quantizer.model, quantizer, threads=1).run(x).values()))
     torch_mode = Simulator(quantizer.model, quantizer, mode="torch", threads=1)

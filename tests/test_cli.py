@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 
 def defaults() -> dict[str, str]:
-    """What the help says after 'Default:', by option."""
+    """What the help says after 'default:', by option."""
     values = {f.name: getattr(QuantizeConfig(), f.name) for f in fields(QuantizeConfig)}
     switches = {True: "on", False: "off"}
     return {
@@ -89,18 +90,27 @@ def defaults() -> dict[str, str]:
     }
 
 
-def help_texts(outcome: Outcome) -> dict[str, str]:
-    """Help of every option by its field's name, whitespace made even."""
-    texts: dict[str, str] = {}
-    name = ""
-    for line in outcome.out.partition("Options:")[2].splitlines():
-        word = line.split(maxsplit=1)
-        if line.startswith("  --"):
-            name = word[0].removeprefix("--").replace("-", "_")
-            texts[name] = ""
+def help_sections(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """Help of every option by its field's name, whitespace made even, below its heading."""
+    found: dict[str, dict[str, str]] = {}
+    title = name = ""
+    for line in outcome.out.splitlines():
+        if re.fullmatch(r"[A-Z]\w+:", line):
+            title, name = line[:-1], ""
+            found[title] = {}
+        elif title and re.match(r"  \S", line):
+            option = re.search(r"--([a-z0-9-]+)", line)
+            name = line.split()[0] if option is None else option[1].replace("-", "_")
+            found[title][name] = ""
         if name:
-            texts[name] += " " + line.strip()
-    return {k: " ".join(v.split()) for k, v in texts.items()}
+            found[title][name] += " " + line.strip()
+    return {t: {k: " ".join(v.split()) for k, v in s.items()} for t, s in found.items()}
+
+
+def help_texts(outcome: Outcome) -> dict[str, str]:
+    """The same without the headings and the arguments."""
+    sections = help_sections(outcome)
+    return {k: v for title, s in sections.items() if title != "Arguments" for k, v in s.items()}
 
 
 def test_help_names_every_option_and_its_default(command: Command) -> None:
@@ -108,15 +118,52 @@ def test_help_names_every_option_and_its_default(command: Command) -> None:
     assert {f.name for f in fields(QuantizeConfig)} <= set(texts)
     assert set(cli_options.PATHS) <= set(texts)
     for name, text in texts.items():
-        assert name == "help" or "Default: " in text, name
+        assert name == "help" or len(re.findall(r"\[(?:default: |required)", text)) == 1, name
     for name, default in defaults().items():
-        assert f"Default: {default}." in texts[name]
+        assert f"[default: {default}]" in texts[name]
 
 
-@pytest.mark.parametrize("name", ["evaluate", "export", "check", "benchmark", "calibration-curve"])
-def test_help_of_the_other_commands_names_defaults(command: Command, name: str) -> None:
-    texts = help_texts(command(name, "--help"))
-    assert all("Default: " in text for option, text in texts.items() if option != "help")
+def test_help_in_groups(command: Command) -> None:
+    sections = help_sections(command("quantize", "-h"))
+    assert list(sections) == [
+        "Arguments", "Input", "Numbers", "Target", "Analysis", "Output", "Running", "Other",
+    ]  # fmt: skip
+    assert set(sections["Other"]) == {"help"}  # an option without a group: see cli_help.GROUPS
+    assert sections["Arguments"] == {"MODEL.onnx": "MODEL.onnx The ONNX file. [required]"}
+    assert sections["Output"]["output"].startswith("-o, --output PATH ")
+    for name, group in (("calib", "Input"), ("bits", "Numbers"), ("opset", "Target")):
+        assert name in sections[group]
+
+
+COMMANDS = {
+    "quantize": "MODEL.onnx",
+    "analyse": "MODEL.onnx",
+    "compare": "A B…",
+    "evaluate": "MODEL.onnx",
+    "export": "NAME",
+    "check": "MODEL.onnx",
+    "benchmark": "FP32.onnx Q.onnx …",
+    "calibration-curve": "MODEL.onnx",
+    "inspect": "MODEL.onnx",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(
+    command: Command, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    outcome = command(name, "-h")
+    assert outcome == command(name, "--help")
+    assert outcome.out.splitlines()[0] == f"Usage: ptq-onnx {name} [OPTIONS] {COMMANDS[name]}"
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert "{" not in outcome.out
+    for option, text in help_texts(outcome).items():
+        said = len(re.findall(r"\[(?:default: .+|required.*)\]", text))
+        assert said == (option != "help"), text
+    needed = {"compare", "evaluate", "calibration-curve"}
+    texts = help_texts(outcome)
+    assert ("[required]" in texts.get("val", "")) == (name in needed)
 
 
 def test_options_are_the_fields_of_the_config() -> None:
@@ -143,11 +190,46 @@ def test_help_does_not_import_what_is_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("words", [("inspect", MODEL), ("quantize", MODEL, "--calib", DIGITS)])
+def test_without_onnxruntime(words: tuple[object, ...], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        f"sys.argv = ['ptq-onnx', *{[str(word) for word in words]!r}]\n"
+        "from ptq_onnx import cli; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ONNX Runtime cannot be imported (")
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_onnxruntime_in_python(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import ptq_onnx\n"
+        "try: ptq_onnx.quantize\n"
+        "except ptq_onnx.PtqError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("ONNX Runtime cannot be imported (")
+
+
 def test_without_words_and_version(command: Command) -> None:
     assert "quantize" in command().out
     outcome = command("--version")
     assert outcome.code == 0
     assert outcome.out.strip() == __import__("ptq_onnx").__version__
+
+
+def test_words_that_are_no_command(command: Command) -> None:
+    assert_refused(command("quantise"), "Did you mean 'quantize'? See ptq-onnx --help.")
+    assert_refused(command("vit.onnx"), "The command comes first: ptq-onnx quantize vit.onnx.")
+    assert_refused(command("evaluate", MODEL, "val"), "takes MODEL.onnx alone, so that 'val'")
 
 
 # Options
@@ -276,7 +358,10 @@ def test_defaults_are_those_of_the_config(command: Command, given_options: dict[
         (("--val", "nix"), "'nix' does not exist"),
         (("--labels", "nix"), "--val"),
         (("--nix",), "--nix"),
-        (("--output", MODEL), "is a file"),
+        (("--output", MODEL), "is the model itself"),
+        (("-o", MODEL.with_name("train_digits.py")), "is a file; name a folder, or a file that"),
+        (("images",), "takes MODEL.onnx alone, so that 'images' is too much"),
+        (("--quantiser", "fqvit"), "See ptq-onnx quantize --help"),
     ],
 )
 def test_bad_options(command: Command, words: tuple[str, ...], said: str) -> None:

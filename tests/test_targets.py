@@ -39,9 +39,11 @@ CHOICES = {
 INCEPTION = Preprocess.named("inception")
 
 
-def quantized(model: ir.Model, target: str, batches: list[np.ndarray]) -> SiteQuantizer:
+def quantized(
+    model: ir.Model, target: str, batches: list[np.ndarray], *, centred: bool = False
+) -> SiteQuantizer:
     """The quantizer of a target on an equalised model, calibrated."""
-    config = QuantizeConfig(target=target, quantizer="deploy", threads=1)
+    config = QuantizeConfig(target=target, quantizer="deploy", centre_values=centred, threads=1)
     blocks = find_blocks(model)
     plan = equalise(Plan(model, blocks, find_sites(model, blocks), config), batches)
     quantizer = make_quantizer(plan)
@@ -111,14 +113,16 @@ def test_codes_have_the_type_that_the_target_takes(target: str) -> None:
     assert (signed == set(by_role)) == (target == "tensorrt")
 
 
-def test_softmax_has_the_fixed_step_of_tensorrt() -> None:
+def test_softmax_has_a_searched_step_in_tensorrt() -> None:
+    """Finer than 1/127, by what A·V loses: coarse codes round most of a map to zero."""
     quantizer = quantized(transformer(Choices()), "tensorrt", [tokens(8)])
     steps = [
         float(spec.scale)
         for tensor, spec in quantizer.specs.items()
         if quantizer.plan.sites[tensor].role == "softmax"
     ]
-    assert steps == [pytest.approx(1 / 127)]
+    assert len(steps) == 1
+    assert 0.4 / 127 <= steps[0] <= 1 / 127
 
 
 def test_shifted_outputs_of_an_activation_keep_zero_exact() -> None:
@@ -156,8 +160,8 @@ def broken(path: Path, target: str, change: str) -> set[str]:
         softmax = "softmax" in change
         if change == "zero point" and tensor.name.endswith("zero_point") and array.ndim == 0:
             array = array + np.ones((), array.dtype)
-        elif softmax and array.ndim == 0 and np.isclose(array, 1 / 127):
-            array = array / 2
+        elif softmax and array.ndim == 0 and "softmax" in tensor.name and array.dtype == np.float32:
+            array = array * 3
         else:
             continue
         tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(array), tensor.name))

@@ -160,9 +160,9 @@ def test_hub_out_of_reach(fake: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("failure", "match"),
     [
-        (ModuleNotFoundError("No module named 'timm'", name="timm"), "pip install timm"),
-        (RuntimeError("operator torchvision::nms does not exist"), "torchvision must match"),
-        (ImportError("cannot import name 'x'"), "torchvision must match"),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), "'timm' is missing"),
+        (RuntimeError("operator torchvision::nms does not exist"), "torchvision must be built for"),
+        (ImportError("cannot import name 'x'"), "torchvision must be built for"),
     ],
 )
 def test_timm_does_not_import(
@@ -175,6 +175,26 @@ def test_timm_does_not_import(
     with pytest.raises(ConfigError, match=match) as error:
         export_timm(NAME, tmp_path / "m.onnx")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "said"),
+    [
+        ("2.13.0+cpu", None, "Install torchvision==0.28.* in its CPU build"),
+        ("2.4.1", None, "Install torchvision==0.19.* in its CPU build"),
+        ("2.13.0", "13.0", "pip install 'torchvision==0.28.*' timm"),
+        ("3.0.0", "13.0", "pip install 'torchvision' timm"),
+    ],
+)
+def test_the_torch_that_is_here_stays(
+    version: str, cuda: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    advice = timm_export._advice()
+    assert said in advice
+    assert "-U" not in advice
+    assert " torch " not in advice.replace("torchvision", "")
 
 
 def test_importing_the_exporter_does_not_import_timm() -> None:

@@ -22,6 +22,7 @@ from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation import evaluate, no_classes, since
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.model_size import model_bytes
+from ptq_onnx.output_paths import FLOAT, REPORT, find_output
 from ptq_onnx.outputs import decibels as in_json
 from ptq_onnx.preparation import prepare
 from ptq_onnx.progress import Planned, Progress, Stages
@@ -32,9 +33,6 @@ from ptq_onnx.stages import READING
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
-QUANTIZED = "quantized.onnx"
-FLOAT = "fused.onnx"
-REPORT = "report.json"
 TIMING, MEASURING = "Timing the files", "Measuring the files"
 """Stages, as the user reads them."""
 LOOKED = 2
@@ -45,27 +43,17 @@ ROUNDS = 21
 
 def quantized_file(path: str | Path) -> Path:
     """The model of an output folder, or the file itself. Raises ConfigError."""
-    path = Path(path)
-    if path.is_dir():
-        if not (path / QUANTIZED).is_file():
-            raise ConfigError(
-                f"Folder {path} holds no {QUANTIZED}: name a folder that 'ptq-onnx quantize' wrote,"
-                " or an .onnx file."
-            )
-        return path / QUANTIZED
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: name output folders or quantized .onnx files.")
-    return path
+    return find_output(path).model
 
 
 def find_reference(paths: Sequence[str | Path], reference: str | Path | None) -> Path:
-    """The float model: the one named, else that of the first output folder. Raises
-    ConfigError."""
+    """The float model: the one named, else that of the first output. Raises ConfigError."""
     if reference is not None:
         if not Path(reference).is_file():
             raise ConfigError(f"--reference {reference} does not exist.")
         return Path(reference)
-    found = next((Path(p) / FLOAT for p in paths if (Path(p) / FLOAT).is_file()), None)
+    beside = (find_output(path).beside(FLOAT) for path in paths)
+    found = next((path for path in beside if path is not None), None)
     if found is None:
         raise ConfigError("Files alone do not tell the float model: name it with --reference.")
     return found
@@ -204,7 +192,8 @@ def _specs(file: Path) -> Mapping[str, TensorSpec]:
     from ptq_onnx.pipeline import read_scales
 
     try:
-        return read_scales(file.parent / REPORT)
+        report = find_output(file).beside(REPORT)
+        return {} if report is None else read_scales(report)
     except ConfigError:
         return {}
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ptq_onnx.analysis.coverage import Coverage
 from ptq_onnx.analysis.results import (
     AttentionAnalysis,
     Automatic,
@@ -197,12 +198,21 @@ def report_schema() -> Schema:
         ),
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
         "auto": _or_null(schema_of(Automatic)),
+        "coverage": _coverage(),
     }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "report.json of ptq_onnx",
         **whole,
     }
+
+
+def _coverage() -> Schema:
+    found = schema_of(Coverage)
+    texts = {"line": STRING, "reasons": _list(STRING), "warning": _or_null(STRING)}
+    found["properties"] |= texts
+    found["required"] += list(texts)
+    return found
 
 
 def violations(value: Any, schema: Schema, where: str = "report") -> list[str]:

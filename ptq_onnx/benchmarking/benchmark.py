@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptq_onnx.benchmarking.advice import advice
@@ -28,6 +28,7 @@ Progress = Callable[[str, int], Callable[[int], None]]
 class _Entry:
     """What takes part in the rounds of one batch size."""
 
+    index: int
     subject: Subject
     precision: str
     runner: Runner
@@ -51,6 +52,12 @@ def benchmark(
     _check(models, batches, threads, seconds)
     subjects = [read_subject(path) for path in models]
     chosen, notes = _batches(subjects, batches)
+    names, twins = _names(subjects), _twins(subjects)
+    notes += [
+        f"{names[i]} and {names[j]} are the same file: what differs between them is the noise of"
+        " the measurement."
+        for i, j in twins.items()
+    ]
     timings: list[Timing] = []
     for batch in chosen:
         timings += _at(batch, subjects, runtime, threads, seconds, memory, progress)
@@ -111,40 +118,51 @@ def _at(
     progress: Progress | None,
 ) -> list[Timing]:
     """All models at one batch size."""
-    names = _names(subjects)
+    names, twins = _names(subjects), _twins(subjects)
     precisions = (AS_WRITTEN,) if runtime.half is None else (AS_WRITTEN, runtime.half)
     entries: list[_Entry] = []
-    for subject in subjects:
+    start = progress or (lambda *_: lambda __: None)
+    tell = start(f"Opening for batch {batch}", len(subjects))
+    for index, subject in enumerate(subjects):
         for precision in precisions:
             opened = runtime.open(subject, batch, threads=threads, precision=precision)
             if opened is not None:
-                entries.append(_Entry(subject, precision, opened))
-    start = progress or (lambda *_: lambda __: None)
-    tell = start(f"Batch {batch}: seconds", math.ceil(seconds * len(entries)))
-    found = interleave([e.runner.run for e in entries], seconds, progress=_whole(tell))
-    tell = start(f"Batch {batch}: memory", len(entries))
+                entries.append(_Entry(index, subject, precision, opened))
+        tell(1)
+    total = max(1, math.ceil(seconds * len(entries)))
+    whole = _Whole(start(f"Timing batch {batch}, seconds", total), total)
+    found = interleave([e.runner.run for e in entries], seconds, progress=whole.add)
+    whole.finish()
+    tell = start(f"Memory at batch {batch}", len(entries))
     timings = []
     for entry, rounds in zip(entries, found, strict=True):
         peak = entry.runner.memory
         if peak is None:
             peak = memory(runtime.name, entry.subject, batch, threads, entry.precision)
         tell(1)
-        name = names[subjects.index(entry.subject)]
-        timings.append(_timing(entry, name, batch, rounds, found[0], peak))
+        timing = _timing(entry, names[entry.index], batch, rounds, found[0], peak)
+        twin = twins.get(entry.index)
+        timings.append(timing if twin is None else replace(timing, same_as=names[twin]))
     return timings
 
 
-def _whole(tell: Callable[[int], None]) -> Callable[[float], None]:
-    """Parts of seconds as whole ones."""
-    left = 0.0
+class _Whole:
+    """Parts of seconds as whole ones, never more than ``total``, which the end reaches."""
 
-    def add(seconds: float) -> None:
-        nonlocal left
-        left += seconds
-        tell(int(left))
-        left -= int(left)
+    def __init__(self, tell: Callable[[int], None], total: int) -> None:
+        self._tell, self._left, self._passed = tell, total, 0.0
 
-    return add
+    def add(self, seconds: float) -> None:
+        self._passed += seconds
+        whole = min(int(self._passed), self._left)
+        self._passed -= int(self._passed)
+        if whole:
+            self._left -= whole
+            self._tell(whole)
+
+    def finish(self) -> None:
+        if self._left:
+            self._tell(self._left)
 
 
 def _timing(
@@ -169,6 +187,16 @@ def _timing(
 
 
 def _names(subjects: Sequence[Subject]) -> list[str]:
-    """File names, or paths where two files have one name."""
+    """File names, or paths where two files have one name; the same path twice is numbered."""
     short = [s.path.name for s in subjects]
-    return short if len(set(short)) == len(short) else [str(s.path) for s in subjects]
+    paths = [str(s.path) for s in subjects]
+    alike = {n for n in short if len({p for p, m in zip(paths, short, strict=True) if m == n}) > 1}
+    names = [p if n in alike else n for p, n in zip(paths, short, strict=True)]
+    return [n if names.index(n) == i else f"{n} ({i + 1})" for i, n in enumerate(names)]
+
+
+def _twins(subjects: Sequence[Subject]) -> dict[int, int]:
+    """The first model with the same bytes, by the index of each that has one before it."""
+    seen: dict[str, int] = {}
+    first = [seen.setdefault(s.digest, index) for index, s in enumerate(subjects)]
+    return {index: other for index, other in enumerate(first) if index != other}

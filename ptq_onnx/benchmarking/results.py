@@ -17,7 +17,8 @@ class Timing:
     """One model at one batch size and precision.
 
     ``median_ms``, ``q1_ms``, ``q3_ms``: quartiles over all runs. ``speedup``: over the first
-    model as written at the same batch, the median of the ratio within each round.
+    model as written at the same batch, the median of the ratio within each round. ``same_as``:
+    the model before it that is the same file, so that its speed-up is noise.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Timing:
     images_per_second: float
     speedup: float
     peak_memory_bytes: int | None = None
+    same_as: str | None = None
 
     @property
     def iqr_ms(self) -> float:

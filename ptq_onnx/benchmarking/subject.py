@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Subject:
     inputs: tuple[Input, ...]
     quantized: bool
     bytes: int
+    digest: str = ""
+    """Of the file and of the weights beside it: equal for the same bytes."""
 
     @property
     def batch(self) -> int | None:
@@ -84,7 +87,8 @@ def read_subject(path: str | Path) -> Subject:
     if not free:
         raise ModelError(f"Model {path} has no input; there is nothing to time.")
     ops = {node.op_type for node in _nodes(model)}
-    for file in data_files(path):
+    beside = data_files(path)
+    for file in beside:
         if not file.is_file():
             raise ModelError(
                 f"Model {path}: its data file '{file.name}' is missing; put it beside it."
@@ -96,7 +100,16 @@ def read_subject(path: str | Path) -> Subject:
         inputs=tuple(_input(v, path) for v in free),
         quantized=bool(ops & QUANTIZED_OPS),
         bytes=model_bytes(path),
+        digest=_digest([path, *sorted(beside)]),
     )
+
+
+def _digest(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest()
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

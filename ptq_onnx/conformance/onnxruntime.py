@@ -267,7 +267,7 @@ def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
     graph of this very file)."""
     explained = _explained(model)
     for left in model.derived(optimise).float_products:
-        product = _product_of(left, model)
+        product = product_of(left, model)
         found = f"{left.op_type} on floats in the optimised graph"
         if product is None:
             text = f"found {found}, which is no product of the file; see its inputs."
@@ -305,7 +305,7 @@ def _explained(model: QuantizedModel) -> set[str]:
     return {f.node for rule in STATIC for f in rule(model) if f.severity == "error"}
 
 
-def _product_of(left: OptimisedNode, model: QuantizedModel) -> Product | None:
+def product_of(left: OptimisedNode, model: QuantizedModel) -> Product | None:
     """The product of the file that an optimised node stands for.
 
     Its output is the product's, or that of a bias, a scale or an activation fused into it;

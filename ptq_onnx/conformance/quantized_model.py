@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from ptq_onnx import graph
 from ptq_onnx.conformance.coding import DEQUANTIZE, QUANTIZE, Coding, constant
@@ -45,6 +45,31 @@ class QuantizedModel:
     def codings(self) -> tuple[Coding, ...]:
         """All QuantizeLinear and DequantizeLinear nodes."""
         return tuple(Coding(n) for n in self.graph if n.op_type in (QUANTIZE, DEQUANTIZE))
+
+    @cached_property
+    def _inferred(self) -> dict[str, ir.Shape]:
+        """Shapes by tensor, also those that the file leaves out."""
+        copy = self.model.clone()
+        try:
+            ShapeInferencePass()(copy)
+        except Exception as error:  # an op that onnx does not know, say
+            logging.getLogger(__name__).warning("Shapes stay unknown: %s", one_line(error))
+        values = (v for node in copy.graph for v in node.outputs)
+        return {str(v.name): v.shape for v in values if v.shape is not None}
+
+    def shape(self, value: ir.Value) -> ir.Shape | None:
+        """The shape of a tensor; None where nothing says."""
+        if value.const_value is not None:
+            return value.const_value.shape  # type: ignore[return-value]
+        if value.shape is not None:
+            return value.shape
+        return self._inferred.get(str(value.name))
+
+    def size(self, value: ir.Value, axis: int) -> int | None:
+        """Elements along one axis; None where that is known at run time only."""
+        shape = self.shape(value)
+        found = None if shape is None or len(shape) < abs(axis) else shape[axis]
+        return found if isinstance(found, int) else None
 
     def derived(self, make: Callable[[str | bytes], T]) -> T:
         """What ``make`` reads from the source, made once: a runtime's view of the file."""

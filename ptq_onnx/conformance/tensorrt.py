@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks import is_constant, is_layout, name_of
+from ptq_onnx.blocks import is_constant, name_of
 from ptq_onnx.conformance import common
 from ptq_onnx.conformance.coding import (
     DEQUANTIZE,
@@ -26,6 +26,13 @@ from ptq_onnx.conformance.coding import (
     back_through_moves,
     constant,
     type_of,
+)
+from ptq_onnx.conformance.fused_attention import (
+    attention_head_size,
+    attention_length,
+    attention_output,
+    before_scores,
+    fp8_attention_order,
 )
 from ptq_onnx.conformance.product import INTEGER_PRODUCTS, inner_axis
 from ptq_onnx.conformance.quantized_model import QuantizedModel
@@ -213,13 +220,9 @@ def attention_scale_first(model: QuantizedModel) -> Iterator[Finding]:
     for node in model.graph:
         if node.op_type != "Softmax" or node.inputs[0] is None:
             continue
-        scalings: list[ir.Node] = []
-        before = node.inputs[0].producer()
-        while before is not None and (is_layout(before) or before.op_type in SCORE_OPS):
-            if before.op_type in ("Mul", "Div") and _scalar(before):
-                scalings.append(before)
-            data = next((v for v in before.inputs if not is_constant(v)), None)
-            before = None if data is None else data.producer()
+        passed: list[ir.Node] = []
+        before = before_scores(node.inputs[0], passed)
+        scalings = [n for n in passed if n.op_type in ("Mul", "Div") and _scalar(n)]
         if before is not None and before.op_type == "MatMul":
             for scaling in scalings:
                 yield Finding(
@@ -231,22 +234,22 @@ def attention_scale_first(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def softmax_scale(model: QuantizedModel) -> Iterator[Finding]:
-    """The output of softmax lies in [0, 1], so its scale needs no data: 1/448 in FP8, which
-    NVIDIA's Model Optimizer writes for attention to fuse, and by the same reason 1/127 in INT8
-    (Model Optimizer, FP8 exporter)."""
+    """The output of softmax lies in [0, 1]: its scale is 1/448 in FP8, which NVIDIA's Model
+    Optimizer writes for attention to fuse, and at most 1/127 in INT8, beyond which codes stand
+    for nothing (Model Optimizer, FP8 exporter)."""
     for coding in model.codings:
         data = coding.node.inputs[0]
-        expected = SOFTMAX_SCALES.get(coding.dtype) if coding.dtype else None
-        if not coding.quantizes or data is None or coding.scale is None or expected is None:
+        largest = SOFTMAX_SCALES.get(coding.dtype) if coding.dtype else None
+        if not coding.quantizes or data is None or coding.scale is None or largest is None:
             continue
         node = back_through_moves(data)[0].producer()
         if node is not None and node.op_type == "Softmax":
-            found = coding.scale.flat[0]
-            if abs(found / expected - 1) > 1e-3:
+            found, exact = coding.scale.flat[0], coding.dtype == FP8
+            if abs(found / largest - 1) > 1e-3 if exact else found / largest - 1 > 1e-3:
                 yield Finding(
                     coding.name,
-                    f"expected scale 1/{1 / expected:.0f} on the output of Softmax "
-                    f"'{name_of(node)}', found {found:.6g}; use the fixed scale.",
+                    f"expected scale {'' if exact else 'at most '}1/{1 / largest:.0f} on the output"
+                    f" of Softmax '{name_of(node)}', found {found:.6g}; use that.",
                     "warning",
                 )
 
@@ -324,10 +327,6 @@ def _lower(dtype: ir.DataType | None) -> str:
     return "unknown" if dtype is None else dtype.name.lower()
 
 
-SCORE_OPS = ("Mul", "Div", "Add", "Where")
-"""Ops between QKᵀ and softmax: scale and mask."""
-
-
 def _scalar(node: ir.Node) -> bool:
     """One input is a constant with one element."""
     arrays = (constant(value) for value in node.inputs)
@@ -354,6 +353,10 @@ TARGET = Target(
         types_agree,
         one_pair_per_tensor,
         attention_scale_first,
+        attention_output,
+        attention_head_size,
+        attention_length,
+        fp8_attention_order,
         softmax_scale,
         residual_branch,
         scale_type,

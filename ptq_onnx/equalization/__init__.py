@@ -51,6 +51,7 @@ from ptq_onnx.equalization.moves import (
     readers_of,
     value_path,
 )
+from ptq_onnx.equalization.reads import integer_readers, own_reads
 from ptq_onnx.equalization.strength import (
     Choice,
     Product,
@@ -271,13 +272,13 @@ class _Equalizer:
         return [t for t in {site.tensor, *read} if t in self.stats.channels]
 
     def queries(self, q: Site, k: Site | None) -> None:
-        """q / f and (k - t) f."""
+        """q / f and (k - t) f; f is one where something else reads q."""
         if k is None or k.tensor not in self.stats.channels:
             return
         stats_q, stats_k = self.stats.channels[q.tensor], self.stats.channels[k.tensor]
         left = columns_behind(self.values[q.tensor], stats_q.shape)
         right = columns_behind(self.values[k.tensor], stats_k.shape)
-        if left is None or right is None or len(stats_q.power) != len(stats_k.power):
+        if right is None or len(stats_q.power) != len(stats_k.power):
             return
         uses = {use.node for use in self.values[k.tensor].uses()}
         reads = {use.node for use in self.values[q.tensor].uses()}
@@ -293,13 +294,14 @@ class _Equalizer:
         half_q = self.unshifted(*self.bounds(q.tensor), sign)
         factor = np.ones(len(low))
         choice = Choice(factor, 1.0, 1.0)
-        if not shared:
+        if left is not None and not shared:
             moved = stats_k.moved(shift, factor)
             choice = balance(
                 half_q, half_k, stats_q.second_moment, moved.second_moment, self.levels
             )
         zero = np.zeros(len(low))
-        left.apply(self.model.graph, zero, choice.factor)
+        if left is not None:
+            left.apply(self.model.graph, zero, choice.factor)
         right.apply(self.model.graph, shift, 1 / choice.factor)
         self.move_statistics(q.tensor, zero, choice.factor)
         self.move_statistics(k.tensor, shift, 1 / choice.factor)
@@ -376,14 +378,22 @@ def in_form(plan: Plan) -> Plan:
     """
     model = plan.model.clone()
     counts = restructure(model, plan.config.runtime, products=True)
-    blocks = find_blocks(model)
+    blocks = _with_own_reads(plan, model, find_blocks(model))
     sites = find_sites(model, blocks)
     extra: dict[str, Site] = {}
     if plan.config.runtime.codes_of_convolutions:
         extra = convolution_outputs(model, blocks, sites)
-    if not extra and not any(counts.values()):
+    if not extra and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
         return plan
     return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
+
+
+def _with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
+    """The blocks with the copies that ``deploy`` quantizes, put into the model."""
+    if plan.config.quantizer != "deploy" or plan.config.weight_only:
+        return blocks
+    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
+    return replace(blocks, roles={**blocks.roles, **roles})
 
 
 def convolution_outputs(
@@ -435,6 +445,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     if plan.pixels is not None and moves:
         roles, fixed = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
         blocks = replace(blocks, roles={**blocks.roles, **roles})
+    blocks = _with_own_reads(plan, model, blocks)
     sites = find_sites(model, blocks)
     nodes = {name_of(node): node for node in model.graph}
     wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
@@ -443,7 +454,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     centred = [
         s
         for s in wanted
-        if target.centred_values and s.role == "v" and takes_centring(values[s.tensor])
+        if plan.config.centre_values and s.role == "v" and takes_centring(values[s.tensor])
     ]
     stats = collect_centred(
         model,

@@ -579,8 +579,18 @@ def lower(model: ir.Model, specs: Mapping[str, TensorSpec]) -> ir.Model:
     copy = model.clone()
     lowering = _Lowering(copy.graph, specs)
     lowering.run()
+    _remove_copies(copy.graph)
     _remove_unused(copy.graph)
     return copy
+
+
+def _remove_copies(graph: ir.Graph) -> None:
+    """Let the readers of copies (``equalization/reads.py``) read what was copied."""
+    for node in list(graph):
+        read = node.inputs[0] if node.op_type == "Identity" else None
+        if read is not None and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(read)
+            graph.remove(node, safe=True)
 
 
 def _remove_unused(graph: ir.Graph) -> None:

@@ -33,6 +33,7 @@ from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
 from ptq_onnx.quantizers.weights import weight_scale
 from ptq_onnx.scales_file import check_fit
+from ptq_onnx.selectors import check_roles, in_form, known_roles
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -63,6 +64,8 @@ class Plan:
     """Power of a channel's range that equalisation divided it by, by tensor."""
     forms: Mapping[str, int] = field(default_factory=dict)
     """How often the model was brought into another form."""
+    named: frozenset[str] = frozenset()
+    """Roles that the model had before that: options may name them."""
 
 
 class SiteQuantizer(VitQuantizer):
@@ -97,12 +100,9 @@ class SiteQuantizer(VitQuantizer):
 
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
-        floats = [Selector.parse(t) for t in config.keep_float]
-        wider = [Selector.parse(t) for t in config.more_bits]
-        channels = self.per_channel()
-        self._check(floats, "--keep-float")
-        self._check(wider, "--more-bits")
-        self._check(channels, "--per-channel")
+        floats = self._checked(map(Selector.parse, config.keep_float), "--keep-float")
+        wider = self._checked(map(Selector.parse, config.more_bits), "--more-bits")
+        channels = self._checked(self.per_channel(), "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
             if any(self._concerns(s, site) for s in floats):
@@ -149,22 +149,13 @@ class SiteQuantizer(VitQuantizer):
             r is not None and selector.matches(r.name, r.block) for r in readers
         )
 
-    def _check(self, selectors: Iterable[Selector], option: str) -> None:
-        """A selector must select something. Raises ConfigError, which names the roles."""
-        known = {r.name for r in self.plan.blocks.roles.values()} - {"layout", "other"}
-        known |= {s.role.removesuffix(".weight") for s in self.plan.sites.values()}
-        for selector in selectors:
-            if selector.role != ALL and selector.role not in known:
-                raise ConfigError(
-                    f"{option} {selector}: the model has no role '{selector.role}';"
-                    f" it has {', '.join(sorted(known))}."
-                )
-            beyond = [b for b in selector.blocks or () if b >= self.plan.blocks.count]
-            if beyond:
-                raise ConfigError(
-                    f"{option} {selector}: there is no block {beyond[0]};"
-                    f" the model has {self.plan.blocks.count} (0 to {self.plan.blocks.count - 1})."
-                )
+    def _checked(self, selectors: Iterable[Selector], option: str) -> list[Selector]:
+        """The selectors in terms of the model as it is. Raises ConfigError, which names the roles,
+        for one that selects nothing."""
+        known, plan = known_roles(self.plan.blocks, self.plan.sites), self.plan
+        found = list(selectors)
+        check_roles(found, option, known | plan.named, plan.blocks.count)
+        return in_form(found, known)
 
     # --- calibration --------------------------------------------------------------------
 

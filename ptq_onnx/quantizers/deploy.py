@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.blocks import RESIDUALS
 from ptq_onnx.calibration import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
@@ -30,9 +31,11 @@ from ptq_onnx.quantizers.rounded import rounded_weights
 from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
 
 PRODUCTS = ("Linear", "MatMul")
-RESIDUALS = ("residual1", "residual2")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
 """What makes the residual stream; None: it is the model's input."""
+SEARCHED = "pearson"
+"""How the one step of an attention map is found where its rows are not scaled: most of its weights
+lie far below the largest, so that a finer step pays though it clips."""
 ALONE = "stays float: another input of the product that reads it does"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
@@ -63,8 +66,9 @@ class Deploy(SiteQuantizer):
             sign = target.signed_attention
             grain: Granularity = "row" if target.rows else "tensor"
             stored = target.stored(sign)
+            method = "fixed" if target.rows or code == "e4m3" else SEARCHED
             return Rule(
-                widths.attention, sign, sign, grain, code=code, method="fixed", stored=stored
+                widths.attention, sign, sign, grain, code=code, method=method, stored=stored
             )
         products = [self.nodes[name].op_type for name in site.consumers]
         sign = target.symmetric
@@ -144,7 +148,7 @@ class Deploy(SiteQuantizer):
 
     def _centred(self, site: Site) -> bool:
         """True for a v that is quantized without the mean of its image."""
-        if site.role != "v" or not self.plan.config.runtime.centred_values:
+        if site.role != "v" or not self.plan.config.centre_values:
             return False
         read = self.nodes[site.consumers[0]].inputs[1]
         return read is not None and read.name == site.tensor and takes_centring(read)

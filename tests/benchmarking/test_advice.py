@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ptq_onnx.benchmarking.advice import advice
@@ -33,32 +35,72 @@ def test_no_advice_without_a_quantized_file() -> None:
     assert advice(floats, runtime="onnxruntime", on_gpu=True, cpu=OLD) == []
 
 
+LITTLE = [timing("f", 1, quantized=False), timing("q", 1.01)]
+
+
 def test_cpu_without_int8_products() -> None:
-    (note,) = advice(FAST, runtime="openvino", on_gpu=False, cpu=OLD)
+    note, _ = advice(LITTLE, runtime="openvino", on_gpu=False, cpu=OLD)
     assert "VNNI" in note
+    assert "gain little" in note
     assert "--bits 7/8/8" in note
+    (note,) = advice(FAST, runtime="openvino", on_gpu=False, cpu=OLD)
+    assert "may overflow" in note
+    assert "gain little" not in note  # 2.00× stands in the table
 
 
 def test_cuda_provider() -> None:
-    (note,) = advice(FAST, runtime="onnxruntime", on_gpu=True, cpu=VNNI)
+    note, _ = advice(LITTLE, runtime="onnxruntime", on_gpu=True, cpu=VNNI)
     assert "no int8 products" in note
     assert "--runtime tensorrt" in note
+    assert advice(FAST, runtime="onnxruntime", on_gpu=True, cpu=VNNI) == []
+    assert len(advice(FAST[1:], runtime="onnxruntime", on_gpu=True, cpu=VNNI)) == 1
 
 
 def test_small_batches_on_a_gpu() -> None:
-    many = [timing("f", 1, quantized=False, batch=1), *(timing("q", 2, batch=b) for b in (1, 4, 8))]
-    (note,) = advice(many, runtime="tensorrt", on_gpu=True, cpu=VNNI)
+    first = timing("f", 1, quantized=False, batch=1)
+    many = [first, *(timing("q", s, batch=b) for s, b in ((1.0, 1), (0.9, 4), (2.0, 8)))]
+    note = advice(many, runtime="tensorrt", on_gpu=True, cpu=VNNI)[0]
     assert note.startswith("Batch 1, 4 on a GPU")
+    assert advice([first, many[3]], runtime="tensorrt", on_gpu=True, cpu=VNNI) == []
 
 
 def test_a_quantized_file_that_is_not_faster() -> None:
     slow = [timing("f", 1, quantized=False), timing("q", 0.9), timing("p", 1.2)]
     (note,) = advice(slow, runtime="onnxruntime", on_gpu=False, cpu=VNNI)
-    assert note == "int8 does not pay here: q at batch 8 is 0.90× as fast as f."
+    assert note == "int8 does not pay here: q at batch 8 is slower than f (0.90×)."
     slow.append(timing("q", 0.1, half=True))
     assert len(advice(slow, runtime="onnxruntime", on_gpu=False, cpu=VNNI)) == 1
     alone = [timing("q", 1)]
     assert advice(alone, runtime="onnxruntime", on_gpu=False, cpu=VNNI) == []
+
+
+@pytest.mark.parametrize(
+    ("speedup", "said"),
+    [
+        (0.90, "slower than f (0.90×)"),
+        (0.94, "slower than f (0.94×)"),
+        (0.97, "about as fast as f (0.97×)"),
+        (1.01, "about as fast as f (1.01×)"),
+        (1.06, None),
+    ],
+)
+def test_words_fit_the_figure(speedup: float, said: str | None) -> None:
+    notes = advice(
+        [timing("f", 1, quantized=False), timing("q", speedup)],
+        runtime="onnxruntime",
+        on_gpu=False,
+        cpu=VNNI,
+    )
+    assert [said in note for note in notes] == ([] if said is None else [True])
+    assert all(("does not pay" in note) == (speedup < 1 / 1.05) for note in notes)
+
+
+def test_the_first_file_is_not_measured_against_itself() -> None:
+    """At every batch size; nor is the same file under another name."""
+    first = [timing("q", 1, batch=b) for b in (1, 8)]
+    assert advice(first, runtime="onnxruntime", on_gpu=False, cpu=VNNI) == []
+    twin = replace(timing("p", 0.9), same_as="q")
+    assert advice([*first, twin], runtime="onnxruntime", on_gpu=False, cpu=VNNI) == []
 
 
 def test_half_precision_that_is_as_fast() -> None:
@@ -69,7 +111,9 @@ def test_half_precision_that_is_as_fast() -> None:
     assert told(1.9) == []
     assert told(2.5, batch=1) == []  # no int8 file was timed there
     (note,) = told(2.5)
-    assert note == "At batch 8, f in fp16 (2.50×) is as fast as the best int8 file, q (2.00×)."
+    assert note == "At batch 8, f in fp16 (2.50×) is faster than the best int8 file, q (2.00×)."
+    (note,) = told(2.05)
+    assert "(2.05×) is about as fast as the best int8 file, q (2.00×)" in note
 
 
 @pytest.mark.parametrize(

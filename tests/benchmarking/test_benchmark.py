@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_runtime import FakeClock, FakeRuntime
+from rich.console import Console
 from small_graph import SmallGraph, sample
 
 from ptq_onnx.benchmarking import benchmark as module
 from ptq_onnx.benchmarking import interleaving
 from ptq_onnx.benchmarking.benchmark import benchmark
-from ptq_onnx.benchmarking.results import Benchmark
+from ptq_onnx.benchmarking.results import Benchmark, Timing
 from ptq_onnx.benchmarking.subject import Subject
+from ptq_onnx.cli_benchmark import table
 from ptq_onnx.errors import ConfigError, ModelError
 
 
@@ -112,7 +117,7 @@ def test_json_shape(clock: FakeClock, files: list[Path]) -> None:
     }  # fmt: skip
     assert set(plain["timings"][1]) == {
         "model", "path", "quantized", "bytes", "batch", "precision", "runs", "median_ms", "q1_ms",
-        "q3_ms", "iqr_ms", "images_per_second", "speedup", "peak_memory_bytes",
+        "q3_ms", "iqr_ms", "images_per_second", "speedup", "peak_memory_bytes", "same_as",
     }  # fmt: skip
     assert plain["timings"][1]["median_ms"] == pytest.approx(100)
     assert plain["timings"][1]["speedup"] == pytest.approx(2)
@@ -122,10 +127,67 @@ def test_files_of_one_name_are_told_apart(clock: FakeClock, tmp_path: Path) -> N
     paths = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        paths.append(model(tmp_path / folder / "m.onnx"))
-    runtime = FakeRuntime(clock, {"m.onnx": 0.2})
+        paths.append(model(tmp_path / folder / "m.onnx", batch=folder))
+    paths += [model(tmp_path / "other.onnx"), paths[0]]
+    runtime = FakeRuntime(clock, {"m.onnx": 0.2, "other.onnx": 0.2})
     found = benchmark(paths, runtime, batches=(1,), seconds=0, memory=no_memory)
-    assert [t.model for t in found.timings] == [str(p) for p in paths]
+    assert [t.model for t in found.timings] == [
+        str(paths[0]), str(paths[1]), "other.onnx", f"{paths[0]} (4)",
+    ]  # fmt: skip
+
+
+def test_the_same_file_twice_is_no_winner(clock: FakeClock, files: list[Path]) -> None:
+    """Under one name or two; the table has no factor for it, and no note praises or blames it."""
+    copy = files[0].with_name("copy.onnx")
+    copy.write_bytes(files[0].read_bytes())
+    runtime = FakeRuntime(clock, {"fp32.onnx": 0.2, "copy.onnx": 0.25, "int8.onnx": 0.1})
+    paths = [files[0], copy, files[1], files[1]]
+    found = benchmark(paths, runtime, batches=(1,), seconds=0, memory=no_memory)
+    assert [t.same_as for t in found.timings] == [None, "fp32.onnx", None, "int8.onnx"]
+    told = [note for note in found.notes if "are the same file" in note]
+    assert [note.partition(" are")[0] for note in told] == [
+        "copy.onnx and fp32.onnx", "int8.onnx (4) and int8.onnx",
+    ]  # fmt: skip
+    assert not [note for note in found.notes if "does not pay" in note or "gains nothing" in note]
+    cells = [str(cell) for cell in table(found).columns[5].cells]
+    assert cells == ["1.00×", "same", "2.00×", "2.00×"]
+
+
+@pytest.mark.parametrize("half", [None, "bf16"])
+def test_80_columns_hold_every_figure(half: str | None) -> None:
+    name = "a_rather_long_name_of_a_model.onnx"
+    plain = Timing(name, name, True, 2_345_678_901, 128, "as written", 5, 12345.6, 1000, 2222.2,
+                   12345.6, 10.25, 23_456_000_000)  # fmt: skip
+    timings = [plain] if half is None else [plain, replace(plain, precision=half)]
+    found = Benchmark("onnxruntime", "1.31.1", "CPU", 1, 5, tuple(timings), ())
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(found))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    figures = next(line for line in lines if " 128 " in line).split()[1:]
+    want = ["128", "12346", "1222", "12345.6", "10.25×", "2345.68", "23456"]
+    assert figures == want + ([] if half is None else ["12346", "10.25×"])
+    assert name in "".join(line.split()[0] for line in lines if line[1:2].strip())
+
+
+def test_progress_reaches_its_totals(clock: FakeClock, files: list[Path]) -> None:
+    """Neither more nor less, however long the turns are."""
+    for seconds, run in ((0.0, 0.2), (3.0, 0.7), (2.0, 0.01)):
+        done: dict[str, list[int]] = {}
+
+        def start(stage: str, total: int, done: dict[str, list[int]] = done) -> Callable[..., None]:
+            done[stage] = [total, 0]
+
+            def tell(count: int) -> None:
+                done[stage][1] += count
+                assert done[stage][1] <= total
+
+            return tell
+
+        runtime = FakeRuntime(clock, {"fp32.onnx": run, "int8.onnx": run})
+        benchmark(files, runtime, batches=(1,), seconds=seconds, memory=no_memory, progress=start)
+        assert len(done) == 3
+        assert all(total == reached > 0 for total, reached in done.values())
 
 
 def test_a_fixed_batch_size_is_the_only_one(clock: FakeClock, tmp_path: Path) -> None:

@@ -44,9 +44,11 @@ def test_table_and_json(
     ]
     assert all(t["median_ms"] > 0 and t["peak_memory_bytes"] != 0 for t in found["timings"])
     assert (found["runtime"], found["threads"]) == ("onnxruntime", 1)
+    assert [t["same_as"] for t in found["timings"]] == [None, "digits_vit.onnx"] * 2
+    assert "are the same file" in found["notes"][0]
     code, out, err = command(capsys, monkeypatch, MODEL, *QUICK, "--batch", "1")
     assert (code, err) == (0, "")
-    for word in ("digits_vit.onnx", "images/s", "speed-up", "1.00×", "1.28", "1 threads"):
+    for word in ("digits_vit.onnx", "images/s", "speed-up", "1.00×", "1.28", "CPU, 1 thread "):
         assert word in out
 
 

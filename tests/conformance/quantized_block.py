@@ -311,6 +311,74 @@ def calibrated_softmax(block: Block) -> None:
     block.const("p_scale", np.float32(0.9 / 127))
 
 
+def wide_softmax(block: Block) -> None:
+    block.const("p_scale", np.float32(1 / 100))
+
+
+def calibrated_fp8_softmax(block: Block) -> None:
+    all_fp8(block)
+    block.const("p_scale", np.float32(0.9 / 448))
+
+
+def mean_restored(block: Block) -> None:
+    """An Add between the second product and its Q."""
+    mean = block.const("mean", _ones(WIDTH))
+    block.set("o_q", 0, block.before("o_q", "Add", "restored", "av", mean))
+
+
+def heads(block: Block, count: int) -> None:
+    """Several heads, [N, heads, tokens, width]."""
+    split = block.const("split", np.array([0, TOKENS, count, WIDTH // count]))
+    for name in ("q", "v"):
+        apart = block.before(f"{name}_q", "Reshape", f"{name}_apart", f"{name}_bias", split)
+        turned = block.before(f"{name}_q", "Transpose", f"{name}_t", apart, perm=[0, 2, 1, 3])
+        block.set(f"{name}_q", 0, turned)
+    block.set("kt", 0, block.before("kt", "Reshape", "k_apart", "k_bias", split))
+    block.node("kt").attribute[0].ints[:] = [0, 2, 3, 1]
+    turned = block.before("o_q", "Transpose", "o_t", "av", perm=[0, 2, 1, 3])
+    joined = block.const("joined", np.array([0, TOKENS, WIDTH]))
+    block.set("o_q", 0, block.before("o_q", "Reshape", "o_joined", turned, joined))
+
+
+def narrow_heads(block: Block) -> None:
+    heads(block, 8)
+
+
+def moved_output(block: Block) -> None:
+    """Two heads of 32: layout ops alone before the Q of the output."""
+    heads(block, 2)
+
+
+def repeated_tokens(block: Block, count: int) -> None:
+    """Each key and value so many times."""
+    times = block.const("times", np.array([1, count, 1]))
+    block.set("kt", 0, block.before("kt", "Tile", "k_long", "k_bias", times))
+    block.set("v_q", 0, block.before("v_q", "Tile", "v_long", "v_bias", times))
+
+
+def many_tokens(block: Block) -> None:
+    repeated_tokens(block, 65)
+
+
+def most_tokens(block: Block) -> None:
+    repeated_tokens(block, 64)
+
+
+def late_int8_transpose(block: Block) -> None:
+    """K turned behind its codes."""
+    turn = block.node("kt")
+    block.nodes.remove(turn)
+    block.set("k_q", 0, "k_bias")
+    block.nodes.insert(block.nodes.index(block.node("qk")), turn)
+    turn.input[0] = "k_dq"
+    block.set("qk", 1, "kt")
+
+
+def late_transpose(block: Block) -> None:
+    all_fp8(block)
+    late_int8_transpose(block)
+
+
 def pair_between_floats(block: Block) -> None:
     point = block.array("norm_zero_point")
     value = block.pair("stray", "qk", point)

@@ -98,5 +98,6 @@ KINDS: dict[str, Callable[[random.Random, Path], Call]] = {
     "npz": files.npz_case,
     "labels": texts.labels_case,
     "yaml": texts.yaml_case,
+    "processor": texts.processor_case,
     "scales": texts.scales_case,
 }

@@ -33,6 +33,7 @@ COUNTS = {
     "npz": 60,
     "labels": 60,
     "yaml": 100,
+    "processor": 60,
     "scales": 15,
 }
 """Cases of each kind; their seeds count from 0."""

@@ -60,6 +60,27 @@ def yaml_case(rng: random.Random, folder: Path) -> Call:
     return lambda: settings(str(folder / "a.yaml"), {})
 
 
+PROCESSOR: dict[str, Any] = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True,
+    "do_normalize": True, "do_center_crop": True, "crop_size": {"height": 8, "width": 8},
+    "size": {"shortest_edge": 9}, "resample": 3, "rescale_factor": 1 / 255,
+    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+}  # fmt: skip
+
+
+def processor_case(rng: random.Random, folder: Path) -> Call:
+    """The settings of an image processor with odd values."""
+    from ptq_onnx.hugging_face import read_processor
+
+    data = copy.deepcopy(PROCESSOR)
+    for _ in range(rng.randint(0, 3)):
+        _change(data, rng)
+    content = json.dumps(data).encode()
+    content = damaged(content, rng) if rng.random() < 0.3 else content
+    (folder / "preprocessor_config.json").write_bytes(content)
+    return lambda: read_processor(folder)
+
+
 @lru_cache(maxsize=4)
 def made(quantizer: str) -> tuple[bytes, str]:
     """A small model and the report of its quantization."""

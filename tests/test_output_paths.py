@@ -1,0 +1,127 @@
+"""Where results go: a folder of everything, or a file with a folder of reports beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from small_graph import SmallGraph, sample
+
+from ptq_onnx import QuantizeConfig, Result, quantize
+from ptq_onnx.analysis.compare import find_reference, quantized_file
+from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.model_path import find_model
+from ptq_onnx.output_paths import Found, Output, find_output
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "models" / "digits_vit.onnx"
+CALIB = ROOT / "img" / "digits" / "calib"
+QUICK = QuantizeConfig(images=4, report=False, threads=1)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """A folder with ``a/`` and with ``b.onnx``, ``b/``: the same run twice."""
+    folder = tmp_path_factory.mktemp("written")
+    return {
+        name: quantize(MODEL, config=QUICK, calib=CALIB, output=folder / name)
+        for name in ("a", "b.onnx")
+    }
+
+
+@pytest.fixture
+def written(results: dict[str, Result]) -> Path:
+    return results["a"].output.parent
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_file_and_its_folder(written: Path) -> None:
+    assert names(written) == [
+        "a/config.yaml", "a/formed.onnx", "a/fused.onnx", "a/quantized.onnx", "a/report.json",
+        "b.onnx", "b/config.yaml", "b/formed.onnx", "b/fused.onnx", "b/report.json",
+    ]  # fmt: skip
+    assert (written / "b.onnx").read_bytes() == (written / "a/quantized.onnx").read_bytes()
+
+
+def test_the_result_tells_both(results: dict[str, Result], written: Path) -> None:
+    file = results["b.onnx"]
+    assert (file.model, file.output) == (written / "b.onnx", written / "b")
+    assert file.files[0] == file.model
+    assert {p.name for p in file.files} == {
+        "b.onnx", "config.yaml", "formed.onnx", "fused.onnx", "report.json",
+    }  # fmt: skip
+    folder = results["a"]
+    assert (folder.model, folder.output) == (written / "a/quantized.onnx", written / "a")
+
+
+def test_either_is_found_again(written: Path) -> None:
+    a, b = written / "a", written / "b"
+    for given, want in (
+        (a, Found(a / "quantized.onnx", a)),
+        (a / "quantized.onnx", Found(a / "quantized.onnx", a)),
+        (b, Found(written / "b.onnx", b)),
+        (written / "b.onnx", Found(written / "b.onnx", b)),
+    ):
+        assert find_output(given) == want
+        assert quantized_file(given) == want.model
+        assert find_reference([given], None) == want.folder / "fused.onnx"  # type: ignore[operator]
+    assert find_model(b, written=True) == written / "b.onnx"
+    with pytest.raises(ModelError, match=r"is a folder; name the file: .*a/fused.onnx or one of 2"):
+        find_model(a)
+
+
+def test_a_folder_of_another_run_is_not_taken(written: Path, tmp_path: Path) -> None:
+    """x.onnx beside x/, which holds a model of its own: its reports are not those of the file."""
+    (tmp_path / "x").mkdir()
+    for name in ("quantized.onnx", "report.json"):
+        (tmp_path / "x" / name).write_bytes((written / "a" / name).read_bytes())
+    (tmp_path / "x.onnx").write_bytes(b"")
+    assert find_output(tmp_path / "x.onnx").folder is None
+    with pytest.raises(ConfigError, match=r"holds the quantized\.onnx of another run"):
+        Output.at(tmp_path / "x.onnx")
+
+
+def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """Beyond 1.9 GB weights lie beside the model, which then names the new file."""
+    work = tmp_path / "work"
+    work.mkdir()
+    g = SmallGraph(("batch", 4))
+    g.output_shape = ("batch", 5)
+    plain = g.save(tmp_path / "plain.onnx", g("MatMul", "x", sample(4, 5)))
+    onnx.save(
+        onnx.load(plain), work / "quantized.onnx", save_as_external_data=True,
+        location="quantized.onnx.data", size_threshold=0,
+    )  # fmt: skip
+    (work / "report.json").write_text("{}")
+    files = Output.at(tmp_path / "new.onnx").publish(work)
+    assert [f.relative_to(tmp_path).as_posix() for f in files] == [
+        "new.onnx", "new.onnx.data", "new/report.json",
+    ]  # fmt: skip
+    feed = {"x": np.ones((1, 4), np.float32)}
+    found = [
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        for path in (plain, tmp_path / "new.onnx")
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x").write_text("")
+    with pytest.raises(ConfigError, match="needs the folder x, which is a file"):
+        Output.at("x.onnx")
+    with pytest.raises(ConfigError, match="x is a file; name a folder"):
+        Output.at("x")
+    with pytest.raises(ConfigError, match="no model is written here"):
+        Output.of_reports("y.onnx")
+    with pytest.raises(ConfigError, match="is the model itself"):
+        quantize(MODEL, output=MODEL)
+    os.mkdir("z.onnx")  # a folder may be called so
+    assert Output.at("z.onnx").model == Path("z.onnx/quantized.onnx")

@@ -1,0 +1,77 @@
+"""What the package says of itself: extras, and the page that an index shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WHERE = "https://example.org/ptq_onnx"
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ptq_onnx_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", text)
+
+
+def test_pictures_and_links_get_whole_addresses(setup: ModuleType) -> None:
+    page = setup.page(README, WHERE)
+    assert len(links(page)) == len(links(README))
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
+    assert len(pictures) >= 5
+    for picture in pictures:
+        assert picture.startswith(f"{WHERE}/raw/main/img/")
+        assert (ROOT / picture.removeprefix(f"{WHERE}/raw/main/")).is_file()
+    assert all(link.startswith(("https://", "#")) for link in links(page))
+    assert set(setup.urls(WHERE)) == {"Source", "Documentation", "Changelog", "Issues"}
+
+
+def test_without_an_address_no_picture_is_missing(setup: ModuleType) -> None:
+    page = setup.page(README, None)
+    assert "![" not in page
+    assert all(link.startswith(("https://", "#")) for link in links(page))
+    assert "CONTRIBUTING.md says how" in page
+    assert setup.urls(None) == {}
+
+
+def test_the_readme_names_files_that_are_there() -> None:
+    for link in links(README):
+        if not link.startswith(("https://", "#")):
+            assert (ROOT / link).exists(), link
+
+
+def test_onnxruntime_is_asked_for_by_extras_alone() -> None:
+    """Its packages overwrite each other; pip knows no either-or."""
+    assert not [name for name in PROJECT["dependencies"] if name.startswith("onnxruntime")]
+    extras = PROJECT["optional-dependencies"]
+    assert [name.partition(">")[0] for name in extras["cpu"]] == ["onnxruntime"]
+    assert {name.partition(">")[0] for name in extras["gpu"]} == {"onnxruntime", "onnxruntime-gpu"}
+    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for name in re.findall(r"^(?!#)([A-Za-z0-9_.-]+)", pins, re.M):
+        assert f"{name}==" in pins
+
+
+def test_readme_lines_for_installing_are_those_that_were_tried() -> None:
+    assert "pip install --constraint requirements.txt --editable '.[cpu]'" in README
+    pin = re.search(r"^onnxruntime==([0-9.]+);", (ROOT / "requirements.txt").read_text(), re.M)
+    assert pin is not None
+    assert (
+        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install"
+        f" onnxruntime=={pin[1]}" in README
+    )
