@@ -85,7 +85,7 @@ def analyse(
     calib: Images | None = None,
     val: Images | None = None,
     labels: Labels | None = None,
-    output: Path = "output",
+    output: Path = "analysis",
     preprocess: Preprocessing | None = None,
     config: QuantizeConfig | None = None,
     scales: Path | None = None,

@@ -34,6 +34,7 @@ from ptq_onnx.console import (
 )
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.model_path import find_model
+from ptq_onnx.output_paths import OUTPUT, Output
 
 app = typer.Typer(
     name="ptq-onnx",
@@ -108,6 +109,7 @@ def quantize(
 ) -> None:
     """Quantize a model and write it to a folder, with its report."""
     options, paths = o.settings(config, locals())
+    Output.at(paths.get("output", OUTPUT)).keep(config=config)
     path = find_model(model)
     with progress_bars() as progress:
         from ptq_onnx import pipeline  # seconds

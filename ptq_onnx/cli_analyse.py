@@ -5,6 +5,7 @@ from __future__ import annotations
 from ptq_onnx import cli_options as o
 from ptq_onnx.console import progress_bars, show
 from ptq_onnx.model_path import find_model
+from ptq_onnx.output_paths import ANALYSIS, Output
 
 
 def analyse(
@@ -12,7 +13,7 @@ def analyse(
     calib: o.Calib = None,
     val: o.Val = None,
     labels: o.Labels = None,
-    output: o.Folder = None,
+    output: o.AnalysisFolder = None,
     config: o.Config = None,
     quantizer: o.Quantizer = None,
     bits: o.Bits = None,
@@ -56,6 +57,8 @@ def analyse(
     given = {"report": True, **locals()}
     given["sensitivity"] = True if sensitivity is None else sensitivity
     options, paths = o.settings(config, given)
+    paths.setdefault("output", ANALYSIS)
+    Output.of_reports(paths["output"]).keep(config=config)
     path = find_model(model)
     with progress_bars() as progress:
         from ptq_onnx import pipeline  # seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,8 +45,8 @@ def benchmark(
 ) -> None:
     """Time model files side by side in the runtime they are meant for."""
     batches = None if batch is None else _sizes(batch)
-    target = None if output is None else _target(output)
     paths = [find_model(model, written=True) for model in models]
+    target = None if output is None else _target(output, paths)
     from ptq_onnx.benchmarking import benchmark as run
     from ptq_onnx.benchmarking import open_runtime
 
@@ -130,9 +131,11 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
-def _target(output: str) -> Path:
+def _target(output: str, models: Sequence[Path]) -> Path:
     """The file to write, refused before anything is timed. Raises ConfigError."""
     path = Path(output)
+    if path.exists() and any(path.samefile(model) for model in models if model.exists()):
+        raise ConfigError(f"--output {output} is a model to be timed; name another file.")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--output {output}: name a file in a folder that exists.")
     return path

@@ -88,6 +88,9 @@ Output = Annotated[
     ),
 ]
 Folder = Annotated[str | None, option("--output -o", "DIR", "output", "Folder of the results.")]
+AnalysisFolder = Annotated[
+    str | None, option("--output -o", "DIR", "analysis", "Folder of the results.")
+]
 Scales = Annotated[
     str | None,
     option("--scales", "FILE", "none", "report.json of an earlier run, whose scales to re-use."),

@@ -17,7 +17,8 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     """Flat index into ``start`` of every element of ``end``, both with batch size 1.
 
     Returns an int64 array with the shape of ``end``, or None where ``end`` is not reached
-    from ``start`` by layout ops alone, or the shape depends on more than the batch.
+    from ``start`` by layout ops alone, or the shape depends on more than the batch, or an element
+    is of none of ``start``: what a Pad fills in.
     """
     shape = static_shape(start)
     if shape is None:
@@ -39,12 +40,16 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     )
     opset = 21 if start.graph is None else start.graph.opset_imports.get("", 21)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    indices = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
+    # Counted from 1, so that what a Pad fills in (0) is no element
+    indices = np.arange(1, int(np.prod(shape)) + 1, dtype=np.int64).reshape(shape)
     try:
         found: list[Any] = list(ReferenceEvaluator(model).run(None, {str(start.name): indices}))
     except (ValueError, IndexError, RuntimeError):  # a target shape that is not of one image
         return None
-    return np.asarray(found[0], dtype=np.int64)
+    filled = np.asarray(found[0])
+    if not np.isin(filled, indices).all():
+        return None
+    return np.asarray(filled, dtype=np.int64) - 1
 
 
 def channel_map(

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.publishing import ours, publish
 
 QUANTIZED = "quantized.onnx"
 FLOAT = "fused.onnx"
 REPORT = "report.json"
 SUFFIX = ".onnx"
+OUTPUT = "output"
+ANALYSIS = "analysis"
+"""Where results go that nobody names a place for: those of ``quantize``, those of ``analyse``."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +69,28 @@ class Output:
                 f"--output {named} {what}; name a folder, or a file that ends in {SUFFIX}."
             )
 
-    def keep(self, model: str | Path) -> None:
-        """Refuse to write over the model that is read. Raises ConfigError."""
-        if self.model.exists() and os.path.exists(model) and os.path.samefile(self.model, model):
-            raise ConfigError(f"--output {self.model} is the model itself; name another file.")
+    def keep(self, **reads: object) -> None:
+        """Refuse to write over what is read, given as option=path. Raises ConfigError."""
+        for name, path in reads.items():
+            if not isinstance(path, str | Path) or not os.path.exists(path):
+                continue
+            option = "the model" if name == "model" else f"--{name}"
+            if self.model.exists() and os.path.samefile(self.model, path):
+                raise ConfigError(f"--output {self.model} is {option} itself; name another file.")
+            real, folder = Path(path).resolve(), self.folder.resolve()
+            if not real.is_relative_to(folder) or real == folder:
+                continue
+            inside = real.relative_to(folder)
+            if any(mine == inside or mine.is_relative_to(inside) for mine in ours(folder)):
+                raise ConfigError(
+                    f"{option} {path} would be written over, it is of the results in {folder.name}:"
+                    " name another --output."
+                )
 
     def publish(self, work: Path) -> tuple[Path, ...]:
-        """Move finished files from ``work`` into place; the folder as a whole where it is new."""
+        """Let the finished files of ``work`` take their place, the folder all at once."""
         moved = self._place_model(work) if self.apart else ()
-        names = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
-        if not self.folder.exists():
-            os.replace(work, self.folder)
-            os.chmod(self.folder, 0o755)
-        else:
-            for name in names:
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(work / name, self.folder / name)
-        return (*moved, *(self.folder / name for name in names))
+        return (*moved, *publish(work, self.folder))
 
     def _place_model(self, work: Path) -> tuple[Path, ...]:
         """The model, and the weights that it keeps in a file of their own."""

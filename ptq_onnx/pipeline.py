@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +19,7 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
+from ptq_onnx.equalization.experts import left_in_float
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.file_names import short_stem
 from ptq_onnx.image_items import PictureSource
@@ -29,9 +28,11 @@ from ptq_onnx.images import METADATA_KEY, FolderSource, Images, Preprocess, open
 from ptq_onnx.input_size import try_size
 from ptq_onnx.model_size import model_bytes
 from ptq_onnx.output_paths import Output
+from ptq_onnx.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.preparation import Prepared, prepare, read_input
 from ptq_onnx.preprocess_input import Given, from_files
 from ptq_onnx.progress import Advance, Progress, Stages
+from ptq_onnx.publishing import workshop
 from ptq_onnx.result import Result
 from ptq_onnx.scales_file import read_scales
 from ptq_onnx.selectors import check_selectors, known_roles
@@ -53,19 +54,17 @@ SEEN_IMAGES = 2
 class Batches:
     """Batches of an image source that can be run over again.
 
-    For a model with a fixed batch size every batch has that size: the last is filled up
-    with its last image, which changes no extreme.
+    For a model that only takes batches of ``fixed`` images each image is a batch of its own, of
+    so many ``copies``: then nothing but images counts, and each as often as any other.
     """
 
     def __init__(self, source: ImageSource, size: int, fixed: int | None = None) -> None:
-        self.source, self.size, self.fixed = source, fixed or size, fixed
+        self.source, self.copies = source, fixed or 1
+        self.size = size if fixed is None else 1
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.source.batches(self.size):
-            missing = 0 if self.fixed is None else self.fixed - len(batch)
-            if missing:
-                batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-            yield batch
+            yield batch if self.copies == 1 else np.repeat(batch, self.copies, axis=0)
 
 
 def quantize(
@@ -97,11 +96,16 @@ def quantize(
     begin = Stages(progress)
     begin(stages.READING, 1)
     place = Output.at(output) if keep_models else Output.of_reports(output)
-    place.keep(model)
+    place.keep(model=model, calib=calib, val=val, labels=labels, scales=scales)
     output = place.folder
+    if not keep_models and place.model.exists():
+        raise ConfigError(
+            f"--output {output} holds a quantized model, which the analysis would take the place"
+            " of; name another folder."
+        )
     if calib is None:
         calib = val if scales is not None and val is not None else embedded.images_for(model)
-    prepared = prepare(model, config.opset, config.size)
+    prepared = prepare(model, config.opset, config.size, free=True)
     check_selectors(config, prepared.blocks, prepared.sites)
     notes = list(prepared.cleaned.notes)
     _check_blocks(prepared, config)
@@ -144,10 +148,9 @@ def quantize(
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine")
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with workshop(output) as work:
         run = _Run(prepared, config, preprocess, images, notes, work, begin, labels=labels)
+        run.again = lambda: prepare(prepared.path, config.opset, config.size, free=True)
         run.validation = validation(tested, labels)
         try:
             report = run.run(tested, truth, scales)
@@ -162,8 +165,6 @@ def quantize(
                     path.unlink()
         files = place.publish(work)
         begin.done()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return Result(report, output, files, run.analysis, place.model if keep_models else None)
 
 
@@ -331,10 +332,14 @@ class _Run:
     labels: str | Path | None = None
     apart: tuple[ImageSource, bool] | None = None
     """Images of the analysis, once they were chosen, and whether calibration did not see them."""
+    again: Callable[[], Prepared] | None = None
+    """Prepares the model anew: equalisation changes it in place."""
+    parity: Parity | None = None
+    """How far the rewritten model is off the original."""
 
     @property
     def fixed(self) -> int | None:
-        """The model's batch size where it is fixed."""
+        """The model's batch size where it is fixed and written into its graph."""
         shape = image_input(self.prepared.model).shape
         return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
@@ -359,11 +364,12 @@ class _Run:
 
         checked = None if scales is not None else self._check_preprocess()
         config = self._resolve_auto()
-        graphs.save(self.prepared.model, self.work / "fused.onnx")
+        graphs.save(self._as_taken(self.prepared.model), self.work / "fused.onnx")
+        self._tell_copies()
         prepared = self.prepared
         plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, self.stage)
         plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
-        plan = self._equalise(plan, scales) if config.equalizes else self._in_form(plan)
+        plan = self._rewritten(plan, scales)
         decided = None
         if config.auto:
             plan, decided = self._decide(plan, tested, labelled=truth is not None)
@@ -375,6 +381,10 @@ class _Run:
         example = torch.zeros(self.fixed or 1, channels, height, width)
         quantizer.run(example, self.batches(self.images))
         self.notes.extend(quantizer.notes)
+        stacks = [f"'{value.name}' {reason}" for value, _, reason in left_in_float(plan.model)]
+        if stacks:
+            more = f" (and {len(stacks) - 1} more)" if len(stacks) > 1 else ""
+            self.notes.append(f"The constant {stacks[0]}{more}.")
         if self.images.skipped:
             self.notes.append(
                 f"{len(self.images.skipped)} calibration images could not be read and were"
@@ -392,13 +402,14 @@ class _Run:
                 "--float16: quantized.onnx computes its float part in 16 bits; the analysis"
                 " computes in 32."
             )
-        graphs.save(lowered, quantized)
+        graphs.save(self._as_taken(lowered), quantized)
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         report = self._describe(config, quantizer, scales is not None)
         report["equalization"] = {
             "forms": dict(plan.forms),
             "moves": [asdict(move) for move in plan.moves],
         }
+        report["parity"] = None if self.parity is None else asdict(self.parity)
         report["formed"] = self._formed(plan, quantizer)
         report["validation"] = self.validation
         report["auto"] = None if decided is None else asdict(decided)
@@ -428,6 +439,82 @@ class _Run:
             return {}
         return {s.tensor: (0.0, 255.0) for s in plan.sites.values() if s.role == "input"}
 
+    def _rewritten(self, plan: Any, scales: str | Path | None) -> Any:
+        """The plan for the model equalised, or in the target's form, or as it is: the first that
+        computes what the original does (see ``parity.py``)."""
+        reference = self._reference()
+        ways = [self._in_form]
+        if self.config.equalizes:
+            ways.insert(0, lambda plan: self._equalise(plan, scales))
+        undone: list[str] = []
+        off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
+        for way in ways:
+            found = way(plan)
+            measured = off if found.model is plan.model and not found.forms else None
+            measured = measured or reference.off(found.model)
+            if reference.accepts(measured) or measured is off:
+                plan, off = found, measured
+                break
+            what = "bringing it into form" if way == self._in_form else "equalisation"
+            undone.append(what)
+            self.notes.append(
+                f"Undone: {what}. The rewritten model was {measured} against the original on"
+                f" {reference.count} calibration images; at most {reference.bound:.0e} is"
+                " explained by rounding. Please report it with the model."
+            )
+            if way != self._in_form:
+                plan = self._restored(plan)
+        self.notes.extend(reference.notes)
+        self.parity = Parity(
+            images=reference.count,
+            original=reference.fused is not None,
+            bound=reference.bound,
+            fused=None if reference.fused is None else reference.fused.value,
+            rewritten=off.value,
+            output=off.output,
+            undone=tuple(undone),
+        )
+        return self._adopt(plan)
+
+    def _reference(self) -> Reference:
+        """The original on a few calibration images; batches as large as the file takes."""
+        fixed = self.prepared.fixed
+        size = fixed.size if fixed is not None else self.fixed or IMAGES
+        batches: list[Any] = []
+        count = 0
+        for batch in self.images.batches(size):
+            count += len(batch)
+            missing = 0 if size == IMAGES else size - len(batch)
+            filled = np.repeat(batch[-1:], missing, axis=0)
+            batches.append(np.concatenate([batch, filled]) if missing else batch)
+            if count + size > IMAGES:
+                break
+        threads = self.config.threads
+        return Reference(self.prepared.path, self.prepared.model, batches, count, threads)
+
+    def _restored(self, plan: Any) -> Any:
+        """The plan for the model as it was before it was changed in place."""
+        assert self.again is not None
+        prepared = self.again()
+        prepared.model.metadata_props.update(self.prepared.model.metadata_props)
+        self.prepared, self.original = prepared, None
+        return replace(
+            plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
+        )
+
+    def _as_taken(self, model: ir.Model) -> ir.Model:
+        """The model with the batch size that the file was given with."""
+        fixed = self.prepared.fixed
+        return model if fixed is None else fixed.restore(model)
+
+    def _tell_copies(self) -> None:
+        if (self.fixed or 1) > 1:
+            self.notes.append(
+                f"The graph holds its batch size of {self.fixed} in a way that cannot be taken out:"
+                f" every image was run as {self.fixed} copies of it, which takes so many times as"
+                " long. Export the model with a dynamic batch."
+            )
+
     def _equalise(self, plan: Any, scales: str | Path | None) -> Any:
         """The plan for the equalised model.
 
@@ -444,16 +531,15 @@ class _Run:
         pictures = self.images.pictures
         if self.config.report and self.config.pictures:  # drawn beside, by vanilla
             self.original = replace(self.prepared, model=self.prepared.model.clone())
-        plan = equalise_in_place(
+        return equalise_in_place(
             replace(plan, pixels=(mean, std) if pictures else None), self.batches(self.images)
         )
-        return self._adopt(plan)
 
     def _in_form(self, plan: Any) -> Any:
         """The plan for the model in the form that the target computes in integers."""
         from ptq_onnx.equalization import in_form
 
-        return self._adopt(in_form(plan))
+        return in_form(plan)
 
     def _formed(self, plan: Any, quantizer: Any) -> str:
         """The file of the float model whose tensors the report names: equalised, in the target's
@@ -461,7 +547,7 @@ class _Run:
         changed = self.config.equalizes or any(plan.forms.values())
         if not changed and quantizer.model is plan.model:
             return "fused.onnx"
-        graphs.save(quantizer.model, self.work / "formed.onnx")
+        graphs.save(self._as_taken(quantizer.model), self.work / "formed.onnx")
         return "formed.onnx"
 
     def _adopt(self, plan: Any) -> Any:
@@ -554,7 +640,7 @@ class _Run:
     def _describe(self, config: QuantizeConfig, quantizer: Any, reused: bool) -> dict[str, Any]:
         """All of the report that does not need running the model."""
         prepared, sites = self.prepared, self.prepared.sites
-        model = prepared.model
+        model = self._as_taken(prepared.model)
         return {
             "ptq_onnx": _version(),
             "model": {
@@ -658,7 +744,7 @@ class _Run:
         """Widths, operations and traffic of an integer file, with ranges seen on images."""
         from ptq_onnx.analysis.integer_costs import integer_report
 
-        first = next(iter(self.images.batches(SEEN_IMAGES)))
+        first = next(iter(self.batches(self.images, SEEN_IMAGES)))
         return integer_report(self.prepared.model, quantizer.specs, lowered, [first])
 
     def simulator(self, quantizer: Any) -> Any:
@@ -820,6 +906,11 @@ REASONS = {
 def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
     """Every tensor without codes, with the reason."""
     listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
+    for stack, node, reason in left_in_float(prepared.model):
+        role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
+        listed.append(
+            {"tensor": stack.name, "role": role.name, "block": role.block, "reason": reason}
+        )
     for node in prepared.model.graph:
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
         reasons: list[tuple[int, str]] = []

@@ -12,6 +12,7 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import Blocks, find_blocks
 from ptq_onnx.contrib import refuse_tied
 from ptq_onnx.errors import ModelError, PtqError
+from ptq_onnx.free_batch import FixedBatch, fixed_batch, freed
 from ptq_onnx.fusion import fuse
 from ptq_onnx.input_size import Axes, fix_size
 from ptq_onnx.sessions import Session
@@ -31,13 +32,22 @@ class Prepared:
     fusions: dict[str, int]
     blocks: Blocks
     sites: dict[str, Site]
+    fixed: FixedBatch | None = None
+    """The file's batch size, where it is fixed and the model here takes any."""
 
 
-def prepare(path: str | Path, opset: int = 21, size: tuple[int, int] | None = None) -> Prepared:
+def prepare(
+    path: str | Path,
+    opset: int = 21,
+    size: tuple[int, int] | None = None,
+    *,
+    free: bool = False,
+) -> Prepared:
     """Load, clean and fuse a model, and find its blocks.
 
     ``size``: height and width to which dynamic axes are fixed, where the graph holds for one size
-    only; None: what the graph tells. Raises ModelError, ConfigError.
+    only; None: what the graph tells. ``free``: without the batch size that the model may be fixed
+    to, where its graph allows that. Raises ModelError, ConfigError.
     """
     path = Path(path)
     model = graphs.load(path)
@@ -46,9 +56,14 @@ def prepare(path: str | Path, opset: int = 21, size: tuple[int, int] | None = No
     try:
         report = graphs.clean(model, opset)
         report = replace(report, notes=(*notes, *report.notes))
+        fixed = fixed_batch(model) if free else None
+        if fixed is not None:
+            any_batch = freed(model, fixed, report.opset)
+            model, fixed = (model, None) if any_batch is None else (any_batch, fixed)
         counts = fuse(model)
         blocks = find_blocks(model)
-        return Prepared(path, model, report, counts, blocks, find_sites(model, blocks))
+        sites = find_sites(model, blocks)
+        return Prepared(path, model, report, counts, blocks, sites, fixed)
     except PtqError:
         raise
     except Exception as error:  # a graph that nobody here has seen; its text may be a whole graph

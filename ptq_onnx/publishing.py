@@ -35,6 +35,7 @@ MANIFEST = ".ptq_onnx.json"
 BEFORE_MANIFESTS = frozenset(
     (
         *("quantized.onnx", "quantized.onnx.data", "fused.onnx", "fused.onnx.data"),
+        *("formed.onnx", "formed.onnx.data"),
         *("config.yaml", "report.json", "report.html"),
     )
 )

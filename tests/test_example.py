@@ -39,8 +39,8 @@ def test_without_arguments(tmp_path: Path) -> None:
     output = tmp_path / "output"
     names = {path.name for path in output.iterdir()}
     assert names == {
-        "attention", "config.yaml", "formed.onnx", "fused.onnx", "quantized.onnx", "report.html",
-        "report.json",
+        ".ptq_onnx.json", "attention", "config.yaml", "formed.onnx", "fused.onnx", "quantized.onnx",
+        "report.html", "report.json",
     }  # fmt: skip
     assert list((output / "attention").glob("*.png"))
     report = json.loads((output / "report.json").read_text())

@@ -44,8 +44,9 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_and_its_folder(written: Path) -> None:
     assert names(written) == [
-        "a/config.yaml", "a/formed.onnx", "a/fused.onnx", "a/quantized.onnx", "a/report.json",
-        "b.onnx", "b/config.yaml", "b/formed.onnx", "b/fused.onnx", "b/report.json",
+        "a/.ptq_onnx.json", "a/config.yaml", "a/formed.onnx", "a/fused.onnx", "a/quantized.onnx",
+        "a/report.json", "b.onnx", "b/.ptq_onnx.json", "b/config.yaml", "b/formed.onnx",
+        "b/fused.onnx", "b/report.json",
     ]  # fmt: skip
     assert (written / "b.onnx").read_bytes() == (written / "a/quantized.onnx").read_bytes()
 

@@ -79,7 +79,7 @@ def analyse_quantized(
         subject.model,
         subject.quantizer,
         subject.blocks,
-        _Filled(source, fixed or SMALL, fixed),
+        _Filled(source, SMALL, fixed),
         held_apart=held_apart,
         sites=subject.sites,
         simulator=subject.simulator,
@@ -94,7 +94,7 @@ def analyse_quantized(
         subject.blocks,
         subject.sites,
         specs,
-        _Filled(source, fixed or SMALL, fixed, few),
+        _Filled(source, SMALL, fixed, few),
         rounded=subject.model,
         count=few,
         threads=threads,
@@ -105,7 +105,7 @@ def analyse_quantized(
         subject.blocks,
         other or floats,
         subject.simulator,
-        named(source, fixed or SMALL, fixed, ATTENTION_IMAGES),
+        named(source, SMALL, fixed, ATTENTION_IMAGES),
         specs,
         begin(stages.ATTENTION, min(ATTENTION_IMAGES, count)),
     )
@@ -131,19 +131,16 @@ def analyse_quantized(
 def named(
     source: ImageSource, size: int, fixed: int | None, limit: int | None = None
 ) -> Iterable[tuple[list[str], Any]]:
-    """Names and batches of at most ``limit`` images; batches of a fixed size are filled up
-    with their last image."""
+    """Names and batches of at most ``limit`` images; of a model with a ``fixed`` batch size each
+    image is a batch of its own, of so many copies."""
     done = 0
-    for names, batch in source.named_batches(size):
+    for names, batch in source.named_batches(size if fixed is None else 1):
         if limit is not None and done >= limit:
             return
         if limit is not None:
             names, batch = names[: limit - done], batch[: limit - done]
-        missing = 0 if fixed is None else fixed - len(batch)
-        if missing:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
         done += len(names)
-        yield names, batch
+        yield names, batch if fixed is None else np.repeat(batch, fixed, axis=0)
 
 
 class _Filled:

@@ -26,6 +26,7 @@ from ptq_onnx.analysis.results import (
 )
 from ptq_onnx.equalization import Move
 from ptq_onnx.outputs import OutputFigures
+from ptq_onnx.parity import Parity
 from ptq_onnx.spec import Code, Granularity
 from ptq_onnx.targets import Stored
 
@@ -186,6 +187,7 @@ def report_schema() -> Schema:
             {"forms": {"type": "object", "additionalProperties": COUNT},
              "moves": _list(schema_of(Move))}
         ),
+        "parity": _or_null(schema_of(Parity)),
         "optimised": {"type": "object", "additionalProperties": COUNT,
                       "description": "Ops of the graph that ONNX Runtime runs."},
         "integer": _object(

@@ -1,4 +1,9 @@
-"""Exponential moving average of the extremes of the batches (Jacob et al., CVPR 2018)."""
+"""Exponential moving average of the images' extremes (Jacob et al., CVPR 2018).
+
+FQ-ViT's observer averages the extremes of batches with momentum 0.99. The largest value of a batch
+grows with the batch; averaged here are single images, so that the batch size changes nothing. The
+order of the images does: the last hundred count most, and of fewer than that, the first.
+"""
 
 from __future__ import annotations
 
@@ -6,5 +11,5 @@ from ptq_onnx.calibration.statistics import Array, ChannelStatistics
 
 
 def ema_range(stats: ChannelStatistics) -> tuple[Array, Array]:
-    """Lower and upper bound per row, [R] each; momentum 0.9 a batch."""
+    """Lower and upper bound per row, [R] each; momentum ``MOMENTUM`` an image."""
     return stats.ema_low, stats.ema_high

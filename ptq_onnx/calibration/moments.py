@@ -17,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
+from ptq_onnx.calibration.statistics import copies_in
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.formula import new_constant
 
@@ -94,7 +95,7 @@ def collect_moments(
                     )
                 found[tensor].update(mean, scatter, int(shape[0]))
             if advance is not None:
-                advance(len(batch))
+                advance(len(batch) // copies_in(batches))
         yield found
 
 

@@ -18,11 +18,12 @@ def percentile_range(
     histogram: Histogram, limits: tuple[int, int], symmetric: bool
 ) -> tuple[Array, Array]:
     """Bounds per row [R] that 1 - ``PERCENTILE`` of the values pass on each side."""
-    total = histogram.counts.sum(axis=1, keepdims=True)
-    share = np.cumsum(histogram.counts, axis=1) / np.maximum(total, 1)
-    width = (histogram.high - histogram.low) / histogram.counts.shape[1]
+    edges, counts = histogram.finest
+    total = counts.sum(axis=1, keepdims=True)
+    share = np.cumsum(counts, axis=1) / np.maximum(total, 1)
     first = (share <= 1 - PERCENTILE).sum(axis=1)
     last = (share < PERCENTILE).sum(axis=1)
-    low = histogram.low + first * width
-    high = np.maximum(histogram.low + (last + 1) * width, low + width)
+    row = np.arange(len(edges))
+    low = edges[row, first]
+    high = edges[row, np.maximum(last, first) + 1]
     return low.astype(np.float32), np.minimum(high, histogram.high).astype(np.float32)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
-from ptq_onnx.calibration.statistics import open_taps
+from ptq_onnx.calibration.statistics import copies_in, open_taps
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -66,10 +66,13 @@ class RowSample:
 
 
 class PairSample:
-    """Pairs [U, R, K] and [U, K, N] of a stream of factors of attention products."""
+    """Pairs [U, R, K] and [U, K, N] of a stream of factors of attention products.
+
+    What is drawn depends on the place of an image in the stream, not on how it is cut in batches.
+    """
 
     def __init__(self, seed: int = 0) -> None:
-        self._random = np.random.default_rng(seed)
+        self._seed, self._seen = seed, 0
         self._kept: list[tuple[float, Array, Array, tuple[int, ...]]] = []
         self.lead: tuple[int, ...] = ()
 
@@ -78,14 +81,19 @@ class PairSample:
         lead = self.lead = np.broadcast_shapes(first.shape[:-2], second.shape[:-2])
         first = np.broadcast_to(first, (*lead, *first.shape[-2:]))
         second = np.broadcast_to(second, (*lead, *second.shape[-2:]))
-        last = self._kept[-1][0] if len(self._kept) == PAIRS else 1.0
-        for place, key in np.ndenumerate(self._random.random(lead)):
-            if key < last:
-                rows = first.shape[-2]
-                picked = self._random.permutation(rows)[: min(ROWS, rows)]
+        rows = first.shape[-2]
+        for leading in range(lead[0] if lead else 1):
+            random = np.random.default_rng((self._seed, self._seen))
+            self._seen += 1
+            last = self._kept[-1][0] if len(self._kept) >= PAIRS else 1.0
+            for behind, key in np.ndenumerate(random.random(lead[1:])):
+                if key >= last:
+                    continue
+                place = (leading, *behind) if lead else ()
+                picked = random.permutation(rows)[: min(ROWS, rows)]
                 pair = first[place][picked], second[place].copy()
                 self._kept.append((float(key), *pair, place))
-        self._kept = sorted(self._kept, key=lambda pair: pair[0])[:PAIRS]
+            self._kept = sorted(self._kept, key=lambda pair: pair[0])[:PAIRS]
 
     @property
     def factors(self) -> tuple[Array, Array]:
@@ -121,14 +129,17 @@ def collect_samples(
     session, feed, names = open_taps(copy, tensors, threads)
     rows: dict[str, RowSample] = {}
     pairs = {name: PairSample() for name in wanted.pairs}
+    copies = copies_in(batches)
     for batch in batches:
         found = dict(zip(names, session.run(names, {feed: batch}), strict=True)) if names else {}
         found[feed] = batch
         for tensor, (as_rows, factor) in wanted.rows.items():
             array = as_rows(found[tensor])
+            array = array[: len(array) // copies]
             rows.setdefault(tensor, RowSample(array.shape[1])).add(array, factor)
         for name, (first, second) in wanted.pairs.items():
-            pairs[name].add(found[first], found[second])
+            one, other = found[first], found[second]
+            pairs[name].add(one[: len(one) // copies], other[: len(other) // copies])
         if progress is not None:
-            progress(len(batch))
+            progress(len(batch) // copies)
     return rows, pairs

@@ -4,7 +4,13 @@ Massive activations are rare: a channel's largest value on N images says little 
 next thousand. The largest per-image extremes of a channel are taken as the tail of an
 exponential distribution (the Gumbel case of extreme value theory, Pickands 1975; the mean
 excess over the k-th largest estimates its width), and the range is put where one image in
-``HORIZON`` × N is expected to pass it.
+``HORIZON`` × N is expected to pass it, the width being an estimate.
+
+What holds: the width is an estimate, so that exponential tails pass 1.8 times as often (a wider
+range that keeps the promise was tried: ViT-Ti and DeiT-Ti lose half a dB in ``deploy``). On ViT-Ti,
+128 images seen and 500 not, an image passes the range of a tensor in 2.3 of a thousand cases, 1.0
+being promised, and with min-max in 13.9; softmax, which is bounded by 1 anyway, in 11.8
+(``benchmarks/ranges.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 
 HORIZON = 8.0
-"""The range is expected to be passed once in this many times the calibration images."""
+"""The range would be passed once in this many times the calibration images, were the tail known."""
 
 
 def tail_bound(extremes: Array, images: int, horizon: float = HORIZON) -> Array:
@@ -67,7 +73,9 @@ def shared_range(
     is left out: the second largest would have given the factor, and the largest would have
     come out (first / second)^exponent times as large. A new image breaks a channel's record with
     probability 1 / (N + 1), as any of N + 1 exchangeable images does; of 768 channels, six do
-    on every image after 128. No assumption is made on the tail.
+    on every image after 128. No assumption is made on the tail there; where an exponential one says
+    that more is clipped, it counts (a class token has one value an image, and 16 images show
+    little of it: 21.6 → 28.3 dB on a small network).
     What calibration saw is never clipped. Without two images the range seen is returned.
     """
     power = np.maximum(np.asarray(power, np.float64), 0)
@@ -111,4 +119,23 @@ def _clipping(
     ratio = np.where(usable, first / np.where(usable, second, 1), 1.0)
     left_out = first * ratio**exponent + origin
     over = np.maximum(left_out - bounds[:, None], 0) ** 2
-    return np.asarray(over @ power / (images + 1), np.float64)
+    records = np.asarray(over @ power / (images + 1), np.float64)
+    return np.maximum(records, _beyond(extremes, images, bounds, power))
+
+
+def _beyond(extremes: Array, images: int, bounds: Double, power: Double) -> Double:
+    """The same from each channel's tail alone, taken as exponential: E[(x - b)²] is 2 β² times
+    the share of images beyond b. Zero where there are too few."""
+    k = min(len(extremes), max(LEAST, int(images * SHARE)))
+    if images < k:
+        return np.zeros(len(bounds))
+    base = extremes[k - 1].astype(np.float64)
+    width = np.maximum(extremes[: k - 1].astype(np.float64).mean(axis=0) - base, 1e-12)
+    share = k / images * np.exp(-np.maximum(bounds[:, None] - base, 0) / width)
+    return np.asarray((2 * width**2 * share) @ power, np.float64)
+
+
+SHARE = 1 / 4
+"""Part of the images whose extremes are a channel's tail …"""
+LEAST = 4
+"""… and how many they are at least."""

@@ -17,14 +17,44 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.growth import RangeTrace
+from ptq_onnx.calibration.histogram import BINS, Histogram
 from ptq_onnx.errors import ModelError
 from ptq_onnx.spec import Site
+
+__all__ = [
+    "BINS",
+    "TOP",
+    "ChannelStatistics",
+    "Histogram",
+    "Statistics",
+    "add_histograms",
+    "collect",
+    "copies_in",
+    "moving_average",
+    "open_taps",
+    "reduced_shape",
+    "tap",
+]
 
 Array = NDArray[np.float32]
 TOP = 16
 """How many of the largest per-image extremes are kept per channel, for the tail estimate."""
-BINS = 2048
-"""Histogram bins per tensor or channel."""
+
+
+MOMENTUM = 0.99
+"""Of the moving averages: what FQ-ViT's observer keeps, there of a batch, here of an image."""
+
+
+def moving_average(average: Array, rows: Array, seen: int) -> Array:
+    """The average [C] after ``rows`` [B, C] more, oldest first; the first of all starts it.
+
+    As a sum: Σ (1 - m) m^(B - 1 - i) row_i + m^B average.
+    """
+    if seen == 0:
+        average, rows = rows[0], rows[1:]
+    powers = MOMENTUM ** np.arange(len(rows) - 1, -1, -1, dtype=np.float64)
+    mixed = (1 - MOMENTUM) * powers @ rows.astype(np.float64) + MOMENTUM ** len(rows) * average
+    return np.asarray(mixed, np.float32)
 
 
 @dataclass
@@ -34,7 +64,7 @@ class ChannelStatistics:
     ``shape``: how the rows broadcast against the tensor without its batch axis.
     ``highest`` [TOP, C]: the largest per-image maxima, descending; ``lowest``: the smallest
     per-image minima, ascending. ``ema_low``, ``ema_high`` [C]: moving averages of the
-    extremes of the batches (momentum 0.9, FQ-ViT's). ``power`` and ``total`` [C]: sum of
+    extremes of single images, in their order (``MOMENTUM``). ``power`` and ``total`` [C]: sum of
     squares and sum over ``count`` values per channel. ``trace``: how the range of the whole
     tensor grew. ``origin`` [C]: what zero has become, where the tensor was shifted.
     """
@@ -68,7 +98,6 @@ class ChannelStatistics:
     def update(self, low: Array, high: Array, power: Array, total: Array, values: int) -> None:
         """Fold in one batch: ``low``, ``high`` [B, C], ``power``, ``total`` [C], values per
         channel."""
-        first = self.images == 0
         for lowest, highest in zip(low.min(axis=1), high.max(axis=1), strict=True):
             self.images += 1
             self.trace.add(self.images, float(lowest), float(highest))
@@ -76,9 +105,9 @@ class ChannelStatistics:
         self.highest = -np.sort(-joined, axis=0)[:TOP]
         joined = np.concatenate([self.lowest, low])
         self.lowest = np.sort(joined, axis=0)[:TOP]
-        keep = 0.0 if first else 0.9
-        self.ema_low = keep * self.ema_low + (1 - keep) * low.min(axis=0)
-        self.ema_high = keep * self.ema_high + (1 - keep) * high.max(axis=0)
+        seen = self.images - len(low)
+        self.ema_low = moving_average(self.ema_low, low, seen)
+        self.ema_high = moving_average(self.ema_high, high, seen)
         self.power += power.astype(np.float64)
         self.total += total.astype(np.float64)
         self.count += values
@@ -159,36 +188,6 @@ class ChannelStatistics:
             total=total,
             origin=((0 if self.origin is None else self.origin) - shift) / factor,
         )
-
-
-@dataclass
-class Histogram:
-    """Counts [R, BINS] of the values in [low, high] ([R] each); R = 1 or one per channel."""
-
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    counts: NDArray[np.int64]
-
-    @classmethod
-    def over(cls, low: Array, high: Array) -> Histogram:
-        """Empty, over a range that is known beforehand."""
-        low64, high64 = low.astype(np.float64), high.astype(np.float64)
-        high64 = np.maximum(high64, low64 + np.maximum(1e-8 * np.abs(low64), 1e-12))
-        return cls(low64, high64, np.zeros((len(low), BINS), np.int64))
-
-    def add(self, rows: Array) -> None:
-        """Count values [R, n]; those outside the range go to the edge bins."""
-        scale = (BINS / (self.high - self.low)).astype(np.float32)
-        place = (rows - self.low.astype(np.float32)[:, None]) * scale[:, None]
-        index = np.clip(place, 0, BINS - 1, out=place).astype(np.int32)
-        index += (np.arange(len(rows), dtype=np.int32) * BINS)[:, None]
-        self.counts += np.bincount(index.ravel(), minlength=self.counts.size).reshape(-1, BINS)
-
-    @property
-    def centres(self) -> NDArray[np.float64]:
-        """The values that the bins stand for, [R, BINS]."""
-        width = (self.high - self.low) / BINS
-        return self.low[:, None] + width[:, None] * (np.arange(BINS) + 0.5)
 
 
 @dataclass
@@ -297,7 +296,8 @@ def collect(
     result = Statistics({s.tensor: ChannelStatistics.empty(reduced_shape(s)) for s in sites})
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
-        size = len(batch)
+        copies = copies_in(batches)
+        size = len(batch) // copies
         for site in sites:
             low, high, power, total = (found[name] for name in names[site.tensor])
             # ONNX Runtime's ReduceMin and ReduceMax over inner axes pass NaN by; the sum does not.
@@ -313,14 +313,19 @@ def collect(
             result.channels[site.tensor].update(
                 _by_image(low, size, np.min),
                 _by_image(high, size, np.max),
-                power.ravel(),
-                total.ravel(),
-                values // power.size,
+                power.ravel() / copies,
+                total.ravel() / copies,
+                values // power.size // copies,
             )
         result.images += size
         if progress is not None:
             progress(size)
     return result
+
+
+def copies_in(batches: Iterable[Array]) -> int:
+    """How often each image stands in its batch (see ``pipeline.Batches``)."""
+    return int(getattr(batches, "copies", 1))
 
 
 def _by_image(rows: Array, images: int, extreme: Callable[..., Array]) -> Array:
@@ -362,7 +367,7 @@ def add_histograms(
             histogram = statistics.histograms[site.tensor]
             histogram.add(_rows(found.pop(site.tensor), site, len(histogram.low)))
         if progress is not None:
-            progress(len(batch))
+            progress(len(batch) // copies_in(batches))
 
 
 def open_taps(

@@ -41,6 +41,7 @@ from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.channels import rows_of
 from ptq_onnx.equalization import forms
+from ptq_onnx.equalization.experts import experts_as_linears
 from ptq_onnx.equalization.moves import (
     Hidden,
     columns_behind,
@@ -364,6 +365,7 @@ def restructure(model: ir.Model, target: Target, *, products: bool = False) -> d
             forms.packed_pixels_as_linear,
             target.codes_of_convolutions and products,
         ),
+        "ExpertsAsLinears": (experts_as_linears, True),
         "UnpackedAttention": (forms.unpack_attention, target.split_qkv and not products),
         "FoldedScale": (forms.fold_attention_scales, not products),
         "KeptRank": (forms.keep_rank, target.keep_rank),
@@ -378,6 +380,7 @@ def in_form(plan: Plan) -> Plan:
     """
     model = plan.model.clone()
     counts = restructure(model, plan.config.runtime, products=True)
+    common.RemoveUnusedNodesPass()(model)
     blocks = _with_own_reads(plan, model, find_blocks(model))
     sites = find_sites(model, blocks)
     extra: dict[str, Site] = {}
@@ -443,7 +446,12 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     fixed: dict[str, tuple[float, float]] = {}
     moves = plan.config.code == "uniform"  # see the module's text
     if plan.pixels is not None and moves:
-        roles, fixed = image_in_pixels(model, *plan.pixels, centred=target.symmetric)
+        roles, fixed = image_in_pixels(
+            model,
+            *plan.pixels,
+            centred=target.symmetric,
+            convolutions=target.convolutions,
+        )
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     blocks = _with_own_reads(plan, model, blocks)
     sites = find_sites(model, blocks)
@@ -488,16 +496,19 @@ def image_in_pixels(
     std: tuple[float, ...],
     *,
     centred: bool = False,
+    convolutions: bool = True,
 ) -> tuple[dict[str, Role], dict[str, tuple[float, float]]]:
     """Let the patch embedding read the image in units that 8-bit pixels fill exactly.
 
     A normalised pixel is (p / 255 - mean) / std. Where all channels share a std, an Add that
     makes black zero is enough, else a Mul brings all to one unit. ``centred``: zero is 128, for
-    codes with a sign. Returns the roles of the
+    codes with a sign. What a convolution pads is padded before: the border's zeros become the
+    pixels next to the mean. Returns the roles of the
     new nodes and the exact range of the tensor that the patch embedding reads; both are
-    empty, and the model as it was, where the image is read by anything else.
+    empty, and the model as it was, where the image is read by anything else, or by a
+    convolution and these are not quantized (``convolutions``).
     """
-    image = image_input(model)
+    image = _behind_pads(image_input(model))
     leaves = [leaf for leaf in through_layout(image) if leaf[0].op_type != "Shape"]
     if len(leaves) != 1 or leaves[0][1] != 0:
         return {}, {}
@@ -508,13 +519,15 @@ def image_in_pixels(
     channels = image.shape[1]
     if not isinstance(channels, int) or channels != len(mean):
         return {}, {}
-    if not (is_linear(node) or (node.op_type == "Conv" and read is image)):
+    if not (is_linear(node) or (convolutions and node.op_type == "Conv" and read is image)):
         return {}, {}
     unit = 1 / (255 * np.array(std, np.float64))
     shared = bool(np.all(unit == unit[0]))
     factor = np.ones(len(unit)) if shared else unit
     zero = 128.0 if centred else 0.0
     shift = (zero / 255 - np.array(mean, np.float64)) / np.array(std, np.float64)
+    before = {name_of(n) for n in model.graph}
+    direct = read is image
     if is_linear(node):
         index = np.arange(channels, dtype=np.float32).reshape(channels, 1, 1)
         rows = rows_of(image, read, index)
@@ -523,15 +536,27 @@ def image_in_pixels(
         order = rows.astype(np.int64)
         forms.move_rows(model.graph, node, factor[order], shift[order])
     else:
+        padded = forms.pad_apart(model.graph, node, image)
+        if padded is None:
+            return {}, {}
+        image = padded
         forms.move_input_channels(model.graph, node, factor, shift)
     spread = (channels, 1, 1)
-    before = {name_of(n) for n in model.graph}
     made = insert_affine(
         model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels"
     )
     new = [n for n in model.graph if name_of(n) not in before]
     step = float(unit[0]) if shared else 1.0
-    tensor = str(made.name) if read is image else str(read.name)
+    tensor = str(made.name) if direct else str(read.name)
     return {name_of(n): Role(None, "input") for n in new}, {
         tensor: (-zero * step, (255 - zero) * step)
     }
+
+
+def _behind_pads(image: ir.Value) -> ir.Value:
+    """The image behind the Pads that alone read it: a shift behind them leaves the border zero."""
+    while True:
+        uses = [use.node for use in image.uses() if use.node.op_type != "Shape"]
+        if len(uses) != 1 or uses[0].op_type != "Pad" or uses[0].inputs[0] is not image:
+            return image
+        image = uses[0].outputs[0]

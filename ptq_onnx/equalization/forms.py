@@ -6,7 +6,8 @@
   apart, so that the Conv has no quantized output either;
 * q, k and v as linears of their own: the packed result would be transposed and split as floats;
 * the scale of QKᵀ in the weights of q;
-* a linear on [batch, C] as one on [batch, 1, C]: ONNX Runtime makes a float Gemm of the other.
+* a linear on [batch, C] as one on [batch, 1, C]: ONNX Runtime makes a float Gemm of the other;
+* a convolution's padding as a Pad, where its input is to be shifted.
 
 Each function returns how often it fired, leaves alone what it does not recognise, and does
 nothing on a second run. Weights are new initializers; the old ones are left as they are.
@@ -301,16 +302,82 @@ def move_rows(
 def move_input_channels(
     graph: ir.Graph, conv: ir.Node, factor: NDArray[np.float64], shift: NDArray[np.float64]
 ) -> None:
-    """The convolution for images that have become (x - shift) / factor ([channels] each)."""
+    """The convolution for images that have become (x - shift) / factor ([channels] each).
+
+    A shift is exact only where nothing is padded: padding stays zero, which then stands for
+    ``shift``. Raises ValueError there; :func:`pad_apart` takes the padding out.
+    """
     weight = constant(conv.inputs[1])
     if weight is None:
         raise ValueError(f"The weight of '{name_of(conv)}' is no constant.")
+    if np.any(shift) and pads_of(conv) != 0:
+        raise ValueError(f"'{name_of(conv)}' pads with zeros, which a shift would move.")
     old = weight.astype(np.float64)
     bias = np.zeros(len(old))
     if len(conv.inputs) > 2 and conv.inputs[2] is not None:
         bias = np.array(constant(conv.inputs[2]), np.float64)
-    bias = bias + np.einsum("ockl,c->o", old, shift)
-    set_linear(graph, conv, old * factor[:, None, None], bias)
+    # Channels that each output reads, [O, C / groups]: those of its group
+    groups = conv.attributes.get_int("group", 1)
+    read = np.arange(len(factor)).reshape(groups, -1).repeat(len(old) // groups, axis=0)
+    spread = (*read.shape, *(1,) * (old.ndim - 2))
+    bias = bias + np.sum(old * shift[read].reshape(spread), axis=tuple(range(1, old.ndim)))
+    set_linear(graph, conv, old * factor[read].reshape(spread), bias)
+
+
+def pads_of(conv: ir.Node) -> tuple[int, ...] | int | None:
+    """What a convolution pads, begins then ends; 0 where nothing; None where that is not known."""
+    attributes = conv.attributes
+    auto = attributes.get_string("auto_pad", "NOTSET")
+    pads = tuple(attributes.get_ints("pads", ()))
+    if auto == "VALID" or (auto == "NOTSET" and not any(pads)):
+        return 0
+    return pads if auto == "NOTSET" else _same_pads(conv, upper=auto == "SAME_UPPER")
+
+
+def _same_pads(conv: ir.Node, *, upper: bool) -> tuple[int, ...] | int | None:
+    """The pads of ``auto_pad`` SAME: as many outputs as input / stride, rounded up."""
+    image, weight = conv.inputs[0], constant(conv.inputs[1])
+    sides = [] if image is None or image.shape is None else list(image.shape)[2:]
+    if weight is None or not sides or not all(isinstance(d, int) for d in sides):
+        return None
+    ones = (1,) * len(sides)
+    strides = conv.attributes.get_ints("strides", ones)
+    dilations = conv.attributes.get_ints("dilations", ones)
+    begins, ends = [], []
+    for side, kernel, stride, step in zip(sides, weight.shape[2:], strides, dilations, strict=True):
+        assert isinstance(side, int)
+        reach = (-(-side // stride) - 1) * stride + (kernel - 1) * step + 1
+        total = max(reach - side, 0)
+        begins.append(total // 2 if upper else total - total // 2)
+        ends.append(total - begins[-1])
+    return (*begins, *ends) if any(begins) or any(ends) else 0
+
+
+def pad_apart(graph: ir.Graph, conv: ir.Node, value: ir.Value) -> ir.Value | None:
+    """Let a Pad do what the convolution pads of ``value``, its input; returns what it reads then.
+
+    None where the padding is not known; the graph is then as it was.
+    """
+    pads = pads_of(conv)
+    if pads is None or value.shape is None:
+        return None
+    if isinstance(pads, int):
+        return value
+    axes = len(pads) // 2
+    begins, ends = pads[:axes], pads[axes:]
+    wide = [
+        d + low + high if isinstance(d, int) else ir.SymbolicDim(None)
+        for d, low, high in zip(list(value.shape)[2:], begins, ends, strict=True)
+    ]
+    sizes = np.array([0, 0, *begins, 0, 0, *ends], np.int64)
+    constant_pads = new_constant(graph, f"{value.name}_pads", sizes)
+    write = _Writer(graph, conv)
+    shape = [*list(value.shape)[:2], *wide]
+    made = write.node("Pad", [value, constant_pads], shape, value, "padded")
+    conv.replace_input_with(0, made)
+    conv.attributes.pop("auto_pad", None)
+    conv.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
+    return made
 
 
 def _bias(linear: ir.Node, width: int) -> NDArray[np.float64]:

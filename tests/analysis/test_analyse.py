@@ -56,7 +56,7 @@ def page(result: Result) -> str:
 
 def test_only_the_report_is_written(result: Result) -> None:
     names = {p.name for p in result.output.iterdir()}
-    assert names == {"report.json", "report.html", "config.yaml", "attention"}
+    assert names == {"report.json", "report.html", "config.yaml", "attention", ".ptq_onnx.json"}
 
 
 def test_python_gets_dataclasses(result: Result, report: dict[str, Any]) -> None:

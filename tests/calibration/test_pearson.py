@@ -104,3 +104,24 @@ def test_pairs_stay_together_and_are_few() -> None:
     assert first[:, 0, 0].max() > 50
     heads = [place[1] for place in sample.places]
     np.testing.assert_array_equal(heads, first[:, 0, 0] % 2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_samples_do_not_depend_on_the_batch(size: int) -> None:
+    """What is drawn goes by an image's place among all, however they are cut in batches."""
+    random = np.random.default_rng(0)
+    first = random.normal(size=(12, 4, 9, 5)).astype(np.float32)
+    second = random.normal(size=(12, 4, 5, 9)).astype(np.float32)
+    rows = random.normal(size=(12, 80, 6)).astype(np.float32)
+    pairs, whole = PairSample(), PairSample()
+    some, every = RowSample(6), RowSample(6)
+    whole.add(first, second)
+    every.add(rows.reshape(-1, 6))
+    for start in range(0, 12, size):
+        part = slice(start, start + size)
+        pairs.add(first[part], second[part])
+        some.add(rows[part].reshape(-1, 6))
+    for one, other in zip(pairs.factors, whole.factors, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(some.rows, every.rows)
+    np.testing.assert_array_equal(some.weight, every.weight)

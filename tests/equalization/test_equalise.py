@@ -80,6 +80,7 @@ def test_forms_fire_once() -> None:
     assert counts == {
         "PatchesAsLinear": 0,
         "PackedPixelsAsLinear": 0,
+        "ExpertsAsLinears": 0,
         "UnpackedAttention": 2,
         "FoldedScale": 2,
         "KeptRank": 1,

@@ -1,0 +1,71 @@
+"""Stacks of weights become linears of the same function, with a scale per output channel."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from small_graph import SmallGraph, run
+from small_image_model import random
+
+from ptq_onnx.equalization.experts import MOST, experts_as_linears, left_in_float
+
+T, K, N = 5, 8, 6
+
+
+def stack(shape: tuple[int | str, ...], weight: tuple[int, ...], bias: bool) -> SmallGraph:
+    g = SmallGraph(shape)
+    x = g("MatMul", "x", random(0, *weight))
+    if bias:
+        x = g("Add", random(1, weight[-3], 1, weight[-1]), x)
+    g("Gelu", x)
+    return g
+
+
+CASES = {
+    "shared input": ((1, T, K), (3, K, N)),
+    "own inputs": ((3, T, K), (3, K, N)),
+    "batched": ((2, 3, T, K), (3, K, N)),
+    "batched, one input": ((2, 1, T, K), (1, 3, K, N)),
+    "one expert": ((2, 1, T, K), (1, K, N)),
+}
+
+
+def linears(model: ir.Model) -> list[ir.Node]:
+    return [n for n in model.graph if n.op_type == "Linear"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_in_float(name: str, bias: bool) -> None:
+    shape, weight = CASES[name]
+    g = stack(shape, weight, bias)
+    model = g.model(f"gelu{len(g.nodes) - 1}")
+    x = random(2, *shape, scale=1)
+    (expected,) = run(model, x)
+    assert experts_as_linears(model) == 1
+    assert experts_as_linears(model) == 0
+    found = linears(model)
+    assert len(found) == weight[-3]
+    assert {len(n.inputs) for n in found} == {3 if bias else 2}
+    assert not any(n.op_type in ("MatMul", "Add") for n in model.graph)
+    np.testing.assert_allclose(run(model, x)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight"),
+    [
+        ((T, K), (3, K, N)),
+        ((1, T, K), (MOST + 1, K, N)),
+        ((2, 3, T, K), (2, 3, K, N)),
+        ((1, T, K), (K, N)),
+    ],
+)
+def test_left_alone(shape: tuple[int, ...], weight: tuple[int, ...]) -> None:
+    g = SmallGraph(shape)
+    model = g.model(g("MatMul", "x", random(0, *weight)))
+    assert experts_as_linears(model) == 0
+    assert [n.op_type for n in model.graph] == ["MatMul"]
+    said = [(v.name, reason) for v, _, reason in left_in_float(model)]
+    assert [name for name, _ in said] == (["c0"] if len(weight) > 2 else [])
+    assert all(" x ".join(map(str, weight)) in reason for _, reason in said)

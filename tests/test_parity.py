@@ -1,0 +1,126 @@
+"""Every run holds its rewrites to the original, and undoes one that is another function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from small_image_model import image_model, pictures
+
+from ptq_onnx import equalization
+from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.errors import ModelError
+from ptq_onnx.graph import load
+from ptq_onnx.images import Preprocess, open_images
+from ptq_onnx.parity import BOUND, LARGEST, Reference
+from ptq_onnx.pipeline import Result, quantize
+from ptq_onnx.runtime import Classifier
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("parity") / "pictures", 24)
+
+
+def job(model: Path, folder: Path, output: Path, **options: object) -> Result:
+    config = QuantizeConfig(report=False, threads=1, images=12, **options)  # type: ignore[arg-type]
+    return quantize(model, config=config, output=output, calib=folder)
+
+
+def decibels(model: Path, result: Result, folder: Path) -> float:
+    preprocess = Preprocess.named("imagenet", 16)
+    x = np.concatenate(list(open_images(folder, preprocess).batches(8)))
+    one, two = Classifier(model)(x), Classifier(result.output / "quantized.onnx")(x)
+    return float(10 * np.log10(np.sum(one**2) / np.sum((one - two) ** 2)))
+
+
+def test_a_run_states_its_parity(tmp_path: Path, folder: Path) -> None:
+    model = image_model(tmp_path / "m.onnx")
+    found = job(model, folder, tmp_path / "out").report["parity"]
+    assert (found["images"], found["original"], found["undone"]) == (8, True, ())
+    assert found["bound"] == BOUND
+    assert 0 <= found["fused"] < 1e-5
+    assert 0 < found["rewritten"] < 1e-5
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_a_broken_equalisation_is_undone(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """The numbers are those of --no-equalize, and a note says how far it was off."""
+    model = image_model(tmp_path / "m.onnx")
+    real = equalization.forms.move_rows
+
+    def broken(graph, linear, factor, shift):  # type: ignore[no-untyped-def]
+        real(graph, linear, factor, shift * 0)
+
+    monkeypatch.setattr("ptq_onnx.equalization.moves.move_rows", broken)
+    found = job(model, folder, tmp_path / "broken", target=target)
+    plain = job(model, folder, tmp_path / "plain", target=target, equalize=False)
+    (note,) = (n for n in found.report["notes"] if n.startswith("Undone"))
+    assert note.startswith("Undone: equalisation. The rewritten model was off by ")
+    assert "on 8 calibration images" in note
+    assert found.report["parity"]["undone"] == ("equalisation",)
+    assert found.report["parity"]["rewritten"] < 1e-5
+    first, second = ({t["tensor"]: t["scale"] for t in r.report["tensors"]} for r in (found, plain))
+    assert first == second
+    assert decibels(model, found, folder) == pytest.approx(decibels(model, plain, folder))
+    assert decibels(model, found, folder) > 25
+
+
+def test_a_broken_form_leaves_the_fused_model(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = image_model(tmp_path / "m.onnx")
+    real = equalization.restructure
+
+    def broken(model: ir.Model, *args: object, **kw: object) -> dict[str, int]:
+        counts = real(model, *args, **kw)  # type: ignore[arg-type]
+        value = [n for n in model.graph if n.op_type == "Linear"][-1].inputs[1]
+        assert value is not None
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
+        return {**counts, "Broken": 1}
+
+    monkeypatch.setattr(equalization, "restructure", broken)
+    found = job(model, folder, tmp_path / "out")
+    assert found.report["parity"]["undone"] == ("equalisation", "bringing it into form")
+    assert found.report["parity"]["rewritten"] == found.report["parity"]["fused"] < 1e-5
+    assert sum(n.startswith("Undone") for n in found.report["notes"]) == 2
+    assert decibels(model, found, folder) > 25
+
+
+def test_a_fused_model_of_another_function_is_refused(tmp_path: Path) -> None:
+    path = image_model(tmp_path / "m.onnx")
+    other = load(path)
+    x = [np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)]
+    assert Reference(path, other, x, 2).off(other).value == 0
+    for value in other.graph.initializers.values():
+        if value.const_value is not None and value.const_value.numpy().dtype == np.float32:
+            value.const_value = ir.tensor(value.const_value.numpy() * 1.5, name=value.name)
+    with pytest.raises(ModelError, match=r"cleaned and fused, it is off by .* no longer the same"):
+        Reference(path, other, x, 2)
+
+
+def test_what_off_means(tmp_path: Path) -> None:
+    """The root of Σ (a - b)² / Σ a², of the worst output; a graph that breaks is off by most."""
+    path = image_model(tmp_path / "m.onnx")
+    fused = load(path)
+    x = [np.random.default_rng(1).normal(size=(3, 3, 16, 16)).astype(np.float32)]
+    reference = Reference(path, fused, x, 3)
+    changed = load(path)
+    bias = changed.graph.node(-1).inputs[1]
+    assert bias is not None
+    assert bias.const_value is not None
+    delta = np.linspace(0, 0.01, 10).astype(np.float32)
+    bias.const_value = ir.tensor(bias.const_value.numpy() + delta, name=bias.name)
+    logits = Classifier(path)(x[0]).astype(np.float64)
+    expected = np.sqrt(3 * np.sum(delta.astype(np.float64) ** 2) / np.sum(logits**2))
+    found = reference.off(changed)
+    assert found.value == pytest.approx(expected, rel=1e-3)
+    assert found.output == changed.graph.outputs[0].name
+    changed.graph.outputs[0].shape = None
+    next(n for n in changed.graph if n.op_type == "Conv").op_type = "NoSuchOp"
+    assert reference.off(changed).value == LARGEST
