@@ -104,8 +104,8 @@ def _geometry(values: Mapping[str, Any], where: str) -> tuple[tuple[int, int], f
     if edge is not None:
         return (edge, edge), 1.0, False
     raise ConfigError(
-        f"Preprocessing: {where}: size {size!r:.80} is not one that is known here (height and width,"
-        " or shortest_edge): give a function of your own as preprocess=, or arrays."
+        f"Preprocessing: {where}: size {size!r:.80} is not known here (height and width, or"
+        " shortest_edge): give a function of your own as preprocess=, or arrays."
     )
 
 

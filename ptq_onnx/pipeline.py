@@ -29,7 +29,7 @@ from ptq_onnx.input_size import try_size
 from ptq_onnx.model_size import model_bytes
 from ptq_onnx.output_paths import Output
 from ptq_onnx.parity import IMAGES, Off, Parity, Reference
-from ptq_onnx.preparation import Prepared, prepare, read_input
+from ptq_onnx.preparation import Prepared, own_faults, prepare, read_input
 from ptq_onnx.preprocess_input import Given, from_files
 from ptq_onnx.progress import Advance, Progress, Stages
 from ptq_onnx.publishing import workshop
@@ -153,7 +153,8 @@ def quantize(
         run.again = lambda: prepare(prepared.path, config.opset, config.size, free=True)
         run.validation = validation(tested, labels)
         try:
-            report = run.run(tested, truth, scales)
+            with own_faults(prepared.path, "quantized"):
+                report = run.run(tested, truth, scales)
         except PtqError as error:  # the folder that it may name is gone by then
             text = str(error).replace(str(work), str(output))
             if text == str(error):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,8 +54,8 @@ def prepare(
     path = Path(path)
     model = graphs.load(path)
     refuse_tied(model, path)
-    notes = settle(model, path, size)
-    try:
+    with own_faults(path, "prepared"):
+        notes = settle(model, path, size)
         report = graphs.clean(model, opset)
         report = replace(report, notes=(*notes, *report.notes))
         fixed = fixed_batch(model) if free else None
@@ -64,12 +66,20 @@ def prepare(
         blocks = find_blocks(model)
         sites = find_sites(model, blocks)
         return Prepared(path, model, report, counts, blocks, sites, fixed)
-    except PtqError:
+
+
+@contextmanager
+def own_faults(path: Path, done: str) -> Iterator[None]:
+    """What no one thought of as a ModelError of one line, which says so; where ONNX Runtime refuses
+    the file too, that is what is wrong."""
+    try:
+        yield
+    except (PtqError, OSError):
         raise
     except Exception as error:  # a graph that nobody here has seen; its text may be a whole graph
         refuse_what_does_not_run(path)
         raise ModelError(
-            f"Model {path} cannot be prepared; a bug here, which its file would help to mend"
+            f"Model {path} cannot be {done}; a bug here, which its file would help to mend"
             f" ({type(error).__name__}: {one_line(error)})."
         ) from error
 
