@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fuzz.edits import sparse
-from fuzz.seeds import branched, no_transformer, vit
+from fuzz.seeds import CHOICES, branched, no_transformer, vit
 
 QUANTIZE = (
     *("quantize", "model.onnx", "--calib", "noise", "--images", "4", "--threads", "1"),
@@ -148,6 +148,17 @@ def a_long_output(folder: Path) -> Case:
     return (*words, "--output", "o" * 250), 2
 
 
+def weights_near_the_end_of_floats(folder: Path) -> Case:
+    """What equalisation expects of 1e30 squared is no number; NaN stood in the report."""
+    model = vit(CHOICES[4])
+    name = [n for n in model.graph.node if n.op_type == "LayerNormalization"][-1].input[2]
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.full(8, 1e29, np.float32), name))
+    _saved(model, folder, (), 0)
+    words = ("quantize", "model.onnx", "--calib", "noise", "--images", "4", "--threads", "1")
+    return (*words, "--target", "tensorrt", "--no-report"), 0
+
+
 def no_class(folder: Path) -> Case:
     return _saved(no_transformer(), folder, SHORT, 0)
 
@@ -188,5 +199,6 @@ CASES: tuple[Callable[[Path], Case], ...] = (
     long_image_names,
     names_that_are_no_text,
     a_long_output,
+    weights_near_the_end_of_floats,
     no_class,
 )
