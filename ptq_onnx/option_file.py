@@ -46,7 +46,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"Config {path} must hold options (name: value), not {shown(values)}.")
-    odd = next((key for key in values if not isinstance(key, str)), None)
-    if odd is not None:
-        raise ConfigError(f"Config {path}: {shown(odd)} is no name of an option.")
+    odd = [key for key in values if not isinstance(key, str)]
+    if odd:
+        raise ConfigError(f"Config {path}: {shown(odd[0])} is no name of an option.")
     return values

@@ -44,7 +44,7 @@ def test_refused(given: dict[str, Any], message: str) -> None:
     "text",
     [
         "size: 2001-01-01", "crop_pct: !!float y", "report: !!bool z", "bits: !!timestamp t",
-        "size: 2001-13-45", "? [a]\n: b", "~: 1", "1: 2", "calib: [a]", "output: 3",
+        "size: 2001-13-45", "? [a]\n: b", "~: 1\nx: 2", "1: 2", "calib: [a]", "output: 3",
         "labels: true", 'val: "a\\0b"', "keep_float: 3", "a: &b [1]\nsize: *b",
         f"size: {'9' * 5000}", f"batch: {'9' * 4000}", "images: 1e400", "images: .nan",
     ],

@@ -133,4 +133,4 @@ def _change(data: Any, rng: random.Random) -> None:
     elif what < 0.3 and isinstance(node, list):
         node.insert(key, copy.deepcopy(node[key]))
     else:
-        node[key] = rng.choice(VALUES)
+        node[key] = copy.deepcopy(rng.choice(VALUES))
