@@ -19,7 +19,6 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
-from ptq_onnx.equalization.experts import left_in_float
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.file_names import short_stem
 from ptq_onnx.image_items import PictureSource
@@ -382,6 +381,8 @@ class _Run:
         example = torch.zeros(self.fixed or 1, channels, height, width)
         quantizer.run(example, self.batches(self.images))
         self.notes.extend(quantizer.notes)
+        from ptq_onnx.equalization.experts import left_in_float
+
         stacks = [f"'{value.name}' {reason}" for value, _, reason in left_in_float(plan.model)]
         if stacks:
             more = f" (and {len(stacks) - 1} more)" if len(stacks) > 1 else ""
@@ -906,6 +907,8 @@ REASONS = {
 
 def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
     """Every tensor without codes, with the reason."""
+    from ptq_onnx.equalization.experts import left_in_float
+
     listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
     for stack, node, reason in left_in_float(prepared.model):
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
