@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     bias_correction: bool
     rounding: str
     quantize_residual: bool
+    centre_values: bool
     float16: bool
     arithmetic: Literal["float", "integer"]
     multiplier_bits: int
