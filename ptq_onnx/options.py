@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     equalize: bool
     bias_correction: bool
     rounding: str
+    centre_values: bool
     quantize_residual: bool
     float16: bool
     arithmetic: Literal["float", "integer"]

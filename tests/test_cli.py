@@ -161,6 +161,7 @@ def test_help_of_every_command(
     for option, text in help_texts(outcome).items():
         said = len(re.findall(r"\[(?:default: .+|required.*)\]", text))
         assert said == (option != "help"), text
+    assert re.findall(r"^Other:\n((?: .*\n?)+)", outcome.out, re.M)[0].lstrip().startswith("-h")
     needed = {"compare", "evaluate", "calibration-curve"}
     texts = help_texts(outcome)
     assert ("[required]" in texts.get("val", "")) == (name in needed)
