@@ -160,9 +160,7 @@ def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
     dropped, both as in timm and in torchvision's ImageFolder.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("it is no regular file")  # a pipe would be waited for
-        with Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             return from_image(image, preprocess)
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -172,12 +170,19 @@ def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
 def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
     """Decode one image file to RGB or gray. Raises ImageError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()
             return _convert(image, channels)
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
+
+
+def _opened(path: str | Path) -> Image.Image:
+    """An image file of a format that is decoded. Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")  # a pipe would be waited for
+    return Image.open(path, formats=FORMATS)
 
 
 def from_image(image: Image.Image, preprocess: Preprocess) -> FloatArray:
