@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ImageError
-from ptq_onnx.image_source import ImageSource, Item, evenly
+from ptq_onnx.image_source import IndexedSource, Item, evenly
 from ptq_onnx.preprocess import FloatArray, Preprocess, from_pixels
 
 Array = NDArray[Any]
 _NPZ_KEYS = ("images", "input", "x", "arr_0")
 
 
-class ArraySource(ImageSource):
+class ArraySource(IndexedSource):
     """Images of one array: floats [N, C, H, W] that are model inputs, or uint8 [N, H, W, C] pixels.
 
     ``load`` gives the array; for one on disk it maps the file anew each time, so that pages read
@@ -38,18 +38,11 @@ class ArraySource(ImageSource):
         self._load, self._where = load, where
         array = load()
         _check(array, where, preprocess)
-        self._indices = evenly(len(array), limit)
+        self._count, self._indices = len(array), evenly(len(array), limit)
         self.pictures = array.dtype == np.uint8
-
-    @property
-    def names(self) -> list[str]:
-        return [str(index) for index in self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    def _slots(self) -> Sequence[int]:
-        return self._indices
 
     def _read(self, slot: int) -> Item:
         image = self._load()[slot]

@@ -795,19 +795,16 @@ class _Run:
 
     def _choose_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:
         limit = self.config.analysis_images
-        if isinstance(self.images, FolderSource):
-            others = self.images.others(limit)
-            if others is not None:
-                return others, True
-        if isinstance(tested, FolderSource):
+        others = self.images.others(limit)
+        if others is not None:
+            return others, True
+        if tested is not None:
             return tested.reopened(limit), True
         self.notes.append(
             "All images were used for calibration, so the analysis runs on some of the same;"
             " give more images than --images, or --val, to hold some apart."
         )
-        if isinstance(self.images, FolderSource):
-            return self.images.reopened(limit), False
-        return self.images, False
+        return self.images.reopened(limit), False
 
     def _draw(
         self, quantizer: Any, simulator: Any, reference: Any, source: ImageSource
@@ -830,9 +827,7 @@ class _Run:
             whole = self.original or prepared
             plan = Plan(whole.model, whole.blocks, whole.sites, plain)
             vanilla = make_quantizer(plan)
-            few = self.images
-            if isinstance(few, FolderSource):
-                few = few.reopened(min(32, config.images))
+            few = self.images.reopened(min(32, config.images))
             channels, height, width = self.preprocess.shape
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
