@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: example test lint
+.PHONY: example test lint fuzz
 
 example: $(INSTALLED)
 	$(BIN)/python example.py
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Damaged and odd input for MINUTES minutes, from the seed FIRST on
+MINUTES ?= 5
+FIRST ?= 1000
+fuzz: $(INSTALLED)
+	cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m fuzz --minutes $(MINUTES) --first $(FIRST)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

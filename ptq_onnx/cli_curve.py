@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
@@ -11,6 +12,7 @@ from ptq_onnx import cli_options as o
 from ptq_onnx.console import decibels, percent, progress_bars, simple_table, stdout
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.model_path import find_model
+from ptq_onnx.option_types import shown
 from ptq_onnx.output_paths import Output
 
 if TYPE_CHECKING:
@@ -100,6 +102,6 @@ def table(curve: Curve) -> Table:
 def _counts(text: str) -> tuple[int, ...]:
     """``1,4,16``. Raises ConfigError."""
     parts = [p.strip() for p in text.split(",")]
-    if not all(p.isascii() and p.isdigit() and int(p) > 0 for p in parts):
-        raise ConfigError(f"--sizes {text}: expected numbers of images, as in 1,4,16.")
+    if not all(re.fullmatch("0*[1-9][0-9]{0,6}", p) for p in parts):
+        raise ConfigError(f"--sizes {shown(text)}: expected numbers of images, as in 1,4,16.")
     return tuple(int(p) for p in parts)

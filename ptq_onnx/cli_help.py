@@ -23,8 +23,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "bias_correction", "rounding",
     ),
     "Target": (
-        "target", "runtime", "precision", "float16", "centre_values", "quantize_residual", "opset",
-        "arithmetic", "multiplier_bits", "gelu", "pretrained", "strict",
+        "target", "runtime", "precision", "float16", "quantize_residual", "centre_values",
+        "opset", "arithmetic", "multiplier_bits", "gelu", "pretrained", "strict",
     ),
     "Analysis": (
         "report", "sensitivity", "pictures", "attention_blocks", "attention_heads",

@@ -5,6 +5,7 @@ An option that decides a number has the name of its field in QuantizeConfig.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any
@@ -23,9 +24,10 @@ from ptq_onnx.config import (
     ROUNDING_NAMES,
     TARGETS,
     QuantizeConfig,
-    read_yaml,
 )
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.option_file import read_yaml
+from ptq_onnx.option_types import shown
 
 DEFAULT = QuantizeConfig()
 PATHS = ("calib", "val", "labels", "scales", "output")
@@ -383,7 +385,10 @@ def settings(config: str | None, given: Mapping[str, Any]) -> tuple[QuantizeConf
     """
     values = {} if config is None else read_yaml(config)
     values.update((k, v) for k, v in given.items() if k in (*FIELDS, *PATHS) and v is not None)
-    paths = {k: str(v) for k in PATHS if (v := values.pop(k, None)) is not None}
+    paths = {k: v for k in PATHS if (v := values.pop(k, None)) is not None}
+    for name, path in paths.items():
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise ConfigError(f"--{name} {shown(path)}: must be the name of a file or folder.")
     for name, parse in PARSERS.items():
         if isinstance(values.get(name), str | int | float):
             values[name] = parse(name, str(values[name]))
@@ -395,14 +400,14 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--{name} {text}: expected numbers, as in 0.5,0.5,0.5.") from None
+        raise ConfigError(f"--{name} {shown(text)}: expected numbers, as in 0.5,0.5,0.5.") from None
 
 
 def _sides(name: str, text: str) -> tuple[int, int]:
     """``224`` or ``224x192``, height first. Raises ConfigError."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise ConfigError(f"--{name} {text}: expected pixels, as in 224 or 224x192.")
+    if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,4}", side) for side in sides):
+        raise ConfigError(f"--{name} {shown(text)}: expected pixels, as in 224 or 224x192.")
     return int(sides[0]), int(sides[-1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,10 +13,11 @@ from typing import Any, Literal
 import yaml
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.option_file import read_yaml
+from ptq_onnx.option_types import check_options, shown
 from ptq_onnx.preprocess import PREPROCESS_NAMES
 from ptq_onnx.targets import TARGETS as BY_NAME
 from ptq_onnx.targets import Target
-from ptq_onnx.text_file import read_text
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
@@ -29,6 +31,7 @@ OPSETS = range(20, 24)
 ALL = "all"
 AUTO = "auto"
 MOST_BITS = 8
+MOST_BLOCK_DIGITS = 4
 MAX_DROP, MIN_SQNR = 0.5, 20.0
 """Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""
 
@@ -53,7 +56,7 @@ class Bits:
     def parse(cls, text: str) -> Bits:
         """``8/8/4`` → weights 8, activations 8, attention 4. Raises ConfigError."""
         parts = str(text).split("/")
-        if len(parts) != 3 or not all(re.fullmatch(r"\d+", p.strip()) for p in parts):
+        if len(parts) != 3 or not all(re.fullmatch(r"[0-9]{1,3}", p.strip()) for p in parts):
             raise ConfigError(
                 f"--bits {text}: expected weights/activations/attention, as in 8/8/4,"
                 " each from 2 to 8."
@@ -85,6 +88,8 @@ class Selector:
             ends = piece.split("-")
             if not all(e.isdigit() for e in ends) or len(ends) > 2:
                 raise ConfigError(f"'{text}': '{piece}' is no block number or range such as 0-3.")
+            if max(map(len, ends)) > MOST_BLOCK_DIGITS:
+                raise ConfigError(f"'{shown(text)}': no model has so many blocks.")
             first, last = int(ends[0]), int(ends[-1])
             if last < first:
                 raise ConfigError(f"'{text}': the range {piece} runs backwards.")
@@ -173,6 +178,7 @@ class QuantizeConfig:
             value = getattr(self, name)
             if isinstance(value, str):  # one selector, not one per letter
                 object.__setattr__(self, name, (value,))
+        check_options(self)
         if self.method is not None:
             _choice("method", self.method, METHOD_NAMES)
         _choice("target", self.target, TARGETS)
@@ -188,7 +194,7 @@ class QuantizeConfig:
             object.__setattr__(self, "opset", self.runtime.opset)
         _choice("quantizer", self.quantizer, QUANTIZER_NAMES)
         _choice("arithmetic", self.arithmetic, ("float", "integer"))
-        if self.preprocess is not None and not Path(self.preprocess).exists():
+        if self.preprocess is not None and not os.path.exists(self.preprocess):
             files = "a folder with a preprocessor_config.json, or such a file"
             _choice("preprocess", self.preprocess, (*PREPROCESS_NAMES, files))
         Bits.parse(self.bits)
@@ -365,7 +371,8 @@ class QuantizeConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"{where}: unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}."
+                f"{where}: unknown option {shown(unknown[0])};"
+                f" known are {', '.join(sorted(known))}."
             )
         try:
             return cls(**values)
@@ -382,29 +389,9 @@ class QuantizeConfig:
         return replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file. Raises ConfigError."""
-    path = Path(path)
-    try:
-        values = yaml.safe_load(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"Config {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"Config {path} cannot be read: {error}.") from error
-    except RecursionError as error:
-        raise ConfigError(f"Config {path} is nested too deeply for options.") from error
-    except (yaml.YAMLError, ValueError) as error:  # a number of 5,000 digits is a ValueError
-        raise ConfigError(f"Config {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"Config {path} must hold options (name: value), not {values!r:.40}.")
-    return {str(k): v for k, v in values.items()}
-
-
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"There is no {name} '{value}'; choose one of {', '.join(known)}.")
+        raise ConfigError(f"There is no {name} {shown(value)}; choose one of {', '.join(known)}.")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from ptq_onnx.cleaning import SMALL, CleanReport, clean, flatten, skeleton
 from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
 from ptq_onnx.ordering import sort_nodes
+from ptq_onnx.sessions import Session
 from ptq_onnx.signature import put_back
+from ptq_onnx.sparse import write_out_sparse
 from ptq_onnx.standard import to_standard
 from ptq_onnx.telemetry import switch_off
 from ptq_onnx.validation import one_line, validate
@@ -67,13 +69,17 @@ def read(path: str | Path) -> ir.Model:
     refile(proto)
     _check_external_data(proto, path)
     try:
+        write_out_sparse(proto.graph)
         model = ir.from_proto(proto)
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
     _free_axes(model.graph)
     _map_external_data(model, path)
     _check(proto, model, path)
-    _let_go(model)
+    try:
+        _let_go(model)
+    except ValueError as error:
+        raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
     return model
 
 
@@ -266,7 +272,7 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             continue
         where = f"Model {path}: tensor '{tensor.name}'"
         location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        target = (folder / location).resolve()
+        target = (folder / location.replace("\0", "/../")).resolve()
         if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
             raise ModelError(
                 f"{where}: its data file '{location}' is outside the model's folder;"
@@ -332,8 +338,15 @@ def _let_go(model: ir.Model) -> None:
 def _own(tensor: ir.serde.TensorProtoTensor) -> ir.TensorProtocol:
     if tensor.dtype == ir.DataType.STRING:
         return tensor
+    shape = tensor.shape.numpy()
+    try:
+        if min(shape, default=0) < 0:
+            raise ValueError("a dimension is negative")
+        array = tensor.numpy()
+    except Exception as error:  # data of another length, in a field that its type does not use, …
+        raise ValueError(f"tensor '{tensor.name}' {list(shape)}: {one_line(error)}") from error
     return ir.Tensor(
-        tensor.numpy(),
+        array,
         dtype=tensor.dtype,
         name=tensor.name,
         doc_string=tensor.doc_string,
@@ -347,11 +360,20 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     for sparse in proto.graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     for nodes in (proto.graph.node, *(f.node for f in proto.functions)):
-        for node in nodes:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
+        yield from _held(nodes)
+
+
+def _held(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """Tensors in the attributes of nodes, and in the graphs that are their branches and bodies."""
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from graph.initializer
+            yield from _held(graph.node)
 
 
 def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
@@ -366,12 +388,11 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
         raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
 
 
-def open_plain(model: ir.Model, threads: int = 0, *, quiet: bool = False) -> ort.InferenceSession:
+def open_plain(model: ir.Model, threads: int = 0) -> ort.InferenceSession:
     """A session for a few images, without the packed copies of the weights, which would take
-    memory and time. ``quiet``: what it cannot run is told by the exception alone."""
+    memory and time. Raises ModelError."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4 if quiet else 3
     options.add_session_config_entry("session.disable_prepacking", "1")
     return open_session(to_standard(model), options)
 
@@ -384,7 +405,7 @@ def open_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceS
     providers = ["CPUExecutionProvider"]
     if _size(model) <= min(SHARED_LIMIT, EXTERNAL_LIMIT):
         content = ir.to_proto(model).SerializeToString()
-        return ort.InferenceSession(content, options, providers=providers)
+        return Session(content, options, providers=providers)
     proto, large = _without_weights(model)
     names, weights = [], []
     for name, weight in large.items():
@@ -399,6 +420,6 @@ def open_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceS
             entry = tensor.external_data.add()
             entry.key, entry.value = key, text
     options.add_external_initializers(names, weights)
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
+    session = Session(proto.SerializeToString(), options, providers=providers)
     session.weights = weights  # they must live as long as the session
     return session

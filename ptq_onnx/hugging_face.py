@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.option_types import shown
 from ptq_onnx.preprocess import Interpolation, Preprocess
+from ptq_onnx.text_file import read_text
 
 FILE = "preprocessor_config.json"
+LARGEST = 1 << 18
+"""Bytes of such a file; they have some hundred."""
 RESAMPLE: Mapping[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of the filters that we have."""
 UNKNOWN = ("rescale_offset", "include_top", "do_pad", "do_flip_channel_order")
@@ -31,15 +35,19 @@ def read_processor(path: str | Path) -> Preprocess:
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file, LARGEST))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"Preprocessing: {file} cannot be read: {reason}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"Preprocessing: {file} is not JSON ({error}).") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"Preprocessing: {file} holds no object, but {str(values)[:40]!r}.")
-    return from_processor(values, str(file))
+        raise ConfigError(f"Preprocessing: {file} holds no object, but {shown(values)}.")
+    try:
+        return from_processor(values, str(file))
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        # numbers of another kind than processors write: {"size": {"height": "x"}}
+        raise ConfigError(f"Preprocessing: {file} has a value that is none: {error}.") from None
 
 
 def from_processor(values: Mapping[str, Any], where: str) -> Preprocess:
@@ -65,7 +73,7 @@ def from_processor(values: Mapping[str, Any], where: str) -> Preprocess:
     code = values.get("resample", 2)
     if not isinstance(code, int) or code not in RESAMPLE:
         known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
-        raise ConfigError(f"Preprocessing: {where}: resample {code!r} is none of {known}.")
+        raise ConfigError(f"Preprocessing: {where}: resample {shown(code)} is none of {known}.")
     return Preprocess(
         mean=mean,
         std=std,
@@ -101,7 +109,7 @@ def _geometry(values: Mapping[str, Any], where: str) -> tuple[tuple[int, int], f
     if edge is not None:
         return (edge, edge), 1.0, False
     raise ConfigError(
-        f"Preprocessing: {where}: size {size!r} is not one that is known here (height and width, or"
+        f"Preprocessing: {where}: size {size!r:.80} is not known here (height and width, or"
         " shortest_edge): give a function of your own as preprocess=, or arrays."
     )
 

@@ -3,21 +3,23 @@
 import shutil
 import tempfile
 import weakref
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ptq_onnx.array_files import KEPT, Array, Header, Kept, Packed, is_archive, mapped
 from ptq_onnx.errors import ImageError
 from ptq_onnx.image_source import IndexedSource, Item, evenly
 from ptq_onnx.preprocess import FloatArray, Preprocess, from_pixels
 
-Array = NDArray[Any]
-_NPZ_KEYS = ("images", "input", "x", "arr_0")
+Images = Array | Header | Kept
+"""A whole array, or what is known of one that is not held."""
+MOST_IMAGES = 1 << 22
+MOST_PIXELS = 1 << 26
+"""Images of an array, and pixels of one of them."""
 
 
 class ArraySource(IndexedSource):
@@ -29,7 +31,7 @@ class ArraySource(IndexedSource):
 
     def __init__(
         self,
-        load: Callable[[], Array],
+        load: Callable[[], Images],
         where: str,
         preprocess: Preprocess,
         limit: int | None = None,
@@ -45,8 +47,39 @@ class ArraySource(IndexedSource):
         return len(self._indices)
 
     def _read(self, slot: int) -> Item:
-        image = self._load()[slot]
+        images = self._load()
+        assert not isinstance(images, Header)
+        return self._item(slot, images[slot])
+
+    def _item(self, slot: int, image: Array) -> Item:
         return str(slot), _to_input(image, f"{self._where}, image {slot}", self.preprocess)
+
+
+class StreamedSource(ArraySource):
+    """More images of an archive than are kept: every pass unpacks them, one at a time."""
+
+    def __init__(self, packed: Packed, preprocess: Preprocess, limit: int | None) -> None:
+        super().__init__(lambda: packed.header, packed.where, preprocess, limit)
+        self._packed = packed
+
+    def _prefetched(self, ahead: int) -> Iterator[Item]:
+        for slot, image in zip(self._indices, self._packed.images(self._indices), strict=True):
+            yield self._item(slot, image)
+
+
+class KeptSource(ArraySource):
+    """The images of an archive that are used, kept unpacked."""
+
+    def __init__(self, packed: Packed, preprocess: Preprocess, limit: int | None) -> None:
+        super().__init__(lambda: packed.header, packed.where, preprocess, limit)
+        self._packed, kept = packed, Kept(packed, self._indices)
+        self._load = lambda: kept
+
+    def _with(self, indices: list[int]) -> Self:
+        """Others have to be unpacked first."""
+        other, kept = super()._with(indices), Kept(self._packed, indices)
+        other._load = lambda: kept
+        return other
 
 
 def from_array(array: Array, preprocess: Preprocess, limit: int | None = None) -> ArraySource:
@@ -58,18 +91,18 @@ def from_array(array: Array, preprocess: Preprocess, limit: int | None = None) -
 def from_file(path: Path, preprocess: Preprocess, limit: int | None = None) -> ArraySource:
     """The images of a ``.npy`` or ``.npz`` file, read piece by piece. Raises ImageError."""
     where = f"Array file '{path}'"
-    if path.suffix.lower() == ".npz":
-        folder = Path(tempfile.mkdtemp(prefix="ptq_onnx-"))
-        try:
-            source = ArraySource(
-                _mapped(_unzip(path, folder / "images.npy"), where), where, preprocess, limit
-            )
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
-        return source
-    return ArraySource(_mapped(path, where), where, preprocess, limit)
+    if not is_archive(path, where):
+        return ArraySource(mapped(path, where), where, preprocess, limit)
+    packed = Packed(path, where)
+    _check(packed.header, where, preprocess)
+    if _large(packed, len(evenly(len(packed.header), limit))):
+        return StreamedSource(packed, preprocess, limit)
+    return KeptSource(packed, preprocess, limit)
+
+
+def _large(packed: Packed, count: int) -> bool:
+    """Whether so many of an archive's images are more than are kept."""
+    return count * packed.header.nbytes > KEPT * len(packed.header)
 
 
 def from_iterable(
@@ -132,7 +165,7 @@ def _spool(
     return count, pictures
 
 
-def _check(array: Array, where: str, preprocess: Preprocess) -> None:
+def _check(array: Images, where: str, preprocess: Preprocess) -> None:
     """Refuse an array whose images cannot become model inputs of ``preprocess.shape``."""
     found = f"{array.dtype}{list(array.shape)}"
     if array.dtype == np.uint8:
@@ -149,9 +182,13 @@ def _check(array: Array, where: str, preprocess: Preprocess) -> None:
         )
     if 0 in array.shape:
         raise ImageError(f"{where}: there are no images in it, its shape is {list(array.shape)}.")
+    if len(array) > MOST_IMAGES or array.shape[1] * array.shape[2] > MOST_PIXELS:
+        raise ImageError(
+            f"{where}: {found} is more than {MOST_IMAGES} images of {MOST_PIXELS} pixels each."
+        )
 
 
-def _is_pixels(array: Array, preprocess: Preprocess) -> bool:
+def _is_pixels(array: Images, preprocess: Preprocess) -> bool:
     """Whether uint8 images are inputs of a model that takes bytes, channels first."""
     return preprocess.raw and array.shape[-3:] == preprocess.shape
 
@@ -161,7 +198,10 @@ def _to_input(image: Array, where: str, preprocess: Preprocess) -> FloatArray:
     if image.dtype == np.uint8:
         if image.shape[-1] not in (1, 3, 4):
             return np.array(image, dtype=np.float32)
-        return from_pixels(image, preprocess)
+        try:
+            return from_pixels(image, preprocess)
+        except (ValueError, MemoryError) as error:
+            raise ImageError(f"{where}: {error}.") from None
     if preprocess.channels_last:
         image = image.transpose(2, 0, 1)
     with np.errstate(over="ignore"):
@@ -181,35 +221,3 @@ def _as_array(item: Any, where: str) -> Array:
     if array.dtype == object:
         raise ImageError(f"{where}: expected an array, got {type(item).__name__}.")
     return array
-
-
-def _mapped(path: Path, where: str) -> Callable[[], Array]:
-    """A function that maps the ``.npy`` file at ``path`` into memory."""
-
-    def load() -> Array:
-        try:
-            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())
-            raise ImageError(f"{where} cannot be read: {reason}.") from None
-        return array[None] if array.ndim == 3 else array
-
-    return load
-
-
-def _unzip(path: Path, target: Path) -> Path:
-    """Unpack the array of images in an ``.npz`` file to ``target``, never held in memory."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            keys = [name.removesuffix(".npy") for name in archive.namelist()]
-            key = next((key for key in _NPZ_KEYS if key in keys), None)
-            if key is None and len(keys) != 1:
-                raise ImageError(
-                    f"Array file '{path}': expected one array, or one called "
-                    f"{', '.join(_NPZ_KEYS)}; found {', '.join(keys) or 'none'}."
-                )
-            with archive.open(f"{key or keys[0]}.npy") as packed, target.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-    except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise ImageError(f"Array file '{path}' cannot be read: {error}.") from None
-    return target

@@ -100,13 +100,17 @@ def try_size(model: ir.Model, path: Path, image: ir.Value, shape: tuple[int, int
         return
     batch = dims[0] if isinstance(dims[0], int) else 1
     try:
-        session = open_plain(model, quiet=True)
+        session = open_plain(model)
         session.run(None, {str(image.name): np.zeros((batch, *shape), np.float32)})
     except Exception as error:  # the runtime's exceptions share no base class
         raise ModelError(
             f"Model {path} does not run on images of {shape[1]}x{shape[2]}: give the size it was"
-            f" made for with --size HxW ({one_line(error)})."
+            f" made for with --size HxW ({one_line(_cause(error))})."
         ) from error
+
+
+def _cause(error: Exception) -> Exception:
+    return error.__cause__ if isinstance(error.__cause__, Exception) else error
 
 
 def _check(size: Size, equations: _Equations, path: Path) -> None:

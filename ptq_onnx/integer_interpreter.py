@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from ptq_onnx.errors import ModelError, PtqError
+from ptq_onnx.sessions import Session
 
 Array = NDArray[Any]
 Attributes = Mapping[str, Any]
@@ -105,7 +106,7 @@ def differing_tensors(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = ort.InferenceSession(
+    session = Session(
         tapped.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     different: list[str] = []

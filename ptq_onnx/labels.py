@@ -10,6 +10,9 @@ from ptq_onnx.image_source import ImageSource
 from ptq_onnx.images import FolderSource
 from ptq_onnx.text_file import read_text
 
+MOST_DIGITS = 9
+"""Of a class index."""
+
 
 def read_labels(path: str | Path) -> dict[str, int]:
     """Class by image name from lines ``name label``; blank lines and ``#`` comments are ignored.
@@ -28,7 +31,7 @@ def read_labels(path: str | Path) -> dict[str, int]:
             continue
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
         name = name.rstrip()
-        if not (name and label.isascii() and label.isdigit()):
+        if not (name and label.isascii() and label.isdigit() and len(label) <= MOST_DIGITS):
             raise ImageError(
                 f"Labels file '{path}', line {number}: expected 'name label' with a class index "
                 f"from 0, got {line.strip()[:60]!r}."

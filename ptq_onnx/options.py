@@ -44,8 +44,8 @@ class Options(TypedDict, total=False):
     equalize: bool
     bias_correction: bool
     rounding: str
-    centre_values: bool
     quantize_residual: bool
+    centre_values: bool
     float16: bool
     arithmetic: Literal["float", "integer"]
     multiplier_bits: int

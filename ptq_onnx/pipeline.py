@@ -19,8 +19,8 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
-from ptq_onnx.equalization.experts import left_in_float
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
+from ptq_onnx.file_names import short_stem
 from ptq_onnx.image_items import PictureSource
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Images, Preprocess, open_images
@@ -28,18 +28,21 @@ from ptq_onnx.input_size import try_size
 from ptq_onnx.model_size import model_bytes
 from ptq_onnx.output_paths import Output
 from ptq_onnx.parity import IMAGES, Off, Parity, Reference
-from ptq_onnx.preparation import Prepared, prepare, read_input
+from ptq_onnx.preparation import Prepared, own_faults, prepare, read_input
 from ptq_onnx.preprocess_input import Given, from_files
 from ptq_onnx.progress import Advance, Progress, Stages
 from ptq_onnx.publishing import workshop
 from ptq_onnx.result import Result
+from ptq_onnx.scales_file import read_scales
 from ptq_onnx.selectors import check_selectors, known_roles
 from ptq_onnx.signature import as_pixels, pixels, signature
 from ptq_onnx.sites import image_input
-from ptq_onnx.spec import Site, TensorSpec
+from ptq_onnx.spec import Site
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis, Automatic
+
+__all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"]
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +152,8 @@ def quantize(
         run.again = lambda: prepare(prepared.path, config.opset, config.size, free=True)
         run.validation = validation(tested, labels)
         try:
-            report = run.run(tested, truth, scales)
+            with own_faults(prepared.path, "quantized"):
+                report = run.run(tested, truth, scales)
         except PtqError as error:  # the folder that it may name is gone by then
             text = str(error).replace(str(work), str(output))
             if text == str(error):
@@ -307,20 +311,6 @@ def _calibration_images(
     return open_images(calib, preprocess, limit=config.images, **how)
 
 
-def read_scales(path: str | Path) -> dict[str, TensorSpec]:
-    """Specs by tensor from the report.json of an earlier run. Raises ConfigError."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = data["tensors"]
-        return {e["tensor"]: TensorSpec.from_json(e["tensor"], e) for e in entries}
-    except OSError as error:
-        raise ConfigError(f"--scales {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--scales {path} is no report.json of this tool ({type(error).__name__}: {error})."
-        ) from error
-
-
 @dataclass
 class _Run:
     """One quantization, stage by stage; files go to ``work``."""
@@ -391,6 +381,8 @@ class _Run:
         example = torch.zeros(self.fixed or 1, channels, height, width)
         quantizer.run(example, self.batches(self.images))
         self.notes.extend(quantizer.notes)
+        from ptq_onnx.equalization.experts import left_in_float
+
         stacks = [f"'{value.name}' {reason}" for value, _, reason in left_in_float(plan.model)]
         if stacks:
             more = f" (and {len(stacks) - 1} more)" if len(stacks) > 1 else ""
@@ -844,13 +836,14 @@ class _Run:
             return []
         folder = self.work / "attention"
         folder.mkdir()
-        self.picture = folder / f"picture_{Path(maps[0].image_name).stem}.png"
+        self.picture = folder / f"picture_{short_stem(maps[0].image_name)}.png"
         Image.fromarray(maps[0].image).save(self.picture)
         advance(1)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
         pictures = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
-            path = folder / f"{kind}block_{found.block:02d}_{Path(found.image_name).stem}.png"
+            name = f"{kind}block_{found.block:02d}_{short_stem(found.image_name)}.png"
+            path = folder / name
             draw_attention(found, path, config.attention_heads)
             what = ", maps of the float model in 8 and 4 bits" if kind else ""
             pictures.append((f"Block {found.block}, {found.image_name}{what}", path))
@@ -909,6 +902,8 @@ REASONS = {
 
 def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
     """Every tensor without codes, with the reason."""
+    from ptq_onnx.equalization.experts import left_in_float
+
     listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
     for stack, node, reason in left_in_float(prepared.model):
         role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]

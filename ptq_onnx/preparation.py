@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import Blocks, find_blocks
@@ -14,6 +17,7 @@ from ptq_onnx.errors import ModelError, PtqError
 from ptq_onnx.free_batch import FixedBatch, fixed_batch, freed
 from ptq_onnx.fusion import fuse
 from ptq_onnx.input_size import Axes, fix_size
+from ptq_onnx.sessions import Session
 from ptq_onnx.signature import channels_last, take_images
 from ptq_onnx.sites import find_sites, image_input
 from ptq_onnx.spec import Site
@@ -50,8 +54,8 @@ def prepare(
     path = Path(path)
     model = graphs.load(path)
     refuse_tied(model, path)
-    notes = settle(model, path, size)
-    try:
+    with own_faults(path, "prepared"):
+        notes = settle(model, path, size)
         report = graphs.clean(model, opset)
         report = replace(report, notes=(*notes, *report.notes))
         fixed = fixed_batch(model) if free else None
@@ -62,13 +66,32 @@ def prepare(
         blocks = find_blocks(model)
         sites = find_sites(model, blocks)
         return Prepared(path, model, report, counts, blocks, sites, fixed)
-    except PtqError:
+
+
+@contextmanager
+def own_faults(path: Path, done: str) -> Iterator[None]:
+    """What no one thought of as a ModelError of one line, which says so; where ONNX Runtime refuses
+    the file too, that is what is wrong."""
+    try:
+        yield
+    except (PtqError, OSError):
         raise
     except Exception as error:  # a graph that nobody here has seen; its text may be a whole graph
+        refuse_what_does_not_run(path)
         raise ModelError(
-            f"Model {path} cannot be prepared; a bug here, which its file would help to mend"
+            f"Model {path} cannot be {done}; a bug here, which its file would help to mend"
             f" ({type(error).__name__}: {one_line(error)})."
         ) from error
+
+
+def refuse_what_does_not_run(path: Path) -> None:
+    """Raise ModelError where ONNX Runtime refuses the file too: then that is what is wrong."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        Session(str(path), options, providers=["CPUExecutionProvider"])
+    except ModelError as error:
+        raise ModelError(f"Model {path}: {error}") from error
 
 
 def settle(model: ir.Model, path: Path, size: tuple[int, int] | None = None) -> list[str]:

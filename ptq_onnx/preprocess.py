@@ -11,6 +11,8 @@ import math
 import os
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,12 @@ FloatArray = NDArray[np.float32]
 METADATA_KEY = "ptq_onnx.preprocess"
 #: A picture whose sides are between the input size and this multiple of it is never resized.
 CROP_ONLY = 1.1
+
+#: Pixels of a resized picture, beyond what a crop needs of one that is wide or tall.
+MOST_PIXELS = 1 << 26
+
+LEAST_CROP, LEAST_STD, LARGEST_NUMBER, LARGEST_SIDE = 0.1, 1e-6, 1e4, 8192
+"""Bounds of what options and a model's metadata may ask for."""
 
 _NAMED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -83,23 +91,26 @@ class Preprocess:
             if not _finite(values, self.channels):
                 raise ConfigError(
                     f"Preprocessing: {field} needs one finite number for each of the "
-                    f"{self.channels} channels, got {values!r}."
+                    f"{self.channels} channels, got {values!r:.80}."
                 )
             object.__setattr__(self, field, tuple(float(value) for value in values))
-        if min(self.std) <= 0:
+        if min(self.std) < LEAST_STD:
             raise ConfigError(f"Preprocessing: std must be positive, got {self.std}.")
         if not _sides(self.size):
             raise ConfigError(
-                "Preprocessing: size must be (height, width), two positive whole numbers, "
-                f"got {self.size!r}."
+                "Preprocessing: size must be (height, width), two positive whole numbers up to "
+                f"{LARGEST_SIDE}, got {self.size!r:.80}."
             )
         object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
-        if not (_number(self.crop_pct) and 0 < self.crop_pct <= 1):
-            raise ConfigError(f"Preprocessing: crop_pct must be in (0, 1], got {self.crop_pct!r}.")
-        if self.interpolation not in _RESAMPLING:
+        if not (_number(self.crop_pct) and LEAST_CROP <= self.crop_pct <= 1):
+            raise ConfigError(
+                f"Preprocessing: crop_pct must be in (0, 1], at least {LEAST_CROP}, got"
+                f" {self.crop_pct!r:.40}."
+            )
+        if not isinstance(self.interpolation, str) or self.interpolation not in _RESAMPLING:
             raise ConfigError(
                 f"Preprocessing: interpolation must be one of {', '.join(_RESAMPLING)}, "
-                f"got {self.interpolation!r}."
+                f"got {self.interpolation!r:.40}."
             )
 
     @classmethod
@@ -141,7 +152,7 @@ class Preprocess:
         """The inverse of :meth:`to_json`. Raises ConfigError."""
         try:
             values: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"Preprocessing: not valid JSON ({error}): {text[:60]!r}.") from None
         known = set(cls.__dataclass_fields__)
         required = {"mean", "std", "size"}
@@ -159,30 +170,28 @@ def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
     Of an animation it is the first frame. The orientation tag is ignored and an alpha channel
     dropped, both as in timm and in torchvision's ImageFolder.
     """
-    try:
-        with _opened(path) as image:
-            return from_image(image, preprocess)
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
+    with _opened(path) as image:
+        return from_image(image, preprocess)
 
 
 def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
     """Decode one image file to RGB or gray. Raises ImageError if it cannot be read."""
+    with _opened(path) as image:
+        image.load()
+        return _convert(image, channels)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture in a regular file, of a format that is known here. Raises ImageError."""
     try:
-        with _opened(path) as image:
-            image.load()
-            return _convert(image, channels)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")  # a pipe would be waited for
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
-
-
-def _opened(path: str | Path) -> Image.Image:
-    """An image file of a format that is decoded. Raises OSError."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("it is no regular file")  # a pipe would be waited for
-    return Image.open(path, formats=FORMATS)
 
 
 def from_image(image: Image.Image, preprocess: Preprocess) -> FloatArray:
@@ -232,14 +241,17 @@ def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The picture just large enough to cover ``size / crop_pct``, rounded as torchvision does."""
     sides = (image.height, image.width)
     target = [math.floor(s / preprocess.crop_pct) for s in preprocess.size]
-    if preprocess.squash:
-        whole = sides == tuple(target)
-        return image if whole else image.resize((target[1], target[0]), _filter(preprocess))
-    ratio = min(side / t for side, t in zip(sides, target, strict=True))
-    # The side that sets the ratio lands on its target exactly, whatever int() makes of it
-    height, width = (
-        max(t, int(side / ratio + 1e-6)) for side, t in zip(sides, target, strict=True)
-    )
+    height, width = target
+    if not preprocess.squash:
+        ratio = min(side / t for side, t in zip(sides, target, strict=True))
+        # The side that sets the ratio lands on its target exactly, whatever int() makes of it
+        height, width = (
+            max(t, int(side / ratio + 1e-6)) for side, t in zip(sides, target, strict=True)
+        )
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"resized, it would have {width} by {height} pixels; it is too narrow")
+    if preprocess.squash and sides == (height, width):
+        return image
     return image.resize((width, height), _filter(preprocess))
 
 
@@ -247,15 +259,20 @@ def _filter(preprocess: Preprocess) -> Image.Resampling:
     return _RESAMPLING[preprocess.interpolation]
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+def _number(value: Any) -> bool:
+    kinds = int, float, np.floating, np.integer
+    return isinstance(value, kinds) and not isinstance(value, bool) and _is_small(value)
+
+
+def _is_small(value: Any) -> bool:
+    return bool(abs(value) <= LARGEST_NUMBER)  # NaN is not
 
 
 def _finite(values: object, count: int) -> bool:
     return (
         isinstance(values, tuple | list)
         and len(values) == count
-        and all(_number(value) and math.isfinite(value) for value in values)
+        and all(map(_number, values))
     )
 
 
@@ -263,5 +280,5 @@ def _sides(size: object) -> bool:
     return (
         isinstance(size, tuple | list)
         and len(size) == 2
-        and all(isinstance(side, int | np.integer) and side > 0 for side in size)
+        and all(isinstance(side, int | np.integer) and 0 < side <= LARGEST_SIDE for side in size)
     )

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.preprocess import FloatArray
+from ptq_onnx.sessions import Session
 from ptq_onnx.signature import channels_last, fed
 from ptq_onnx.telemetry import switch_off
 
@@ -70,7 +71,7 @@ def session(
         source = model if isinstance(model, bytes) else str(model)
         return open_with_fp8(source, options, providers)
     except Exception as error:  # its exceptions share no base class
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error.__cause__ or error).split())
         if name is not None:
             reason = reason.replace(str(model), "it")
         raise ModelError(f"{where} is refused by ONNX Runtime: {reason[:300]}") from error
@@ -85,12 +86,12 @@ def open_with_fp8(
     refuses its own graph; without them it computes the products on the dequantized floats.
     """
     try:
-        return ort.InferenceSession(source, options, providers=providers)
+        return Session(source, options, providers=providers)
     except Exception as error:
-        if "float8e4m3fn" not in str(error):
+        if "float8e4m3fn" not in str(error.__cause__):
             raise
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return ort.InferenceSession(source, options, providers=providers)
+    return Session(source, options, providers=providers)
 
 
 @lru_cache(maxsize=1)
@@ -242,7 +243,7 @@ class Network:
                 {self._input.name: fed(images, self._input.shape, self._dtype)},
             )
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error.__cause__ or error).split())
             raise ModelError(f"{self.name} fails in ONNX Runtime: {reason[:300]}") from error
         return [np.asarray(value) for value in result]
 

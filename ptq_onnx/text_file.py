@@ -8,22 +8,23 @@ import stat
 import tempfile
 from pathlib import Path
 
-LARGEST = 256 << 20
-"""Bytes of the largest text that is read: names and labels of five million images."""
+LARGEST = 64 << 20
+"""Bytes of the largest text that is read: names and labels of a million images."""
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, largest: int | None = None) -> str:
     """The text of a file in UTF-8, with or without its mark.
 
     Raises OSError, also for what is no regular file (a device, a pipe) or holds more than
-    ``LARGEST`` bytes, and UnicodeDecodeError.
+    ``largest`` bytes (``LARGEST`` unless given), and UnicodeDecodeError.
     """
+    most = LARGEST if largest is None else largest
     with open(path, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise OSError(errno.EFBIG, f"it has more than {LARGEST >> 20} MB")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most / (1 << 20):g} MB")
     return content.decode("utf-8-sig")
 
 

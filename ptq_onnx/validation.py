@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from ptq_onnx.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 RUNTIME_DOMAIN = "com.microsoft"
+
+LARGEST_BATCH = 1 << 28
+"""Numbers of a batch whose size is fixed: a gigabyte."""
 
 MASK_OPS = frozenset(
     (
@@ -41,6 +45,7 @@ def validate(model: ir.Model, path: Path) -> None:
     if any(node.domain == RUNTIME_DOMAIN for node in model.graph):
         _check_runtime(path)
     check_input(model, path)
+    _check_outputs(model.graph, path)
     _check_weights(model.graph, path)
 
 
@@ -54,6 +59,13 @@ def refuse_unknown(model: ir.Model, prefix: str = "") -> None:
     """No loop, and no op that only a plug-in knows; what a branch holds is looked at once it is
     known which is taken."""
     local = {(f.domain, f.name) for f in model.functions.values()}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        odd = next((a for a in node.attributes.values() if a.is_ref()), None)
+        if odd is not None:
+            raise ModelError(
+                f"{prefix}{'n' if prefix else 'N'}ode '{node.name or node.outputs[0].name}': its"
+                f" attribute {odd.name} refers to one of a function, and the node is in none."
+            )
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for node in (node for graph in graphs for node in graph):
         where = f"{prefix}{'n' if prefix else 'N'}ode '{node.name or node.outputs[0].name}'"
@@ -87,7 +99,14 @@ def check_input(model: ir.Model, path: Path) -> None:
     """One input, a batch of images. Raises ModelError, true for what the file takes."""
     inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
     if len(inputs) == 1 and is_image(inputs[0]):
-        return
+        sides = [d for d in inputs[0].shape or () if isinstance(d, int)]
+        if min(sides, default=1) >= 1 and math.prod(sides) <= LARGEST_BATCH:
+            return
+        what = "holds no image" if min(sides) < 1 else f"holds more than {LARGEST_BATCH} numbers"
+        raise ModelError(
+            f"Model {path}: its input is '{inputs[0].name}' {_describe(inputs[0])}, which {what}:"
+            " export it with the size of the images, and a dynamic batch."
+        )
     found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
     images = [v for v in inputs if is_image(v)]
     if len(inputs) == 1:
@@ -103,6 +122,17 @@ def check_input(model: ir.Model, path: Path) -> None:
         f"Model {path}: {what}; this version calibrates with images: one input, float or uint8,"
         f" [batch, channels, height, width] or [batch, height, width, channels]. {advice}."
     )
+
+
+def _check_outputs(graph: ir.Graph, path: Path) -> None:
+    """Every output is made by a node."""
+    for value in graph.outputs:
+        if value.producer() is None:
+            what = "a weight" if value.name in graph.initializers else "the input itself"
+            raise ModelError(
+                f"Model {path}: its output '{value.name}' is {what}, not made by a node."
+                " Export the model without it."
+            )
 
 
 def is_image(value: ir.Value) -> bool:
@@ -128,6 +158,11 @@ def _check_weights(graph: ir.Graph, path: Path) -> None:
             raise ModelError(
                 f"Model {path}: tensor '{value.name}' cannot be read: {one_line(error)}."
             ) from error
+        if tensor.dtype in FLOATS and array.ndim > 1 and not array.size:
+            raise ModelError(
+                f"Model {path}: tensor '{value.name}' {list(array.shape)} holds nothing; weights"
+                " need at least one element. Export the model again."
+            )
         if tensor.dtype not in FLOATS or np.isfinite(array).all():
             continue
         if np.isnan(array).any():

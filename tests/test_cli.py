@@ -338,7 +338,7 @@ def test_defaults_are_those_of_the_config(command: Command, given_options: dict[
         (("--mean", "a,b"), "expected numbers"),
         (("--mean", "0.5,0.5"), "mean"),
         (("--std", "0,1,1"), "std"),
-        (("--crop-pct", "2"), "crop_pct"),
+        (("--crop-pct", "2"), "--crop-pct"),
         (("--interpolation", "nix"), "bicubic"),
         (("--preprocess", "nix"), "inception"),
         (("--keep-float", "fc2@x"), "fc2@x"),

@@ -336,8 +336,9 @@ class TestArrays:
 
     def test_some_are_held_apart(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", self.floats)
+        np.savez_compressed(tmp_path / "a.npz", images=self.floats)
         pictures = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(7)]
-        for given_as in (self.floats, tmp_path / "a.npy", pictures):
+        for given_as in (self.floats, tmp_path / "a.npy", tmp_path / "a.npz", pictures):
             source = open_images(given_as, PLAIN, limit=4)
             others = source.others(2)
             assert others is not None

@@ -29,12 +29,12 @@ def difference(one: float, other: float) -> float:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON holds it: lists for tuples, null for infinite numbers."""
+    """The value as JSON holds it: lists for tuples, null for infinite numbers and NaN."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from ptq_onnx.blocks import Blocks, name_of
 from ptq_onnx.calibration.statistics import ChannelStatistics, collect
 from ptq_onnx.layout import channel_map
 from ptq_onnx.quantizers.fake_quantize import clipped, fake_quantize, reach
+from ptq_onnx.sessions import Session
 from ptq_onnx.spec import Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -296,7 +297,7 @@ def _raw(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = ort.InferenceSession(
+    session = Session(
         ir.to_proto(copy).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     feed = session.get_inputs()[0].name

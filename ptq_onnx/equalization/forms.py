@@ -449,7 +449,7 @@ def _unpack(graph: ir.Graph, linear: ir.Node) -> bool:
             "Transpose", [apart], [dims[a] for a in order], value, "turned", perm=order
         )
         old = value.name
-        value.replace_all_uses_with(turned)
+        value.replace_all_uses_with(turned, replace_graph_outputs=True)
         value.name = f"{old}_packed"
         turned.name = old
     _drop_unread(graph, linear)

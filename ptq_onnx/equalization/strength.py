@@ -62,7 +62,9 @@ class Choice:
 
     @property
     def gain_db(self) -> float:
-        """By how much the factors lower the expected noise."""
+        """By how much the factors lower the expected noise; 0 where that is beyond numbers."""
+        if not (np.isfinite(self.plain) and np.isfinite(self.noise)):
+            return 0.0
         return float(10 * np.log10(max(self.plain, 1e-300) / max(self.noise, 1e-300)))
 
 

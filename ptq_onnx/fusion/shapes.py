@@ -64,7 +64,10 @@ def _select_from_shape(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     dims = sizes(shape.inputs[0])
     arrays = [a for a in map(constant, node.inputs[1:]) if a is not None]
-    if dims is None or len(arrays) < len(node.inputs) - 1 or not node.outputs[0].uses():
+    old = node.outputs[0]
+    if dims is None or len(arrays) < len(node.inputs) - 1:
+        return False
+    if not old.uses() or old.is_graph_output():
         return False
     dims = dims[shape.attributes.get_int("start", 0) : shape.attributes.get_int("end", None)]
     if node.op_type == "Gather":
@@ -75,7 +78,6 @@ def _select_from_shape(graph: ir.Graph, node: ir.Node) -> bool:
         taken = np.array(dims[start:end:step], dtype=object)
     if not all(isinstance(d, int) for d in np.ravel(taken)):
         return False
-    old = node.outputs[0]
     old.replace_all_uses_with(_integers(graph, f"{old.name}_folded", taken))
     graph.remove(node, safe=True)
     return True

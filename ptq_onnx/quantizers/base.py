@@ -32,6 +32,7 @@ from ptq_onnx.quantizers.ptf import needed_step, zero_points
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
 from ptq_onnx.quantizers.weights import weight_scale
+from ptq_onnx.scales_file import check_fit
 from ptq_onnx.selectors import check_roles, in_form, known_roles
 from ptq_onnx.spec import Rule, Site, TensorSpec
 
@@ -197,6 +198,7 @@ class SiteQuantizer(VitQuantizer):
                     f"--scales {where}: tensor '{tensor}' was {specs[tensor].rule}, now it is"
                     f" {rule}; use the options of that run, or calibrate anew."
                 )
+            check_fit(specs[tensor], self.plan.sites[tensor], f"--scales {where}")
         self._given = specs
 
     def measure(self, batches: Iterable[Any]) -> Statistics:

@@ -1,0 +1,107 @@
+"""What kind of value an option takes, and how large it may be: YAML and Python give anything."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ptq_onnx.errors import ConfigError
+
+WORDS = {
+    bool: "true or false, without quotes",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list",
+    type(None): "nothing",
+}
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "images": (1, 1_000_000),
+    "batch": (1, 4096),
+    "analysis_images": (1, 1_000_000),
+    "threads": (0, 256),
+    "attention_blocks": (0, 9999),
+    "attention_heads": (0, 9999),
+    "size": (1, 8192),
+    "crop_pct": (0.1, 1),
+    "mean": (-1e4, 1e4),
+    "std": (1e-6, 1e4),
+    "min_sqnr": (-1000, 1000),
+}
+"""The smallest and the largest value that makes sense, of each where there are several."""
+
+MOST_ITEMS = 10_000
+SHORT = 60
+"""Characters of a value that a message shows."""
+
+
+def check_options(config: Any) -> None:
+    """Check the types of a dataclass's fields, and their bounds. Raises ConfigError, one line."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        option = "--" + field.name.replace("_", "-")
+        text = value if isinstance(value, str) and len(value) < SHORT else shown(value)
+        low, high = BOUNDS.get(field.name, (None, None))
+        fits = _fits(value, hint)
+        if hint is int and low is not None and not (fits and value >= low):
+            raise ConfigError(f"{option} must be at least {low:g}, got {shown(value)}.")
+        if not fits:
+            words = " or ".join(dict.fromkeys(_words(hint)))
+            raise ConfigError(f"{option} {text}: must be {words}.")
+        if low is None or high is None or value is None:
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                raise ConfigError(f"{option} {shown(number)}: must be from {low:g} to {high:g}.")
+
+
+def shown(value: object) -> str:
+    """The value in a message: short, whatever it is. A list is not looked into, as lists of lists
+    may be larger in print than in memory."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**18:
+        return f"a number of {int(math.log10(abs(value))) + 1} digits"
+    if not isinstance(value, str | int | float | None):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str)  # which one is checked where the names are
+    if origin is tuple:
+        if not isinstance(value, tuple) or len(value) > MOST_ITEMS:
+            return False
+        parts = get_args(hint)
+        if parts[-1] is Ellipsis:
+            return all(_fits(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint is float:
+        return _is_number(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _words(hint: Any) -> list[str]:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return [word for part in get_args(hint) if part is not type(None) for word in _words(part)]
+    if origin is tuple:
+        parts = get_args(hint)
+        what = WORDS[parts[0]]
+        return [f"a list, each {what}" if parts[-1] is ... else f"{len(parts)} times {what}"]
+    return [WORDS[str if origin is Literal else hint]]

@@ -1,0 +1,204 @@
+"""One function a finding: it fills the folder and returns the words of the command and its code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from fuzz.edits import sparse
+from fuzz.seeds import CHOICES, branched, no_transformer, vit
+
+QUANTIZE = (
+    *("quantize", "model.onnx", "--calib", "noise", "--images", "4", "--threads", "1"),
+    *("--quantizer", "vanilla"),
+)
+SHORT = (*QUANTIZE, "--no-report")
+Case = tuple[tuple[str, ...], int]
+
+
+def constant_if(folder: Path) -> Case:
+    """An If of a constant over two Identities was a value with two owners."""
+    return _saved(branched(), folder, SHORT, 0)
+
+
+def dims_of_other_data(folder: Path) -> Case:
+    """Weights whose dims and data disagree ended in NumPy's reshape."""
+    model = vit()
+    _weight(model, (8,)).dims[:] = [1]
+    return _saved(model, folder, SHORT, 2)
+
+
+def negative_dim_of_a_weight(folder: Path) -> Case:
+    """NumPy takes -1 for 'what is left', onnx does not."""
+    model = vit()
+    _weight(model, (8,)).dims[:] = [-1]
+    return _saved(model, folder, SHORT, 2)
+
+
+def empty_weight(folder: Path) -> Case:
+    model = vit()
+    tensor = _weight(model, (8, 24))
+    tensor.CopyFrom(numpy_helper.from_array(np.zeros((8, 0), np.float32), tensor.name))
+    return _saved(model, folder, SHORT, 2)
+
+
+def no_image_in_a_batch(folder: Path) -> Case:
+    """A batch of 0 images is one of any size."""
+    model = vit()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    return _saved(model, folder, SHORT, 0)
+
+
+def no_row_in_an_image(folder: Path) -> Case:
+    model = vit()
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -5
+    return _saved(model, folder, SHORT, 2)
+
+
+def a_million_images_in_a_batch(folder: Path) -> Case:
+    """Took minutes, then all memory."""
+    return _saved(vit(batch=1 << 20), folder, SHORT, 2)
+
+
+def attribute_of_no_function(folder: Path) -> Case:
+    model = vit()
+    node = next(n for n in model.graph.node if n.op_type == "Softmax")
+    node.attribute[0].ref_attr_name = "alpha"
+    return _saved(model, folder, SHORT, 2)
+
+
+def sparse_weights(folder: Path) -> Case:
+    """onnx_ir drops them: the weight became an input that nobody feeds."""
+    import random
+
+    model = vit()
+    sparse(model, random.Random(0))
+    return _saved(model, folder, SHORT, 0)
+
+
+def runs_for_no_image(folder: Path) -> Case:
+    """A Reshape that fails at run time: ONNX Runtime's own exception, and its log on stderr."""
+    model = vit()
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.INT64 and numpy_helper.to_array(tensor).size == 4:
+            tensor.CopyFrom(numpy_helper.from_array(np.array([0, 5, 2, 4]), tensor.name))
+            break
+    del model.graph.value_info[:]
+    return _saved(model, folder, SHORT, 2)
+
+
+def split_of_no_axis(folder: Path) -> Case:
+    """What ONNX Runtime refuses too was called a fault of the package."""
+    model = vit()
+    split = next(n for n in model.graph.node if n.op_type == "Split")
+    split.input[0] = _weight(model, (8,)).name
+    return _saved(model, folder, SHORT, 2)
+
+
+def attention_as_output(folder: Path) -> Case:
+    """q, k or v as an output of the graph could not be unpacked."""
+    model = vit()
+    node = next(
+        n for n in model.graph.node if n.op_type == "Transpose" and len(n.attribute[0].ints) == 4
+    )
+    shape = ["batch", 2, 6, 4]
+    model.graph.output.append(
+        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, shape)
+    )
+    words = ("quantize", "model.onnx", "--calib", "noise", "--images", "4", "--threads", "1")
+    return _saved(model, folder, (*words, "--no-report"), 0)
+
+
+def weight_as_output(folder: Path) -> Case:
+    model = vit()
+    name = _weight(model, (8, 4)).name
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [8, 4]))
+    return _saved(model, folder, SHORT, 2)
+
+
+def weights_of_a_branch_elsewhere(folder: Path) -> Case:
+    """External data was looked for in the graph and its functions, not in branches."""
+    model = branched()
+    choice = next(n for n in model.graph.node if n.op_type == "If")
+    tensor = choice.attribute[0].g.initializer.add()
+    tensor.CopyFrom(numpy_helper.from_array(np.zeros(4, np.float32), "stolen"))
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../../../../../etc/hostname")
+    return _saved(model, folder, SHORT, 2)
+
+
+def long_image_names(folder: Path) -> Case:
+    """Attention pictures have the image's name and more; a name of 251 bytes is one too many."""
+    return _with_images(folder, "a" * 251 + ".png", "é" * 100 + ".png")
+
+
+def names_that_are_no_text(folder: Path) -> Case:
+    return _with_images(folder, os.fsdecode(b"\xff\xfe.png"), "\x1b[31m\n.png", "<b>&.png")
+
+
+def a_long_output(folder: Path) -> Case:
+    words, _ = _saved(vit(), folder, SHORT, 2)
+    return (*words, "--output", "o" * 250), 2
+
+
+def weights_near_the_end_of_floats(folder: Path) -> Case:
+    """What equalisation expects of 1e30 squared is no number; NaN stood in the report."""
+    model = vit(CHOICES[4])
+    name = [n for n in model.graph.node if n.op_type == "LayerNormalization"][-1].input[2]
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.full(8, 1e29, np.float32), name))
+    _saved(model, folder, (), 0)
+    words = ("quantize", "model.onnx", "--calib", "noise", "--images", "4", "--threads", "1")
+    return (*words, "--target", "tensorrt", "--no-report"), 0
+
+
+def no_class(folder: Path) -> Case:
+    return _saved(no_transformer(), folder, SHORT, 0)
+
+
+def _saved(model: onnx.ModelProto, folder: Path, words: tuple[str, ...], code: int) -> Case:
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return words, code
+
+
+def _weight(model: onnx.ModelProto, dims: tuple[int, ...]) -> onnx.TensorProto:
+    return next(t for t in model.graph.initializer if tuple(t.dims) == dims)
+
+
+def _with_images(folder: Path, *names: str) -> Case:
+    (folder / "in").mkdir()
+    for name in names:
+        Image.new("RGB", (12, 8), "red").save(folder / "in" / name)
+    _saved(vit(), folder, (), 0)
+    words = ("quantize", "model.onnx", "--calib", "in", "--threads", "1", "--quantizer", "vanilla")
+    return (*words, "--analysis-images", "2"), 0
+
+
+CASES: tuple[Callable[[Path], Case], ...] = (
+    constant_if,
+    dims_of_other_data,
+    negative_dim_of_a_weight,
+    empty_weight,
+    no_image_in_a_batch,
+    no_row_in_an_image,
+    a_million_images_in_a_batch,
+    attribute_of_no_function,
+    sparse_weights,
+    runs_for_no_image,
+    split_of_no_axis,
+    attention_as_output,
+    weight_as_output,
+    weights_of_a_branch_elsewhere,
+    long_image_names,
+    names_that_are_no_text,
+    a_long_output,
+    weights_near_the_end_of_floats,
+    no_class,
+)
