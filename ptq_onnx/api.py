@@ -192,11 +192,15 @@ def evaluate(
     ``images``: what :func:`open_images` takes, or returned. Raises PtqError.
     """
     from ptq_onnx import evaluation
+    from ptq_onnx.calibration.class_output import features_of
 
     with ExitStack() as files:
         path = files.enter_context(model_file(model))
         other = None if reference is None else files.enter_context(model_file(reference))
         source, truth = _measured(path, images, labels, preprocess)
+        features = []
+        if other is not None and truth is None:
+            features = features_of(other, source.preprocess.size)
         return evaluation.evaluate(
             path,
             source,
@@ -204,6 +208,7 @@ def evaluate(
             batch_size=batch_size,
             threads=threads,
             reference=other,
+            features=features,
             progress=progress,
         )
 
@@ -304,9 +309,10 @@ def _labelled(
 def _measured(
     path: Any, images: Images, labels: Labels | None, preprocess: Preprocessing | None
 ) -> tuple[ImageSource, NDArray[np.int64] | None]:
-    """Images, and their classes where there are any."""
+    """Images, and their classes where there are any; folders are none to a model without."""
     from ptq_onnx.labels import labels_for
     from ptq_onnx.pipeline import has_class_folders
+    from ptq_onnx.runtime import Network
 
     settings, given = taken(preprocess, QuantizeConfig())
     if labels is not None and not isinstance(labels, str | os.PathLike):
@@ -315,4 +321,5 @@ def _measured(
     source = _opened(path, images, settings, given)
     if labels is not None:
         return source, labels_for(source, os.fspath(labels))
-    return source, labels_for(source) if has_class_folders(source) else None
+    classes = has_class_folders(source) and bool(Network(path, 1).class_outputs)
+    return source, labels_for(source) if classes else None

@@ -35,6 +35,7 @@ from ptq_onnx.console import (
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.model_path import find_model
 from ptq_onnx.output_paths import OUTPUT, Output
+from ptq_onnx.outputs import decibels as in_json
 
 app = typer.Typer(
     name="ptq-onnx",
@@ -185,7 +186,7 @@ def evaluate(
             "skipped": len(source.skipped),
             "top1": found.top1,
             "top5": found.top5,
-            "sqnr_db": found.sqnr_db,
+            "sqnr_db": in_json(found.sqnr_db),
             "agreement": found.agreement,
         }
         text = {"model": str(path), **{k: _finite(v) for k, v in numbers.items()}}

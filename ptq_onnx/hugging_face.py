@@ -63,8 +63,13 @@ def from_processor(values: Mapping[str, Any], where: str) -> Preprocess:
             f"Preprocessing: {where}: {other} is not known here: give a function of your own as"
             " preprocess=, or arrays."
         )
-    size, crop_pct, squash = _geometry(values, where)
-    mean, std = _normalisation(values, where)
+    try:
+        size, crop_pct, squash = _geometry(values, where)
+        mean, std = _normalisation(values, where)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(
+            f"Preprocessing: {where}: expected numbers that are not zero ({error})."
+        ) from None
     code = values.get("resample", 2)
     if not isinstance(code, int) or code not in RESAMPLE:
         known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())

@@ -3,16 +3,16 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ptq_onnx.array_files import KEPT, Array, Header, Kept, Packed, is_archive, mapped
 from ptq_onnx.errors import ImageError
-from ptq_onnx.image_source import ImageSource, Item, evenly
+from ptq_onnx.image_source import IndexedSource, Item, evenly
 from ptq_onnx.preprocess import FloatArray, Preprocess, from_pixels
 
 Images = Array | Header | Kept
@@ -22,7 +22,7 @@ MOST_PIXELS = 1 << 26
 """Images of an array, and pixels of one of them."""
 
 
-class ArraySource(ImageSource):
+class ArraySource(IndexedSource):
     """Images of one array: floats [N, C, H, W] that are model inputs, or uint8 [N, H, W, C] pixels.
 
     ``load`` gives the array; for one on disk it maps the file anew each time, so that pages read
@@ -40,18 +40,11 @@ class ArraySource(ImageSource):
         self._load, self._where = load, where
         array = load()
         _check(array, where, preprocess)
-        self._indices = evenly(len(array), limit)
+        self._count, self._indices = len(array), evenly(len(array), limit)
         self.pictures = array.dtype == np.uint8
-
-    @property
-    def names(self) -> list[str]:
-        return [str(index) for index in self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    def _slots(self) -> Sequence[int]:
-        return self._indices
 
     def _read(self, slot: int) -> Item:
         images = self._load()
@@ -74,6 +67,21 @@ class StreamedSource(ArraySource):
             yield self._item(slot, image)
 
 
+class KeptSource(ArraySource):
+    """The images of an archive that are used, kept unpacked."""
+
+    def __init__(self, packed: Packed, preprocess: Preprocess, limit: int | None) -> None:
+        super().__init__(lambda: packed.header, packed.where, preprocess, limit)
+        self._packed, kept = packed, Kept(packed, self._indices)
+        self._load = lambda: kept
+
+    def _with(self, indices: list[int]) -> Self:
+        """Others have to be unpacked first."""
+        other, kept = super()._with(indices), Kept(self._packed, indices)
+        other._load = lambda: kept
+        return other
+
+
 def from_array(array: Array, preprocess: Preprocess, limit: int | None = None) -> ArraySource:
     """The images of an array in memory, [N, …] or a single one. Raises ImageError."""
     whole = array[None] if array.ndim == 3 else array
@@ -87,11 +95,14 @@ def from_file(path: Path, preprocess: Preprocess, limit: int | None = None) -> A
         return ArraySource(mapped(path, where), where, preprocess, limit)
     packed = Packed(path, where)
     _check(packed.header, where, preprocess)
-    chosen = evenly(len(packed.header), limit)
-    if len(chosen) * packed.header.nbytes > KEPT * len(packed.header):
+    if _large(packed, len(evenly(len(packed.header), limit))):
         return StreamedSource(packed, preprocess, limit)
-    kept = Kept(packed, chosen)
-    return ArraySource(lambda: kept, where, preprocess, limit)
+    return KeptSource(packed, preprocess, limit)
+
+
+def _large(packed: Packed, count: int) -> bool:
+    """Whether so many of an archive's images are more than are kept."""
+    return count * packed.header.nbytes > KEPT * len(packed.header)
 
 
 def from_iterable(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.image_source import ImageSource, Item, evenly
+from ptq_onnx.image_source import IndexedSource, Item, evenly
 from ptq_onnx.preprocess import FloatArray, Preprocess, from_image, open_picture
 
 TAKEN = (
@@ -28,7 +28,7 @@ def is_picture(item: object) -> bool:
     return isinstance(item, Image.Image)
 
 
-class PictureSource(ImageSource):
+class PictureSource(IndexedSource):
     """PIL images that are held in memory already."""
 
     def __init__(
@@ -40,14 +40,7 @@ class PictureSource(ImageSource):
     ) -> None:
         self.images, self.preprocess, self.skipped = images, preprocess, []
         self.transform, self.pictures = transform, transform is None
-        self._indices = evenly(len(images), limit)
-
-    @property
-    def names(self) -> list[str]:
-        return [str(index) for index in self._indices]
-
-    def _slots(self) -> Sequence[int]:
-        return self._indices
+        self._count, self._indices = len(images), evenly(len(images), limit)
 
     def _read(self, slot: int) -> Item:
         if self.transform is None:

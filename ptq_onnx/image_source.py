@@ -1,9 +1,13 @@
 """What every source of images can do: tell names, and stream batches again and again."""
 
+from __future__ import annotations
+
+import copy
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +51,14 @@ class ImageSource(ABC):
     @abstractmethod
     def _read(self, slot: int) -> Item:
         """Name and pixels [C, H, W] of a place. Raises ImageError; runs in a worker thread."""
+
+    @abstractmethod
+    def reopened(self, limit: int | None = None) -> ImageSource:
+        """All images there are once more, of which ``limit`` chooses anew."""
+
+    def others(self, limit: int) -> ImageSource | None:
+        """Up to ``limit`` of the images that this source does not use; None if there are none."""
+        return None
 
     def _retry(self, slot: int, error: ImageError) -> Item | None:
         """What stands in for an unreadable image, if anything; runs in the caller's thread."""
@@ -96,6 +108,37 @@ class ImageSource(ABC):
                 pool.shutdown(cancel_futures=True)
 
 
+class IndexedSource(ImageSource):
+    """Images that are told by their index, of which some are used."""
+
+    _count: int
+    """All there are."""
+    _indices: list[int]
+
+    @property
+    def names(self) -> list[str]:
+        return [str(index) for index in self._indices]
+
+    def _slots(self) -> Sequence[int]:
+        return self._indices
+
+    def reopened(self, limit: int | None = None) -> Self:
+        return self._with(evenly(self._count, limit))
+
+    def others(self, limit: int) -> Self | None:
+        used = set(self._indices)
+        left = [index for index in range(self._count) if index not in used]
+        return self._with([left[i] for i in evenly(len(left), limit)]) if left else None
+
+    def _with(self, indices: list[int]) -> Self:
+        """The same images, others chosen; as long as it lives, so does what they lie in."""
+        other = copy.copy(self)
+        other._indices, other.skipped, other.labels, other._origin = indices, [], None, self
+        return other
+
+    _origin: ImageSource | None = None
+
+
 class NoiseSource(ImageSource):
     """Standard Gaussian model inputs, or Gaussian pixels where the model takes pixels, always the
     same: calibration data that shows nothing."""
@@ -109,6 +152,9 @@ class NoiseSource(ImageSource):
 
     def _slots(self) -> Sequence[int]:
         return range(self.count)
+
+    def reopened(self, limit: int | None = None) -> NoiseSource:
+        return NoiseSource(self.preprocess, self.count if limit is None else min(limit, self.count))
 
     def _read(self, slot: int) -> Item:
         random = np.random.default_rng((NOISE_SEED, slot))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx import graph as graphs
 from ptq_onnx.errors import ModelError
+from ptq_onnx.runtime import TYPES
 from ptq_onnx.signature import fed
 from ptq_onnx.validation import one_line
 
@@ -83,7 +84,8 @@ class Reference:
         self.fused: Off | None = None
         self.bound = BOUND
         try:
-            self.expected = [_run(_opened(path, threads), batch) for batch in self.batches]
+            original = _opened(path, threads)
+            self.expected = [_run(original, batch) for batch in self.batches]
         except Exception as error:  # whatever the runtime does not take
             self.notes.append(
                 "The original does not run in ONNX Runtime, so that rewrites were compared with"
@@ -140,14 +142,6 @@ def _run(session: ort.InferenceSession, batch: Array) -> Outputs:
     image = next((i for i in session.get_inputs() if len(i.shape) == 4), session.get_inputs()[0])
     found: Outputs = session.run(None, {image.name: fed(batch, image.shape, TYPES[image.type])})
     return found
-
-
-TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(uint8)": np.uint8,
-}
 
 
 def _powers(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,12 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import AUTO, INTEGER, QuantizeConfig
+from ptq_onnx.description import describe, shown, validation
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.file_names import short_stem
-from ptq_onnx.image_items import PictureSource
 from ptq_onnx.image_source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.images import METADATA_KEY, FolderSource, Images, Preprocess, open_images
 from ptq_onnx.input_size import try_size
-from ptq_onnx.model_size import model_bytes
 from ptq_onnx.output_paths import Output
 from ptq_onnx.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.preparation import Prepared, own_faults, prepare, read_input
@@ -37,7 +35,6 @@ from ptq_onnx.scales_file import read_scales
 from ptq_onnx.selectors import check_selectors, known_roles
 from ptq_onnx.signature import as_pixels, pixels, signature
 from ptq_onnx.sites import image_input
-from ptq_onnx.spec import Site
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis, Automatic
@@ -171,7 +168,7 @@ def quantize(
 def _without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
     """False, with a note, for class folders that are of no use to the model. Raises ModelError for
     labels that were asked for."""
-    made = ", ".join(f"{v['name']} {v['shape']}" for v in map(_value, prepared.model.graph.outputs))
+    made = ", ".join(f"{v['name']} {v['shape']}" for v in map(shown, prepared.model.graph.outputs))
     where = f"Model {prepared.path} has no output [batch, classes], only {made}"
     if labels is not None:
         raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
@@ -406,7 +403,10 @@ class _Run:
             )
         graphs.save(self._as_taken(lowered), quantized)
         (self.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        report = self._describe(config, quantizer, scales is not None)
+        report = describe(
+            self.prepared, quantizer, config, self.preprocess, self.images, self.work,
+            reused=scales is not None,
+        )  # fmt: skip
         report["equalization"] = {
             "forms": dict(plan.forms),
             "moves": [asdict(move) for move in plan.moves],
@@ -639,53 +639,6 @@ class _Run:
         others = tuple(t for t in config.per_channel if t != AUTO)
         return replace(config, per_channel=(*others, str(selector)))
 
-    def _describe(self, config: QuantizeConfig, quantizer: Any, reused: bool) -> dict[str, Any]:
-        """All of the report that does not need running the model."""
-        prepared, sites = self.prepared, self.prepared.sites
-        model = self._as_taken(prepared.model)
-        return {
-            "ptq_onnx": _version(),
-            "model": {
-                "path": prepared.path.name,
-                "bytes": model_bytes(prepared.path),
-                "opset": prepared.cleaned.opset_before,
-                "producer": model.producer_name,
-                "inputs": _inputs(model),
-                "outputs": [_value(v) for v in model.graph.outputs],
-            },
-            "config": json.loads(json.dumps(asdict(config))),
-            "preprocess": json.loads(self.preprocess.to_json()),
-            "cleaned": asdict(prepared.cleaned),
-            "fusions": prepared.fusions,
-            "blocks": prepared.blocks.count,
-            "roles": {
-                n: {"role": r.name, "block": r.block} for n, r in prepared.blocks.roles.items()
-            },
-            "unrecognised": list(prepared.blocks.unrecognised),
-            "calibration": {
-                "source": "scales of an earlier run" if reused else _source_name(self.images),
-                "images": 0 if reused else len(self.images),
-                "skipped": list(self.images.skipped),
-                "method": config.effective_method,
-            },
-            "arithmetic": config.arithmetic,
-            "tensors": [
-                {
-                    "tensor": tensor,
-                    "role": sites[tensor].role,
-                    "block": sites[tensor].block,
-                    "parameter": sites[tensor].is_parameter,
-                    **spec.to_json(),
-                }
-                for tensor, spec in quantizer.specs.items()
-            ],
-            "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
-            "sizes": {
-                "float": model_bytes(self.work / "fused.onnx"),
-                "quantized": model_bytes(self.work / "quantized.onnx"),
-            },
-        }
-
     def _analyse(
         self, quantizer: Any, tested: ImageSource | None
     ) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
@@ -787,19 +740,16 @@ class _Run:
 
     def _choose_apart(self, tested: ImageSource | None) -> tuple[ImageSource, bool]:
         limit = self.config.analysis_images
-        if isinstance(self.images, FolderSource):
-            others = self.images.others(limit)
-            if others is not None:
-                return others, True
-        if isinstance(tested, FolderSource):
+        others = self.images.others(limit)
+        if others is not None:
+            return others, True
+        if tested is not None:
             return tested.reopened(limit), True
         self.notes.append(
             "All images were used for calibration, so the analysis runs on some of the same;"
             " give more images than --images, or --val, to hold some apart."
         )
-        if isinstance(self.images, FolderSource):
-            return self.images.reopened(limit), False
-        return self.images, False
+        return self.images.reopened(limit), False
 
     def _draw(
         self, quantizer: Any, simulator: Any, reference: Any, source: ImageSource
@@ -822,9 +772,7 @@ class _Run:
             whole = self.original or prepared
             plan = Plan(whole.model, whole.blocks, whole.sites, plain)
             vanilla = make_quantizer(plan)
-            few = self.images
-            if isinstance(few, FolderSource):
-                few = few.reopened(min(32, config.images))
+            few = self.images.reopened(min(32, config.images))
             channels, height, width = self.preprocess.shape
             example = torch.zeros(self.fixed or 1, channels, height, width)
             vanilla.run(example, self.batches(few))
@@ -887,93 +835,3 @@ class _Run:
         ops = [OpError(**op) for op in report["analysis"]["ops"]]
         page = render(report, snr_over_blocks(ops), pictures, self.picture)
         (self.work / "report.html").write_text(page, encoding="utf-8")
-
-
-BIAS, GAMMA, BETA = "bias", "gamma", "beta"
-REASONS = {
-    False: {
-        BIAS: "bias: float here, int32 at scale s_x·s_w on integer hardware",
-        GAMMA: "LayerNorm γ: folded into integer M/2^N on integer hardware",
-        BETA: "LayerNorm β: folded into an integer offset on integer hardware",
-    },
-    True: {
-        BIAS: "bias: in the integer constant of the requantization",
-        GAMMA: "LayerNorm γ: in the integer multipliers of the requantization",
-        BETA: "LayerNorm β: in the integer constant of the requantization",
-    },
-}
-"""Why parameters have no codes: for files with float arithmetic, and for integer files."""
-
-
-def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
-    """Every tensor without codes, with the reason."""
-    from ptq_onnx.equalization.experts import left_in_float
-
-    listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
-    for stack, node, reason in left_in_float(prepared.model):
-        role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
-        listed.append(
-            {"tensor": stack.name, "role": role.name, "block": role.block, "reason": reason}
-        )
-    for node in prepared.model.graph:
-        role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
-        reasons: list[tuple[int, str]] = []
-        if node.op_type in ("Linear", "Conv"):
-            reasons = [(2, why[BIAS])]
-        elif node.op_type == "LayerNormalization":
-            reasons = [(1, why[GAMMA]), (2, why[BETA])]
-        for index, reason in reasons:
-            value = node.inputs[index] if len(node.inputs) > index else None
-            if value is not None and value.name:
-                listed.append(
-                    {"tensor": value.name, "role": role.name, "block": role.block, "reason": reason}
-                )
-    return listed
-
-
-def _float(site: Site, reason: str) -> dict[str, Any]:
-    return {"tensor": site.tensor, "role": site.role, "block": site.block, "reason": reason}
-
-
-def _inputs(model: ir.Model) -> list[dict[str, Any]]:
-    """The inputs of the file."""
-    own = signature(model)
-    if own is not None:
-        return [{"name": own.name, "shape": list(own.shape)}]
-    return [_value(v) for v in model.graph.inputs if not v.is_initializer()]
-
-
-def _value(value: ir.Value) -> dict[str, Any]:
-    shape = (
-        []
-        if value.shape is None
-        else [d if isinstance(d, int) else str(d.value) for d in value.shape]
-    )
-    return {"name": value.name, "shape": shape}
-
-
-def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[str, Any] | None:
-    """What ``--val`` and ``--labels`` name, without their folders."""
-    if tested is None:
-        return None
-    return {
-        "source": _source_name(tested),
-        "labels": None if labels is None else Path(labels).name,
-    }
-
-
-def _source_name(images: ImageSource) -> str:
-    if isinstance(images, NoiseSource):
-        return NOISE
-    if isinstance(images, FolderSource):
-        return "a list of files" if images.listed else str(images.root.name)
-    return "pictures" if isinstance(images, PictureSource) else "arrays"
-
-
-def _version() -> str:
-    try:
-        return version("ptq-onnx")
-    except PackageNotFoundError:
-        from ptq_onnx import __version__
-
-        return __version__

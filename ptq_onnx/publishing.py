@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,17 +56,20 @@ def workshop(output: Path) -> Iterator[Path]:
     place = output.resolve()
     if place.exists() and not place.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
+    made = [folder for folder in place.parents if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         clear(place)
         work, lock = _made(place)
     except OSError as error:
+        _remove_empty(made)
         raise ConfigError(f"--output {output} cannot be written: {error.strerror}.") from error
     try:
         yield work
     finally:
         _remove(work)
         _unlock(lock)
+        _remove_empty(made)
 
 
 def publish(work: Path, output: Path) -> tuple[Path, ...]:
@@ -175,6 +178,13 @@ def _remove(folder: Path) -> None:
                 os.unlink(entry.path)
         (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, that nothing was put into."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _mask() -> int:

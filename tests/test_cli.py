@@ -161,6 +161,7 @@ def test_help_of_every_command(
     for option, text in help_texts(outcome).items():
         said = len(re.findall(r"\[(?:default: .+|required.*)\]", text))
         assert said == (option != "help"), text
+    assert re.findall(r"^Other:\n((?: .*\n?)+)", outcome.out, re.M)[0].lstrip().startswith("-h")
     needed = {"compare", "evaluate", "calibration-curve"}
     texts = help_texts(outcome)
     assert ("[required]" in texts.get("val", "")) == (name in needed)
@@ -510,7 +511,8 @@ def test_unreadable_images_are_counted(command: Command, tmp_path: Path) -> None
     outcome = command("evaluate", MODEL, "--val", folder, "--reference", MODEL, "--json")
     found = json.loads(outcome.out)
     assert (found["count"], found["skipped"], found["agreement"]) == (4, 2, 100)
-    assert (found["top1"], found["sqnr_db"]) == (None, None)  # no labels; no noise: infinite
+    assert (found["top1"], found["sqnr_db"]) == (None, 200)  # no labels; no noise: as of the output
+    assert found["outputs"][0]["sqnr_db"] == 200
 
 
 @pytest.mark.parametrize("verb", ["quantize", "evaluate"])

@@ -82,7 +82,12 @@ def test_every_shortest_edge_is_met(edge: int) -> None:
         (json.dumps({**VIT, "image_mean": None}), "image_mean and image_std are missing"),
         (json.dumps({**VIT, "resample": 9}), "resample 9 is none of 0 \\(nearest\\)"),
         (json.dumps({**VIT, "do_pad": True}), "do_pad is not known here"),
-        (json.dumps({**VIT, "size": {"longest_edge": 1024}}), "size .* is not one that is known"),
+        (json.dumps({**VIT, "resample": [3]}), r"resample a list is none of 0"),
+        (json.dumps({**VIT, "rescale_factor": "x"}), "expected numbers"),
+        (json.dumps({**VIT, "rescale_factor": 0}), "expected numbers that are not zero"),
+        (json.dumps({**VIT, "size": {"height": None, "width": 8}}), "expected numbers"),
+        (json.dumps({**CLIP, "size": {"shortest_edge": 0}}), "expected numbers that are not zero"),
+        (json.dumps({**VIT, "size": {"longest_edge": 1024}}), "size .* is not known here"),
     ],
 )
 def test_refused(text: str, said: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import EpsImagePlugin, Image, features
 
 from ptq_onnx.errors import ImageError
 from ptq_onnx.images import EXTENSIONS, Preprocess, load_image, open_images
+from ptq_onnx.preprocess import open_picture
 
 AT_32 = Preprocess.named("inception", 32)
 PICTURE = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
@@ -24,6 +25,8 @@ def test_postscript_starts_no_program(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a.png").write_bytes(EPS)
     with pytest.raises(ImageError, match=r"a\.png' cannot be read: cannot identify"):
         load_image(tmp_path / "a.png", AT_32)
+    with pytest.raises(ImageError, match=r"a\.png' cannot be read: cannot identify"):
+        open_picture(tmp_path / "a.png")  # for a function of the user's
     assert started == []
 
 

@@ -334,6 +334,25 @@ class TestArrays:
         endless = itertools.repeat(self.floats[:2])
         assert len(open_images(endless, PLAIN, limit=5)) == 5
 
+    def test_some_are_held_apart(self, tmp_path: Path) -> None:
+        np.save(tmp_path / "a.npy", self.floats)
+        np.savez_compressed(tmp_path / "a.npz", images=self.floats)
+        pictures = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(7)]
+        for given_as in (self.floats, tmp_path / "a.npy", tmp_path / "a.npz", pictures):
+            source = open_images(given_as, PLAIN, limit=4)
+            others = source.others(2)
+            assert others is not None
+            assert (source.names, others.names) == (["0", "1", "3", "5"], ["2", "4"])
+            whole = drain(open_images(given_as, PLAIN))
+            np.testing.assert_array_equal(drain(others), whole[[2, 4]])
+            assert source.reopened(2).names == ["0", "3"]
+            assert open_images(given_as, PLAIN).others(2) is None
+
+    def test_a_spool_stays_as_long_as_others_use_it(self) -> None:
+        few = open_images(iter(self.floats), PLAIN).reopened(2)
+        gc.collect()
+        np.testing.assert_array_equal(drain(few), self.floats[[0, 3]])
+
     def test_spool_is_on_disk_and_goes_away(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

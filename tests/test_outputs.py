@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
 from several_outputs import SIZE, save_network
 from typer.testing import CliRunner
 
+import ptq_onnx
 from ptq_onnx.analysis.report import render
 from ptq_onnx.analysis.schema import report_schema, violations
 from ptq_onnx.auto.closeness import Recorded
@@ -246,7 +248,7 @@ def test_labels_without_classes_are_refused_before_the_work(folder: Path, tmp_pa
     with pytest.raises(ModelError, match=r"no output \[batch, classes\], only depth .*--labels"):
         run(folder, "dense.onnx", tmp_path / "out", **paths,
             progress=lambda stage, _: told.append(stage) or (lambda _: None))  # fmt: skip
-    assert (told, list(tmp_path.iterdir())) == ([], [])
+    assert (told, list(tmp_path.iterdir())) == (["All", "Reading the model"], [])
 
 
 def test_auto_bounds_the_worst_output(folder: Path, tmp_path: Path) -> None:
@@ -289,6 +291,29 @@ def test_evaluate_of_a_dense_model_asks_for_the_reference(folder: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code != 0
     assert "--reference" in str(done.exception)
+
+
+def test_from_python_folders_are_no_classes_of_a_dense_model(folder: Path) -> None:
+    """As on the command line."""
+    path, pictures = folder / "dense.onnx", folder / "classes"
+    for index, pixels in enumerate(RNG.integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)):
+        place = pictures / str(index % 2) / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    found = ptq_onnx.evaluate(path, pictures, reference=path, preprocess="inception", threads=1)
+    assert (found.count, found.top1, found.agreement) == (4, None, None)
+    table = ptq_onnx.compare(
+        [path], pictures, reference=path, preprocess="inception", block_images=2, threads=1
+    )
+    assert [one.top1 for one in table.contenders] == [None, None]
+    with pytest.raises(ModelError, match="leave the labels out"):
+        ptq_onnx.evaluate(path, pictures, labels=[0] * 4, preprocess="inception", threads=1)
+
+
+def test_from_python_no_class_leads_among_features(folder: Path) -> None:
+    path = save_network(folder / "features.onnx", ("embedding",))
+    found = ptq_onnx.evaluate(path, PICTURES, reference=path, preprocess=PLAIN, threads=1)
+    assert (found.agreement, found.outputs[0].agreement) == (None, None)
 
 
 # Batches, names

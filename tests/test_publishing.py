@@ -85,6 +85,15 @@ def test_a_failure_leaves_what_was_there(out: Path) -> None:
     assert beside(out) == []
 
 
+def test_a_failure_leaves_no_new_folders(out: Path) -> None:
+    place = out.parent / "new" / "deep" / "out"
+    with pytest.raises(FileNotFoundError):
+        make(place, {"no/such/folder": "1"})
+    assert not (out.parent / "new").exists()
+    make(place, {"quantized.onnx": "1"})
+    assert content(place) == {"quantized.onnx": "1"}
+
+
 def test_the_users_mask_is_kept(out: Path) -> None:
     before = os.umask(0o077)
     try:

@@ -32,6 +32,8 @@ WORST = 10
 """Ops that the page marks as the worst."""
 EXACT = "exact"
 """What stands for infinite dB."""
+IN_PYTHON = ("arrays", "pictures", "a list of files")
+"""Sources of images that no option can name."""
 EMBEDDED_BYTES = 90_000
 """Larger pictures go into the page as WebP, so that twelve of them fit in about 1 MB."""
 
@@ -324,9 +326,10 @@ def _command(report: Entry) -> str:
     if calibration.get("images") == 0:
         parts += ["--scales", "report.json"]
     else:
-        parts += ["--calib", str(calibration.get("source") or "calib")]
+        source = calibration.get("source")
+        parts += ["--calib", "calib" if source is None or source in IN_PYTHON else str(source)]
     measured = report.get("validation") or {}
-    if measured.get("source") not in (None, "arrays"):
+    if measured.get("source") not in (None, *IN_PYTHON):
         parts += ["--val", str(measured["source"])]
         parts += ["--labels", str(measured["labels"])] if measured.get("labels") else []
     return shlex.join(parts)

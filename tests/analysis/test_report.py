@@ -137,6 +137,16 @@ def test_summary_floats_and_reproduction(html: str) -> None:
     assert "float between codes: " not in other
 
 
+@pytest.mark.parametrize("source", ["arrays", "pictures", "a list of files"])
+def test_the_command_names_no_images_that_are_no_path(source: str) -> None:
+    report = make_report()
+    report["calibration"]["source"] = source
+    report["validation"] = {"source": source, "labels": None}
+    text = " ".join(Page(render(report, "", [])).text.split())
+    assert "--config config.yaml --calib calib" in text
+    assert "--val" not in text.partition("--calib calib")[2][:40]
+
+
 def test_an_integer_file_shows_widths_and_operations() -> None:
     integer = {
         "ops": {"MatMulInteger": 97, "BitShift": 312},
