@@ -192,7 +192,11 @@ def evaluate(
         text = {"model": str(path), **{k: _finite(v) for k, v in numbers.items()}}
         print(json.dumps({**text, "outputs": [asdict(one) for one in found.outputs]}))
         return
-    rows = [("images", str(found.count)), ("unreadable, skipped", str(len(source.skipped)))]
+    rows = [
+        ("preprocessing", source.preprocess.described),
+        ("images", str(found.count)),
+        ("unreadable, skipped", str(len(source.skipped))),
+    ]
     several = len(found.outputs) > 1
     for one in found.outputs:
         if one.top1 is not None:

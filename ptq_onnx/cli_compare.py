@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from ptq_onnx import cli_options as o
 from ptq_onnx.console import (
@@ -33,7 +34,12 @@ def compare(
     models: Models,
     val: o.Measured = None,
     labels: o.Labels = None,
-    reference: o.Reference = None,
+    reference: Annotated[
+        str | None,
+        o.option(
+            "--reference", "FLOAT.onnx", "fused.onnx of the first folder", "The float model."
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         o.option("--output -o", "DIR", "no files", "Folder of compare.html and compare.json."),
@@ -46,7 +52,10 @@ def compare(
     size: o.Size = None,
     crop_pct: o.CropPct = None,
     interpolation: o.Interpolation = None,
-    analysis_images: o.AnalysisImages = None,
+    analysis_images: Annotated[
+        int | None,
+        o.option("--analysis-images", "N", 32, "Images for the SNR of the blocks."),
+    ] = None,
     batch: o.Batch = None,
     threads: o.Threads = None,
 ) -> None:
@@ -95,6 +104,8 @@ def compare(
     stdout().print(table(found))
     if any(len(one.outputs) > 1 for one in found.contenders):
         stdout().print(outputs_table(found))
+    for note in found.notes:
+        stdout().print(Text(f"note: {note}"), soft_wrap=True)
     if folder is not None:
         print(f"Written:\n  {folder / 'compare.html'}\n  {folder / 'compare.json'}")
 

@@ -43,6 +43,8 @@ __all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"
 
 log = logging.getLogger(__name__)
 
+FEW = 8
+"""Calibration images below which a note says so."""
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
 
@@ -305,7 +307,14 @@ def _calibration_images(
             " comparing, not for use."
         )
         return NoiseSource(preprocess, config.images)
-    return open_images(calib, preprocess, limit=config.images, **how)
+    found = open_images(calib, preprocess, limit=config.images, **how)
+    if len(found) < FEW:
+        images = "1 image" if len(found) == 1 else f"{len(found)} images"
+        notes.append(
+            f"Calibrated on {images} only, which hardly show a tensor's range, and closeness"
+            " measured on the same ones says nothing: give 32 or more."
+        )
+    return found
 
 
 @dataclass

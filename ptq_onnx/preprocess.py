@@ -130,6 +130,15 @@ class Preprocess:
         return not any(self.mean) and all(abs(255 * s - 1) < 1e-6 for s in self.std)
 
     @property
+    def described(self) -> str:
+        """In words, for people: its name where it has one, and size, crop and interpolation."""
+        numbers = [", ".join(f"{x:.4g}" for x in dict.fromkeys(v)) for v in (self.mean, self.std)]
+        same = (n for n, pair in _NAMED.items() if pair == (self.mean, self.std))
+        name = next(same, f"mean {numbers[0]}, std {numbers[1]}")
+        sides = "x".join(map(str, self.size))
+        return f"{name}, {sides}, crop {self.crop_pct:.4g}, {self.interpolation}"
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one preprocessed picture."""
         return self.channels, *self.size

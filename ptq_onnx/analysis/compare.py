@@ -16,6 +16,7 @@ from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
+from ptq_onnx.analysis.same_model import check_same_model, preprocess_notes
 from ptq_onnx.blocks import name_of
 from ptq_onnx.calibration.class_output import features_of
 from ptq_onnx.errors import ConfigError, ModelError
@@ -77,6 +78,7 @@ def compare(
     files = [quantized_file(path) for path in paths]
     names = _names([Path(p) for p in paths])
     _check_labels(base, labels)
+    check_same_model(base, paths, names, images, threads)
     count = len(files) + 1
     plan = [Planned(READING, 10), Planned(TIMING, ROUNDS * count)]
     begin = Stages(progress, [*plan, Planned(MEASURING, 2 * count * len(images))])
@@ -116,7 +118,9 @@ def compare(
             )
         )
     begin.done()
-    return Comparison(base.name, len(images), min(block_images, len(images)), tuple(contenders))
+    notes = preprocess_notes(files, names, images.preprocess)
+    looked = min(block_images, len(images))
+    return Comparison(base.name, len(images), looked, tuple(contenders), notes)
 
 
 def block_outputs(path: Path, size: tuple[int, int] | None = None) -> dict[int, str]:

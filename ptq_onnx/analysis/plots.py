@@ -109,7 +109,7 @@ def _draw(lines: dict[str, dict[int, float]]) -> Figure:
         right = axes.twinx()
         right.set_ylim(*(decibels(limit) for limit in axes.get_ylim()))
         right.set_ylabel("dB (higher is better)", color=TEXT)
-        right.tick_params(colors=TEXT)
+        right.tick_params(colors=TEXT, length=0)  # without the axis line ticks look like minus
         right.spines[:].set_visible(False)
         legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
         legend.set_frame_on(False)

@@ -497,3 +497,5 @@ class Comparison:
     images: int
     block_images: int
     contenders: tuple[Contender, ...]
+    notes: tuple[str, ...] = ()
+    """The preprocessing in force, and what was made with another one."""
