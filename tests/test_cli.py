@@ -664,6 +664,7 @@ def test_interrupt(tmp_path: Path, sent: signal.Signals, code: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
     )
     for _ in range(600):  # the work folder is there as soon as calibration begins
         if any(folder.iterdir()) or process.poll() is not None:

@@ -37,7 +37,7 @@ SIZES = (1, 3, 8)
 X = np.random.default_rng(5).normal(size=(COUNT, TOKENS, WIDTH)).astype(np.float32)
 KINDS = {
     "rows": {"quantizer": "deploy"},
-    "centred": {"quantizer": "deploy", "target": "tensorrt"},
+    "centred": {"quantizer": "deploy", "target": "tensorrt", "centre_values": True},
     "narrow": {"quantizer": "vanilla", "bits": "4/4/3"},
     "ptf, log2": {"quantizer": "fqvit"},
     "blocks of codes": {"quantizer": "deploy", "rounding": "gptq", "bits": "3/8/8"},

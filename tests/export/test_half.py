@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     found = []
     for name, float16 in (("whole", False), ("half", True)):
         config = QuantizeConfig(
-            target="tensorrt", float16=float16, images=8, report=False, threads=1
+            target="tensorrt", float16=float16, images=64, report=False, threads=1
         )
         result = quantize(MODEL, config=config, output=folder / name, calib=IMAGES / "calib")
         assert any("16 bits" in note for note in result.report["notes"]) == float16

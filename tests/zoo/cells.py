@@ -6,7 +6,6 @@ table from it.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +178,6 @@ def write(cell: Cell, folder: Path) -> Path:
 
 def run(cell: Cell, folder: Path) -> Result:
     """Everything of one cell: parity, counts, quantization, the file against the simulator."""
-    logging.getLogger("ptq_onnx").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     path, batch = write(cell, folder), images(cell)
     prepared = prepare(path)
