@@ -125,7 +125,12 @@ class Plan:
         for place, spec in places:
             indices = layout_indices(output, place)
             if indices is None:
-                raise ModelError(f"Tensor '{output.name}': its way to '{place.name}' is dynamic.")
+                raise refusal(
+                    producer(output),
+                    of_padding(output)
+                    or f"its output is reshaped before '{place.name}', or joined there with other"
+                    " values or by sizes that are not fixed",
+                )
             if indices.size and int(indices.max()) >= math.prod(shape[1:]):
                 raise refusal(
                     producer(output),
