@@ -21,6 +21,7 @@ from ptq_onnx.console import (
 )
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.output_paths import Output
+from ptq_onnx.text_file import write_text
 
 Models = Annotated[
     list[str],
@@ -96,8 +97,8 @@ def compare(
     text = json.dumps(numbers, indent=1, allow_nan=False)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compare.json").write_text(text, encoding="utf-8")
-        (folder / "compare.html").write_text(render_comparison(found), encoding="utf-8")
+        write_text(folder / "compare.json", text)
+        write_text(folder / "compare.html", render_comparison(found))
     if as_json:
         print(json.dumps(numbers, allow_nan=False))
         return

@@ -108,15 +108,15 @@ class Reference:
     def off(self, model: ir.Model) -> Off:
         """How far the model is off; infinitely, where it does not run or has other outputs."""
         names = [str(v.name) for v in model.graph.outputs]
-        powers = np.zeros((2, len(names)))
+        sums = np.zeros((2, len(names)))
         try:
             session = graphs.open_plain(model, self.threads)
             for batch, wanted in zip(self.batches, self.expected, strict=True):
                 pairs = zip(wanted, _run(session, batch), strict=True)
-                powers += np.array([_powers(one, other) for one, other in pairs]).T
+                sums += np.array([powers(one, other) for one, other in pairs]).T
         except Exception:  # a rewrite that breaks the graph is wrong, too
             return Off(LARGEST, names[0])
-        noise, signal = powers
+        noise, signal = sums
         whole = np.array([a.dtype.kind in "iub" for a in self.expected[0]])
         noise = np.where(whole, np.maximum(noise - 1, 0), noise)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -144,7 +144,7 @@ def _run(session: ort.InferenceSession, batch: Array) -> Outputs:
     return found
 
 
-def _powers(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
+def powers(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
     """Σ (a - b)² and Σ a²; where both are the same infinity, or no number, nothing is off. Of
     whole numbers how many differ, and how many there are."""
     if one.shape != other.shape:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.image_source import ImageSource
 from ptq_onnx.output_paths import FLOAT, find_output
+from ptq_onnx.parity import powers
 from ptq_onnx.preprocess import METADATA_KEY, Preprocess
 from ptq_onnx.runtime import Network
 
@@ -70,13 +71,6 @@ def stored_preprocess(file: Path) -> Preprocess | None:
 
 def _difference(wanted: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]) -> float:
     """The largest √(Σ(a - b)²/Σa²) of the float outputs; infinite for another shape."""
-    worst = 0.0
-    for name, value in wanted.items():
-        if value.shape != found[name].shape:
-            return np.inf
-        if value.dtype.kind == "f":
-            a, b = value.astype(np.float64), found[name].astype(np.float64)
-            finite = np.isfinite(a) & np.isfinite(b)
-            noise, signal = np.sum((a - b)[finite] ** 2), np.sum(a[finite] ** 2)
-            worst = max(worst, float(np.sqrt(noise / signal)) if signal else 0.0)
-    return worst
+    floats = [name for name, value in wanted.items() if value.dtype.kind == "f"]
+    pairs = [powers(wanted[name], found[name]) for name in floats]
+    return max((np.sqrt(noise / signal) for noise, signal in pairs if signal), default=0.0)
