@@ -1,8 +1,8 @@
 """Equalisation: the same float model, in a form and with factors that 8 bits can hold.
 
-Only what is equal in float is done (``forms.py``: other ops for the same function;
-``moves.py``: shifts and factors per channel). How far each factor goes is chosen per site by
-the expected error of the products that read it (``strength.py``), from the statistics of one
+Only what is equal in float is done (``runtime_forms.py``: other ops for the same function;
+``foldings.py``: shifts and factors per channel). How far each factor goes is chosen per site by
+the expected error of the products that read it (``factor_search.py``), from the statistics of one
 calibration run, which are carried over to the new graph.
 
 * LayerNorm's γ, β → the linears behind it; GELU → fc2 (one Mul, where it pays);
@@ -357,7 +357,7 @@ class _Equalizer:
 
 
 def restructure(model: ir.Model, target: Target, *, products: bool = False) -> dict[str, int]:
-    """Bring a fused model into the forms of ``forms.py`` that help the target, in place; how
+    """Bring a fused model into the forms that help the target (``runtime_forms.py``), in place; how
     often each fired. ``products``: only those without which a product would stay float."""
     wanted = {
         "PatchesAsLinear": (forms.patches_as_linear, target.patches_as_linear),
@@ -374,7 +374,7 @@ def restructure(model: ir.Model, target: Target, *, products: bool = False) -> d
 
 
 def in_form(plan: Plan) -> Plan:
-    """The plan for a model whose products the target computes in integers; see ``forms.py``.
+    """The plan for a model whose products the target computes in integers (``runtime_forms.py``).
 
     For quantizers that take the model as it is otherwise. The plan's own model is left alone.
     """

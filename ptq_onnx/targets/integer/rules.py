@@ -113,7 +113,7 @@ def standard_domain(subject: ir.Model | Subject) -> Iterator[Finding]:
 
 def no_overflow(subject: ir.Model | Subject) -> Iterator[Finding]:
     """No integer can leave its type, no shift is as wide as its operand, and no divisor is
-    zero, for any input: interval arithmetic over the file (integer_ranges.py)."""
+    zero, for any input: interval arithmetic over the file (ranges.py)."""
     for found in integer_ranges(model_of(subject)).overflows:
         yield Finding(found.node, found.text)
 
