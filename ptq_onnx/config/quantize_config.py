@@ -207,7 +207,7 @@ class QuantizeConfig:
             raise ConfigError(
                 f"--opset {self.opset}: the target {self.target} takes {first} to {last}."
             )
-        refused = self.runtime.quantizers.get(self.quantizer)
+        refused = self.runtime.refusal(self.quantizer)
         if refused is not None:
             raise ConfigError(f"--target {self.target}, quantizer {self.quantizer}: {refused}.")
         if self.target == INTEGER:

@@ -64,9 +64,10 @@ from ptq_onnx.equalization.foldings import (
 )
 from ptq_onnx.equalization.reads import integer_readers, own_reads
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.codes.by_name import code_named
+from ptq_onnx.numerics.codes.uniform import asymmetric_scale
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.spec import Site
-from ptq_onnx.numerics.uniform import asymmetric_scale
 from ptq_onnx.quantizers.base import Plan
 
 Double = NDArray[np.float64]
@@ -444,7 +445,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
-    moves = plan.config.code == "uniform"  # see the module's text
+    moves = not code_named(plan.config.code).floating  # see the module's text
     if plan.pixels is not None and moves:
         roles, fixed = image_in_pixels(
             model,
