@@ -25,6 +25,7 @@ from ptq_onnx.contrib import RUNTIME, read_back
 from ptq_onnx.decompose import WRITTEN_OUT, write_out
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.formula import constant, scalar, sizes
+from ptq_onnx.fusion.rule import rule_set
 from ptq_onnx.fusion.shapes import simplify_layout
 from ptq_onnx.symbolic import fold_shapes
 from ptq_onnx.validation import one_line, refuse_unknown
@@ -43,7 +44,7 @@ ROUNDS = 4
 IR_VERSION = 10
 """The first that has opset 21; older runtimes refuse newer ones."""
 
-GENERAL_RULES = rewriter.RewriteRuleSet(
+GENERAL_RULES = rule_set(
     [
         *(r for r in rewriter._DEFAULT_REWRITE_RULES if r not in list(_no_op.rules)),
         _no_op.dropout_zero_rule,

@@ -1,5 +1,7 @@
 """Shared fixtures. Tests that need the sample models of ../shared skip without them."""
 
+import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,20 @@ MODELS = {
     "vit-dynamo": SHARED / "models/vit_tiny_patch16_224.dynamo.onnx",
     "deit": SHARED / "models/deit_tiny_patch16_224.opset17.onnx",
 }
+
+IMPORTED = 200
+"""So many new modules are worth a look at all objects."""
+_modules = 0
+
+
+def pytest_runtest_setup() -> None:
+    """What the imports left is not searched for garbage again: torch's objects alone made a quarter
+    of the time of a small job, which PPQ begins with ``gc.collect``."""
+    global _modules
+    if len(sys.modules) >= _modules + IMPORTED:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
