@@ -16,12 +16,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.blocks import is_constant, is_layout, name_of
 from ptq_onnx.channels import Factor, rows_of
 from ptq_onnx.export.lowering import lower
 from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.spec import TensorSpec
+from ptq_onnx.standard import standardise
 
 
 class NodeKernels:
@@ -97,7 +97,7 @@ class NodeKernels:
         made = {v.name for v in node.outputs}
         specs = {t: self._specs[t] for t in active}
         specs = {t: s for t, s in specs.items() if not (s.rule.centred and t in made)}
-        return graphs.to_standard(lower(model, specs))
+        return standardise(lower(model, specs))
 
     def _build(self, name: str, active: frozenset[str]) -> ort.InferenceSession:
         options = ort.SessionOptions()
