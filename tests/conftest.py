@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from short_digits import short_digits
 
 import ptq_onnx  # noqa: F401  (before any onnxruntime: it switches off its telemetry)
 
@@ -36,6 +37,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the sample models and images (../shared) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with one block of six."""
+    return short_digits(tmp_path_factory.mktemp("short") / "short.onnx")
 
 
 @pytest.fixture(scope="session")
