@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.element_map import channel_map
-from ptq_onnx.blocks.roles import (
+from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
     is_layout,
     is_linear,

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.element_map import layout_indices
-from ptq_onnx.blocks.roles import (
+from ptq_onnx.blocks.walking import (
     consumers,
     is_constant,
     is_layout,

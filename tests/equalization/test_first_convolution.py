@@ -14,7 +14,8 @@ from small_image_model import image_model, random
 from ptq_onnx.blocks.element_map import layout_indices
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization import runtime_forms as forms
-from ptq_onnx.equalization.equalize import equalise, image_in_pixels
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.equalization.pixels import image_in_pixels
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.quantizers.base import Plan

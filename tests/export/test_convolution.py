@@ -13,7 +13,7 @@ from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization import runtime_forms as forms
-from ptq_onnx.equalization.equalize import in_form
+from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.numerics.ptf import Reader, output_noise
 from ptq_onnx.preparation.model_files import serialize
