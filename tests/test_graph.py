@@ -14,7 +14,6 @@ from small_graph import SmallGraph, assert_same, ops, run, sample, text
 
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.rules import fuse
-from ptq_onnx.preparation import model_files as graph
 from ptq_onnx.preparation.model_files import clean, load, save, serialize, to_standard
 from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.preparation.streamed import field_head
@@ -499,7 +498,7 @@ def test_a_large_model_is_written_weight_by_weight(
 ) -> None:
     """The same protobuf as in one piece, but for the order of its fields."""
     monkeypatch.setattr("ptq_onnx.preparation.cleaning.SMALL", 4)
-    monkeypatch.setattr("ptq_onnx.preparation.model_files.SMALL", 4)
+    monkeypatch.setattr("ptq_onnx.preparation.streamed.SMALL", 4)
     _, _, model = linear_model()
     save(model, tmp_path / "whole.onnx")
     monkeypatch.setattr("ptq_onnx.preparation.sizes.SHARED_LIMIT", 0)
@@ -523,7 +522,7 @@ def test_a_large_weight_that_nothing_reads_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime drops such a weight, and would then refuse to be handed it."""
-    for place in ("ptq_onnx.preparation.cleaning.SMALL", "ptq_onnx.preparation.model_files.SMALL"):
+    for place in ("ptq_onnx.preparation.cleaning.SMALL", "ptq_onnx.preparation.streamed.SMALL"):
         monkeypatch.setattr(place, 4)
     _, _, model = linear_model()
     expected = open_plain(model, threads=1).run(None, {"x": X})[0]
