@@ -35,7 +35,6 @@ from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.config import stages
 from ptq_onnx.config.targets import Target
-from ptq_onnx.equalization import runtime_forms as forms
 from ptq_onnx.equalization.factor_search import (
     Choice,
     Product,
@@ -54,6 +53,7 @@ from ptq_onnx.equalization.foldings import (
     readers_of,
     value_path,
 )
+from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.pixels import image_in_pixels
 from ptq_onnx.equalization.restructure import reads_only_products, restructure, with_own_reads
 from ptq_onnx.graph.formula import constant
@@ -250,7 +250,7 @@ class _Equalizer:
         before = {name_of(node) for node in self.model.graph}
         made = insert_affine(self.model.graph, value, shift, factor, "equalized")
         for linear in linears:
-            forms.move_rows(self.model.graph, linear, factor, shift)
+            move_rows(self.model.graph, linear, factor, shift)
         for node in self.model.graph:
             if name_of(node) not in before:
                 self.roles[name_of(node)] = Role(site.block, site.role)
@@ -341,7 +341,7 @@ class _Equalizer:
             records=self.records(av.tensor),
         )
         columns.apply(self.model.graph, mean, choice.factor)
-        forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
+        move_rows(self.model.graph, linear, choice.factor[order], mean[order])
         name = v.tensor + SUFFIX if centred else v.tensor
         self.move_statistics(name, shift, choice.factor)
         self.move_statistics(av.tensor, mean, choice.factor)

@@ -25,7 +25,7 @@ from ptq_onnx.blocks.walking import (
     through_layout,
 )
 from ptq_onnx.calibration.mean_centred import rows_sum_to_one
-from ptq_onnx.equalization.runtime_forms import move_rows, own_columns, scale_columns, set_linear
+from ptq_onnx.equalization.linear_weights import move_rows, own_columns, scale_columns, set_linear
 from ptq_onnx.graph.formula import constant, new_constant, unique_name
 
 Double = NDArray[np.float64]

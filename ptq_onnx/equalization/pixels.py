@@ -9,8 +9,9 @@ from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.roles import Role
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.blocks.walking import is_linear, name_of, through_layout
-from ptq_onnx.equalization import runtime_forms as forms
 from ptq_onnx.equalization.foldings import insert_affine
+from ptq_onnx.equalization.linear_weights import move_input_channels, move_rows
+from ptq_onnx.equalization.padding import pad_apart
 from ptq_onnx.graph.formula import constant
 
 
@@ -58,13 +59,13 @@ def image_in_pixels(
         if rows is None:
             return {}, {}
         order = rows.astype(np.int64)
-        forms.move_rows(model.graph, node, factor[order], shift[order])
+        move_rows(model.graph, node, factor[order], shift[order])
     else:
-        padded = forms.pad_apart(model.graph, node, image)
+        padded = pad_apart(model.graph, node, image)
         if padded is None:
             return {}, {}
         image = padded
-        forms.move_input_channels(model.graph, node, factor, shift)
+        move_input_channels(model.graph, node, factor, shift)
     spread = (channels, 1, 1)
     made = insert_affine(
         model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels"

@@ -14,6 +14,7 @@ from ptq_onnx.blocks.walking import name_of, through_layout
 from ptq_onnx.config.targets import Target
 from ptq_onnx.equalization import runtime_forms as forms
 from ptq_onnx.equalization.experts import experts_as_linears
+from ptq_onnx.equalization.patch_forms import packed_pixels_as_linear, patches_as_linear
 from ptq_onnx.equalization.reads import integer_readers, own_reads
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.quantizers.base import Plan
@@ -23,9 +24,9 @@ def restructure(model: ir.Model, target: Target, *, products: bool = False) -> d
     """Bring a fused model into the forms that help the target (``runtime_forms.py``), in place; how
     often each fired. ``products``: only those without which a product would stay float."""
     wanted = {
-        "PatchesAsLinear": (forms.patches_as_linear, target.patches_as_linear),
+        "PatchesAsLinear": (patches_as_linear, target.patches_as_linear),
         "PackedPixelsAsLinear": (
-            forms.packed_pixels_as_linear,
+            packed_pixels_as_linear,
             target.codes_of_convolutions and products,
         ),
         "ExpertsAsLinears": (experts_as_linears, True),

@@ -10,14 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from ptq_onnx.graph.symbolic_dims import (
-    Data,
-    as_data,
-    product_of,
-    quotient,
-    remainder,
-    tidy,
-)
+from ptq_onnx.graph.symbolic_dims import Data, as_data, product_of, quotient, remainder, tidy
 
 
 def _each(operation: Callable[..., Any]) -> Callable[[ir.Node, list[Data]], Data]:

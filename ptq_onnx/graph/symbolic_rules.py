@@ -8,15 +8,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from ptq_onnx.graph.symbolic_dims import (
-    Data,
-    Dim,
-    Shape,
-    Tie,
-    product_of,
-    quotient,
-    tidy,
-)
+from ptq_onnx.graph.symbolic_dims import Data, Dim, Shape, Tie, product_of, quotient, tidy
 
 Found = list[Shape | None] | None
 

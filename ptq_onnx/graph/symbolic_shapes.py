@@ -22,16 +22,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ptq_onnx.graph.formula import constant, new_constant
 from ptq_onnx.graph.symbolic_contents import CONTENTS
-from ptq_onnx.graph.symbolic_dims import (
-    UNTOLD,
-    Data,
-    Dim,
-    Shape,
-    Tie,
-    as_data,
-    product_of,
-    tidy,
-)
+from ptq_onnx.graph.symbolic_dims import UNTOLD, Data, Dim, Shape, Tie, as_data, product_of, tidy
 from ptq_onnx.graph.symbolic_rules import BROADCAST, SHAPES, broadcast
 
 LIMIT = 4096
