@@ -212,7 +212,7 @@ def evaluate(
     if several and other is not None:
         stdout().print(outputs_table([asdict(one) for one in found.outputs]))
     for note in found.notes:
-        print(f"note: {note}")
+        stdout().line(f"note: {note}")
 
 
 @app.command(cls=cli_help.Command, short_help="Write a timm model as ONNX.")
@@ -233,7 +233,8 @@ def export(
     from ptq_onnx.timm_export import export_timm
 
     path = Path(output or f"{name.rpartition('/')[2]}.onnx")
-    print(export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size))
+    written = export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size)
+    stdout().line(written)
 
 
 app.command(cls=cli_help.Command, short_help="Will a runtime compute a file in int8?")(check)

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from ptq_onnx import cli_options as o
 from ptq_onnx.console import (
@@ -37,9 +36,7 @@ def compare(
     labels: o.Labels = None,
     reference: Annotated[
         str | None,
-        o.option(
-            "--reference", "FLOAT.onnx", "fused.onnx of the first folder", "The float model."
-        ),
+        o.option("--reference", "FLOAT.onnx", "fused.onnx of the first folder", "The float model."),
     ] = None,
     output: Annotated[
         str | None,
@@ -106,9 +103,11 @@ def compare(
     if any(len(one.outputs) > 1 for one in found.contenders):
         stdout().print(outputs_table(found))
     for note in found.notes:
-        stdout().print(Text(f"note: {note}"), soft_wrap=True)
+        stdout().line(f"note: {note}")
     if folder is not None:
-        print(f"Written:\n  {folder / 'compare.html'}\n  {folder / 'compare.json'}")
+        print("Written:")
+        for name in ("compare.html", "compare.json"):
+            stdout().line(f"  {folder / name}")
 
 
 def table(found: Any) -> Any:

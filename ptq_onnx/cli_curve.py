@@ -6,7 +6,6 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
-from rich.text import Text
 
 from ptq_onnx import cli_options as o
 from ptq_onnx.console import decibels, percent, progress_bars, simple_table, stdout
@@ -81,10 +80,10 @@ def calibration_curve(
     console = stdout()
     console.print(table(found))
     for note in found.notes:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.line(f"note: {note}")
     console.print("Written:")
     for file in files:
-        console.print(Text(f"  {file}"), soft_wrap=True)
+        console.line(f"  {file}")
 
 
 def table(curve: Curve) -> Table:

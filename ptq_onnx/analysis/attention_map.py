@@ -17,6 +17,7 @@ from PIL import Image
 
 from ptq_onnx.analysis.plots import save_png
 from ptq_onnx.analysis.results import AttentionMap, decibels
+from ptq_onnx.file_names import printable
 
 Array = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -94,7 +95,7 @@ class _Sheet:
 
     def draw(self) -> Figure:
         """The finished figure."""
-        name = self.found.image_name
+        name = printable(self.found.image_name)
         name = name if len(name) <= 60 else "…" + name[-59:]
         for text, line, size in (
             (f"Attention of block {self.found.block}: {self.found.query}", 0.4, 12),

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from ptq_onnx.analysis.report import EXACT
 from ptq_onnx.analysis.results import Comparison, Contender
 from ptq_onnx.analysis.svg import line_chart
+from ptq_onnx.file_names import for_page
 from ptq_onnx.outputs import OutputFigures
 
 COLUMNS: tuple[tuple[str, Callable[[Contender], float | None], str, bool], ...] = (
@@ -31,6 +32,7 @@ def render_comparison(found: Comparison) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=for_page,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ptq_onnx.analysis.sections import by_place, sections
+from ptq_onnx.file_names import for_page
 from ptq_onnx.outputs import MOST_DB
 
 Entry = Mapping[str, Any]
@@ -65,6 +66,7 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=for_page,
         trim_blocks=True,
         lstrip_blocks=True,
     )
