@@ -127,6 +127,8 @@ def show(result: Result) -> None:
     console, report = stdout(), result.report
     if report.get("analysis"):
         console.print(worst_ops(report["analysis"]))
+        if report["analysis"].get("sensitivity"):
+            console.print(costliest(report["analysis"]["sensitivity"]))
     if report.get("auto"):
         console.print(decisions(report["auto"]))
     warning = (report.get("preprocess_check") or {}).get("warning")
@@ -171,6 +173,22 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
         found = EXACT if op["snr_db"] is None else f"{op['snr_db']:.1f}"
         cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", found
         table.add_row(*map(plain, cells))
+    return table
+
+
+def costliest(sensitivity: Mapping[str, Any], count: int = WORST) -> Table:
+    """The modules that cost the logits most: quantized alone, and what is gained without them."""
+    alone = [m for m in sensitivity["layerwise"] if (m["scope"], m["part"]) == ("op", "all")]
+    alone = sorted(alone, key=lambda m: m["error"]["snr"], reverse=True)[:count]
+    left = {m["module"]: m for m in sensitivity["leave_one_out"] if m["part"] == "all"}
+    rows = []
+    for one in alone:
+        gain = left.get(one["module"], {}).get("gain_db")
+        found = decibels(_measured(one["error"]["snr_db"]))
+        rows.append((one["module"], found, "-" if gain is None else f"{gain:+.2f} dB"))
+    table = simple_table(("module", "SQNR, it alone quantized", "gain, it alone in float"), rows)
+    table.title = f"Modules that cost most, on {sensitivity['images']} images"
+    table.title_justify = "left"
     return table
 
 

@@ -22,7 +22,7 @@ from ptq_onnx.export.integer.elementwise import Term
 from ptq_onnx.export.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
 from ptq_onnx.export.integer.grid import Double, Grid, Ints, LogGrid
 from ptq_onnx.export.integer.products import WEIGHT_ZERO
-from ptq_onnx.export.integer.reasons import of_padding
+from ptq_onnx.export.integer.reasons import WINDOWS, of_batch, of_padding
 from ptq_onnx.kernels import carried_specs
 from ptq_onnx.layout import layout_indices
 from ptq_onnx.quantizers.uniform import quantize
@@ -134,8 +134,7 @@ class Plan:
             if indices.size and int(indices.max()) >= math.prod(shape[1:]):
                 raise refusal(
                     producer(output),
-                    "other axes join the batch behind it (windows, as in Swin), which the integer"
-                    " target does not cover; use --target onnxruntime",
+                    of_batch(image_input(self.model)) or WINDOWS,
                 )
             channel = np.unravel_index(indices, [1, *shape[1:]])[axis]
             grid = Grid.of(spec)
