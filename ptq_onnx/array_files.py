@@ -18,7 +18,7 @@ import threading
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +153,22 @@ class Packed:
         return members[key or next(iter(members))]
 
 
+def spooled(images: Iterable[Array]) -> IO[bytes]:
+    """The bytes of images one after the other, in a temporary file that has no name: nothing is
+    left of it when the process ends, however it does. Raises ImageError where it has no room."""
+    try:
+        file = tempfile.TemporaryFile(prefix="ptq_onnx-")  # noqa: SIM115
+        for image in images:
+            file.write(image.tobytes())
+        file.flush()
+    except OSError as error:
+        raise ImageError(
+            f"Images cannot be kept in '{tempfile.gettempdir()}' ({error.strerror}): set TMPDIR to"
+            " a folder with more space."
+        ) from None
+    return file
+
+
 class Kept:
     """Some images of an archive in a temporary file, by their index in the archive.
 
@@ -164,15 +180,7 @@ class Kept:
         self._place = {index: place for place, index in enumerate(chosen)}
         self._size = math.prod(self.shape[1:]) * self.dtype.itemsize
         self._lock = threading.Lock()
-        self._file = tempfile.TemporaryFile(prefix="ptq_onnx-")  # noqa: SIM115
-        for image in packed.images(chosen):
-            try:
-                self._file.write(image.tobytes())
-            except OSError as error:
-                raise ImageError(
-                    f"Images cannot be kept in '{tempfile.gettempdir()}' ({error.strerror}): set"
-                    " TMPDIR to a folder with more space."
-                ) from None
+        self._file = spooled(packed.images(chosen))
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -12,8 +12,9 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TimeElapsedCo
 from rich.progress import Progress as Live
 from rich.text import Text
 
+from ptq_onnx.file_names import printable
 from ptq_onnx.progress import WHOLE, Advance
-from ptq_onnx.terminal import Screen, printable
+from ptq_onnx.terminal import Screen
 
 STARTING = "Starting"
 NAME, BAR, COUNT = 34, 20, 11

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ptq_onnx.config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.file_names import printable
+from ptq_onnx.held_folder import scratch_folder
 from ptq_onnx.image_source import NOISE, ImageSource
 from ptq_onnx.outputs import MOST_DB
 from ptq_onnx.progress import Planned, Progress, Stages
@@ -112,11 +112,11 @@ def measure_curve(
     begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
     begin(RUNNING_FLOAT, 1)
     points = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         reference = Recorded(
             model,
             tested,
-            Path(folder),
+            folder,
             labels_of=(lambda n: labels_for(tested, labels, n)) if labelled else None,
             threads=config.threads,
         )
@@ -127,7 +127,7 @@ def measure_curve(
             result = pipeline.quantize(
                 model,
                 config=replace(config, images=n, report=False, check_preprocess=False),
-                output=Path(folder) / f"{source}_{n}",
+                output=folder / f"{source}_{n}",
                 calib=NOISE if source == NOISE else calib,
             )
             file = result.output / "quantized.onnx"

@@ -30,12 +30,12 @@ from ptq_onnx.console import (
     progress_bars,
     show,
     simple_table,
-    stdout,
 )
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.model_path import find_model
 from ptq_onnx.output_paths import OUTPUT, Output
 from ptq_onnx.outputs import decibels as in_json
+from ptq_onnx.terminal import stdout
 
 app = typer.Typer(
     name="ptq-onnx",
@@ -212,7 +212,7 @@ def evaluate(
     if several and other is not None:
         stdout().print(outputs_table([asdict(one) for one in found.outputs]))
     for note in found.notes:
-        stdout().line(f"note: {note}")
+        stdout().say(f"note: {note}")
 
 
 @app.command(cls=cli_help.Command, short_help="Write a timm model as ONNX.")
@@ -234,7 +234,7 @@ def export(
 
     path = Path(output or f"{name.rpartition('/')[2]}.onnx")
     written = export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size)
-    stdout().line(written)
+    stdout().say(written)
 
 
 app.command(cls=cli_help.Command, short_help="Will a runtime compute a file in int8?")(check)

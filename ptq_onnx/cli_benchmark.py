@@ -12,10 +12,10 @@ from rich import box
 from rich.table import Table
 
 from ptq_onnx import cli_options as o
-from ptq_onnx.console import progress_bars, stdout
+from ptq_onnx.console import progress_bars
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.model_path import find_model
-from ptq_onnx.terminal import plain
+from ptq_onnx.terminal import plain, stdout
 from ptq_onnx.text_file import write_text
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def benchmark(
         return
     stdout().print(table(found))
     for note in found.notes:
-        stdout().line(f"note: {note}")
+        stdout().say(f"note: {note}")
 
 
 def table(found: Benchmark) -> Table:

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from ptq_onnx import cli_options as o
 from ptq_onnx.conformance import TARGETS, Report, explain
-from ptq_onnx.console import simple_table, stdout
+from ptq_onnx.console import simple_table
 from ptq_onnx.model_path import find_model
-from ptq_onnx.terminal import plain
+from ptq_onnx.terminal import plain, stdout
 
 CheckTarget = Annotated[
     str,
@@ -50,9 +50,9 @@ def _show(report: Report, name: str) -> None:
         console.print(_table(report, name))
         texts = explain(report.target)
         for rule in dict.fromkeys(v.rule for v in report.violations):
-            console.line(f"{rule}: {texts[rule]}")
+            console.say(f"{rule}: {texts[rule]}")
     for rule, reason in report.skipped.items():
-        console.line(f"skipped: {rule}: {reason}")
+        console.say(f"skipped: {rule}: {reason}")
     console.print(simple_table((f"{name} for {report.target}", ""), _counts(report)))
 
 

@@ -16,10 +16,10 @@ from ptq_onnx.console import (
     percent,
     progress_bars,
     simple_table,
-    stdout,
 )
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.output_paths import Output
+from ptq_onnx.terminal import stdout
 from ptq_onnx.text_file import write_text
 
 Models = Annotated[
@@ -103,11 +103,11 @@ def compare(
     if any(len(one.outputs) > 1 for one in found.contenders):
         stdout().print(outputs_table(found))
     for note in found.notes:
-        stdout().line(f"note: {note}")
+        stdout().say(f"note: {note}")
     if folder is not None:
         print("Written:")
         for name in ("compare.html", "compare.json"):
-            stdout().line(f"  {folder / name}")
+            stdout().say(f"  {folder / name}")
 
 
 def table(found: Any) -> Any:

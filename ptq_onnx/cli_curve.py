@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Table
 
 from ptq_onnx import cli_options as o
-from ptq_onnx.console import decibels, percent, progress_bars, simple_table, stdout
+from ptq_onnx.console import decibels, percent, progress_bars, simple_table
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.model_path import find_model
 from ptq_onnx.option_types import shown
 from ptq_onnx.output_paths import Output
+from ptq_onnx.terminal import stdout
 
 if TYPE_CHECKING:
     from ptq_onnx.calibration_curve import Curve
@@ -80,10 +81,10 @@ def calibration_curve(
     console = stdout()
     console.print(table(found))
     for note in found.notes:
-        console.line(f"note: {note}")
+        console.say(f"note: {note}")
     console.print("Written:")
     for file in files:
-        console.line(f"  {file}")
+        console.say(f"  {file}")
 
 
 def table(curve: Curve) -> Table:

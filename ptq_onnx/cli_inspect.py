@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ptq_onnx import cli_options as o
-from ptq_onnx.console import simple_table, stdout
+from ptq_onnx.console import simple_table
 from ptq_onnx.model_path import find_model
+from ptq_onnx.terminal import stdout
 
 if TYPE_CHECKING:
     from ptq_onnx.inspection import Inspection, Tensor
@@ -34,7 +35,7 @@ def show(found: Inspection) -> None:
     console = stdout()
     console.print(simple_table((found.path, ""), _summary(found), words=True))
     if found.refused is not None:
-        console.line(f"not prepared: {found.refused}")
+        console.say(f"not prepared: {found.refused}")
         return
     console.print(simple_table(("block", "roles"), _blocks(found), words=True))
     if found.unrecognised:
@@ -51,7 +52,7 @@ def show(found: Inspection) -> None:
             simple_table(("left as it is", "closest, and why not"), misses[:SHOWN], words=True)
         )
     for note in found.notes:
-        console.line(f"note: {note}")
+        console.say(f"note: {note}")
 
 
 def _summary(found: Inspection) -> list[tuple[str, str]]:

@@ -19,11 +19,12 @@ from rich import box
 from rich.table import Table
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.file_names import printable
 from ptq_onnx.installed import missing_runtime
 from ptq_onnx.next_steps import next_steps
 from ptq_onnx.outputs import MOST_DB
 from ptq_onnx.progress import Progress
-from ptq_onnx.terminal import PIPE_WIDTH, Screen, plain, printable, spell_what_is_missing, stdout
+from ptq_onnx.terminal import PIPE_WIDTH, Screen, plain, spell_what_is_missing, stdout
 
 if TYPE_CHECKING:
     from ptq_onnx.result import Result
@@ -112,7 +113,7 @@ def _warnings(console: Screen) -> Iterator[None]:
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            console.line(f"warning: {record.getMessage()}", "bold yellow")
+            console.say(f"warning: {record.getMessage()}", "bold yellow")
 
     handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline")
     logger.addHandler(handler)
@@ -133,21 +134,21 @@ def show(result: Result) -> None:
         console.print(decisions(report["auto"]))
     warning = (report.get("preprocess_check") or {}).get("warning")
     if warning:
-        console.line(f"warning: {warning}", "bold yellow")
+        console.say(f"warning: {warning}", "bold yellow")
     console.print(summary(report))
     for text in covered(report.get("coverage")):
-        console.line(text)
+        console.say(text)
     outputs = (report.get("fidelity") or {}).get("outputs") or []
     if len(outputs) > 1:
         console.print(outputs_table(outputs))
     for note in report.get("notes", ()):
         if note != warning:
-            console.line(f"note: {note}")
+            console.say(f"note: {note}")
     for purpose, command in next_steps(report, result.files):
-        console.line(f"next, {purpose}: {command}")
+        console.say(f"next, {purpose}: {command}")
     console.print("Written:")
     for path in result.files:
-        console.line(f"  {path}")
+        console.say(f"  {path}")
 
 
 def covered(coverage: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from ptq_onnx.cleaning import SMALL, CleanReport, clean, flatten, skeleton
 from ptq_onnx.contrib import refile
 from ptq_onnx.errors import ModelError
+from ptq_onnx.external_data import relocate
 from ptq_onnx.ordering import sort_nodes
 from ptq_onnx.sessions import Session
 from ptq_onnx.signature import put_back
@@ -230,12 +231,7 @@ def _without_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Ten
 def _write_external(model: ir.Model, path: Path, weights: Path, location: str) -> None:
     """Write graph and weights to two files; the graph calls the second ``location``."""
     ir.save(model, path, format="protobuf", external_data=weights.name)
-    proto = onnx.load_model(path, format="protobuf", load_external_data=False)
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
-    path.write_bytes(proto.SerializeToString())
+    relocate(path, location)
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -1,8 +1,5 @@
 """Images that are arrays already: in memory, in ``.npy`` and ``.npz`` files, from iterables."""
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ptq_onnx.array_files import KEPT, Array, Header, Kept, Packed, is_archive, mapped
+from ptq_onnx.array_files import KEPT, Array, Header, Kept, Packed, is_archive, mapped, spooled
 from ptq_onnx.errors import ImageError
 from ptq_onnx.image_source import IndexedSource, Item, evenly
 from ptq_onnx.preprocess import FloatArray, Preprocess, from_pixels
@@ -114,55 +111,46 @@ def from_iterable(
     memory holds one item of it. Takes the first ``limit``: the end of a generator may be far away.
     Raises ImageError.
     """
-    folder = Path(tempfile.mkdtemp(prefix="ptq_onnx-"))
-    try:
-        path = folder / "images.f32"
-        count, pictures = _spool(arrays, path, preprocess, limit)
-        shape = (count, *preprocess.shape)
-        kept = replace(preprocess, channels_last=False)
-        source = ArraySource(
-            lambda: np.memmap(path, np.float32, "r", shape=shape), "The iterable", kept
-        )
-        source.pictures = pictures
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
-    return source
-
-
-def _spool(
-    arrays: Iterable[Any], path: Path, preprocess: Preprocess, limit: int | None
-) -> tuple[int, bool]:
-    """Write the images as raw float32 to ``path``; returns how many there were, and whether all
-    were pixels."""
     evenly(1, limit)  # checks the limit
-    count, pictures = 0, True
-    with path.open("wb") as file:
-        for item in arrays:
-            array = _as_array(item, f"The iterable, image {count}")
-            batch = array[None] if array.ndim == 3 else array
-            where = f"The iterable, image {count}"
-            _check(batch, where, preprocess)
-            pictures &= batch.dtype == np.uint8
-            for image in batch if limit is None else batch[: limit - count]:
-                pixels = _to_input(image, f"The iterable, image {count}", preprocess)
-                try:
-                    file.write(pixels.tobytes())
-                except OSError as error:
-                    raise ImageError(
-                        f"Images cannot be kept in '{path.parent}' ({error.strerror}): "
-                        "set TMPDIR to a folder with more space."
-                    ) from None
-                count += 1
-            if count == limit:
-                break
-    if not count:
+    spool = Spool(arrays, preprocess, limit)
+    file = spooled(spool)
+    if not spool.count:
         raise ImageError(
             "The iterable yields no images: expected arrays [C, H, W] or [B, C, H, W] "
             "(is it a generator that was used up before?)."
         )
-    return count, pictures
+    source = ArraySource(
+        lambda: np.memmap(file, np.float32, "r", shape=(spool.count, *preprocess.shape)),
+        "The iterable",
+        replace(preprocess, channels_last=False),
+    )
+    source.pictures = spool.pictures
+    return source
+
+
+class Spool:
+    """Model inputs of what an iterable yields, one at a time, at most ``limit``; after them
+    ``count`` tells how many there were, and ``pictures`` whether all were pixels."""
+
+    def __init__(self, arrays: Iterable[Any], preprocess: Preprocess, limit: int | None) -> None:
+        self.count, self.pictures = 0, True
+        self._arrays, self._preprocess, self._limit = arrays, preprocess, limit
+
+    def __iter__(self) -> Iterator[FloatArray]:
+        for item in self._arrays:
+            where = f"The iterable, image {self.count}"
+            array = _as_array(item, where)
+            batch = array[None] if array.ndim == 3 else array
+            _check(batch, where, self._preprocess)
+            self.pictures &= batch.dtype == np.uint8
+            for image in batch:
+                if self.count == self._limit:
+                    return
+                where = f"The iterable, image {self.count}"
+                self.count += 1
+                yield _to_input(image, where, self._preprocess)
+            if self.count == self._limit:
+                return
 
 
 def _check(array: Images, where: str, preprocess: Preprocess) -> None:

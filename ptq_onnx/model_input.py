@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from ptq_onnx.errors import ModelError, PtqError
+from ptq_onnx.held_folder import scratch_folder
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 """What functions take as a model; besides, what ``torch.onnx.export(dynamo=True)`` returns."""
@@ -35,8 +35,8 @@ def model_file(model: Any) -> Iterator[Path]:
         yield Path(model)
         return
     plain = _plain(model)
-    with tempfile.TemporaryDirectory(prefix="ptq_onnx-") as folder:
-        path = Path(folder) / NAME
+    with scratch_folder() as folder:
+        path = folder / NAME
         _write(plain, path)
         try:
             yield path

@@ -7,6 +7,8 @@ vit8.onnx`` is the model; the folder ``vit8`` beside it holds all the rest.
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,24 +96,33 @@ class Output:
 
     def _place_model(self, work: Path) -> tuple[Path, ...]:
         """The model, and the weights that it keeps in a file of their own."""
-        import onnx
+
+        from ptq_onnx.external_data import relocate
 
         source, weights = work / QUANTIZED, work / f"{QUANTIZED}.data"
         if not source.is_file():
             return ()
+        old = self._weights_of_model()
         files = [self.model]
         if weights.is_file():
             beside = self.model.with_name(f"{self.model.name}.data")
-            proto = onnx.load_model(source, load_external_data=False)
-            for tensor in proto.graph.initializer:
-                for entry in tensor.external_data:
-                    if entry.key == "location":
-                        entry.value = beside.name
-            source.write_bytes(proto.SerializeToString())
+            if beside.exists():  # of the model that is there until the next step
+                beside = beside.with_stem(f"{self.model.name}.{secrets.token_hex(4)}")
+            relocate(source, beside.name)
             os.replace(weights, beside)
             files.append(beside)
         os.replace(source, self.model)
+        for name in old - {file.name for file in files}:
+            self.model.with_name(name).unlink(missing_ok=True)
         return tuple(files)
+
+    def _weights_of_model(self) -> set[str]:
+        """The files of weights that an earlier run has put beside the model."""
+        from ptq_onnx.external_data import locations
+
+        name = re.escape(self.model.name)
+        mine = re.compile(rf"{name}(\.[0-9a-f]{{8}})?\.data")
+        return {place for place in locations(self.model) if mine.fullmatch(place)}
 
 
 @dataclass(frozen=True)

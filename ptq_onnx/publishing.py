@@ -6,8 +6,7 @@ new one in, which the next run completes or takes back if the process is killed 
 reader sees the old results or the new ones. What lies in the folder and is not of this package
 (no manifest names it) moves along by hard links.
 
-The hidden folder is locked as long as its process lives; the next run into the same folder removes
-those that nobody holds.
+What a killed run leaves, the next run into the same folder removes (see ``held_folder.py``).
 """
 
 from __future__ import annotations
@@ -15,19 +14,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ptq_onnx.errors import ConfigError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from ptq_onnx.held_folder import ASIDE, LOCK, held_folder, hidden, locked, remove, unlock
 
 MANIFEST = ".ptq_onnx.json"
 """Lists the files that a run has written into its folder."""
@@ -41,11 +35,6 @@ BEFORE_MANIFESTS = frozenset(
 )
 """What is ours in a folder that has no manifest, beside the pictures in ``attention``."""
 
-LOCK = ".lock"
-ASIDE = ".old"
-_MARK = "ptq-"
-_TRIES = 8
-
 
 @contextmanager
 def workshop(output: Path) -> Iterator[Path]:
@@ -57,19 +46,14 @@ def workshop(output: Path) -> Iterator[Path]:
     if place.exists() and not place.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
     made = [folder for folder in place.parents if not folder.exists()]
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        clear(place)
-        work, lock = _made(place)
-    except OSError as error:
-        _remove_empty(made)
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror}.") from error
-    try:
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(held_folder(place))
+        except OSError as error:
+            raise ConfigError(f"--output {output} cannot be written: {error.strerror}.") from error
         yield work
-    finally:
-        _remove(work)
-        _unlock(lock)
-        _remove_empty(made)
 
 
 def publish(work: Path, output: Path) -> tuple[Path, ...]:
@@ -95,22 +79,6 @@ def publish(work: Path, output: Path) -> tuple[Path, ...]:
     return tuple(output / name for name in names)
 
 
-def clear(place: Path) -> None:
-    """Remove the hidden folders of runs into ``place`` whose process is gone; where one was killed
-    with the old results aside and nothing in their place, put those back."""
-    for left in sorted(place.parent.glob(f".{_escaped(place.name)}.{_MARK}*")):
-        with suppress(OSError):  # another run may be clearing it too
-            lock = _locked(left)
-            if lock is None:
-                continue
-            if left.name.endswith(ASIDE) and not place.exists():
-                (left / LOCK).unlink()
-                os.replace(left, place)
-            else:
-                _remove(left)
-            _unlock(lock)
-
-
 def ours(folder: Path) -> set[Path]:
     """The files in ``folder`` that a run of this package has written, by its manifest."""
     try:
@@ -122,62 +90,8 @@ def ours(folder: Path) -> set[Path]:
         return {Path(name) for name in BEFORE_MANIFESTS} | pictures | {Path(MANIFEST), Path(LOCK)}
 
 
-def _hidden(place: Path, end: str = "") -> Path:
-    return place.with_name(f".{place.name}.{_MARK}{secrets.token_hex(4)}{end}")
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def _files(folder: Path) -> Iterator[Path]:
     return (p.relative_to(folder) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-
-
-def _made(place: Path) -> tuple[Path, int | None]:
-    """A new hidden folder and its lock."""
-    for _ in range(_TRIES):
-        work = _hidden(place)
-        work.mkdir(mode=0o700)
-        with suppress(FileNotFoundError):  # another run took it for one that a killed run left
-            lock = _locked(work)
-            if fcntl is None or (lock is not None and (work / LOCK).exists()):
-                return work, lock
-            _unlock(lock)
-    raise OSError(0, "other runs into the same folder are in the way")
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the lock of a folder; None where another process has it, or where
-    there are no such locks (Windows, where what a killed run leaves is therefore left)."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a hidden folder, its lock last, so that a killed removal can be seen and completed."""
-    with suppress(OSError):
-        for entry in os.scandir(folder):
-            if entry.name == LOCK:
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
-        (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -216,15 +130,15 @@ def _keep_foreign(work: Path, place: Path) -> None:
 
 def _exchange(work: Path, place: Path) -> None:
     """Swap two folders, at once where the system can."""
-    lock = _locked(place)
+    lock = locked(place)
     try:
         if not _exchanged(work, place):
-            old = _hidden(place, ASIDE)
+            old = hidden(place, ASIDE)
             os.replace(place, old)
             os.replace(work, place)
-            _remove(old)
+            remove(old)
     finally:
-        _unlock(lock)
+        unlock(lock)
 
 
 def _exchanged(one: Path, other: Path) -> bool:

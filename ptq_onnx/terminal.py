@@ -54,7 +54,7 @@ class Screen(Console):
             renderable = plain(renderable.plain, str(renderable.style))
         return super().render(renderable, options)
 
-    def line(self, text: object, style: str = "") -> None:
+    def say(self, text: object, style: str = "") -> None:
         """Print one line, however long."""
         self.print(plain(text, style), soft_wrap=True)
 

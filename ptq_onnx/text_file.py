@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tempfile
 from pathlib import Path
+
+from ptq_onnx.held_folder import replacing
 
 LARGEST = 64 << 20
 """Bytes of the largest text that is read: names and labels of a million images."""
@@ -29,13 +30,6 @@ def read_text(path: str | Path, largest: int | None = None) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename: there is never half a file."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write a file that takes the place of ``path`` when it is whole. Raises OSError."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")

@@ -7,7 +7,6 @@ import difflib
 import importlib
 import logging
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import onnx
 import torch
 
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.held_folder import held_folder
 from ptq_onnx.preprocess import METADATA_KEY, Preprocess
 
 _log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def export_timm(
     data: dict[str, Any] = timm.data.resolve_model_data_config(model)
     preprocess = _preprocess(name, data, image_size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}-") as folder:
-        path = Path(folder) / output.name
+    with held_folder(output) as folder:
+        path = folder / output.name
         _export(model, name, path, preprocess, opset)
         proto = onnx.load(path)
         onnx.helper.set_model_props(proto, {METADATA_KEY: preprocess.to_json()})

@@ -142,7 +142,7 @@ def test_a_screen_shows_what_no_one_has_cleaned(capsys: pytest.CaptureFixture[st
     screen.print(Text(f"a{EVIL}\nb"))
     screen.print(f"[/b]{EVIL}")
     screen.print(simple_table((EVIL, "[/b]"), [(EVIL, "a\nb")]))
-    screen.line(f"{EVIL}\nnote")
+    screen.say(f"{EVIL}\nnote")
     out = capsys.readouterr().out
     assert not [mark for mark in FORBIDDEN if mark in out]
     assert "[/b]" in out

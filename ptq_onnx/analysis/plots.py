@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ptq_onnx.analysis.results import OpError, decibels
+from ptq_onnx.held_folder import replacing
 
 LINES: dict[str, tuple[str, str, str]] = {
     "norm1": ("#2ca02c", "-", "v"),
@@ -131,15 +130,8 @@ def save_png(figure: Figure, path: Path, dpi: int, limit: int | None = None) -> 
         buffer = io.BytesIO()
         Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(buffer, "png", optimize=True)
         data = buffer.getvalue()
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as new:
+        new.write_bytes(data)
 
 
 def _png(figure: Figure, dpi: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import onnx
 import onnxruntime as ort
 
 from ptq_onnx.errors import ModelError
+from ptq_onnx.held_folder import scratch_folder
 from ptq_onnx.runtime import open_with_fp8
 from ptq_onnx.validation import one_line
 
@@ -40,8 +40,8 @@ def optimised(source: str | Path | bytes) -> onnx.ModelProto:
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimised.onnx"
+    with scratch_folder() as folder:
+        path = folder / "optimised.onnx"
         options.optimized_model_filepath = str(path)
         # Weights go to a file that is never read
         prefix = "session.optimized_model_external_initializers_"
