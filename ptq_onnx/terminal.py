@@ -66,11 +66,12 @@ def stdout() -> Screen:
 
 
 def spell_what_is_missing() -> None:
-    """Let no stream stumble over a sign that its encoding does not have."""
+    """Let no stream stumble over a sign that its encoding does not have: it is spelled in tables,
+    and an escape in errors, whose names are looked for."""
     codecs.register_error(_ERRORS, _spelled)
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdout, _ERRORS), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ERRORS)
+            stream.reconfigure(errors=errors)
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
