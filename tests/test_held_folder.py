@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.held_folder import clear, held_folder, replacing, scratch_folder
-from ptq_onnx.text_file import write_text
+from ptq_onnx.files.held_folder import clear, held_folder, replacing, scratch_folder
+from ptq_onnx.files.text_file import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
@@ -32,7 +32,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_killed_process_leaves_what_the_next_removes(temporary: Path) -> None:
     code = (
         "import os, signal\n"
-        "from ptq_onnx.held_folder import scratch_folder\n"
+        "from ptq_onnx.files.held_folder import scratch_folder\n"
         "with scratch_folder() as folder:\n"
         "    (folder / 'big').write_text('1')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.image_source import evenly
-from ptq_onnx.images import FolderSource, Preprocess, load_image, open_images
-from ptq_onnx.labels import labels_for, read_labels
+from ptq_onnx.images.labels import labels_for, read_labels
+from ptq_onnx.images.opening import FolderSource, Preprocess, load_image, open_images
+from ptq_onnx.images.source import evenly
 
 PLAIN = Preprocess((0.0,) * 3, (1.0,) * 3, (8, 8))  # values are x / 255
 Draw = Callable[..., Path]
@@ -139,7 +139,7 @@ class TestLoadImage:
     def test_a_flat_picture_stays_flat(
         self, shape: tuple[int, int], size: tuple[int, int], crop: float
     ) -> None:
-        from ptq_onnx.preprocess import from_pixels
+        from ptq_onnx.images.preprocess import from_pixels
 
         pixels = np.full((*shape, 3), 77, dtype=np.uint8)
         got = from_pixels(pixels, Preprocess((0,) * 3, (1,) * 3, size, crop_pct=crop))

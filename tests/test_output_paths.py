@@ -15,8 +15,8 @@ from small_graph import SmallGraph, sample
 from ptq_onnx import QuantizeConfig, Result, quantize
 from ptq_onnx.analysis.compare import find_reference, quantized_file
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.model_path import find_model
-from ptq_onnx.output_paths import Found, Output, find_output
+from ptq_onnx.files.output_paths import Found, Output, find_output
+from ptq_onnx.pipeline.model_path import find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"

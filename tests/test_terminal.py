@@ -17,8 +17,8 @@ from fuzz.seeds import vit
 from PIL import Image
 
 import ptq_onnx
-from ptq_onnx.console import one_line_errors, simple_table
-from ptq_onnx.terminal import Screen, plain, spell_what_is_missing
+from ptq_onnx.cli.console import one_line_errors, simple_table
+from ptq_onnx.cli.terminal import Screen, plain, spell_what_is_missing
 
 PACKAGE = Path(ptq_onnx.__file__).parent
 ROOT = PACKAGE.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from fuzz.seeds import vit
 
-from ptq_onnx.publishing import MANIFEST
+from ptq_onnx.files.publishing import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120
