@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ptq_onnx.cli import options as o
 from ptq_onnx.cli.console import progress_bars, show
+from ptq_onnx.cli.given import settings
 from ptq_onnx.files.output_paths import ANALYSIS, Output
 from ptq_onnx.pipeline.model_path import find_model
 
@@ -55,7 +56,7 @@ def analyse(
     threads: o.Threads = None,
 ) -> None:
     """Quantize a model and write only the report: what every module costs, and why."""
-    options, paths = o.settings(config, {"report": True, **locals()}, sensitivity=True)
+    options, paths = settings(config, {"report": True, **locals()}, sensitivity=True)
     paths.setdefault("output", ANALYSIS)
     Output.of_reports(paths["output"]).keep(config=config)
     path = find_model(model)

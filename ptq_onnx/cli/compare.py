@@ -17,6 +17,7 @@ from ptq_onnx.cli.console import (
     progress_bars,
     simple_table,
 )
+from ptq_onnx.cli.given import settings
 from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.files.output_paths import Output
@@ -58,7 +59,7 @@ def compare(
     threads: o.Threads = None,
 ) -> None:
     """Compare quantized files of one float model: accuracy, SQNR, blocks, size, speed."""
-    options, paths = o.settings(config, locals())
+    options, paths = settings(config, locals())
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
     folder = Output.of_reports(paths["output"]).folder if "output" in paths else None
