@@ -22,6 +22,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ptq_onnx.evaluation.outputs import MOST_DB
+from ptq_onnx.files.file_names import for_page
 from ptq_onnx.report.sections import by_place, sections
 
 Entry = Mapping[str, Any]
@@ -95,6 +96,7 @@ def _page() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=for_page,
         trim_blocks=True,
         lstrip_blocks=True,
     )
