@@ -17,6 +17,7 @@ from ptq_onnx.errors import ModelError, PtqError
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 """What functions take as a model; besides, what ``torch.onnx.export(dynamo=True)`` returns."""
 
+PREFIX = "ptq_onnx-"
 NAME = "model.onnx"
 """What the report calls a model without a file."""
 TAKEN = (
@@ -35,7 +36,7 @@ def model_file(model: Any) -> Iterator[Path]:
         yield Path(model)
         return
     plain = _plain(model)
-    with tempfile.TemporaryDirectory(prefix="ptq_onnx-") as folder:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         path = Path(folder) / NAME
         _write(plain, path)
         try:
@@ -45,6 +46,12 @@ def model_file(model: Any) -> Iterator[Path]:
             if text == str(error):
                 raise
             raise type(error)(text) from error
+
+
+def typed_name(path: str | Path) -> str | Path:
+    """The path, or the name alone of a file that was there only as long as it was needed."""
+    path = Path(path)
+    return NAME if path.name == NAME and path.parent.name.startswith(PREFIX) else path
 
 
 def _plain(model: Any) -> onnx.ModelProto | ir.Model:

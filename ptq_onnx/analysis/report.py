@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,10 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
+from ptq_onnx.analysis.attention_page import Sheet
+from ptq_onnx.analysis.reproduce import command, following, in_python, typed
 from ptq_onnx.analysis.sections import by_place, sections
+from ptq_onnx.analysis.suggestions import place, suggestions
 from ptq_onnx.outputs import MOST_DB
 
 Entry = Mapping[str, Any]
@@ -32,8 +34,6 @@ WORST = 10
 """Ops that the page marks as the worst."""
 EXACT = "exact"
 """What stands for infinite dB."""
-IN_PYTHON = ("arrays", "pictures", "a list of files")
-"""Sources of images that no option can name."""
 EMBEDDED_BYTES = 90_000
 """Larger pictures go into the page as WebP, so that twelve of them fit in about 1 MB."""
 
@@ -54,13 +54,20 @@ ARITHMETIC = {
 
 
 def render(
-    report: Entry, svg: str, pictures: Sequence[tuple[str, Path]], picture: Path | None = None
+    report: Entry,
+    svg: str,
+    pictures: Sequence[tuple[str, Path]],
+    picture: Path | None = None,
+    *,
+    narrow: str = "",
+    sheets: Sequence[Sheet] = (),
 ) -> str:
-    """The HTML page. ``svg``: the figure of error over blocks, trusted, inlined as it is.
+    """The HTML page. ``svg``: the figure of error over blocks, trusted, inlined as it is;
+    ``narrow``: the same for a phone.
 
-    ``pictures``: caption and file of each attention map; ``picture``: that of the image itself,
-    to stand beside its rollout. They are embedded. The page asks for nothing from outside. All
-    other text is escaped.
+    ``pictures``: caption and file of pictures to show; ``sheets``: attention maps; ``picture``:
+    that of the image itself, to stand beside its rollout. They are embedded. The page asks for
+    nothing from outside. All other text is escaped.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -72,29 +79,56 @@ def render(
         number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
     )
     analysis = report.get("analysis")
+    judged = verdict(report)
+    parts = sections(report)
+    tensors = [_tensor(t) for t in report.get("tensors") or []]
+    links = _links(tensors, parts["variation"])
+    ops = _ops((analysis or {}).get("ops") or [], (analysis or {}).get("sensitivity"))
+    ops = [{**op, "link": links.get(op.get("tensor", ""))} for op in ops]
+    by_itself = {t["tensor"]: t for t in (parts["variation"] or {}).get("tensors") or []}
+    worst = sorted((op for op in ops if op["rank"]), key=lambda op: op["rank"])
     return environment.get_template("report.html").render(
         report=report,
         model=report.get("model") or {},
         config=report.get("config") or {},
         calibration=report.get("calibration") or {},
         arithmetic=ARITHMETIC.get(_arithmetic(report), "not stated"),
-        verdict=verdict(report),
+        verdict=judged,
         warning=warning(report),
         outputs=_outputs(report.get("fidelity")),
         cards=_cards(report),
         svg=Markup(svg[max(svg.find("<svg"), 0) :]),
+        narrow=Markup(narrow),
         analysis=analysis,
-        ops=_ops((analysis or {}).get("ops") or [], (analysis or {}).get("sensitivity")),
-        advice=(analysis or {}).get("advice") or [],
+        ops=ops,
+        worst=[
+            {**op, "place": place(op), "own": by_itself.get(op.get("tensor", ""))} for op in worst
+        ],
+        links=links,
+        suggestions=suggestions(report, judged[0]),
+        figures=two_figures(report),
         moves=(report.get("equalization") or {}).get("moves") or [],
-        **sections(report),
-        tensors=[_tensor(t) for t in report.get("tensors") or []],
+        **parts,
+        tensors=tensors,
         floats=_by_reason(report.get("floats") or []),
         pictures=[(caption, _embedded(path)) for caption, path in pictures],
+        sheets=sheets,
         picture=None if picture is None else _embedded(picture),
         yaml=yaml.safe_dump(dict(report.get("config") or {}), sort_keys=False),
-        command=_command(report),
+        command=typed(command(report)),
+        in_python=in_python(report),
     )
+
+
+def _links(tensors: Sequence[Entry], variation: Entry | None) -> dict[str, dict[str, Any]]:
+    """By name of a tensor, the ``row`` of the page that says what is known of it, and the
+    ``place`` of its histogram."""
+    found: dict[str, dict[str, Any]] = {}
+    for index, one in enumerate((variation or {}).get("tensors") or []):
+        found[one["tensor"]] = {"row": f"varied-{index}", "place": index}
+    for index, one in enumerate(tensors):
+        found[one["tensor"]] = {**found.get(one["tensor"], {}), "row": f"tensor-{index}"}
+    return found
 
 
 def _arithmetic(report: Entry) -> str:
@@ -169,6 +203,38 @@ def _measured(report: Entry) -> tuple[str, str]:
     return "none", "Nothing was measured on images: the quality of this model is not known."
 
 
+def two_figures(report: Entry) -> str | None:
+    """Why the SQNR of the file and that of the simulation differ; None where one is missing."""
+    fidelity, analysis = report.get("fidelity") or {}, report.get("analysis") or {}
+    file, simulated = fidelity.get("sqnr_db"), analysis.get("logits")
+    if file is None or simulated is None or len(fidelity.get("outputs") or []) > 1:
+        return None
+    own, count = _images(fidelity), analysis["images"]
+    if fidelity.get("source") == "val":
+        own = f"all {fidelity['images']} images of --val"
+    same = fidelity.get("source") != "val" and fidelity["images"] == count
+    differ = []
+    if not same:
+        differ.append(
+            "the images are others, and the sums go over all of them, so that a few hard ones"
+            " weigh much"
+        )
+    if _arithmetic(report) != "integer file":
+        differ.append(
+            "rounding is chaotic: the runtime's kernels add in another order, and a last bit that"
+            " differs tips values over the edge between two codes"
+        )
+    there = "on the same images" if same else f"on {count} images"
+    return (
+        f"Why two figures: the card on top, {decibel_text(file, None, 1, ' dB')}, is that of the"
+        f" written file in its runtime on {own};"
+        f" {decibel_text(simulated['snr_db'], simulated['snr'], 1, ' dB')} is that of the"
+        f" simulation {there}, which can look into every op."
+        + (f" They differ because {', and because '.join(differ)}." if differ else "")
+        + " What counts is the file's."
+    )
+
+
 def _images(fidelity: Entry) -> str:
     """Which images, in words."""
     words = {
@@ -223,6 +289,19 @@ def _cards(report: Entry) -> list[tuple[str, str, str]]:
         ratio = f"{sizes['float'] / sizes['quantized']:.2f} times smaller"
         text = f"{size(sizes['float'])} → {size(sizes['quantized'])}"
         cards.append(("File", text, ratio))
+    covered = report.get("coverage") or {}
+    if covered:
+        kinds = (("linears", "linears"), ("convolutions", "convolutions"),
+                 ("attention", "attention products"))  # fmt: skip
+        parts = [f"{covered[key]['integer']} of {covered[key]['all']} {name}"
+                 for key, name in kinds if covered[key]["all"]]  # fmt: skip
+        cards.append(
+            ("MACs in integers", f"{covered['percent']:.1f} %", ", ".join(parts) or "no products")
+        )
+    if config and config.get("target") != "integer":
+        speed = following(report).get("speed")
+        small = f"needs {speed}" if speed else "needs the file, which quantize writes"
+        cards.append(("Speed-up", "not measured", small))
     if config:
         bits = f"bits {config.get('bits')}: weights, activations, attention"
         if config.get("target"):
@@ -316,23 +395,6 @@ def _by_reason(floats: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     for entry in floats:
         found.setdefault(str(entry["reason"]), []).append(entry)
     return list(found.items())
-
-
-def _command(report: Entry) -> str:
-    """The command line that repeats the run with the config.yaml beside the report."""
-    calibration = report.get("calibration") or {}
-    model = (report.get("model") or {}).get("path") or "model.onnx"
-    parts = ["ptq-onnx", "quantize", str(model), "--config", "config.yaml"]
-    if calibration.get("images") == 0:
-        parts += ["--scales", "report.json"]
-    else:
-        source = calibration.get("source")
-        parts += ["--calib", "calib" if source is None or source in IN_PYTHON else str(source)]
-    measured = report.get("validation") or {}
-    if measured.get("source") not in (None, *IN_PYTHON):
-        parts += ["--val", str(measured["source"])]
-        parts += ["--labels", str(measured["labels"])] if measured.get("labels") else []
-    return shlex.join(parts)
 
 
 def _embedded(path: Path) -> str:

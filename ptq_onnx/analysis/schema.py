@@ -16,6 +16,7 @@ from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ptq_onnx.analysis.coverage import Coverage
+from ptq_onnx.analysis.reproduce import Invocation
 from ptq_onnx.analysis.results import (
     AttentionAnalysis,
     Automatic,
@@ -199,6 +200,7 @@ def report_schema() -> Schema:
              "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
         ),
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
+        "invocation": _or_null(schema_of(Invocation)),
         "auto": _or_null(schema_of(Automatic)),
         "coverage": _coverage(),
     }  # fmt: skip
