@@ -57,7 +57,8 @@ def draw_attention(found: AttentionMap, path: Path, chosen: Sequence[int] = ()) 
     those ``chosen`` that there are.
 
     Maps are means over heads, in one colour scale for all models, which ends at their
-    percentile :data:`MAP_SHARE`; a head has a scale of its own, again one for all models. The file appears in one step.
+    percentile :data:`MAP_SHARE`; a head has a scale of its own, again one for all models. The
+    file has no background and appears in one step.
     """
     maps = {k: np.nan_to_num(v.astype(np.float32)) for k, v in found.maps.items()}
     aspect = found.image.shape[0] / found.image.shape[1]

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from ptq_onnx.analysis.report import EXACT
+from ptq_onnx.analysis.page_text import EXACT
 from ptq_onnx.analysis.results import Comparison, Contender
 from ptq_onnx.analysis.svg import line_chart
 from ptq_onnx.outputs import OutputFigures

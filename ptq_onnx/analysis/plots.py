@@ -84,9 +84,7 @@ def worst_point(lines: Mapping[str, Mapping[int, float]]) -> tuple[str, int] | N
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
-def snr_over_blocks(
-    ops: Sequence[OpError], path: Path | None = None, narrow: bool = False
-) -> str:
+def snr_over_blocks(ops: Sequence[OpError], path: Path | None = None, narrow: bool = False) -> str:
     """SVG of the noise-to-signal ratio (log axis, lower is better) over the blocks.
 
     The role with the largest ratio is thick, red, and named at its line. The text has no
@@ -157,7 +155,7 @@ def _draw(lines: dict[str, dict[int, float]], text: str, narrow: bool = False) -
         _name(axes, lines, worst, text)
         right = axes.twinx()
         right.set_ylim(*(decibels(limit) for limit in axes.get_ylim()))
-        right.set_ylabel("SNR, dB (higher is better)", color=text)
+        right.set_ylabel("SNR, dB (higher is better)", color=text, labelpad=8)
         right.tick_params(colors=text, length=0)  # without the axis line ticks look like minus
         right.spines[:].set_visible(False)
         legend = figure.legend(
@@ -221,7 +219,5 @@ def save_png(figure: Figure, path: Path, dpi: int, limit: int | None = None) -> 
 
 def _png(figure: Figure, dpi: int) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", dpi=dpi, metadata={"Software": None}, transparent=True
-    )
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None}, transparent=True)
     return buffer.getvalue()

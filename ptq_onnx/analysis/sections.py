@@ -151,9 +151,7 @@ def _variation(found: Entry | None, specs: Mapping[str, Entry]) -> dict[str, Any
             for n in wide
         ],
         # No "<" of a name can close the script element.
-        "histograms": Markup(
-            json.dumps(histograms, separators=(",", ":")).replace("<", "\\u003c")
-        ),
+        "histograms": Markup(json.dumps(histograms, separators=(",", ":")).replace("<", "\\u003c")),
     }
 
 

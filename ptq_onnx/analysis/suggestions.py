@@ -18,7 +18,7 @@ NOTHING = (
 STEPS = {
     "accuracy on labelled images": "Accuracy needs labelled images:",
     "on images of your own": "On images of your own:",
-    "what the runtime makes of it": "To see what the runtime computes in integers, and why not more:",
+    "what the runtime makes of it": "To see what the runtime computes in integers:",
     "speed": "To know the speed-up on this machine, time both files side by side:",
 }
 """By what :func:`ptq_onnx.next_steps.next_steps` calls them."""

@@ -163,7 +163,9 @@ def box_plot(found: Sequence[ChannelRanges], wide: float = 900) -> str:
     told = "A box per LayerNorm over its channels: quartiles, whiskers to the extremes."
     if worst is not None:
         told += f" The largest channel, {worst.box[4]:.3g}, is read by {worst.reader}."
-    return _svg("".join(body), wide, height, "Largest |x| of the channels of LayerNorm inputs", told)
+    return _svg(
+        "".join(body), wide, height, "Largest |x| of the channels of LayerNorm inputs", told
+    )
 
 
 def attention_levels(found: BlockAttention, bits: int = 4) -> str:
@@ -190,7 +192,9 @@ def attention_levels(found: BlockAttention, bits: int = 4) -> str:
         )
     body.append(_line(LEFT, base, WIDTH - RIGHT, base))
     for share in (0.0, 0.5, 1.0):
-        body.append(_text(LEFT - 4, base - share * tall + 4, f"{100 * share * top / total:.1f}", "end"))
+        body.append(
+            _text(LEFT - 4, base - share * tall + 4, f"{100 * share * top / total:.1f}", "end")
+        )
     body.append(_up("share of values, %", 20 + tall / 2))
     steps = (1 << bits) - 1
     for step in range(1, steps + 1):
@@ -206,7 +210,9 @@ def attention_levels(found: BlockAttention, bits: int = 4) -> str:
     body.append(_text(LEFT, base + 57, f"{bits} bits: dashed red, uniform levels (from 1/{steps});"
                       " green ticks, log2 levels", "start"))  # fmt: skip
     under = sum(counts[: max(0, round((-math.log2(2 * steps) - lowest) * len(counts) / -lowest))])
-    told = f"{100 * under / total:.0f} % of the values are below half a step of {bits} uniform bits."
+    told = (
+        f"{100 * under / total:.0f} % of the values are below half a step of {bits} uniform bits."
+    )
     title = f"How often attention weights of block {found.block} occur, with the levels of codes"
     return _svg("".join(body), WIDTH, height, title, told)
 
@@ -236,7 +242,8 @@ def rollout_maps(maps: Mapping[str, Sequence[Sequence[float]]]) -> str:
         body.append(_text(left + size / 2, 12, label))
         body.extend(
             f'<rect x="{left + c * cell:.2f}" y="{18 + r * cell:.2f}" width="{cell + 0.05:.2f}"'
-            f' height="{cell + 0.05:.2f}" fill="{to_hex(colors(min(v / top, 1.0)))}"/>'
+            f' height="{cell + 0.05:.2f}" fill="{to_hex(colors(min(v / top, 1.0)))}"'
+            ' shape-rendering="crispEdges"/>'
             for r, row in enumerate(rows)
             for c, v in enumerate(row)
         )
