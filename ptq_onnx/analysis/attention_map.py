@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -32,7 +33,7 @@ TEXT = 0.22
 """Height of a line of text."""
 DPI = 110
 HEADS_IN_A_ROW = 8
-TITLES = {"font.size": 9, "axes.titlesize": 9, "axes.titlepad": 3}
+TITLES: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 9, "axes.titlepad": 3}
 
 
 def overlay(picture: Picture, weights: Array) -> Picture:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ TEXT = "#010203"
 """Colour of text and axes; becomes currentColor in the SVG, so that the page decides."""
 GREY = "#767b82"
 """Text of a picture without a background: as far from white as from a dark page."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
          "ytick.color", "legend.labelcolor"), GREY),
@@ -103,6 +104,8 @@ def snr_over_blocks(ops: Sequence[OpError], path: Path | None = None, narrow: bo
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     text = buffer.getvalue().replace(TEXT, "currentColor")
     text = text[text.index("<svg") :].rstrip()
+    if narrow:  # beside the wide one on one page
+        text = re.sub(r'\bid="([\w.]+_\d+)"', r'id="narrow-\1"', text)
     told = "".join(f"<{tag}>{escape(said)}</{tag}>" for tag, said in
                    (("title", TITLE), ("desc", DESCRIPTION + _worst_told(lines))))  # fmt: skip
     return re.sub(r"^<svg([^>]*)>", lambda head: f'<svg{head[1]} role="img">{told}', text, count=1)
@@ -187,7 +190,6 @@ def _name(
         ha="left" if share < 0.25 else "right" if share > 0.75 else "center",
         color=text,
         fontweight="bold",
-        gid="worst",
     )
 
 
