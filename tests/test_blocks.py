@@ -8,11 +8,9 @@ import pytest
 from small_graph import SmallGraph
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks import (
-    Blocks,
-    Role,
+from ptq_onnx.blocks.roles import Blocks, Role, find_blocks
+from ptq_onnx.blocks.walking import (
     consumers,
-    find_blocks,
     is_constant,
     is_layout,
     is_linear,
@@ -21,7 +19,7 @@ from ptq_onnx.blocks import (
     source,
     through_layout,
 )
-from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.preparation.prepare import Prepared, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 ONCE = {

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import table
 
-from ptq_onnx.analysis.plots import GREY, STYLE, save_png
+from ptq_onnx.report.plots import GREY, STYLE, save_png
 
 OURS, OTHERS = "#2f7fd6", "#8d949c"
 

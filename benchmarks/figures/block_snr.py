@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import options, table
 
-from ptq_onnx.analysis.plots import STYLE, save_png
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.pipeline import quantize
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.report.plots import STYLE, save_png
 
 STYLES = {
     "vanilla": ("#d9403a", "o"), "channelwise": ("#b57700", "s"), "fqvit": ("#9467bd", "D"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from ptq_onnx.analysis.plots import GREY
+from ptq_onnx.report.plots import GREY
 
 FILL, DARK = "#dbe7f6", "#15202e"
 """A box brings its own ground: dark text on it has a contrast of 13 on any page."""

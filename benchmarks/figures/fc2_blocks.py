@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
 from ptq_onnx.analysis.graphwise import graphwise
-from ptq_onnx.analysis.plots import STYLE, save_png
+from ptq_onnx.report.plots import STYLE, save_png
 
 STYLES = {"one scale": ("#d9403a", "o"), "one per channel": ("#3a7fc4", "s")}
 

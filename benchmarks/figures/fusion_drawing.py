@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from onnx_ir import tape
 from subject import table
 
-from ptq_onnx.analysis.plots import GREY, STYLE, save_png
-from ptq_onnx.fusion import fuse
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.report.plots import GREY, STYLE, save_png
 
 TOKENS, WIDTH = 4, 8
 AFTER = "#cfe8d5"

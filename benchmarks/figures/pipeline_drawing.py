@@ -19,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import options, table
 
-from ptq_onnx.analysis.plots import STYLE, save_png
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.pipeline import quantize
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.report.plots import STYLE, save_png
 
 WIDE, TALL, GAP = 2.05, 1.5, 0.5
 

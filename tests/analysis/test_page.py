@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from sample_report import make_attention, make_ops, make_report
 
-from ptq_onnx.analysis.attention_page import sheet
-from ptq_onnx.analysis.plots import LINES, snr_over_blocks, worst_point
-from ptq_onnx.analysis.report import render
 from ptq_onnx.analysis.results import ChannelRanges
-from ptq_onnx.analysis.summary import two_figures
-from ptq_onnx.analysis.svg import box_plot, channel_bands, heat_map, map_limit, rollout_maps
+from ptq_onnx.report.attention_page import sheet
+from ptq_onnx.report.page import render
+from ptq_onnx.report.plots import LINES, snr_over_blocks, worst_point
+from ptq_onnx.report.summary import two_figures
+from ptq_onnx.report.svg import box_plot, channel_bands, heat_map, map_limit, rollout_maps
 
 CHROMIUM = next((p for n in ("chromium", "google-chrome") if (p := shutil.which(n))), None)
 AXE = os.environ.get("AXE_CORE", "")
@@ -139,8 +139,9 @@ def test_the_worst_role_is_thick_and_named_at_its_line(role: str) -> None:
     assert worst_point({"fc1": {0: 0.1}, role: {4: 0.5}}) == (role, 4)
     for narrow, start in ((False, "snr"), (True, "narrow")):
         svg = snr_over_blocks(ops, narrow=narrow)
-        widths = {r: float(w) for r, w in re.findall(
-            rf'id="{start}-({'|'.join(LINES)})".*?stroke-width: ([\d.]+)', svg, re.DOTALL)}  # fmt: skip
+        roles = "|".join(LINES)
+        pattern = rf'id="{start}-({roles})".*?stroke-width: ([\d.]+)'
+        widths = {r: float(w) for r, w in re.findall(pattern, svg, re.DOTALL)}
         assert max(widths, key=lambda r: widths[r]) == role
         assert f">{role}, block 4: 3.0 dB</text>" in svg
         assert f"The largest is {role} of block 4, 3.0 dB.</desc>" in svg

@@ -16,12 +16,12 @@ import pytest
 from prepared_models import DIGITS, ROOT
 from sample_report import make_report
 
-from ptq_onnx import cli
 from ptq_onnx import quantize as quantize_in_python
-from ptq_onnx.analysis.reproduce import command, following, in_python, named, typed
-from ptq_onnx.analysis.suggestions import NOTHING, suggestions
-from ptq_onnx.images import open_images
-from ptq_onnx.pipeline import resolve_preprocess
+from ptq_onnx.cli import app as cli
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import resolve_preprocess
+from ptq_onnx.report.reproduce import command, following, in_python, named, typed
+from ptq_onnx.report.suggestions import NOTHING, suggestions
 
 CALIB = ROOT / "img/digits/calib"
 
@@ -87,7 +87,7 @@ def test_what_has_no_path_is_named_as_missing(tmp_path: Path) -> None:
 
 
 def _config() -> Any:
-    from ptq_onnx.config import QuantizeConfig
+    from ptq_onnx.config.quantize_config import QuantizeConfig
 
     return QuantizeConfig(quantizer="vanilla", images=4, report=False, threads=1)
 
