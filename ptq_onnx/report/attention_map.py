@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ptq_onnx.analysis.results import AttentionMap, decibels
+from ptq_onnx.files.file_names import printable
 from ptq_onnx.report.plots import STYLE, save_png
 from ptq_onnx.report.svg import MAP_SHARE, map_limit
 
@@ -96,7 +97,7 @@ class _Sheet:
 
     def draw(self) -> Figure:
         """The finished figure."""
-        name = self.found.image_name
+        name = printable(self.found.image_name)
         name = name if len(name) <= 60 else "…" + name[-59:]
         for text, line, size in (
             (f"Attention of block {self.found.block}: {self.found.query}", 0.4, 12),

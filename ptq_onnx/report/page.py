@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
+from ptq_onnx.files.file_names import for_page
 from ptq_onnx.report.attention_page import Sheet
 from ptq_onnx.report.page_text import cell, counts, decibel_text, number, size
 from ptq_onnx.report.reproduce import command, in_python, typed
@@ -70,6 +71,7 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=for_page,
         trim_blocks=True,
         lstrip_blocks=True,
     )

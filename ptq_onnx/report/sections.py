@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from ptq_onnx.analysis.modules import KINDS
 from ptq_onnx.analysis.results import BlockAttention, ChannelRanges
+from ptq_onnx.files.file_names import printable
 from ptq_onnx.report.svg import (
     MAP_SHARE,
     WIDTH,
@@ -135,8 +136,8 @@ def _variation(found: Entry | None, specs: Mapping[str, Entry]) -> dict[str, Any
             "q": t["histogram"]["quantized_counts"],
             "clip": t["clip"],
             "of": t["clip_of"],
-            "name": _label(t),
-            "told": _told(t, specs.get(t["tensor"])),
+            "name": printable(_label(t)),
+            "told": printable(_told(t, specs.get(t["tensor"]))),
             "row": rows.get(t["tensor"], f"varied-{index}"),
         }
         for index, t in enumerate(tensors)

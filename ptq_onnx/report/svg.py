@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import matplotlib as mpl
@@ -16,6 +15,7 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.results import BlockAttention, ChannelRanges
+from ptq_onnx.files.file_names import in_html
 
 WIDTH = 460
 """Of a drawing that takes half a screen, or the whole of a phone's: its text stays legible."""
@@ -26,12 +26,12 @@ def _svg(body: str, width: float, height: float, title: str, description: str) -
     """The drawing, with what a screen reader says of it."""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" font-size="11" fill="currentColor">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{body}</svg>"
+        f"<title>{in_html(title)}</title><desc>{in_html(description)}</desc>{body}</svg>"
     )
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", extra: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{in_html(text)}</text>'
 
 
 def _up(text: str, middle: float, x: float = 11) -> str:
@@ -80,7 +80,7 @@ def heat_map(
             color = heat_color(-value if bad_is_high else value, low, high)
             body.append(
                 f'<rect x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}"'
-                f' fill="{color}"><title>blocks.{block}.{escape(role)}:'
+                f' fill="{color}"><title>blocks.{block}.{in_html(role)}:'
                 f" {f'{value:.2f} dB' if math.isfinite(value) else 'exact'}</title></rect>"
             )
             body.append(
@@ -149,7 +149,7 @@ def box_plot(found: Sequence[ChannelRanges], wide: float = 900) -> str:
         x, half = LEFT + (index + 0.5) * step, min(step * 0.32, 10)
         least, first, median, third, most = map(y, one.box)
         body.append(
-            f"<g><title>{escape(one.reader)}: median {one.box[2]:.3g}, largest {one.box[4]:.3g}"
+            f"<g><title>{in_html(one.reader)}: median {one.box[2]:.3g}, largest {one.box[4]:.3g}"
             f"</title>{_line(x, least, x, first)}{_line(x, third, x, most)}"
             f'<rect x="{x - half:.1f}" y="{third:.1f}" width="{2 * half:.1f}"'
             f' height="{max(first - third, 1):.1f}" class="box"/>'
