@@ -46,7 +46,7 @@ def test_the_command_of_the_page_repeats_the_run(
     Path("my models").mkdir()
     Path("my models/the vit.onnx").symlink_to(DIGITS)
     words = ["ptq-onnx", "quantize", "my models/the vit.onnx", "--calib", str(CALIB), "--images",
-             "8", "--quantizer", "vanilla", "--keep-float", "fc2@1", "--analysis-images", "2",
+             "4", "--quantizer", "vanilla", "--keep-float", "fc2@1", "--analysis-images", "1",
              "--no-pictures", "--threads", "1", "--output", str(tmp_path / "out 1")]  # fmt: skip
     assert run(monkeypatch, words) == 0
     page = Path("out 1/report.html").read_text(encoding="utf-8")
