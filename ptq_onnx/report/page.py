@@ -11,11 +11,12 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -68,16 +69,6 @@ def render(
     that of the image itself, to stand beside its rollout. They are embedded. The page asks for
     nothing from outside. All other text is escaped.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=for_page,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
-    )
     analysis = report.get("analysis")
     judged = verdict(report)
     parts = sections(report)
@@ -87,7 +78,7 @@ def render(
     ops = [{**op, "link": links.get(op.get("tensor", ""))} for op in ops]
     by_itself = {t["tensor"]: t for t in (parts["variation"] or {}).get("tensors") or []}
     worst = sorted((op for op in ops if op["rank"]), key=lambda op: op["rank"])
-    return environment.get_template("report.html").render(
+    return _page().render(
         report=report,
         model=report.get("model") or {},
         config=report.get("config") or {},
@@ -129,6 +120,22 @@ def _links(tensors: Sequence[Entry], variation: Entry | None) -> dict[str, dict[
     for index, one in enumerate(tensors):
         found[one["tensor"]] = {**found.get(one["tensor"], {}), "row": f"tensor-{index}"}
     return found
+
+
+@cache
+def _page() -> Template:
+    """The template, read once in a process."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=for_page,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
+    )
+    return environment.get_template("report.html")
 
 
 def _outputs(fidelity: Entry | None) -> list[Entry]:
