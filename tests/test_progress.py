@@ -22,7 +22,8 @@ from ptq_onnx.config import stages
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.progress import UNITS, WHOLE, Planned, Stages
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -114,9 +114,9 @@ def evaluate(
         from ptq_onnx.evaluation import evaluate as evaluation
         from ptq_onnx.evaluation import network as runtime
         from ptq_onnx.images.opening import open_images
-        from ptq_onnx.pipeline import quantize as pipeline
+        from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 
-        source = open_images(paths["val"], pipeline.resolve_preprocess(path, options))
+        source = open_images(paths["val"], resolve_preprocess(path, options))
         classes = bool(runtime.Network(path, 1).class_outputs)
         if not classes and other is None:
             raise ConfigError(

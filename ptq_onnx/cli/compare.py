@@ -62,11 +62,11 @@ def compare(
         from ptq_onnx.analysis.results import plain
         from ptq_onnx.images.labels import labels_for
         from ptq_onnx.images.opening import open_images
-        from ptq_onnx.pipeline import quantize as pipeline
+        from ptq_onnx.pipeline.preprocessing import resolve_preprocess
         from ptq_onnx.report.compare_page import render_comparison
 
         base = comparison.find_reference(models, reference)
-        source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
+        source = open_images(paths["val"], resolve_preprocess(base, options))
         try:
             truth = labels_for(source, paths.get("labels"))
         except ImageError:

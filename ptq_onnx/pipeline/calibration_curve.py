@@ -93,6 +93,7 @@ def measure_curve(
     from ptq_onnx.images.opening import open_images
     from ptq_onnx.pipeline import embedded
     from ptq_onnx.pipeline import quantize as pipeline
+    from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 
     sizes = _checked(sizes)
     calib = embedded.images_for(model) if calib is None else calib
@@ -100,7 +101,7 @@ def measure_curve(
         raise ConfigError("auto would decide anew for every size; use it with quantize.")
     if calib == NOISE:
         raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
-    preprocess = pipeline.resolve_preprocess(model, config)
+    preprocess = resolve_preprocess(model, config)
     available = len(open_images(calib, preprocess))
     tested = open_images(val, preprocess)
     labelled = _labelled(model, tested, labels)  # wrong labels are told before the work
@@ -224,7 +225,7 @@ def _labelled(model: Path, source: ImageSource, labels: str | Path | None) -> bo
     from ptq_onnx.evaluation.evaluate import no_classes
     from ptq_onnx.evaluation.network import Network
     from ptq_onnx.images.labels import labels_for
-    from ptq_onnx.pipeline.quantize import has_class_folders
+    from ptq_onnx.pipeline.calibration_images import has_class_folders
 
     if labels is None and not has_class_folders(source):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +27,21 @@ from ptq_onnx.files.file_names import short_stem
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.publishing import workshop
 from ptq_onnx.images.opening import METADATA_KEY, FolderSource, Images, Preprocess, open_images
-from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.scales_file import read_scales
 from ptq_onnx.pipeline import embedded
-from ptq_onnx.pipeline.description import describe, shown, validation
-from ptq_onnx.pipeline.preprocess_input import Given, from_files
+from ptq_onnx.pipeline.calibration_images import Batches, calibration_images, has_class_folders
+from ptq_onnx.pipeline.description import describe, validation
+from ptq_onnx.pipeline.preprocess_input import Given
+from ptq_onnx.pipeline.preprocessing import preprocess_notes, resolve_preprocess
+from ptq_onnx.pipeline.request_checks import check_attention_blocks, check_blocks, without_classes
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.input_size import try_size
 from ptq_onnx.preparation.model_input import typed_name
 from ptq_onnx.preparation.model_sessions import open_plain
-from ptq_onnx.preparation.prepare import Prepared, own_faults, prepare, read_input
-from ptq_onnx.preparation.signature import as_pixels, pixels, signature
+from ptq_onnx.preparation.prepare import Prepared, own_faults, prepare
+from ptq_onnx.preparation.signature import signature
 from ptq_onnx.progress import Advance, Progress, Stages
 from ptq_onnx.report.reproduce import Invocation, named
 
@@ -50,26 +53,8 @@ __all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"
 
 log = logging.getLogger(__name__)
 
-FEW = 8
-"""Calibration images below which a note says so."""
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
-
-
-class Batches:
-    """Batches of an image source that can be run over again.
-
-    For a model that only takes batches of ``fixed`` images each image is a batch of its own, of
-    so many ``copies``: then nothing but images counts, and each as often as any other.
-    """
-
-    def __init__(self, source: ImageSource, size: int, fixed: int | None = None) -> None:
-        self.source, self.copies = source, fixed or 1
-        self.size = size if fixed is None else 1
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.source.batches(self.size):
-            yield batch if self.copies == 1 else np.repeat(batch, self.copies, axis=0)
 
 
 def quantize(
@@ -114,8 +99,8 @@ def quantize(
     prepared = prepare(model, config.opset, config.size, free=True)
     check_selectors(config, prepared.blocks, prepared.sites)
     notes = list(prepared.cleaned.notes)
-    _check_blocks(prepared, config)
-    _check_attention_blocks(prepared, config)
+    check_blocks(prepared, config)
+    check_attention_blocks(prepared, config)
     if config.auto and scales is not None:
         raise ConfigError(
             f"--scales {scales}: --auto decides what is quantized, so that the scales of another"
@@ -123,7 +108,7 @@ def quantize(
         )
     given = given or Given()
     preprocess = resolve_preprocess(prepared.model, config, given, prepared.path)
-    notes += _preprocess_notes(prepared, config, given)
+    notes += preprocess_notes(prepared, config, given)
     try_size(prepared.model, prepared.path, image_input(prepared.model), preprocess.shape)
     if given.transform is None:
         prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
@@ -132,14 +117,14 @@ def quantize(
     own = signature(prepared.model)
     name = image_input(prepared.model).name if own is None else own.name
     how: dict[str, Any] = {"transform": given.transform, "name": name}
-    images = _calibration_images(calib, preprocess, config, notes, how)
+    images = calibration_images(calib, preprocess, config, notes, how)
     tested = None if val is None else open_images(val, preprocess, **how)
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
     labelled = tested is not None and (labels is not None or has_class_folders(tested))
     if labelled and not class_outputs(prepared.model):
-        labelled = _without_classes(prepared, labels, notes)
+        labelled = without_classes(prepared, labels, notes)
     if tested is not None and labelled:
         from ptq_onnx.images.labels import labels_for
 
@@ -183,159 +168,6 @@ def quantize(
         files = place.publish(work)
         begin.done()
     return Result(report, output, files, run.analysis, place.model if keep_models else None)
-
-
-def _without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
-    """False, with a note, for class folders that are of no use to the model. Raises ModelError for
-    labels that were asked for."""
-    made = ", ".join(f"{v['name']} {v['shape']}" for v in map(shown, prepared.model.graph.outputs))
-    where = f"Model {prepared.path} has no output [batch, classes], only {made}"
-    if labels is not None:
-        raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
-    notes.append(f"{where}: the class folders of --val are no labels here.")
-    return False
-
-
-def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
-    if prepared.blocks.count == 0 and config.quantizer != "vanilla":
-        needs, instead = config.quantizer, "--quantizer vanilla"
-        if config.target != "onnxruntime":  # others take no vanilla
-            needs, instead = f"--target {config.target}", f"--target onnxruntime {instead}"
-        raise ModelError(
-            f"Model {prepared.path} has no transformer block (softmax between two products);"
-            f" {needs} needs one, {instead} works without."
-        )
-
-
-def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
-    beyond = [b for b in config.attention_blocks if b >= prepared.blocks.count]
-    if beyond:
-        raise ConfigError(
-            f"--attention-blocks {beyond[0]}: the model has {prepared.blocks.count} blocks,"
-            " counted from 0."
-        )
-    heads = [
-        node.outputs[0].shape[1]
-        for node in prepared.model.graph
-        if prepared.blocks.roles[node.name or str(node.outputs[0].name)].name == "softmax"
-        and node.outputs[0].shape is not None
-        and len(node.outputs[0].shape) == 4
-    ]
-    most = max((h for h in heads if isinstance(h, int)), default=None)
-    absent = [h for h in config.attention_heads if most is not None and h >= most]
-    if absent:
-        raise ConfigError(
-            f"--attention-heads {absent[0]}: the model has {most} heads, counted from 0."
-        )
-
-
-def has_class_folders(source: ImageSource) -> bool:
-    """Whether classes came with the images, or they lie in sub-folders, which then are theirs."""
-    if source.labels is not None:
-        return True
-    folders = isinstance(source, FolderSource) and not source.listed
-    return folders and all("/" in name for name in source.names)
-
-
-def _preprocess_notes(prepared: Prepared, config: QuantizeConfig, given: Given) -> list[str]:
-    """What of the preprocessing is not written in the options."""
-    if given.transform is not None:
-        return [
-            "Pictures went through a preprocessing function of yours: the files do not tell it."
-            " Give the same to evaluate and compare."
-        ]
-    stored = METADATA_KEY in prepared.model.metadata_props
-    found = None if stored or given.values else from_files(config, prepared.path)
-    if found is None or config.preprocess is not None:
-        return []
-    return [f"Preprocessing as in {found[1]}, which lies beside the model."]
-
-
-def resolve_preprocess(
-    model: str | Path | ir.Model,
-    config: QuantizeConfig,
-    given: Given | None = None,
-    path: Path | None = None,
-) -> Preprocess:
-    """Preprocessing by the options, else by the model's metadata, else by a
-    ``preprocessor_config.json`` beside its file ``path``, else by its first ops (a graph that
-    normalises pixels itself gets pixels), else imagenet's.
-
-    Size and channels come from the model's input where it states them, or from what fixes them
-    in its graph. Raises ConfigError where option and model contradict each other.
-    """
-    if not isinstance(model, ir.Model):
-        path = Path(model)
-        model = read_input(model, config.size)
-    shape = image_input(model).shape
-    sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
-    if len(sides) != 4:
-        raise ModelError("The model's input is no batch of images [batch, channels, H, W].")
-    channels, height, width = sides[1:]
-    stored = model.metadata_props.get(METADATA_KEY)
-    found = from_files(config, path if stored is None else None)
-    if given is not None and given.values is not None:
-        base = given.values
-    elif found is not None:
-        base = found[0]
-    elif config.preprocess is None and stored is not None:
-        base = Preprocess.from_json(stored)
-    else:
-        base = _by_first_ops(model, config)
-    size = config.size or (base.size if height is None or width is None else (height, width))
-    if height is not None and width is not None and tuple(size) != (height, width):
-        raise ConfigError(
-            f"--size {size[0]}x{size[1]}: the model takes {height}x{width} images only."
-        )
-    mean, std = config.mean or base.mean, config.std or base.std
-    if channels == 1 and len(mean) == 3:
-        mean, std = (float(np.mean(mean)),), (float(np.mean(std)),)
-    if channels not in (None, 1, 3):
-        raise ModelError(f"The model's input has {channels} channels; images have 1 or 3.")
-    changes: dict[str, Any] = {"mean": mean, "std": std, "size": tuple(size)}
-    if channels is not None:
-        changes["channels"] = channels
-    own = signature(model)
-    if own is not None:
-        changes["channels_last"] = own.channels_last
-    if config.crop_pct is not None:
-        changes["crop_pct"] = config.crop_pct
-    if config.interpolation is not None:
-        changes["interpolation"] = config.interpolation
-    return as_pixels(model, config, replace(base, **changes))
-
-
-def _by_first_ops(model: ir.Model, config: QuantizeConfig) -> Preprocess:
-    """The preprocessing that options name, or that the graph leaves to be done."""
-    if config.preprocess is not None:
-        return Preprocess.named(config.preprocess)
-    top = pixels(model)
-    if top == 1:
-        return replace(Preprocess.named("none"), mean=(0.0,) * 3, std=(1.0,) * 3)
-    return Preprocess.named("imagenet" if top is None else "none")
-
-
-def _calibration_images(
-    calib: Images,
-    preprocess: Preprocess,
-    config: QuantizeConfig,
-    notes: list[str],
-    how: dict[str, Any],
-) -> ImageSource:
-    if isinstance(calib, str) and calib == NOISE:
-        notes.append(
-            "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
-            " comparing, not for use."
-        )
-        return NoiseSource(preprocess, config.images)
-    found = open_images(calib, preprocess, limit=config.images, **how)
-    if len(found) < FEW:
-        images = "1 image" if len(found) == 1 else f"{len(found)} images"
-        notes.append(
-            f"Calibrated on {images} only, which hardly show a tensor's range, and closeness"
-            " measured on the same ones says nothing: give 32 or more."
-        )
-    return found
 
 
 @dataclass

@@ -23,7 +23,8 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import Result, quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import Result, quantize
 from ptq_onnx.report.schema import report_schema, text, violations
 
 CHROMIUM = next((p for n in ("chromium", "google-chrome") if (p := shutil.which(n))), None)

@@ -20,7 +20,7 @@ from short_digits import short_digits
 from ptq_onnx import quantize as quantize_in_python
 from ptq_onnx.cli import app as cli
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.report.reproduce import command, following, in_python, named, typed
 from ptq_onnx.report.suggestions import NOTHING, suggestions
 

@@ -21,7 +21,8 @@ from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import Result, quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import Result, quantize
 from ptq_onnx.report.page import render
 from ptq_onnx.report.schema import report_schema, violations
 

@@ -27,7 +27,8 @@ from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
 from ptq_onnx.numerics.spec import Site, TensorSpec
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.qdq.factors import FactorPlan, plan_factors
 from ptq_onnx.qdq.lowering import lower
 
