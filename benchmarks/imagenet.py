@@ -26,7 +26,8 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 
 FLOAT = "Full precision"
 PLAIN = {"quantizer": "fqvit", "ptf": False, "lis": False}

@@ -28,7 +28,8 @@ from ptq_onnx.evaluation.network import session
 from ptq_onnx.files.model_size import model_bytes
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import quantize, read_scales, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize, read_scales
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.targets.integer.interpreter import differing_tensors
 from ptq_onnx.targets.integer.rules import violations

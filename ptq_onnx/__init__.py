@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ptq_onnx.images.opening import open_images
     from ptq_onnx.images.preprocess import Preprocess
     from ptq_onnx.pipeline.model_path import find_model
-    from ptq_onnx.pipeline.quantize import resolve_preprocess
+    from ptq_onnx.pipeline.preprocessing import resolve_preprocess
     from ptq_onnx.pipeline.result import Result
     from ptq_onnx.preparation.prepare import prepare
 
@@ -55,7 +55,7 @@ _HOMES = {
     "prepare": "preparation.prepare",
     "progress_bars": "cli.console",
     "quantize": "api",
-    "resolve_preprocess": "pipeline.quantize",
+    "resolve_preprocess": "pipeline.preprocessing",
     "roles": "api",
     "show": "cli.console",
 }

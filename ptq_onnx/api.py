@@ -283,10 +283,10 @@ def _opened(path: Any, images: Images, settings: QuantizeConfig, given: Given) -
     if isinstance(images, ImageSource):
         return images
     from ptq_onnx.blocks.sites import image_input
-    from ptq_onnx.pipeline import quantize as pipeline
+    from ptq_onnx.pipeline.preprocessing import resolve_preprocess
     from ptq_onnx.preparation import model_files as graphs
 
-    shown = pipeline.resolve_preprocess(path, settings, given)
+    shown = resolve_preprocess(path, settings, given)
     name = image_input(graphs.outline(path)).name
     return open_images(images, shown, transform=given.transform, name=name)
 
@@ -312,7 +312,7 @@ def _measured(
     """Images, and their classes where there are any; folders are none to a model without."""
     from ptq_onnx.evaluation.network import Network
     from ptq_onnx.images.labels import labels_for
-    from ptq_onnx.pipeline.quantize import has_class_folders
+    from ptq_onnx.pipeline.calibration_images import has_class_folders
 
     settings, given = taken(preprocess, QuantizeConfig())
     if labels is not None and not isinstance(labels, str | os.PathLike):

@@ -11,7 +11,8 @@ from small_graph import SmallGraph, run, sample
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.preparation.prepare import prepare
 
 CASES = Path(__file__).resolve().parents[2] / "shared/cases"

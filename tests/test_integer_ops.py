@@ -8,7 +8,7 @@ import torch
 from prepared_models import DIGITS, images, prepared, quantized
 from small_graph import SmallGraph
 
-from ptq_onnx.blocks.roles import is_layout, name_of
+from ptq_onnx.blocks.walking import is_layout, name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.grain import PerChannel

@@ -22,7 +22,8 @@ from ptq_onnx.config import stages
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.progress import UNITS, WHOLE, Planned, Stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,11 +86,11 @@ def test_a_stage_that_comes_again_leaves_room() -> None:
 # --- jobs
 
 
-def run(tmp_path: Path, **options: Any) -> Recorded:
+def run(tmp_path: Path, model: Path = MODEL, **options: Any) -> Recorded:
     told = Recorded()
     paths = {k: options.pop(k) for k in ("val", "labels") if k in options}
     config = QuantizeConfig(**{"images": IMAGES, "analysis_images": 4, "threads": 1, **options})
-    quantize(MODEL, config=config, calib=CALIB, output=tmp_path / "o", progress=told, **paths)
+    quantize(model, config=config, calib=CALIB, output=tmp_path / "o", progress=told, **paths)
     return told
 
 
@@ -113,8 +114,10 @@ def run(tmp_path: Path, **options: Any) -> Recorded:
          [stages.MEASURING, stages.MEASURING_FLOAT]),
     ],
 )  # fmt: skip
-def test_quantize(tmp_path: Path, options: dict[str, Any], expected: list[str]) -> None:
-    told = run(tmp_path, **options)
+def test_quantize(
+    tmp_path: Path, short: Path, options: dict[str, Any], expected: list[str]
+) -> None:
+    told = run(tmp_path, short, **options)
     told.assert_complete()
     assert told.names[:2] == [WHOLE, stages.READING]
     wanted = [name for name in told.names if name in expected]

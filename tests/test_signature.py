@@ -19,7 +19,8 @@ from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.images.opening import open_images
 from ptq_onnx.images.preprocess import Preprocess
 from ptq_onnx.images.source import NoiseSource
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.preparation import model_files as graph
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.preparation.signature import fed

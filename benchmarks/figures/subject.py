@@ -14,7 +14,7 @@ import torch
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.images.opening import FolderSource, open_images
 from ptq_onnx.images.preprocess import Preprocess
-from ptq_onnx.pipeline.quantize import resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from ptq_onnx.cli import options as o
 from ptq_onnx.cli.console import (
@@ -17,8 +16,9 @@ from ptq_onnx.cli.console import (
     percent,
     progress_bars,
     simple_table,
-    stdout,
 )
+from ptq_onnx.cli.given import settings
+from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.text_file import write_text
@@ -31,6 +31,7 @@ Models = Annotated[
 ]
 
 
+@o.takes(*o.PICTURES, "batch", "threads")
 def compare(
     models: Models,
     val: o.Measured = None,
@@ -45,21 +46,14 @@ def compare(
     ] = None,
     as_json: o.Json = False,
     config: o.Config = None,
-    preprocess: o.PreprocessName = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    crop_pct: o.CropPct = None,
-    interpolation: o.Interpolation = None,
     analysis_images: Annotated[
         int | None,
         o.option("--analysis-images", "N", 32, "Images for the SNR of the blocks."),
     ] = None,
-    batch: o.Batch = None,
-    threads: o.Threads = None,
+    **given: Any,
 ) -> None:
     """Compare quantized files of one float model: accuracy, SQNR, blocks, size, speed."""
-    options, paths = o.settings(config, locals())
+    options, paths = settings(config, locals() | given)
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
     folder = Output.of_reports(paths["output"]).folder if "output" in paths else None
@@ -68,11 +62,11 @@ def compare(
         from ptq_onnx.analysis.results import plain
         from ptq_onnx.images.labels import labels_for
         from ptq_onnx.images.opening import open_images
-        from ptq_onnx.pipeline import quantize as pipeline
+        from ptq_onnx.pipeline.preprocessing import resolve_preprocess
         from ptq_onnx.report.compare_page import render_comparison
 
         base = comparison.find_reference(models, reference)
-        source = open_images(paths["val"], pipeline.resolve_preprocess(base, options))
+        source = open_images(paths["val"], resolve_preprocess(base, options))
         try:
             truth = labels_for(source, paths.get("labels"))
         except ImageError:
@@ -104,9 +98,11 @@ def compare(
     if any(len(one.outputs) > 1 for one in found.contenders):
         stdout().print(outputs_table(found))
     for note in found.notes:
-        stdout().print(Text(f"note: {note}"), soft_wrap=True)
+        stdout().say(f"note: {note}")
     if folder is not None:
-        print(f"Written:\n  {folder / 'compare.html'}\n  {folder / 'compare.json'}")
+        print("Written:")
+        for name in ("compare.html", "compare.json"):
+            stdout().say(f"  {folder / name}")
 
 
 def table(found: Any) -> Any:

@@ -27,7 +27,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from ptq_onnx.blocks.roles import is_constant, name_of
+from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.engine.torch_ops import HANDLERS, fake_quantize
 from ptq_onnx.errors import ModelError

@@ -13,6 +13,7 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.stages import RUNNING_FLOAT
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation.outputs import MOST_DB
+from ptq_onnx.files.file_names import printable
 from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.images.source import NOISE, ImageSource
 from ptq_onnx.progress import Planned, Progress, Stages
@@ -92,6 +93,7 @@ def measure_curve(
     from ptq_onnx.images.opening import open_images
     from ptq_onnx.pipeline import embedded
     from ptq_onnx.pipeline import quantize as pipeline
+    from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 
     sizes = _checked(sizes)
     calib = embedded.images_for(model) if calib is None else calib
@@ -99,7 +101,7 @@ def measure_curve(
         raise ConfigError("auto would decide anew for every size; use it with quantize.")
     if calib == NOISE:
         raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
-    preprocess = pipeline.resolve_preprocess(model, config)
+    preprocess = resolve_preprocess(model, config)
     available = len(open_images(calib, preprocess))
     tested = open_images(val, preprocess)
     labelled = _labelled(model, tested, labels)  # wrong labels are told before the work
@@ -167,9 +169,10 @@ def draw_curve(curve: Curve) -> Figure:
     figure = Figure(figsize=(1 + 4.5 * len(metrics), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"{curve.model}: {curve.quantizer} {curve.bits}, {curve.method},"
+        f"{printable(curve.model)}: {curve.quantizer} {curve.bits}, {curve.method},"
         f" on {curve.count} validation images",
         fontsize=10,
+        parse_math=False,
     )
     sizes = sorted({p.images for p in curve.points})
     for index, metric in enumerate(metrics):
@@ -222,7 +225,7 @@ def _labelled(model: Path, source: ImageSource, labels: str | Path | None) -> bo
     from ptq_onnx.evaluation.evaluate import no_classes
     from ptq_onnx.evaluation.network import Network
     from ptq_onnx.images.labels import labels_for
-    from ptq_onnx.pipeline.quantize import has_class_folders
+    from ptq_onnx.pipeline.calibration_images import has_class_folders
 
     if labels is None and not has_class_folders(source):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,52 +18,43 @@ from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import stages
-from ptq_onnx.config.quantize_config import AUTO, INTEGER, QuantizeConfig
+from ptq_onnx.config.names import INTEGER
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import AUTO
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.files.file_names import short_stem
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.publishing import workshop
 from ptq_onnx.images.opening import METADATA_KEY, FolderSource, Images, Preprocess, open_images
-from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.scales_file import read_scales
 from ptq_onnx.pipeline import embedded
-from ptq_onnx.pipeline.description import describe, shown, validation
-from ptq_onnx.pipeline.preprocess_input import Given, from_files
+from ptq_onnx.pipeline.calibration_images import Batches, calibration_images, has_class_folders
+from ptq_onnx.pipeline.description import describe, validation
+from ptq_onnx.pipeline.preprocess_input import Given
+from ptq_onnx.pipeline.preprocessing import preprocess_notes, resolve_preprocess
+from ptq_onnx.pipeline.request_checks import check_attention_blocks, check_blocks, without_classes
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.input_size import try_size
-from ptq_onnx.preparation.prepare import Prepared, own_faults, prepare, read_input
-from ptq_onnx.preparation.signature import as_pixels, pixels, signature
+from ptq_onnx.preparation.model_input import typed_name
+from ptq_onnx.preparation.model_sessions import open_plain
+from ptq_onnx.preparation.prepare import Prepared, own_faults, prepare
+from ptq_onnx.preparation.signature import signature
 from ptq_onnx.progress import Advance, Progress, Stages
+from ptq_onnx.report.reproduce import Invocation, named
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis, Automatic
+    from ptq_onnx.report.attention_page import Sheet
 
 __all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"]
 
 log = logging.getLogger(__name__)
 
-FEW = 8
-"""Calibration images below which a note says so."""
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
-
-
-class Batches:
-    """Batches of an image source that can be run over again.
-
-    For a model that only takes batches of ``fixed`` images each image is a batch of its own, of
-    so many ``copies``: then nothing but images counts, and each as often as any other.
-    """
-
-    def __init__(self, source: ImageSource, size: int, fixed: int | None = None) -> None:
-        self.source, self.copies = source, fixed or 1
-        self.size = size if fixed is None else 1
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.source.batches(self.size):
-            yield batch if self.copies == 1 else np.repeat(batch, self.copies, axis=0)
 
 
 def quantize(
@@ -102,13 +93,14 @@ def quantize(
             f"--output {output} holds a quantized model, which the analysis would take the place"
             " of; name another folder."
         )
+    asked = calib
     if calib is None:
         calib = val if scales is not None and val is not None else embedded.images_for(model)
     prepared = prepare(model, config.opset, config.size, free=True)
     check_selectors(config, prepared.blocks, prepared.sites)
     notes = list(prepared.cleaned.notes)
-    _check_blocks(prepared, config)
-    _check_attention_blocks(prepared, config)
+    check_blocks(prepared, config)
+    check_attention_blocks(prepared, config)
     if config.auto and scales is not None:
         raise ConfigError(
             f"--scales {scales}: --auto decides what is quantized, so that the scales of another"
@@ -116,7 +108,7 @@ def quantize(
         )
     given = given or Given()
     preprocess = resolve_preprocess(prepared.model, config, given, prepared.path)
-    notes += _preprocess_notes(prepared, config, given)
+    notes += preprocess_notes(prepared, config, given)
     try_size(prepared.model, prepared.path, image_input(prepared.model), preprocess.shape)
     if given.transform is None:
         prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
@@ -125,14 +117,14 @@ def quantize(
     own = signature(prepared.model)
     name = image_input(prepared.model).name if own is None else own.name
     how: dict[str, Any] = {"transform": given.transform, "name": name}
-    images = _calibration_images(calib, preprocess, config, notes, how)
+    images = calibration_images(calib, preprocess, config, notes, how)
     tested = None if val is None else open_images(val, preprocess, **how)
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     truth = None
     labelled = tested is not None and (labels is not None or has_class_folders(tested))
     if labelled and not class_outputs(prepared.model):
-        labelled = _without_classes(prepared, labels, notes)
+        labelled = without_classes(prepared, labels, notes)
     if tested is not None and labelled:
         from ptq_onnx.images.labels import labels_for
 
@@ -151,6 +143,16 @@ def quantize(
         run = _Run(prepared, config, preprocess, images, notes, work, begin, labels=labels)
         run.again = lambda: prepare(prepared.path, config.opset, config.size, free=True)
         run.validation = validation(tested, labels)
+        run.invocation = Invocation(
+            command="quantize" if keep_models else "analyse",
+            model=named(typed_name(model)) or str(model),
+            calib=named(asked),
+            val=named(val),
+            labels=named(labels),
+            scales=named(scales),
+            folder=named(output) or str(output),
+            written=named(place.model) if keep_models else None,
+        )
         try:
             with own_faults(prepared.path, "quantized"):
                 report = run.run(tested, truth, scales)
@@ -166,156 +168,6 @@ def quantize(
         files = place.publish(work)
         begin.done()
     return Result(report, output, files, run.analysis, place.model if keep_models else None)
-
-
-def _without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
-    """False, with a note, for class folders that are of no use to the model. Raises ModelError for
-    labels that were asked for."""
-    made = ", ".join(f"{v['name']} {v['shape']}" for v in map(shown, prepared.model.graph.outputs))
-    where = f"Model {prepared.path} has no output [batch, classes], only {made}"
-    if labels is not None:
-        raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
-    notes.append(f"{where}: the class folders of --val are no labels here.")
-    return False
-
-
-def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
-    if prepared.blocks.count == 0 and config.quantizer != "vanilla":
-        raise ModelError(
-            f"Model {prepared.path} has no transformer block (softmax between two products);"
-            f" {config.quantizer} needs one, --quantizer vanilla works without."
-        )
-
-
-def _check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
-    beyond = [b for b in config.attention_blocks if b >= prepared.blocks.count]
-    if beyond:
-        raise ConfigError(
-            f"--attention-blocks {beyond[0]}: the model has {prepared.blocks.count} blocks,"
-            " counted from 0."
-        )
-    heads = [
-        node.outputs[0].shape[1]
-        for node in prepared.model.graph
-        if prepared.blocks.roles[node.name or str(node.outputs[0].name)].name == "softmax"
-        and node.outputs[0].shape is not None
-        and len(node.outputs[0].shape) == 4
-    ]
-    most = max((h for h in heads if isinstance(h, int)), default=None)
-    absent = [h for h in config.attention_heads if most is not None and h >= most]
-    if absent:
-        raise ConfigError(
-            f"--attention-heads {absent[0]}: the model has {most} heads, counted from 0."
-        )
-
-
-def has_class_folders(source: ImageSource) -> bool:
-    """Whether classes came with the images, or they lie in sub-folders, which then are theirs."""
-    if source.labels is not None:
-        return True
-    folders = isinstance(source, FolderSource) and not source.listed
-    return folders and all("/" in name for name in source.names)
-
-
-def _preprocess_notes(prepared: Prepared, config: QuantizeConfig, given: Given) -> list[str]:
-    """What of the preprocessing is not written in the options."""
-    if given.transform is not None:
-        return [
-            "Pictures went through a preprocessing function of yours: the files do not tell it."
-            " Give the same to evaluate and compare."
-        ]
-    stored = METADATA_KEY in prepared.model.metadata_props
-    found = None if stored or given.values else from_files(config, prepared.path)
-    if found is None or config.preprocess is not None:
-        return []
-    return [f"Preprocessing as in {found[1]}, which lies beside the model."]
-
-
-def resolve_preprocess(
-    model: str | Path | ir.Model,
-    config: QuantizeConfig,
-    given: Given | None = None,
-    path: Path | None = None,
-) -> Preprocess:
-    """Preprocessing by the options, else by the model's metadata, else by a
-    ``preprocessor_config.json`` beside its file ``path``, else by its first ops (a graph that
-    normalises pixels itself gets pixels), else imagenet's.
-
-    Size and channels come from the model's input where it states them, or from what fixes them
-    in its graph. Raises ConfigError where option and model contradict each other.
-    """
-    if not isinstance(model, ir.Model):
-        path = Path(model)
-        model = read_input(model, config.size)
-    shape = image_input(model).shape
-    sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
-    if len(sides) != 4:
-        raise ModelError("The model's input is no batch of images [batch, channels, H, W].")
-    channels, height, width = sides[1:]
-    stored = model.metadata_props.get(METADATA_KEY)
-    found = from_files(config, path if stored is None else None)
-    if given is not None and given.values is not None:
-        base = given.values
-    elif found is not None:
-        base = found[0]
-    elif config.preprocess is None and stored is not None:
-        base = Preprocess.from_json(stored)
-    else:
-        base = _by_first_ops(model, config)
-    size = config.size or (base.size if height is None or width is None else (height, width))
-    if height is not None and width is not None and tuple(size) != (height, width):
-        raise ConfigError(
-            f"--size {size[0]}x{size[1]}: the model takes {height}x{width} images only."
-        )
-    mean, std = config.mean or base.mean, config.std or base.std
-    if channels == 1 and len(mean) == 3:
-        mean, std = (float(np.mean(mean)),), (float(np.mean(std)),)
-    if channels not in (None, 1, 3):
-        raise ModelError(f"The model's input has {channels} channels; images have 1 or 3.")
-    changes: dict[str, Any] = {"mean": mean, "std": std, "size": tuple(size)}
-    if channels is not None:
-        changes["channels"] = channels
-    own = signature(model)
-    if own is not None:
-        changes["channels_last"] = own.channels_last
-    if config.crop_pct is not None:
-        changes["crop_pct"] = config.crop_pct
-    if config.interpolation is not None:
-        changes["interpolation"] = config.interpolation
-    return as_pixels(model, config, replace(base, **changes))
-
-
-def _by_first_ops(model: ir.Model, config: QuantizeConfig) -> Preprocess:
-    """The preprocessing that options name, or that the graph leaves to be done."""
-    if config.preprocess is not None:
-        return Preprocess.named(config.preprocess)
-    top = pixels(model)
-    if top == 1:
-        return replace(Preprocess.named("none"), mean=(0.0,) * 3, std=(1.0,) * 3)
-    return Preprocess.named("imagenet" if top is None else "none")
-
-
-def _calibration_images(
-    calib: Images,
-    preprocess: Preprocess,
-    config: QuantizeConfig,
-    notes: list[str],
-    how: dict[str, Any],
-) -> ImageSource:
-    if isinstance(calib, str) and calib == NOISE:
-        notes.append(
-            "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
-            " comparing, not for use."
-        )
-        return NoiseSource(preprocess, config.images)
-    found = open_images(calib, preprocess, limit=config.images, **how)
-    if len(found) < FEW:
-        images = "1 image" if len(found) == 1 else f"{len(found)} images"
-        notes.append(
-            f"Calibrated on {images} only, which hardly show a tensor's range, and closeness"
-            " measured on the same ones says nothing: give 32 or more."
-        )
-    return found
 
 
 @dataclass
@@ -336,6 +188,8 @@ class _Run:
     """The image whose attention is drawn, as the model sees it."""
     validation: dict[str, Any] | None = None
     """Names of the folder measured on and of its labels."""
+    invocation: Invocation | None = None
+    """The paths that the run was given."""
     labels: str | Path | None = None
     apart: tuple[ImageSource, bool] | None = None
     """Images of the analysis, once they were chosen, and whether calibration did not see them."""
@@ -424,6 +278,7 @@ class _Run:
         report["parity"] = None if self.parity is None else asdict(self.parity)
         report["formed"] = self._formed(plan, quantizer)
         report["validation"] = self.validation
+        report["invocation"] = None if self.invocation is None else asdict(self.invocation)
         report["auto"] = None if decided is None else asdict(decided)
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
@@ -434,7 +289,7 @@ class _Run:
 
             report["optimised"] = optimised_histogram(quantized)
         analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
-        pictures: list[tuple[str, Path]] = []
+        pictures: list[Sheet] = []
         if config.report:
             analysed, pictures = self._analyse(quantizer, tested)
         analysed.update(self._measure(tested, truth))
@@ -549,7 +404,7 @@ class _Run:
 
     def _in_form(self, plan: Any) -> Any:
         """The plan for the model in the form that the target computes in integers."""
-        from ptq_onnx.equalization.equalize import in_form
+        from ptq_onnx.equalization.restructure import in_form
 
         return in_form(plan)
 
@@ -616,7 +471,7 @@ class _Run:
         few = source.reopened(MOST, plain)  # however few calibration takes
         pictures = np.concatenate(list(few.batches(8)))
         try:
-            opened = graphs.open_plain(model, self.config.threads)
+            opened = open_plain(model, self.config.threads)
             classifier = Classifier(opened, output=logits)
             found = check_preprocess(classifier, pictures, self.preprocess)
         except ModelError:  # no classifier after all
@@ -651,7 +506,7 @@ class _Run:
 
     def _analyse(
         self, quantizer: Any, tested: ImageSource | None
-    ) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
+    ) -> tuple[dict[str, Any], list[Sheet]]:
         """All analyses on images held apart from calibration, and attention pictures."""
         from ptq_onnx.analysis.analyse import Subject, analyse_quantized
         from ptq_onnx.engine.simulator import Simulator
@@ -672,7 +527,7 @@ class _Run:
             stage=self.stage,
         )
         reference = Simulator(prepared.model, None, threads=config.threads)
-        pictures: list[tuple[str, Path]] = []
+        pictures: list[Sheet] = []
         if config.pictures and prepared.blocks.count:
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": self.analysis.to_json()}, pictures
@@ -763,7 +618,7 @@ class _Run:
 
     def _draw(
         self, quantizer: Any, simulator: Any, reference: Any, source: ImageSource
-    ) -> list[tuple[str, Path]]:
+    ) -> list[Sheet]:
         """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
         import torch
         from PIL import Image
@@ -773,6 +628,7 @@ class _Run:
         from ptq_onnx.quantizers.base import Plan
         from ptq_onnx.quantizers.by_name import make_quantizer
         from ptq_onnx.report.attention_map import draw_attention
+        from ptq_onnx.report.attention_page import sheet
 
         prepared, config = self.prepared, self.config
         advance = self.stage(stages.DRAWING, 3)
@@ -803,14 +659,15 @@ class _Run:
         Image.fromarray(maps[0].image).save(self.picture)
         advance(1)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
-        pictures = []
+        sheets = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
             name = f"{kind}block_{found.block:02d}_{short_stem(found.image_name)}.png"
             path = folder / name
             draw_attention(found, path, config.attention_heads)
             what = ", maps of the float model in 8 and 4 bits" if kind else ""
-            pictures.append((f"Block {found.block}, {found.image_name}{what}", path))
-        return pictures
+            title = f"Block {found.block}, {found.image_name}{what}"
+            sheets.append(sheet(found, title, config.attention_heads))
+        return sheets
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
         """The files in ONNX Runtime: on ``--val``, else on images held apart."""
@@ -833,7 +690,7 @@ class _Run:
         self.notes.extend(notes)
         return found
 
-    def _write(self, report: dict[str, Any], pictures: list[tuple[str, Path]]) -> None:
+    def _write(self, report: dict[str, Any], pictures: list[Sheet]) -> None:
         text = json.dumps(report, indent=1, allow_nan=False, default=float)
         (self.work / "report.json").write_text(text, encoding="utf-8")
         if not self.config.report:
@@ -843,5 +700,8 @@ class _Run:
         from ptq_onnx.report.plots import snr_over_blocks
 
         ops = [OpError(**op) for op in report["analysis"]["ops"]]
-        page = render(report, snr_over_blocks(ops), pictures, self.picture)
+        narrow = snr_over_blocks(ops, narrow=True)
+        page = render(
+            report, snr_over_blocks(ops), [], self.picture, narrow=narrow, sheets=pictures
+        )
         (self.work / "report.html").write_text(page, encoding="utf-8")

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.channels import Factor, is_convolution
-from ptq_onnx.blocks.roles import consumers, is_layout, is_linear, is_product
+from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
 from ptq_onnx.numerics.around.around import Around, Restore
 from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import Blocks, is_linear, name_of
+from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.selectors import check_roles, in_form, known_roles
+from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.calibration.methods import (
     FALLBACK,
     FROM_HISTOGRAM,
@@ -25,7 +26,9 @@ from ptq_onnx.calibration.methods import (
 )
 from ptq_onnx.calibration.range_growth import find_growth
 from ptq_onnx.config import stages
-from ptq_onnx.config.quantize_config import ALL, MOST_BITS, QuantizeConfig, Selector
+from ptq_onnx.config.bits import MOST_BITS
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import ALL, Selector
 from ptq_onnx.engine.simulator import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.fake_quantize import reach

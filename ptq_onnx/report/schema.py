@@ -31,6 +31,7 @@ from ptq_onnx.evaluation.parity import Parity
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.codes.by_name import CODES, CodeName
 from ptq_onnx.numerics.grain import GRAINS
+from ptq_onnx.report.reproduce import Invocation
 
 Schema = dict[str, Any]
 
@@ -206,6 +207,7 @@ def report_schema() -> Schema:
              "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
         ),
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
+        "invocation": _or_null(schema_of(Invocation)),
         "auto": _or_null(schema_of(Automatic)),
         "coverage": _coverage(),
     }  # fmt: skip

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 
 from ptq_onnx.auto.candidates import merged
-from ptq_onnx.cli.console import decisions, stdout
+from ptq_onnx.cli.console import decisions
+from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.config import stages as names
-from ptq_onnx.config.quantize_config import QuantizeConfig, Selector
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import Result, quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import Result, quantize
 from ptq_onnx.report.page import render
 from ptq_onnx.report.schema import report_schema, violations
 

@@ -20,14 +20,15 @@ from test_lowering import (
     weights_of,
 )
 
-from ptq_onnx.blocks.roles import consumers
+from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
 from ptq_onnx.numerics.spec import Site, TensorSpec
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.qdq.factors import FactorPlan, plan_factors
 from ptq_onnx.qdq.lowering import lower
 

@@ -16,7 +16,8 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.opening import open_images
-from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.half import half, to_float16
 from ptq_onnx.qdq.small_scales import enlarge_small_scales, power_of_two

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
-from ptq_onnx.equalization.equalize import equalise, in_form
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.numerics.codes.log2 import Log2, top_code
 from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import name_of
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.numerics.codes import by_name
 from ptq_onnx.numerics.codes.code import Code
 from ptq_onnx.targets.checking.coding import (

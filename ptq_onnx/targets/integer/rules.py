@@ -11,7 +11,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import consumers, is_constant, name_of
+from ptq_onnx.blocks.walking import consumers, is_constant, name_of
 from ptq_onnx.targets.checking.result import Facts, Finding, Violation
 from ptq_onnx.targets.checking.target import Target, rule_name
 from ptq_onnx.targets.integer.ranges import INTEGERS, Ranges, integer_ranges, with_types

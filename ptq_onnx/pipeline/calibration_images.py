@@ -1,0 +1,66 @@
+"""The images of a run, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.images.opening import FolderSource, Images, Preprocess, open_images
+from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+
+if TYPE_CHECKING:
+    pass
+
+
+FEW = 8
+"""Calibration images below which a note says so."""
+
+
+class Batches:
+    """Batches of an image source that can be run over again.
+
+    For a model that only takes batches of ``fixed`` images each image is a batch of its own, of
+    so many ``copies``: then nothing but images counts, and each as often as any other.
+    """
+
+    def __init__(self, source: ImageSource, size: int, fixed: int | None = None) -> None:
+        self.source, self.copies = source, fixed or 1
+        self.size = size if fixed is None else 1
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.source.batches(self.size):
+            yield batch if self.copies == 1 else np.repeat(batch, self.copies, axis=0)
+
+
+def has_class_folders(source: ImageSource) -> bool:
+    """Whether classes came with the images, or they lie in sub-folders, which then are theirs."""
+    if source.labels is not None:
+        return True
+    folders = isinstance(source, FolderSource) and not source.listed
+    return folders and all("/" in name for name in source.names)
+
+
+def calibration_images(
+    calib: Images,
+    preprocess: Preprocess,
+    config: QuantizeConfig,
+    notes: list[str],
+    how: dict[str, Any],
+) -> ImageSource:
+    if isinstance(calib, str) and calib == NOISE:
+        notes.append(
+            "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
+            " comparing, not for use."
+        )
+        return NoiseSource(preprocess, config.images)
+    found = open_images(calib, preprocess, limit=config.images, **how)
+    if len(found) < FEW:
+        images = "1 image" if len(found) == 1 else f"{len(found)} images"
+        notes.append(
+            f"Calibrated on {images} only, which hardly show a tensor's range, and closeness"
+            " measured on the same ones says nothing: give 32 or more."
+        )
+    return found

@@ -1,0 +1,58 @@
+"""Whether the model has what the options name, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.pipeline.description import shown
+from ptq_onnx.preparation.prepare import Prepared
+
+if TYPE_CHECKING:
+    pass
+
+
+def without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
+    """False, with a note, for class folders that are of no use to the model. Raises ModelError for
+    labels that were asked for."""
+    made = ", ".join(f"{v['name']} {v['shape']}" for v in map(shown, prepared.model.graph.outputs))
+    where = f"Model {prepared.path} has no output [batch, classes], only {made}"
+    if labels is not None:
+        raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
+    notes.append(f"{where}: the class folders of --val are no labels here.")
+    return False
+
+
+def check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
+    if prepared.blocks.count == 0 and config.quantizer != "vanilla":
+        needs, instead = config.quantizer, "--quantizer vanilla"
+        if config.target != "onnxruntime":  # others take no vanilla
+            needs, instead = f"--target {config.target}", f"--target onnxruntime {instead}"
+        raise ModelError(
+            f"Model {prepared.path} has no transformer block (softmax between two products);"
+            f" {needs} needs one, {instead} works without."
+        )
+
+
+def check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
+    beyond = [b for b in config.attention_blocks if b >= prepared.blocks.count]
+    if beyond:
+        raise ConfigError(
+            f"--attention-blocks {beyond[0]}: the model has {prepared.blocks.count} blocks,"
+            " counted from 0."
+        )
+    heads = [
+        node.outputs[0].shape[1]
+        for node in prepared.model.graph
+        if prepared.blocks.roles[node.name or str(node.outputs[0].name)].name == "softmax"
+        and node.outputs[0].shape is not None
+        and len(node.outputs[0].shape) == 4
+    ]
+    most = max((h for h in heads if isinstance(h, int)), default=None)
+    absent = [h for h in config.attention_heads if most is not None and h >= most]
+    if absent:
+        raise ConfigError(
+            f"--attention-heads {absent[0]}: the model has {most} heads, counted from 0."
+        )
