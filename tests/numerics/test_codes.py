@@ -196,7 +196,8 @@ def test_a_table_is_recognised_by_its_code_alone(code: Code, numbers: Numbers) -
             table = node.inputs[0].const_value.numpy()  # type: ignore[union-attr]
             assert code.recognise(table)
             assert not any(c.recognise(table + np.float32(0.3)) for c in CODES)
-            assert not any(c.recognise(np.sort(table**2 + table)) for c in CODES)
+            bent = table * np.linspace(1, 2, len(table), dtype=np.float32)
+            assert not any(c.recognise(bent) for c in CODES)
 
 
 def test_the_stated_type_of_codes_is_written() -> None:

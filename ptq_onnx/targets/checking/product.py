@@ -54,6 +54,8 @@ class Operand:
     """The factor is a constant of the file."""
     table: Code | None = None
     """The factor is looked up in a table by 8-bit codes of this kind, which has no kernel."""
+    scaled: bool = False
+    """A weight's codes, whose scale a Mul behind DequantizeLinear gives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class Product:
     def table(self) -> Code | None:
         """The codes of one factor that come from a table, the other being quantized."""
         first, second = self.operands
-        if second.dequantize and first.table:
+        if first.table and (second.dequantize or second.scaled):
             return first.table
         return second.table if first.dequantize else None
 
@@ -135,7 +137,7 @@ def _operand(index: int, value: ir.Value) -> Operand:
     node = behind.producer()
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None:
         stored = constant(behind) is not None
-        return Operand(index, value, moves, None, None, stored, _table_of(node))
+        return Operand(index, value, moves, None, None, stored, _table_of(node), _is_scaled(node))
     codes, _ = back_through_moves(node.inputs[0])
     source = codes.producer()
     if source is None or source.op_type != QUANTIZE or source.inputs[0] is None:
@@ -143,6 +145,15 @@ def _operand(index: int, value: ir.Value) -> Operand:
     data, _ = back_through_moves(source.inputs[0])
     weight = constant(data) is not None
     return Operand(index, value, moves, Coding(node), Coding(source), weight)
+
+
+def _is_scaled(node: ir.Node | None) -> bool:
+    """True for a Mul of DequantizeLinear's output, of stored codes, by a constant."""
+    if node is None or node.op_type != "Mul" or constant(node.inputs[1]) is None:
+        return False
+    maker = None if node.inputs[0] is None else node.inputs[0].producer()
+    stored = None if maker is None or maker.op_type != DEQUANTIZE else constant(maker.inputs[0])
+    return stored is not None
 
 
 def _table_of(node: ir.Node | None) -> Code | None:
