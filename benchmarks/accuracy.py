@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import open_images
-from ptq_onnx.labels import labels_for
-from ptq_onnx.pipeline import quantize, resolve_preprocess
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224.opset14.onnx", "inception"),

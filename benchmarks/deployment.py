@@ -26,13 +26,13 @@ import ptq_onnx  # noqa: F401  (switches off onnxruntime's telemetry, before tha
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from ptq_onnx.benchmarking import open_runtime
-from ptq_onnx.benchmarking.benchmark import benchmark
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import open_images
-from ptq_onnx.labels import labels_for
-from ptq_onnx.pipeline import quantize, resolve_preprocess
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.targets.timing.benchmark import benchmark
+from ptq_onnx.targets.timing.runtimes import open_runtime
 
 PRODUCTS = ["Conv", "MatMul", "Gemm"]
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import open_images
-from ptq_onnx.labels import labels_for
-from ptq_onnx.pipeline import quantize, resolve_preprocess
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
 
 FLOAT = "Full precision"
 PLAIN = {"quantizer": "fqvit", "ptf": False, "lis": False}
@@ -151,7 +151,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(name)
             if missing and not options.onnx:
-                from ptq_onnx.timm_export import export_timm
+                from ptq_onnx.pipeline.timm_export import export_timm
 
                 path = export_timm(MODELS[name].timm, Path(folder) / "model.onnx")
             for setting in missing:

@@ -22,16 +22,16 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.analysis.integer_costs import integer_report
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance.integer import violations
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import open_images
-from ptq_onnx.integer_interpreter import differing_tensors
-from ptq_onnx.labels import labels_for
-from ptq_onnx.model_size import model_bytes
-from ptq_onnx.pipeline import quantize, read_scales, resolve_preprocess
-from ptq_onnx.preparation import prepare
-from ptq_onnx.runtime import session
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.evaluation.network import session
+from ptq_onnx.files.model_size import model_bytes
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import quantize, read_scales, resolve_preprocess
+from ptq_onnx.preparation.prepare import prepare
+from ptq_onnx.targets.integer.interpreter import differing_tensors
+from ptq_onnx.targets.integer.rules import violations
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224.opset14.onnx", "inception"),

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ptq_onnx.calibration import FROM_EXTREMES, collect
+from ptq_onnx.calibration.methods import FROM_EXTREMES, collect
 from ptq_onnx.calibration.robust import HORIZON
 from ptq_onnx.calibration.statistics import _by_image, open_taps, tap
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.preparation import prepare
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.preparation.prepare import prepare
 
 METHODS = ("minmax", "robust")
 BATCH = 8

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ptq_onnx.telemetry import switch_off
+from ptq_onnx.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ptq_onnx.api import (
@@ -20,45 +21,43 @@ if TYPE_CHECKING:
         quantize,
         roles,
     )
-    from ptq_onnx.config import QuantizeConfig
-    from ptq_onnx.console import one_line_errors, progress_bars, show
+    from ptq_onnx.cli.console import one_line_errors, progress_bars, show
+    from ptq_onnx.config.quantize_config import QuantizeConfig
     from ptq_onnx.errors import PtqError
-    from ptq_onnx.evaluation import Evaluation
-    from ptq_onnx.images import open_images
-    from ptq_onnx.labels import labels_for
-    from ptq_onnx.model_path import find_model
-    from ptq_onnx.pipeline import resolve_preprocess
-    from ptq_onnx.preparation import prepare
-    from ptq_onnx.preprocess import Preprocess
-    from ptq_onnx.result import Result
+    from ptq_onnx.evaluation.evaluate import Evaluation
+    from ptq_onnx.images.labels import labels_for
+    from ptq_onnx.images.opening import open_images
+    from ptq_onnx.images.preprocess import Preprocess
+    from ptq_onnx.pipeline.model_path import find_model
+    from ptq_onnx.pipeline.quantize import resolve_preprocess
+    from ptq_onnx.pipeline.result import Result
+    from ptq_onnx.preparation.prepare import prepare
 
 switch_off()  # before onnxruntime is loaded
 
-__version__ = "0.1.0"
-
 _HOMES = {
-    "Evaluation": "evaluation",
-    "Preprocess": "preprocess",
+    "Evaluation": "evaluation.evaluate",
+    "Preprocess": "images.preprocess",
     "PtqError": "errors",
-    "QuantizeConfig": "config",
-    "Result": "result",
+    "QuantizeConfig": "config.quantize_config",
+    "Result": "pipeline.result",
     "RoleUse": "api",
     "analyse": "api",
     "benchmark": "api",
     "check": "api",
     "compare": "api",
     "evaluate": "api",
-    "find_model": "model_path",
+    "find_model": "pipeline.model_path",
     "inspect": "api",
-    "labels_for": "labels",
-    "one_line_errors": "console",
-    "open_images": "images",
-    "prepare": "preparation",
-    "progress_bars": "console",
+    "labels_for": "images.labels",
+    "one_line_errors": "cli.console",
+    "open_images": "images.opening",
+    "prepare": "preparation.prepare",
+    "progress_bars": "cli.console",
     "quantize": "api",
-    "resolve_preprocess": "pipeline",
+    "resolve_preprocess": "pipeline.quantize",
     "roles": "api",
-    "show": "console",
+    "show": "cli.console",
 }
 """The public names, and the module of each."""
 

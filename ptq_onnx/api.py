@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config.options import Options, configured
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.image_source import ImageSource
-from ptq_onnx.images import Images, open_images
-from ptq_onnx.installed import require_runtime
-from ptq_onnx.model_input import Model, model_file
-from ptq_onnx.options import Options, configured
-from ptq_onnx.preprocess_input import Given, Preprocessing, taken
-from ptq_onnx.result import Result
+from ptq_onnx.images.opening import Images, open_images
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.pipeline.preprocess_input import Given, Preprocessing, taken
+from ptq_onnx.pipeline.result import Result
+from ptq_onnx.preparation.model_input import Model, model_file
+from ptq_onnx.runtime.installed import require_runtime
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Comparison
-    from ptq_onnx.benchmarking.results import Benchmark
-    from ptq_onnx.conformance import Report
-    from ptq_onnx.evaluation import Evaluation
-    from ptq_onnx.inspection import Inspection
+    from ptq_onnx.evaluation.evaluate import Evaluation
+    from ptq_onnx.preparation.inspection import Inspection
+    from ptq_onnx.targets.checking.check import Report
+    from ptq_onnx.targets.timing.results import Benchmark
 
 require_runtime()
 
@@ -106,8 +106,8 @@ def analyse(
 
 def check(model: Model, target: str = "onnxruntime") -> Report:
     """Will a runtime take a quantized model as it is? ``target``: whose rules, one of
-    ``ptq_onnx.conformance.TARGETS``. Raises PtqError."""
-    from ptq_onnx import conformance
+    ``ptq_onnx.targets.checking.check.TARGETS``. Raises PtqError."""
+    from ptq_onnx.targets.checking import check as conformance
 
     with model_file(model) as path:
         return conformance.check(path, target)
@@ -115,7 +115,7 @@ def check(model: Model, target: str = "onnxruntime") -> Report:
 
 def inspect(model: Model) -> Inspection:
     """What is in a model: inputs, blocks, roles, and what was not understood. Raises PtqError."""
-    from ptq_onnx import inspection
+    from ptq_onnx.preparation import inspection
 
     with model_file(model) as path:
         return inspection.inspect(path)
@@ -126,8 +126,8 @@ def roles(model: Model) -> dict[str, RoleUse]:
 
     Raises PtqError.
     """
-    from ptq_onnx.preparation import prepare
-    from ptq_onnx.selectors import known_roles
+    from ptq_onnx.blocks.selectors import known_roles
+    from ptq_onnx.preparation.prepare import prepare
 
     with model_file(model) as path:
         prepared = prepare(path)
@@ -191,8 +191,8 @@ def evaluate(
 
     ``images``: what :func:`open_images` takes, or returned. Raises PtqError.
     """
-    from ptq_onnx import evaluation
     from ptq_onnx.calibration.class_output import features_of
+    from ptq_onnx.evaluation import evaluate as evaluation
 
     with ExitStack() as files:
         path = files.enter_context(model_file(model))
@@ -226,8 +226,8 @@ def benchmark(
 
     ``runtime``: ``onnxruntime``, ``openvino`` or ``tensorrt``. Raises PtqError.
     """
-    from ptq_onnx.benchmarking import benchmark as timing
-    from ptq_onnx.benchmarking import open_runtime
+    from ptq_onnx.targets.timing import benchmark as timing
+    from ptq_onnx.targets.timing.runtimes import open_runtime
 
     several = list(models) if isinstance(models, list | tuple) else [models]
     with ExitStack() as files:
@@ -258,7 +258,7 @@ def _run(
     if "preprocess" in options:
         raise ConfigError("preprocess was given twice.")
     settings, given = taken(preprocess, configured(config, options))
-    from ptq_onnx import pipeline
+    from ptq_onnx.pipeline import quantize as pipeline
 
     with model_file(model) as path:
         if labels is not None and not isinstance(labels, str | os.PathLike):
@@ -282,9 +282,9 @@ def _opened(path: Any, images: Images, settings: QuantizeConfig, given: Given) -
     """Images as a model takes them."""
     if isinstance(images, ImageSource):
         return images
-    from ptq_onnx import graph as graphs
-    from ptq_onnx import pipeline
-    from ptq_onnx.sites import image_input
+    from ptq_onnx.blocks.sites import image_input
+    from ptq_onnx.pipeline import quantize as pipeline
+    from ptq_onnx.preparation import model_files as graphs
 
     shown = pipeline.resolve_preprocess(path, settings, given)
     name = image_input(graphs.outline(path)).name
@@ -310,9 +310,9 @@ def _measured(
     path: Any, images: Images, labels: Labels | None, preprocess: Preprocessing | None
 ) -> tuple[ImageSource, NDArray[np.int64] | None]:
     """Images, and their classes where there are any; folders are none to a model without."""
-    from ptq_onnx.labels import labels_for
-    from ptq_onnx.pipeline import has_class_folders
-    from ptq_onnx.runtime import Network
+    from ptq_onnx.evaluation.network import Network
+    from ptq_onnx.images.labels import labels_for
+    from ptq_onnx.pipeline.quantize import has_class_folders
 
     settings, given = taken(preprocess, QuantizeConfig())
     if labels is not None and not isinstance(labels, str | os.PathLike):

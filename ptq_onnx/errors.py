@@ -20,3 +20,9 @@ class ImageError(PtqError):
 
 class ConfigError(PtqError):
     """An option has a value that makes no sense, alone or with another."""
+
+
+def one_line(error: Exception) -> str:
+    """The error's text on one line, without its full stop, cut to a readable length."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

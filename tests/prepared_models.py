@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.equalization import equalise
-from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
-from ptq_onnx.preparation import Prepared, prepare
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.images.opening import METADATA_KEY, Preprocess, open_images
+from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 Array = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parents[1]

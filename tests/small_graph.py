@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ptq_onnx.graph import serialize
+from ptq_onnx.preparation.model_files import serialize
 
 Array = NDArray[np.float32]
 

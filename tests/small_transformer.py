@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from small_graph import SmallGraph, sample
 
-from ptq_onnx.fusion import fuse
+from ptq_onnx.fusion.rules import fuse
 
 TOKENS, WIDTH, HEADS = 6, 8, 2
 

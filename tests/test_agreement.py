@@ -16,17 +16,17 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.engine import Simulator
-from ptq_onnx.equalization import equalise
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.preparation import Prepared, prepare
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.numerics.uniform import quantize
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.prepare import Prepared, prepare
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.quantizers.uniform import quantize
-from ptq_onnx.spec import TensorSpec
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 INCEPTION = Preprocess.named("inception")
 OPTIONS = {

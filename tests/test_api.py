@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 import ptq_onnx
-from ptq_onnx import PtqError, QuantizeConfig, Result, options
-from ptq_onnx.preprocess import Preprocess, load_image
+from ptq_onnx import PtqError, QuantizeConfig, Result
+from ptq_onnx.config import options
+from ptq_onnx.images.preprocess import Preprocess, load_image
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"
@@ -268,7 +269,7 @@ class TestPreprocessingFunction:
 def test_labels_that_a_loader_yields(
     arrays: np.ndarray, folder: Path, preprocess: Preprocess, tmp_path: Path
 ) -> None:
-    logits = ptq_onnx.evaluation.logits(MODEL, ptq_onnx.open_images(arrays, preprocess))
+    logits = ptq_onnx.evaluation.evaluate.logits(MODEL, ptq_onnx.open_images(arrays, preprocess))
     truth = logits.argmax(axis=1)
     truth[0] = (truth[0] + 1) % 10
     pairs = torch.utils.data.TensorDataset(torch.tensor(arrays), torch.tensor(truth))
@@ -350,7 +351,7 @@ def test_a_role_that_is_not_there_fails_before_any_work(tmp_path: Path) -> None:
     """In a process of its own: no images are opened, PPQ is not loaded."""
     code = (
         "import sys, ptq_onnx\n"
-        "from ptq_onnx import images\n"
+        "from ptq_onnx.images import opening as images\n"
         "def no_images(*_, **__): raise SystemExit('images were opened')\n"
         "images.FolderSource.__init__ = no_images\n"
         "for name in ('keep_float', 'more_bits', 'per_channel'):\n"

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptq_onnx import array_files, image_arrays
 from ptq_onnx.errors import ImageError
-from ptq_onnx.images import open_images
-from ptq_onnx.preprocess import Preprocess
+from ptq_onnx.images import array_files
+from ptq_onnx.images import arrays as image_arrays
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.images.preprocess import Preprocess
 
 PLAIN = Preprocess((0.0,) * 3, (1.0,) * 3, (8, 8))
 FLOATS = np.random.default_rng(0).normal(size=(7, 3, 8, 8)).astype(np.float32)

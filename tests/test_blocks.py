@@ -8,7 +8,7 @@ import pytest
 from small_graph import SmallGraph
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks import (
+from ptq_onnx.blocks.roles import (
     Blocks,
     Role,
     consumers,
@@ -21,7 +21,7 @@ from ptq_onnx.blocks import (
     source,
     through_layout,
 )
-from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.preparation.prepare import Prepared, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 ONCE = {

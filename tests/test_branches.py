@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_graph import SmallGraph, ops, run, sample
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.graph import clean, load
+from ptq_onnx.preparation.model_files import clean, load
 
 SHAPE = ("batch", 3, 8, 8)
 

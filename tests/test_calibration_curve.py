@@ -14,9 +14,15 @@ import pytest
 from PIL import Image
 from recorded_progress import Recorded
 
-from ptq_onnx import cli, cli_options
 from ptq_onnx.analysis.results import Closeness
-from ptq_onnx.calibration_curve import (
+from ptq_onnx.cli import app as cli
+from ptq_onnx.cli import options as cli_options
+from ptq_onnx.cli.curve import calibration_curve, table
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.stages import RUNNING_FLOAT
+from ptq_onnx.errors import ConfigError, ImageError
+from ptq_onnx.images.source import NOISE
+from ptq_onnx.pipeline.calibration_curve import (
     IMAGES,
     QUANTIZING,
     Curve,
@@ -26,12 +32,7 @@ from ptq_onnx.calibration_curve import (
     measure_point,
     write_curve,
 )
-from ptq_onnx.cli_curve import calibration_curve, table
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.image_source import NOISE
 from ptq_onnx.progress import WHOLE
-from ptq_onnx.stages import RUNNING_FLOAT
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"

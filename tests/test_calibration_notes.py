@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.image_source import NoiseSource
-from ptq_onnx.pipeline import quantize
-from ptq_onnx.preprocess import Preprocess
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.images.preprocess import Preprocess
+from ptq_onnx.images.source import NoiseSource
+from ptq_onnx.pipeline.quantize import quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"

@@ -11,18 +11,18 @@ import torch
 from small_transformer import Choices, transformer
 from test_targets import decibels, quantized, run, tokens
 
-from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
-from ptq_onnx.engine import Simulator
+from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.engine.torch_ops import HANDLERS
+from ptq_onnx.engine.torch_ops import fake_quantize as in_torch
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.graph import save
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.preparation.model_files import save
+from ptq_onnx.qdq.fake_quantize import fake_quantize
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.quantizers.fake_quantize import fake_quantize
-from ptq_onnx.spec import TensorSpec
-from ptq_onnx.torch_ops import HANDLERS
-from ptq_onnx.torch_ops import fake_quantize as in_torch
+from ptq_onnx.targets.checking.check import check
 
 
 def value_specs(quantizer: SiteQuantizer) -> dict[str, TensorSpec]:

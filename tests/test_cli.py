@@ -24,9 +24,12 @@ from onnx import numpy_helper
 from PIL import Image
 from small_graph import SmallGraph, sample
 
-from ptq_onnx import cli, cli_options, console, pipeline
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.cli import app as cli
+from ptq_onnx.cli import console
+from ptq_onnx.cli import options as cli_options
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import PtqError
+from ptq_onnx.pipeline import quantize as pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"
@@ -180,7 +183,7 @@ def test_options_are_the_fields_of_the_config() -> None:
 
 def test_help_does_not_import_what_is_heavy() -> None:
     code = (
-        "import sys; from ptq_onnx import cli; sys.argv = ['ptq-onnx', 'quantize', '--help']\n"
+        "import sys; from ptq_onnx.cli import app as cli; sys.argv = ['ptq-onnx', 'quantize', '--help']\n"
         "try: cli.main()\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "print(sorted({'torch', 'ppq', 'onnx', 'onnxruntime', 'matplotlib'} & set(sys.modules)))"
@@ -196,7 +199,7 @@ def test_without_onnxruntime(words: tuple[object, ...], tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
         f"sys.argv = ['ptq-onnx', *{[str(word) for word in words]!r}]\n"
-        "from ptq_onnx import cli; cli.main()"
+        "from ptq_onnx.cli import app as cli; cli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path

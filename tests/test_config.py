@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq_onnx.config import Bits, QuantizeConfig, Selector
+from ptq_onnx.config.quantize_config import Bits, QuantizeConfig, Selector
 from ptq_onnx.errors import ConfigError
 
 

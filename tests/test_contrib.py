@@ -11,11 +11,11 @@ import onnxruntime as ort
 import pytest
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx.cleaning import clean
 from ptq_onnx.errors import ModelError
-from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import load, serialize
-from ptq_onnx.preparation import prepare
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation.cleaning import clean
+from ptq_onnx.preparation.model_files import load, serialize
+from ptq_onnx.preparation.prepare import prepare
 
 MS = "com.microsoft"
 D = 8

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
-from ptq_onnx.labels import labels_for, read_labels
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.labels import labels_for, read_labels
+from ptq_onnx.images.opening import METADATA_KEY, Preprocess, open_images
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"

@@ -10,12 +10,12 @@ import pytest
 from several_outputs import save_network
 from typer.testing import CliRunner
 
-from ptq_onnx import embedded
-from ptq_onnx.calibration_curve import measure_curve
-from ptq_onnx.cli import app
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.cli.app import app
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, PtqError
-from ptq_onnx.pipeline import quantize
+from ptq_onnx.pipeline import embedded
+from ptq_onnx.pipeline.calibration_curve import measure_curve
+from ptq_onnx.pipeline.quantize import quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models/digits_vit.onnx"
@@ -41,7 +41,7 @@ def test_an_installed_package_has_no_images(monkeypatch: pytest.MonkeyPatch) -> 
 def test_any_other_is_asked_for_images_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keywords: dict[str, Any]
 ) -> None:
-    from ptq_onnx import pipeline
+    from ptq_onnx.pipeline import quantize as pipeline
 
     monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("work was done"))
     path = save_network(tmp_path / "m.onnx")

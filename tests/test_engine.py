@@ -17,9 +17,8 @@ from prepared_models import DIGITS, ROOT, decibels, images, prepared, quantized,
 from small_graph import SmallGraph, run, sample
 from small_transformer import Choices, transformer
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.blocks import is_linear, name_of
-from ptq_onnx.engine import (
+from ptq_onnx.blocks.roles import is_linear, name_of
+from ptq_onnx.engine.simulator import (
     FAKE,
     ORIGIN,
     Mode,
@@ -30,12 +29,13 @@ from ptq_onnx.engine import (
     is_active,
 )
 from ptq_onnx.errors import ModelError
-from ptq_onnx.export.lowering import lower
+from ptq_onnx.evaluation.network import session
+from ptq_onnx.numerics.log2 import log2_codes
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.uniform import dequantize, quantize
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.quantizers.log2 import log2_codes
-from ptq_onnx.quantizers.uniform import dequantize, quantize
-from ptq_onnx.runtime import session
-from ptq_onnx.spec import Rule, TensorSpec
 
 Array = NDArray[np.float32]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def quantizer_of(name: str) -> SiteQuantizer:
 def test_ppq_imports_with_the_stand_ins_and_says_nothing() -> None:
     """In a fresh interpreter, as users start it."""
     code = (
-        "import ptq_onnx.engine, sys, onnx;"
+        "import ptq_onnx.engine.simulator, sys, onnx;"
         "import ppq, ppq.executor, ppq.parser;"
         "assert sys.modules['ppq.parser.caffe.ppl_caffe_pb2'].NetParameter;"
         "assert onnx.mapping.TENSOR_TYPE_TO_NP_TYPE[1] == 'float32'"
@@ -237,7 +237,7 @@ def test_ops(op: str, mode: Mode) -> None:
 
 
 def test_missing_ops_fall_back() -> None:
-    from ptq_onnx.engine import EXACT, OPERATION_FORWARD_TABLE
+    from ptq_onnx.engine.simulator import EXACT, OPERATION_FORWARD_TABLE
 
     for kind in ("Einsum", "Trilu", "Mish"):
         assert kind not in OPERATION_FORWARD_TABLE[FAKE]

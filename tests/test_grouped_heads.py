@@ -11,16 +11,16 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.cleaning import clean
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
-from ptq_onnx.equalization import equalise
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.fusion import fuse
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation.cleaning import clean
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.sites import find_sites
+from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.targets.checking.check import check
 
 TOKENS, WIDTH, HEAD = 5, 16, 4
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s) * 3 for s in range(3)]

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from ptq_onnx import QuantizeConfig, open_images, resolve_preprocess
+from ptq_onnx.config.hugging_face import FILE, from_processor, read_processor
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.hugging_face import FILE, from_processor, read_processor
-from ptq_onnx.preprocess import Preprocess, from_image
-from ptq_onnx.preprocess_input import taken
+from ptq_onnx.images.preprocess import Preprocess, from_image
+from ptq_onnx.pipeline.preprocess_input import taken
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "digits_vit.onnx"
 HALF, THIRDS = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]

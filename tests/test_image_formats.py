@@ -11,8 +11,8 @@ import pytest
 from PIL import EpsImagePlugin, Image, features
 
 from ptq_onnx.errors import ImageError
-from ptq_onnx.images import EXTENSIONS, Preprocess, load_image, open_images
-from ptq_onnx.preprocess import open_picture
+from ptq_onnx.images.opening import EXTENSIONS, Preprocess, load_image, open_images
+from ptq_onnx.images.preprocess import open_picture
 
 AT_32 = Preprocess.named("inception", 32)
 PICTURE = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ptq_onnx import image_arrays
 from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.image_source import evenly
-from ptq_onnx.images import FolderSource, Preprocess, load_image, open_images
-from ptq_onnx.labels import labels_for, read_labels
+from ptq_onnx.images.labels import labels_for, read_labels
+from ptq_onnx.images.opening import FolderSource, Preprocess, load_image, open_images
+from ptq_onnx.images.source import evenly
 
 PLAIN = Preprocess((0.0,) * 3, (1.0,) * 3, (8, 8))  # values are x / 255
 Draw = Callable[..., Path]
@@ -139,7 +139,7 @@ class TestLoadImage:
     def test_a_flat_picture_stays_flat(
         self, shape: tuple[int, int], size: tuple[int, int], crop: float
     ) -> None:
-        from ptq_onnx.preprocess import from_pixels
+        from ptq_onnx.images.preprocess import from_pixels
 
         pixels = np.full((*shape, 3), 77, dtype=np.uint8)
         got = from_pixels(pixels, Preprocess((0,) * 3, (1,) * 3, size, crop_pct=crop))
@@ -353,17 +353,20 @@ class TestArrays:
         gc.collect()
         np.testing.assert_array_equal(drain(few), self.floats[[0, 3]])
 
-    def test_spool_is_on_disk_and_goes_away(
+    def test_a_spool_is_on_disk_and_has_no_name(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(image_arrays.tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         source = open_images(iter(self.floats), PLAIN)
-        (file,) = tmp_path.rglob("*.f32")
-        assert file.stat().st_size == self.floats.nbytes
-        assert isinstance(source._load(), np.memmap)  # type: ignore[attr-defined]
-        del source
-        gc.collect()
-        assert not list(tmp_path.iterdir())
+        array = source._load()  # type: ignore[attr-defined]
+        assert isinstance(array, np.memmap)
+        assert array.size * array.itemsize == self.floats.nbytes
+        assert list(tmp_path.iterdir()) == []  # so a killed process leaves nothing
+
+    def test_no_place_for_a_spool(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+        with pytest.raises(ImageError, match=r"kept in '/nowhere' .*: set TMPDIR"):
+            open_images(iter(self.floats), PLAIN)
 
     @pytest.mark.parametrize(
         ("array", "match"),

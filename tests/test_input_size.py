@@ -9,10 +9,10 @@ import pytest
 from onnx import helper
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.pipeline import quantize, resolve_preprocess
-from ptq_onnx.preparation import prepare
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.preparation.prepare import prepare
 
 CASES = Path(__file__).resolve().parents[2] / "shared/cases"
 WIDTH = 8

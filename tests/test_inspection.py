@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, sample
 
-from ptq_onnx import cli_inspect
-from ptq_onnx.inspection import OUTSIDE, Inspection, inspect
+from ptq_onnx.cli import inspect as cli_inspect
+from ptq_onnx.preparation.inspection import OUTSIDE, Inspection, inspect
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.integer_interpreter import IntegerOverflow, Interpreter, differing_tensors
+from ptq_onnx.targets.integer.interpreter import IntegerOverflow, Interpreter, differing_tensors
 
 
 def single(op: str, x: np.ndarray, *others: Any, **attributes: Any) -> onnx.ModelProto:
@@ -109,7 +109,7 @@ def test_a_difference_is_found() -> None:
     x = np.array([0.5, 1.5, 2.5], np.float32)
     model = single("QuantizeLinear", x, np.float32(1), np.uint8(0))
     assert differing_tensors(model, [x])[1] == []
-    from ptq_onnx import integer_interpreter as module
+    from ptq_onnx.targets.integer import interpreter as module
 
     before = module.OPS["QuantizeLinear"]
     module.OPS["QuantizeLinear"] = lambda i, a: before(i, a) + np.uint8(1)

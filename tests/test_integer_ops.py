@@ -8,10 +8,10 @@ import torch
 from prepared_models import DIGITS, images, prepared, quantized
 from small_graph import SmallGraph
 
-from ptq_onnx.blocks import is_layout, name_of
-from ptq_onnx.engine import Simulator
-from ptq_onnx.integer_ops import integer_overrides
-from ptq_onnx.spec import Rule, TensorSpec
+from ptq_onnx.blocks.roles import is_layout, name_of
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.targets.integer.simulated_steps import integer_overrides
 
 UINT8 = Rule(8, signed=False, symmetric=False)
 

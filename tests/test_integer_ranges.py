@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptq_onnx.integer_ranges import Ranges, integer_ranges, register_bits
+from ptq_onnx.targets.integer.ranges import Ranges, integer_ranges, register_bits
 
 U8 = TensorProto.UINT8
 

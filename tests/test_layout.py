@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small_graph import SmallGraph
 
-from ptq_onnx.layout import channel_map, layout_indices
+from ptq_onnx.blocks.element_map import channel_map, layout_indices
 
 Ints = NDArray[np.int64]
 SHAPE: tuple[int | str, ...] = ("batch", 6, 8)

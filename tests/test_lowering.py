@@ -13,18 +13,18 @@ from prepared_models import DIGITS, decibels, images, prepared, quantized, subje
 from small_graph import SmallGraph, run, sample, text
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks import consumers, find_blocks, is_constant, is_layout, is_linear
-from ptq_onnx.channels import cancels, is_power_of_two, rows_of
-from ptq_onnx.export.lowering import lower, reads_codes, stored_zero_point
-from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import serialize, to_standard
-from ptq_onnx.kernels import NodeKernels
+from ptq_onnx.blocks.channels import cancels, is_power_of_two, rows_of
+from ptq_onnx.blocks.roles import consumers, find_blocks, is_constant, is_layout, is_linear
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.engine.node_sessions import NodeKernels
+from ptq_onnx.evaluation.network import session
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.log2 import log2_codes, log2_values
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
+from ptq_onnx.numerics.uniform import dequantize, quantize
+from ptq_onnx.preparation.model_files import serialize, to_standard
+from ptq_onnx.qdq.lowering import lower, reads_codes, stored_zero_point
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.quantizers.log2 import log2_codes, log2_values
-from ptq_onnx.quantizers.uniform import dequantize, quantize
-from ptq_onnx.runtime import session
-from ptq_onnx.sites import find_sites
-from ptq_onnx.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -10,13 +10,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq_onnx.analysis.compare import compare
-from ptq_onnx.benchmarking.subject import read_subject
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ModelError
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.inspection import inspect
-from ptq_onnx.model_size import data_files, model_bytes
-from ptq_onnx.pipeline import quantize
+from ptq_onnx.files.model_size import data_files, model_bytes
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.preparation.inspection import inspect
+from ptq_onnx.targets.timing.timed_model import read_subject
 
 
 def save(path: Path, *locations: str, inside: bool = False) -> Path:

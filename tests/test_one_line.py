@@ -11,7 +11,7 @@ from onnx import helper
 from PIL import Image
 from small_graph import SmallGraph, sample
 
-from ptq_onnx import cli
+from ptq_onnx.cli import app as cli
 
 WORDS = {
     "quantize": ["quantize", "MODEL", "--calib", "noise", "--output", "OUT"],

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ptq_onnx.cli_options import settings
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.cli.options import settings
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, PtqError
-from ptq_onnx.preprocess import Preprocess
+from ptq_onnx.images.preprocess import Preprocess
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from onnx import helper
 from small_graph import SmallGraph, run, sample
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.graph import clean, load, outline
-from ptq_onnx.ordering import sort_nodes
+from ptq_onnx.graph.ordering import sort_nodes
+from ptq_onnx.preparation.model_files import clean, load, outline
 
 CASE = Path(__file__).resolve().parents[2] / "shared/cases/fp16_converter.onnx"
 

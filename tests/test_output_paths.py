@@ -14,8 +14,8 @@ from small_graph import SmallGraph, sample
 from ptq_onnx import QuantizeConfig, Result, quantize
 from ptq_onnx.analysis.compare import find_reference, quantized_file
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.model_path import find_model
-from ptq_onnx.output_paths import Found, Output, find_output
+from ptq_onnx.files.output_paths import Found, Output, find_output
+from ptq_onnx.pipeline.model_path import find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"
@@ -89,28 +89,60 @@ def test_a_folder_of_another_run_is_not_taken(written: Path, tmp_path: Path) -> 
         Output.at(tmp_path / "x.onnx")
 
 
-def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
-    """Beyond 1.9 GB weights lie beside the model, which then names the new file."""
-    work = tmp_path / "work"
-    work.mkdir()
+def matmul(path: Path, factor: float) -> Path:
     g = SmallGraph(("batch", 4))
     g.output_shape = ("batch", 5)
-    plain = g.save(tmp_path / "plain.onnx", g("MatMul", "x", sample(4, 5)))
+    return g.save(path, g("MatMul", "x", factor * sample(4, 5)))
+
+
+def with_weights_apart(folder: Path, factor: float) -> Path:
+    """A finished folder whose model has its weights beside it, as beyond 1.9 GB."""
+    folder.mkdir()
     onnx.save(
-        onnx.load(plain), work / "quantized.onnx", save_as_external_data=True,
-        location="quantized.onnx.data", size_threshold=0,
+        onnx.load(matmul(folder.with_suffix(".plain"), factor)), folder / "quantized.onnx",
+        save_as_external_data=True, location="quantized.onnx.data", size_threshold=0,
     )  # fmt: skip
-    (work / "report.json").write_text("{}")
-    files = Output.at(tmp_path / "new.onnx").publish(work)
+    (folder / "report.json").write_text("{}")
+    return folder
+
+
+def run(path: Path) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.ones((1, 4), np.float32)})[0]
+
+
+def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """Beyond 1.9 GB weights lie beside the model, which then names the new file."""
+    out = Output.at(tmp_path / "new.onnx")
+    files = out.publish(with_weights_apart(tmp_path / "one", 1))
     assert [f.relative_to(tmp_path).as_posix() for f in files] == [
         "new.onnx", "new.onnx.data", "new/report.json",
     ]  # fmt: skip
-    feed = {"x": np.ones((1, 4), np.float32)}
-    found = [
-        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feed)[0]
-        for path in (plain, tmp_path / "new.onnx")
-    ]
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(run(out.model), run(tmp_path / "one.plain"))
+
+
+def test_a_model_never_meets_the_weights_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that replaces the model's file is the one that changes its weights."""
+    out = Output.at(tmp_path / "new.onnx")
+    out.publish(with_weights_apart(tmp_path / "one", 1))
+    work = with_weights_apart(tmp_path / "two", 2)
+    replace, seen = os.replace, []
+
+    def stop_at(source: Path, target: Path) -> None:
+        if target == out.model:
+            seen.append(run(out.model))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at)
+    out.publish(work)
+    np.testing.assert_array_equal(seen[0], run(tmp_path / "one.plain"))
+    np.testing.assert_array_equal(run(out.model), run(tmp_path / "two.plain"))
+    assert len(list(tmp_path.glob("new.onnx*data"))) == 1
+    out.publish(with_weights_apart(tmp_path / "three", 3))
+    np.testing.assert_array_equal(run(out.model), run(tmp_path / "three.plain"))
+    assert [p.name for p in tmp_path.glob("new.onnx*data")] == ["new.onnx.data"]
 
 
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,19 +15,19 @@ from several_outputs import SIZE, save_network
 from typer.testing import CliRunner
 
 import ptq_onnx
-from ptq_onnx.analysis.report import render
-from ptq_onnx.analysis.schema import report_schema, violations
 from ptq_onnx.auto.closeness import Recorded
-from ptq_onnx.cli import app
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.console import show
+from ptq_onnx.cli.app import app
+from ptq_onnx.cli.console import show
+from ptq_onnx.cli.next_steps import next_steps
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ImageError, ModelError
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.next_steps import next_steps
-from ptq_onnx.outputs import Tallies, Tally, classes_of, pairs
-from ptq_onnx.pipeline import Result, quantize
-from ptq_onnx.runtime import Network
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.evaluation.network import Network
+from ptq_onnx.evaluation.outputs import Tallies, Tally, classes_of, pairs
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.pipeline.quantize import Result, quantize
+from ptq_onnx.report.page import render
+from ptq_onnx.report.schema import report_schema, violations
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.normal(size=(20, 3, SIZE, SIZE)).astype(np.float32)
@@ -357,7 +357,7 @@ def test_of_several_with_classes_the_labels_tell_which_answers(folder: Path) -> 
 def test_no_error_names_a_hidden_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ptq_onnx import evaluation
+    from ptq_onnx.evaluation import evaluate as evaluation
 
     def broken(self: Network, images: Any) -> Any:
         raise ModelError(f"{self.name} fails.")

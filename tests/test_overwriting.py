@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ptq_onnx.cli import main
+from ptq_onnx.cli.app import main
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.output_paths import Output
+from ptq_onnx.files.output_paths import Output
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = next((ROOT / "models").glob("*.onnx"))

@@ -10,9 +10,9 @@ from fuzz.found.cases import SHORT
 from fuzz.oracle import judge
 from fuzz.seeds import vit
 
-from ptq_onnx import pipeline
 from ptq_onnx.errors import ModelError
-from ptq_onnx.preparation import own_faults
+from ptq_onnx.pipeline import quantize as pipeline
+from ptq_onnx.preparation.prepare import own_faults
 
 
 def test_of_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,14 @@ import pytest
 from small_graph import SmallGraph, run, sample
 from small_image_model import image_model, pictures
 
-from ptq_onnx import equalization
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization import equalize as equalization
 from ptq_onnx.errors import ModelError
-from ptq_onnx.graph import load
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.parity import BOUND, LARGEST, WRONG, Reference
-from ptq_onnx.pipeline import Result, quantize
-from ptq_onnx.runtime import Classifier
+from ptq_onnx.evaluation.network import Classifier
+from ptq_onnx.evaluation.parity import BOUND, LARGEST, WRONG, Reference
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.pipeline.quantize import Result, quantize
+from ptq_onnx.preparation.model_files import load
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_broken_equalisation_is_undone(
     def broken(graph, linear, factor, shift):  # type: ignore[no-untyped-def]
         real(graph, linear, factor, shift * 0)
 
-    monkeypatch.setattr("ptq_onnx.equalization.moves.move_rows", broken)
+    monkeypatch.setattr("ptq_onnx.equalization.foldings.move_rows", broken)
     found = job(model, folder, tmp_path / "broken", target=target)
     plain = job(model, folder, tmp_path / "plain", target=target, equalize=False)
     (note,) = (n for n in found.report["notes"] if n.startswith("Undone"))

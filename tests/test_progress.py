@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded_progress import Recorded
 
-from ptq_onnx import stages
 from ptq_onnx.analysis.compare import MEASURING, TIMING, compare
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config import stages
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.images import open_images
-from ptq_onnx.pipeline import quantize, resolve_preprocess
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
 from ptq_onnx.progress import UNITS, WHOLE, Planned, Stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,7 +215,7 @@ def test_on_a_terminal_every_bar_ends_at_its_total(tmp_path: Path) -> None:
 
 def test_in_a_pipe_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c",
-               "import sys; from ptq_onnx.console import progress_bars\n"
+               "import sys; from ptq_onnx.cli.console import progress_bars\n"
                "with progress_bars() as p: print(p)"]  # fmt: skip
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (found.stdout, found.stderr) == ("None\n", "")

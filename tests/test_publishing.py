@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ptq_onnx import publishing
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.publishing import LOCK, MANIFEST, clear, publish, workshop
+from ptq_onnx.files import publishing
+from ptq_onnx.files.held_folder import LOCK, clear
+from ptq_onnx.files.publishing import MANIFEST, publish, workshop
 
 ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on flock and renameat2")

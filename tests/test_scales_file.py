@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.scales_file import check_fit, read_scales
-from ptq_onnx.spec import Site
+from ptq_onnx.numerics.scales_file import check_fit, read_scales
+from ptq_onnx.numerics.spec import Site
 
 ENTRY: dict[str, Any] = {
     "tensor": "t", "role": "fc1", "bits": 8, "signed": True, "symmetric": True,

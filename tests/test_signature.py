@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx import graph
-from ptq_onnx.benchmarking.subject import read_subject
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError, ModelError
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.image_source import NoiseSource
-from ptq_onnx.images import open_images
-from ptq_onnx.pipeline import quantize, resolve_preprocess
-from ptq_onnx.preparation import prepare
-from ptq_onnx.preprocess import Preprocess
-from ptq_onnx.signature import fed
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.images.preprocess import Preprocess
+from ptq_onnx.images.source import NoiseSource
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.preparation import model_files as graph
+from ptq_onnx.preparation.prepare import prepare
+from ptq_onnx.preparation.signature import fed
+from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.timing.timed_model import read_subject
 
 CASE = Path(__file__).resolve().parents[2] / "shared/cases/float255_nhwc.onnx"
 SIDE, WIDTH, CLASSES = 8, 16, 5

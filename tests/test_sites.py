@@ -9,11 +9,11 @@ import pytest
 from small_graph import SmallGraph
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.fusion import fuse
-from ptq_onnx.preparation import Prepared, prepare
-from ptq_onnx.sites import find_sites
-from ptq_onnx.spec import Site
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.spec import Site
+from ptq_onnx.preparation.prepare import Prepared, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = (

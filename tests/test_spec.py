@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from ptq_onnx.spec import Rule, Site, TensorSpec
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
 FLOATS = st.floats(2.0**-90, 2.0**90, width=32)
 

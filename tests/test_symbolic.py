@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, assert_same, ops, sample
 
-from ptq_onnx.cleaning import clean
-from ptq_onnx.symbolic import Symbolic, fold_shapes
+from ptq_onnx.graph.symbolic_shapes import Symbolic, fold_shapes
+from ptq_onnx.preparation.cleaning import clean
 
 
 def windows(g: SmallGraph, window: int) -> str:

@@ -13,21 +13,21 @@ import pytest
 import torch
 from small_transformer import TOKENS, WIDTH, Choices, transformer
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
-from ptq_onnx.engine import Simulator
-from ptq_onnx.equalization import equalise
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.targets import TARGETS
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.pipeline import quantize
-from ptq_onnx.preparation import prepare
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.prepare import prepare
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.sites import find_sites
-from ptq_onnx.targets import TARGETS
+from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.targets.checking.check import check
 
 RUNTIMES = ("onnxruntime", "tensorrt", "openvino")
 CHOICES = {

@@ -20,7 +20,7 @@ from ptq_onnx.telemetry import OFF, switch_off
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = next((ROOT / "models").glob("*.onnx"))
 DIGITS = ROOT / "img/digits"
-RUN = "import sys; from ptq_onnx.cli import main; sys.argv[0] = 'ptq-onnx'; main()"
+RUN = "import sys; from ptq_onnx.cli.app import main; sys.argv[0] = 'ptq-onnx'; main()"
 SHORT = ("--no-report", "--images", "16", "--threads", "1")
 
 pytestmark = pytest.mark.skipif(not no_internet.forbidden(), reason="seccomp is Linux's")

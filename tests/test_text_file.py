@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ptq_onnx import text_file
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import PtqError
-from ptq_onnx.labels import read_labels
-from ptq_onnx.text_file import read_text
+from ptq_onnx.files import text_file
+from ptq_onnx.files.text_file import read_text
+from ptq_onnx.images.labels import read_labels
 
 READERS = pytest.mark.parametrize("read", [read_labels, QuantizeConfig.load])
 

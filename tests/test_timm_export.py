@@ -12,11 +12,11 @@ import onnx
 import pytest
 import torch
 
-from ptq_onnx import timm_export
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.evaluation import logits
-from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
-from ptq_onnx.timm_export import export_timm, looks_like_timm
+from ptq_onnx.evaluation.evaluate import logits
+from ptq_onnx.images.opening import METADATA_KEY, Preprocess, open_images
+from ptq_onnx.pipeline import timm_export
+from ptq_onnx.pipeline.timm_export import export_timm, looks_like_timm
 
 NAME = "vit_tiny_patch16_224"
 
@@ -200,6 +200,6 @@ def test_the_torch_that_is_here_stays(
 def test_importing_the_exporter_does_not_import_timm() -> None:
     import subprocess
 
-    code = "import sys, ptq_onnx.timm_export; print('timm' in sys.modules)"
+    code = "import sys, ptq_onnx.pipeline.timm_export; print('timm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -13,13 +13,14 @@ from PIL import Image
 from prepared_models import DIGITS, ROOT
 from rich.console import Console
 
-from ptq_onnx import pipeline, stages
-from ptq_onnx.analysis.report import render, verdict
 from ptq_onnx.calibration.preprocess_check import Confidence, PreprocessCheck
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.console import progress_bars, show
-from ptq_onnx.pipeline import Result, quantize
+from ptq_onnx.cli.console import progress_bars, show
+from ptq_onnx.config import stages
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.pipeline import quantize as pipeline
+from ptq_onnx.pipeline.quantize import Result, quantize
 from ptq_onnx.progress import WHOLE
+from ptq_onnx.report.page import render, verdict
 
 TEXT = "The preprocessing looks wrong: give --preprocess inception."
 

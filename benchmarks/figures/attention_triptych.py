@@ -10,8 +10,8 @@ from pathlib import Path
 from subject import load, options, table
 
 from ptq_onnx.analysis.attention import attention_maps, code_runs
-from ptq_onnx.analysis.attention_map import draw_attention
-from ptq_onnx.engine import Simulator
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.report.attention_map import draw_attention
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
-from ptq_onnx.analysis.plots import save_png
 from ptq_onnx.analysis.results import ChannelRanges
 from ptq_onnx.analysis.variation import variation
+from ptq_onnx.report.plots import save_png
 
 SHOWN = 4
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
 from ptq_onnx.analysis.graphwise import graphwise
-from ptq_onnx.analysis.plots import save_png
+from ptq_onnx.report.plots import save_png
 
 STYLES = {"one scale": ("#d62728", "o"), "one per channel": ("#1f77b4", "s")}
 

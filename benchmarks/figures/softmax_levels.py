@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
 from ptq_onnx.analysis.attention_values import attention_values, levels
-from ptq_onnx.analysis.plots import save_png
 from ptq_onnx.analysis.results import BlockAttention
-from ptq_onnx.engine import Simulator
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.report.plots import save_png
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.images import FolderSource, open_images
-from ptq_onnx.pipeline import resolve_preprocess
-from ptq_onnx.preparation import Prepared, prepare
-from ptq_onnx.preprocess import Preprocess
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.images.opening import FolderSource, open_images
+from ptq_onnx.images.preprocess import Preprocess
+from ptq_onnx.pipeline.quantize import resolve_preprocess
+from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ from ptq_onnx.analysis.results import (
     TensorVariation,
     Variation,
 )
-from ptq_onnx.spec import Site, TensorSpec
+from ptq_onnx.numerics.spec import Site, TensorSpec
 
 OUTLIER = 10.0
 """Channels whose extreme is this many times the median's call for a scale of their own."""

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx import stages
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import float_outputs, graphwise
@@ -18,11 +17,12 @@ from ptq_onnx.analysis.modules import find_modules, left_in_float
 from ptq_onnx.analysis.results import Analysis
 from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
 from ptq_onnx.analysis.variation import variation
-from ptq_onnx.blocks import Blocks
-from ptq_onnx.engine import Simulator
-from ptq_onnx.image_source import ImageSource
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.config import stages
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.numerics.spec import Site
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.spec import Site
 
 VARIATION_IMAGES = 16
 ATTENTION_IMAGES = 4

@@ -14,9 +14,9 @@ from ptq_onnx.analysis.attention_values import CODES, round_attention
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import AttentionMap, decibels
 from ptq_onnx.analysis.tokens import patch_layout
-from ptq_onnx.blocks import Blocks, name_of
-from ptq_onnx.engine import Simulator
-from ptq_onnx.preprocess import Preprocess
+from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.images.preprocess import Preprocess
 
 Array = NDArray[np.float32]
 

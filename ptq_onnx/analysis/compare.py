@@ -12,24 +12,25 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.analysis.same_model import check_same_model, preprocess_notes
-from ptq_onnx.blocks import name_of
+from ptq_onnx.blocks.roles import name_of
 from ptq_onnx.calibration.class_output import features_of
+from ptq_onnx.config.stages import READING
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.evaluation import evaluate, no_classes, since
-from ptq_onnx.image_source import ImageSource
-from ptq_onnx.model_size import model_bytes
-from ptq_onnx.output_paths import FLOAT, REPORT, find_output
-from ptq_onnx.outputs import decibels as in_json
-from ptq_onnx.preparation import prepare
+from ptq_onnx.evaluation.evaluate import evaluate, no_classes, since
+from ptq_onnx.evaluation.network import Network, session
+from ptq_onnx.evaluation.outputs import decibels as in_json
+from ptq_onnx.files.model_size import model_bytes
+from ptq_onnx.files.output_paths import FLOAT, REPORT, find_output
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.numerics.scales_file import read_scales
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.progress import Planned, Progress, Stages
-from ptq_onnx.runtime import Network, session
-from ptq_onnx.spec import TensorSpec
-from ptq_onnx.stages import READING
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -193,8 +194,6 @@ class FloatBlocks:
 def _specs(file: Path) -> Mapping[str, TensorSpec]:
     """What the codes of an integer file mean, by the report beside it; nothing where there is
     none of this tool."""
-    from ptq_onnx.pipeline import read_scales
-
     try:
         report = find_output(file).beside(REPORT)
         return {} if report is None else read_scales(report)

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks import is_linear, is_product
-from ptq_onnx.conformance.coding import constant
-from ptq_onnx.conformance.optimised import optimise
-from ptq_onnx.conformance.product import Operand, Product
-from ptq_onnx.conformance.quantized_model import QuantizedModel, open_model
+from ptq_onnx.blocks.roles import is_linear, is_product
+from ptq_onnx.targets.checking.coding import constant
+from ptq_onnx.targets.checking.optimised import optimise
+from ptq_onnx.targets.checking.product import Operand, Product
+from ptq_onnx.targets.checking.quantized_model import QuantizedModel, open_model
 
 ENOUGH = 90.0
 """Percent of the MACs from which on there is no warning."""
@@ -216,7 +216,7 @@ def _rank(operand: Operand) -> int:
 
 def _floats_in_runtime(model: QuantizedModel) -> frozenset[str]:
     """Products of the file that ONNX Runtime computes in float."""
-    from ptq_onnx.conformance.onnxruntime import product_of
+    from ptq_onnx.targets.onnxruntime.rules import product_of
 
     graph = model.derived(optimise)
     if graph.refusal:

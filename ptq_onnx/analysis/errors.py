@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.results import Error, decibels
-from ptq_onnx.outputs import classes_of, top_classes
+from ptq_onnx.evaluation.outputs import classes_of, top_classes
 
 Array = NDArray[np.float32]
 

@@ -13,12 +13,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import is_constant, is_layout, is_linear
-from ptq_onnx.conformance.integer import histogram, widest
+from ptq_onnx.blocks.roles import is_constant, is_layout, is_linear
 from ptq_onnx.errors import ModelError
-from ptq_onnx.integer_interpreter import Interpreter
-from ptq_onnx.integer_ranges import INTEGERS, integer_ranges, register_bits
-from ptq_onnx.spec import TensorSpec
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.targets.integer.interpreter import Interpreter
+from ptq_onnx.targets.integer.ranges import INTEGERS, integer_ranges, register_bits
+from ptq_onnx.targets.integer.rules import histogram, widest
 
 NAMES = {
     "Add": "additions",

@@ -17,10 +17,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.quantizers.fake_quantize import values_of
-from ptq_onnx.runtime import TYPES, open_with_fp8
-from ptq_onnx.signature import fed
-from ptq_onnx.spec import TensorSpec
+from ptq_onnx.evaluation.network import TYPES, open_with_fp8
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.preparation.signature import fed
+from ptq_onnx.qdq.fake_quantize import values_of
 
 Array = NDArray[np.float32]
 How = Literal["name", "position"]

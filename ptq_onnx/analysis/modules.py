@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from ptq_onnx.analysis.results import Part, Scope
-from ptq_onnx.blocks import Blocks, name_of
-from ptq_onnx.config import ALL, INTEGER, Selector
-from ptq_onnx.spec import Site, TensorSpec
+from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.config.quantize_config import ALL, INTEGER, Selector
+from ptq_onnx.numerics.spec import Site, TensorSpec
 
 if TYPE_CHECKING:
     from ptq_onnx.quantizers.base import SiteQuantizer

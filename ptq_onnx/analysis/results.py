@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.outputs import OutputFigures
-from ptq_onnx.spec import Code
+from ptq_onnx.evaluation.outputs import OutputFigures
+from ptq_onnx.numerics.spec import Code
 
 Decibels = Annotated[
     float, "dB, higher is better; null where there is no error at all: the ratio beside it is 0"

@@ -11,11 +11,11 @@ import onnx
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.image_source import ImageSource
-from ptq_onnx.output_paths import FLOAT, find_output
-from ptq_onnx.parity import powers
-from ptq_onnx.preprocess import METADATA_KEY, Preprocess
-from ptq_onnx.runtime import Network
+from ptq_onnx.evaluation.network import Network
+from ptq_onnx.evaluation.parity import powers
+from ptq_onnx.files.output_paths import FLOAT, find_output
+from ptq_onnx.images.preprocess import METADATA_KEY, Preprocess
+from ptq_onnx.images.source import ImageSource
 
 FEW = 4
 """Images that tell two models apart."""

@@ -16,11 +16,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.blocks import consumers, is_constant, is_layout
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.runtime import open_with_fp8
-from ptq_onnx.spec import TensorSpec
+from ptq_onnx.blocks.roles import consumers, is_constant, is_layout
+from ptq_onnx.evaluation.network import open_with_fp8
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.lowering import lower
 
 Array = NDArray[np.float32]
 Specs = Mapping[str, TensorSpec]

@@ -20,7 +20,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import (
     ChannelRanges,
@@ -33,12 +32,13 @@ from ptq_onnx.analysis.results import (
     decibels,
 )
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
-from ptq_onnx.blocks import Blocks, name_of
+from ptq_onnx.blocks.element_map import channel_map
+from ptq_onnx.blocks.roles import Blocks, name_of
 from ptq_onnx.calibration.statistics import ChannelStatistics, collect
-from ptq_onnx.layout import channel_map
-from ptq_onnx.quantizers.fake_quantize import clipped, fake_quantize, reach
-from ptq_onnx.sessions import Session
-from ptq_onnx.spec import Site, TensorSpec
+from ptq_onnx.numerics.spec import Site, TensorSpec
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.fake_quantize import clipped, fake_quantize, reach
+from ptq_onnx.runtime.sessions import Session
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.results import Closeness
-from ptq_onnx.evaluation import Progress
-from ptq_onnx.image_source import ImageSource
-from ptq_onnx.outputs import Tallies, Values, decibels, pairs, percent, top_classes
-from ptq_onnx.runtime import Network
+from ptq_onnx.evaluation.evaluate import Progress
+from ptq_onnx.evaluation.network import Network
+from ptq_onnx.evaluation.outputs import Tallies, Values, decibels, pairs, percent, top_classes
+from ptq_onnx.images.source import ImageSource
 
 Labels = NDArray[np.int64]
 BATCH = 8

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks import is_linear, name_of
-from ptq_onnx.spec import Rule, Site
+from ptq_onnx.blocks.roles import is_linear, name_of
+from ptq_onnx.numerics.spec import Rule, Site
 
 FLOAT_BITS = 32
 UNIT = FLOAT_BITS - 8

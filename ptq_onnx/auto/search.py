@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ptq_onnx.stages import ENOUGH, TAKING_BACK
+from ptq_onnx.config.stages import ENOUGH, TAKING_BACK
 
 S = TypeVar("S")
 Stage = Callable[[str, int], Callable[[int], None]]

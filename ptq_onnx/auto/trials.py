@@ -10,8 +10,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ptq_onnx import graph as graphs
-from ptq_onnx import stages
 from ptq_onnx.analysis.modules import Module
 from ptq_onnx.analysis.results import Closeness, Error
 from ptq_onnx.analysis.segments import Specs
@@ -20,14 +18,16 @@ from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions
 from ptq_onnx.auto.closeness import Labels, Recorded
 from ptq_onnx.auto.costs import cost
 from ptq_onnx.auto.search import Option, Stage
-from ptq_onnx.config import ALL
-from ptq_onnx.evaluation import since
-from ptq_onnx.export.half import to_float16
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.image_source import ImageSource
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.config import stages
+from ptq_onnx.config.quantize_config import ALL
+from ptq_onnx.evaluation.evaluate import since
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.numerics.spec import Rule
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.half import to_float16
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.spec import Rule
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 
 @dataclass(frozen=True)

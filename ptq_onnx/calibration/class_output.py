@@ -11,9 +11,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks import is_constant
+from ptq_onnx.blocks.roles import is_constant
 from ptq_onnx.errors import PtqError
-from ptq_onnx.runtime import may_be_classes
+from ptq_onnx.evaluation.network import may_be_classes
 
 PASSED = frozenset(
     ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Gather",
@@ -65,7 +65,7 @@ def feature_outputs(model: ir.Model) -> list[str]:
 
 def features_of(path: str | Path, size: tuple[int, int] | None = None) -> list[str]:
     """:func:`feature_outputs` of a file; none where it cannot be prepared."""
-    from ptq_onnx.preparation import prepare
+    from ptq_onnx.preparation.prepare import prepare
 
     try:
         return feature_outputs(prepare(path, size=size).model)

@@ -16,10 +16,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.statistics import copies_in
 from ptq_onnx.errors import ModelError
-from ptq_onnx.fusion.formula import new_constant
+from ptq_onnx.graph.formula import new_constant
+from ptq_onnx.preparation import model_files as graphs
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]

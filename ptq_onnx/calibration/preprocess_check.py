@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.preprocess import FloatArray, Preprocess
+from ptq_onnx.images.preprocess import FloatArray, Preprocess
 
 STAGES = (4, 8, 16, 32)
 """Numbers of images after which only those normalisations go on that may yet be ahead of the one

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.statistics import copies_in, open_taps
+from ptq_onnx.preparation import model_files as graphs
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]

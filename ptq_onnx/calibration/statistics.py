@@ -15,11 +15,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.calibration.growth import RangeTrace
 from ptq_onnx.calibration.histogram import BINS, Histogram
+from ptq_onnx.calibration.range_growth import RangeTrace
 from ptq_onnx.errors import ModelError
-from ptq_onnx.spec import Site
+from ptq_onnx.numerics.spec import Site
+from ptq_onnx.preparation import model_files as graphs
 
 __all__ = [
     "BINS",

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import name_of
-from ptq_onnx.fusion.formula import constant, is_private, new_constant, unique_name
+from ptq_onnx.blocks.roles import name_of
+from ptq_onnx.graph.formula import constant, is_private, new_constant, unique_name
 
 MOST = 64
 """Experts of one product; a graph of more would have too many nodes."""

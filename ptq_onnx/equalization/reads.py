@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks import (
+from ptq_onnx.blocks.roles import (
     RESIDUALS,
     Blocks,
     Role,
@@ -23,9 +23,9 @@ from ptq_onnx.blocks import (
     is_product,
     name_of,
 )
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.fusion.formula import unique_name
-from ptq_onnx.sites import places, readers
+from ptq_onnx.blocks.sites import places, readers
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.graph.formula import unique_name
 
 Takes = Callable[[ir.Node, int], bool]
 """Whether the runtime computes an op, as the reader of its input of that index, in integers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.fusion.formula import constant, is_private, new_constant, sizes
+from ptq_onnx.graph.formula import constant, is_private, new_constant, sizes
 
 
 def fuse_linear_batch_norm(model: ir.Model) -> int:

@@ -10,8 +10,8 @@ import math
 
 import onnx_ir as ir
 
-from ptq_onnx.fusion.formula import DOMAIN, Polynomial, is_polynomial, is_private, polynomial
 from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
+from ptq_onnx.graph.formula import DOMAIN, Polynomial, is_polynomial, is_private, polynomial
 
 ERF: Polynomial = {(1,): 1 / math.sqrt(2)}
 TANH: Polynomial = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
-from ptq_onnx.fusion.formula import DOMAIN, constant, scalar, sizes
 from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
+from ptq_onnx.graph.formula import DOMAIN, constant, scalar, sizes
 
 
 class L2Norm(Rule):

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
-from ptq_onnx.fusion.formula import constant, new_constant, scalar, sizes
 from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
+from ptq_onnx.graph.formula import constant, new_constant, scalar, sizes
 
 
 class _LayerNorm(Rule):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.fusion.formula import DOMAIN, constant, new_constant, sizes
 from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
+from ptq_onnx.graph.formula import DOMAIN, constant, new_constant, sizes
 
 
 class MatMulAdd(Rule):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.fusion.formula import constant, new_constant
 from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
+from ptq_onnx.graph.formula import constant, new_constant
 
 
 class ConvBias(Rule):

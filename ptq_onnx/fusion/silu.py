@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ptq_onnx.fusion.formula import DOMAIN
 from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
+from ptq_onnx.graph.formula import DOMAIN
 
 
 class Silu(Rule):

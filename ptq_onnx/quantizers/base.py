@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx import stages
-from ptq_onnx.blocks import Blocks, is_linear, name_of
-from ptq_onnx.calibration import (
+from ptq_onnx.blocks.roles import Blocks, is_linear, name_of
+from ptq_onnx.blocks.selectors import check_roles, in_form, known_roles
+from ptq_onnx.calibration.methods import (
     FALLBACK,
     FROM_HISTOGRAM,
     FROM_PRODUCTS,
@@ -23,18 +23,18 @@ from ptq_onnx.calibration import (
     collect,
     ranges,
 )
-from ptq_onnx.calibration.growth import find_growth
-from ptq_onnx.config import ALL, MOST_BITS, QuantizeConfig, Selector
-from ptq_onnx.engine import VitQuantizer
+from ptq_onnx.calibration.range_growth import find_growth
+from ptq_onnx.config import stages
+from ptq_onnx.config.quantize_config import ALL, MOST_BITS, QuantizeConfig, Selector
+from ptq_onnx.engine.simulator import VitQuantizer
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.numerics.ptf import needed_step, zero_points
+from ptq_onnx.numerics.scales_file import check_fit
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
+from ptq_onnx.numerics.uniform import asymmetric_scale, symmetric_scale
+from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.progress import Report
-from ptq_onnx.quantizers.ptf import needed_step, zero_points
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
-from ptq_onnx.quantizers.uniform import asymmetric_scale, symmetric_scale
-from ptq_onnx.quantizers.weights import weight_scale
-from ptq_onnx.scales_file import check_fit
-from ptq_onnx.selectors import check_roles, in_form, known_roles
-from ptq_onnx.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
 Progress = Callable[[int], None]

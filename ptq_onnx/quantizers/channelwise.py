@@ -15,11 +15,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from ptq_onnx.blocks import Blocks
-from ptq_onnx.calibration import Statistics
-from ptq_onnx.config import AUTO, Selector
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.calibration.methods import Statistics
+from ptq_onnx.config.quantize_config import AUTO, Selector
+from ptq_onnx.numerics.spec import Rule, Site
 from ptq_onnx.quantizers.vanilla import Vanilla
-from ptq_onnx.spec import Rule, Site
 
 ROLES = ("embed", "pre_norm", "norm1", "norm2", "norm", "residual1", "residual2")
 AUTO_RATIO = 3.0

@@ -13,13 +13,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import is_linear, name_of
-from ptq_onnx.calibration import ChannelStatistics, Statistics
-from ptq_onnx.channels import rows_of
-from ptq_onnx.fusion.formula import constant
+from ptq_onnx.blocks.channels import rows_of
+from ptq_onnx.blocks.roles import is_linear, name_of
+from ptq_onnx.calibration.methods import ChannelStatistics, Statistics
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.spec import Site, TensorSpec
+from ptq_onnx.numerics.uniform import dequantize, quantize
 from ptq_onnx.quantizers.base import trim
-from ptq_onnx.quantizers.uniform import dequantize, quantize
-from ptq_onnx.spec import Site, TensorSpec
 
 Double = NDArray[np.float64]
 

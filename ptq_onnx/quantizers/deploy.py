@@ -18,17 +18,17 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import RESIDUALS
-from ptq_onnx.calibration import FROM_HISTOGRAM, ChannelStatistics, Statistics
+from ptq_onnx.blocks.channels import rows_of
+from ptq_onnx.blocks.roles import RESIDUALS
+from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
-from ptq_onnx.centring import SUFFIX, collect_centred, takes_centring
-from ptq_onnx.channels import rows_of
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.fusion.formula import constant
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.spec import Granularity, Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
-from ptq_onnx.quantizers.rounded import rounded_weights
-from ptq_onnx.spec import Granularity, Rule, Site, TensorSpec
+from ptq_onnx.quantizers.rounded_weights import rounded_weights
 
 PRODUCTS = ("Linear", "MatMul")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)

@@ -23,13 +23,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks import is_layout, is_linear
-from ptq_onnx.calibration import Statistics
-from ptq_onnx.channels import is_convolution, rows_in_weight
-from ptq_onnx.config import INTEGER
+from ptq_onnx.blocks.channels import is_convolution, rows_in_weight
+from ptq_onnx.blocks.roles import is_layout, is_linear
+from ptq_onnx.calibration.methods import Statistics
+from ptq_onnx.config.quantize_config import INTEGER
+from ptq_onnx.numerics.ptf import MAX_K, Factors, Reader, find_factors, needed_step
+from ptq_onnx.numerics.spec import Code, Granularity, Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
-from ptq_onnx.quantizers.ptf import MAX_K, Factors, Reader, find_factors, needed_step
-from ptq_onnx.spec import Code, Granularity, Rule, Site, TensorSpec
 
 PER_TENSOR = frozenset(
     {"input", "qk", "bias", "mask", "head_mix", "softmax", "head", "head_mean", "other"}

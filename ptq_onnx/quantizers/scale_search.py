@@ -17,15 +17,15 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks import is_linear, is_product, name_of
-from ptq_onnx.calibration import FROM_PRODUCTS, Score
+from ptq_onnx.blocks.roles import is_linear, is_product, name_of
+from ptq_onnx.calibration.methods import FROM_PRODUCTS, Score
 from ptq_onnx.calibration.product_samples import Wanted, collect_samples
-from ptq_onnx.fusion.formula import constant
+from ptq_onnx.engine.node_sessions import carried_specs
+from ptq_onnx.engine.torch_ops import log2_fake_quantize
 from ptq_onnx.fusion.patch_embed import is_patch_embed
-from ptq_onnx.kernels import carried_specs
-from ptq_onnx.quantizers.uniform import along, dequantize, quantize
-from ptq_onnx.spec import TensorSpec
-from ptq_onnx.torch_ops import log2_fake_quantize
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.numerics.uniform import along, dequantize, quantize
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]

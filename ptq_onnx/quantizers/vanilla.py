@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ptq_onnx.numerics.spec import Rule, Site
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.spec import Rule, Site
 
 
 class Vanilla(SiteQuantizer):

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx import stages
-from ptq_onnx.blocks import is_linear
-from ptq_onnx.calibration import Statistics, collect
+from ptq_onnx.blocks.roles import is_linear
+from ptq_onnx.calibration.methods import Statistics, collect
+from ptq_onnx.config import stages
+from ptq_onnx.numerics.blockwise import BLOCK, block_grid
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.quantizers.blockwise import BLOCK, block_grid
 from ptq_onnx.quantizers.correction import corrected_mean, input_power
 from ptq_onnx.quantizers.deploy import Deploy
-from ptq_onnx.spec import Rule, Site, TensorSpec
 
 FLOAT = "stays float: with --weights 4 only the weights of linears have codes"
 

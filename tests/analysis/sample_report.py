@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ptq_onnx.analysis.results import AttentionMap, BlockError, OpError, decibels, plain
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config.quantize_config import QuantizeConfig
 
 BASE = {
     "norm1": 2e-4, "qkv": 8e-4, "qk": 1e-3, "qk_scale": 1e-3, "softmax": 6e-3, "av": 3e-3,

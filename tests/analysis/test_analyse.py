@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 import ptq_onnx
 from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity, Variation
-from ptq_onnx.analysis.schema import report_schema, text, violations
-from ptq_onnx.cli import app
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.cli.app import app
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import open_images
-from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import Result, quantize, resolve_preprocess
+from ptq_onnx.report.schema import report_schema, text, violations
 
 CHROMIUM = next((p for n in ("chromium", "google-chrome") if (p := shutil.which(n))), None)
 CALIB = ROOT / "img/digits/calib"
@@ -73,7 +73,7 @@ def test_python_gets_dataclasses(result: Result, report: dict[str, Any]) -> None
 def test_the_schema_file_is_that_of_the_code_and_the_report_keeps_it(
     report: dict[str, Any],
 ) -> None:
-    path = ROOT / "ptq_onnx/analysis/report.schema.json"
+    path = ROOT / "ptq_onnx/report/report.schema.json"
     assert path.read_text(encoding="utf-8") == text()
     assert violations(report, report_schema()) == []
 

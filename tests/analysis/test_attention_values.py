@@ -18,7 +18,7 @@ from ptq_onnx.analysis.attention_values import (
     rollout,
     round_attention,
 )
-from ptq_onnx.engine import Simulator
+from ptq_onnx.engine.simulator import Simulator
 
 
 def softmax(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -20,17 +20,17 @@ from ptq_onnx.analysis.compare import (
     find_reference,
     quantized_file,
 )
-from ptq_onnx.analysis.compare_page import render_comparison
 from ptq_onnx.analysis.matching import Tapped, in_order, match
 from ptq_onnx.analysis.results import Comparison
-from ptq_onnx.cli import app
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.cli.app import app
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.image_source import ImageSource
-from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
-from ptq_onnx.labels import labels_for
-from ptq_onnx.pipeline import quantize, read_scales
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import METADATA_KEY, Preprocess, open_images
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.pipeline.quantize import quantize, read_scales
+from ptq_onnx.report.compare_page import render_comparison
 
 VAL = ROOT / "img/digits/val"
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, sample
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.coverage import Coverage, Left, Share, float_reasons, measure_coverage
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.console import show
-from ptq_onnx.pipeline import quantize
-from ptq_onnx.preparation import prepare
+from ptq_onnx.cli.console import show
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS, CALIB = ROOT / "models/digits_vit.onnx", ROOT / "img/digits/calib"

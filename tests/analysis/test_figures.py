@@ -16,7 +16,6 @@ import pytest
 import torch
 from small_transformer import TOKENS, WIDTH, Choices, transformer
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import graphwise
@@ -24,13 +23,14 @@ from ptq_onnx.analysis.modules import find_modules, left_in_float
 from ptq_onnx.analysis.results import TensorVariation, Variation
 from ptq_onnx.analysis.sensitivity import Images, sensitivity
 from ptq_onnx.analysis.variation import variation
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.engine import Simulator
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.sites import find_sites
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 COUNT = 11
 SIZES = (1, 3, 8)

@@ -16,13 +16,13 @@ from prepared_models import DIGITS, ROOT, images, prepared, quantized, subject
 from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.results import Graphwise
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, patch_layout
-from ptq_onnx.blocks import is_layout, is_linear, name_of
-from ptq_onnx.engine import Simulator
+from ptq_onnx.blocks.roles import is_layout, is_linear, name_of
+from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ModelError
-from ptq_onnx.export.lowering import lower
+from ptq_onnx.graph.expansions import to_standard
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.spec import TensorSpec
-from ptq_onnx.standard import to_standard
 
 VIT = "vit_tiny_patch16_224.opset14.onnx"
 

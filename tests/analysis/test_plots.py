@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sample_report import make_ops
 
-from ptq_onnx.analysis.plots import LINES, save_png, series, snr_over_blocks
+from ptq_onnx.report.plots import LINES, save_png, series, snr_over_blocks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from sample_report import make_attention, make_ops, make_report
 
-from ptq_onnx.analysis.attention_map import draw_attention
-from ptq_onnx.analysis.plots import snr_over_blocks
-from ptq_onnx.analysis.report import number, render, size, verdict
+from ptq_onnx.report.attention_map import draw_attention
+from ptq_onnx.report.page import number, render, size, verdict
+from ptq_onnx.report.plots import snr_over_blocks
 
 CHROMIUM = next((p for n in ("chromium", "google-chrome") if (p := shutil.which(n))), None)
 EVIL = "<script>alert(1)</script>\"'&"

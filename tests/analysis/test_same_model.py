@@ -12,7 +12,7 @@ import pytest
 from ptq_onnx import QuantizeConfig, open_images, quantize, resolve_preprocess
 from ptq_onnx.analysis.compare import compare
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.preprocess import Preprocess
+from ptq_onnx.images.preprocess import Preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models/digits_vit.onnx"

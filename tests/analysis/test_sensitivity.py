@@ -10,16 +10,16 @@ import onnxruntime as ort
 import pytest
 from prepared_models import DIGITS, images, prepared, quantized, subject
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.errors import logits_error
 from ptq_onnx.analysis.modules import find_modules
 from ptq_onnx.analysis.results import Sensitivity
 from ptq_onnx.analysis.segments import Segments, changed_constants, find_segments
 from ptq_onnx.analysis.sensitivity import Images, run_count, sensitivity
 from ptq_onnx.errors import ModelError
-from ptq_onnx.export.lowering import lower
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.spec import TensorSpec
 
 COUNT = 4
 

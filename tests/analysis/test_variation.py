@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 from prepared_models import DIGITS, images, prepared, quantized
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.results import (
     Error,
@@ -21,8 +20,9 @@ from ptq_onnx.analysis.results import (
     Variation,
 )
 from ptq_onnx.analysis.variation import BINS, kurtosis, ratio_to_median, sdam, variation
+from ptq_onnx.numerics.uniform import dequantize, quantize
+from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.quantizers.uniform import dequantize, quantize
 
 COUNT = 6
 

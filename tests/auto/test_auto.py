@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_onnx import stages as names
-from ptq_onnx.analysis.report import render
-from ptq_onnx.analysis.schema import report_schema, violations
 from ptq_onnx.auto.candidates import merged
-from ptq_onnx.config import QuantizeConfig, Selector
-from ptq_onnx.console import decisions, stdout
+from ptq_onnx.cli.console import decisions, stdout
+from ptq_onnx.config import stages as names
+from ptq_onnx.config.quantize_config import QuantizeConfig, Selector
 from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.evaluation import logits
-from ptq_onnx.images import open_images
-from ptq_onnx.labels import labels_for
-from ptq_onnx.pipeline import Result, quantize, resolve_preprocess
+from ptq_onnx.evaluation.evaluate import logits
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import Result, quantize, resolve_preprocess
+from ptq_onnx.report.page import render
+from ptq_onnx.report.schema import report_schema, violations
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, DIGITS = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"

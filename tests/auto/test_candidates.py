@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from prepared_models import DIGITS, images, prepared, quantized
 
-from ptq_onnx.auto import notes_on
 from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions
 from ptq_onnx.auto.closeness import drop_error, hits, points_lost
 from ptq_onnx.auto.costs import cost, macs
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.outputs import Tallies, top_classes
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.auto.decide import notes_on
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.evaluation.outputs import Tallies, top_classes
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 TOKENS, WIDTH, HIDDEN, HEADS, BLOCKS = 65, 64, 256, 4, 6
 
@@ -175,8 +175,8 @@ def test_statistics_serve_every_dispatch(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("ptq_onnx.quantizers.base.collect", refuse)
-    monkeypatch.setattr("ptq_onnx.quantizers.base.add_histograms", refuse)
+    monkeypatch.setattr("ptq_onnx.quantizers.by_name.base.collect", refuse)
+    monkeypatch.setattr("ptq_onnx.quantizers.by_name.base.add_histograms", refuse)
     again = make_quantizer(plan).calibrate(batches())
     assert again.keys() < specs.keys()
     for tensor, spec in again.items():
@@ -188,7 +188,7 @@ def test_weights_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(plan, config=replace(plan.config, rounding="gptq"))
     first = make_quantizer(plan)
     first.calibrate(batches())
-    monkeypatch.setattr("ptq_onnx.quantizers.rounded.collect_moments", None)
+    monkeypatch.setattr("ptq_onnx.quantizers.rounded_weights.collect_moments", None)
     fewer = make_quantizer(replace(plan, config=replace(plan.config, keep_float=("fc1@0",))))
     specs = fewer.calibrate(batches())
     weights = [t for t in specs if fewer.plan.sites[t].is_parameter]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq_onnx.auto.search import LIMIT, Option, Outcome, State, search, steps, taken
-from ptq_onnx.stages import ENOUGH, TAKING_BACK
+from ptq_onnx.config.stages import ENOUGH, TAKING_BACK
 
 Noise = dict[str, float]
 numbers = st.floats(0.001, 1, allow_nan=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ptq_onnx.benchmarking.runner import AS_WRITTEN
-from ptq_onnx.benchmarking.subject import Subject
+from ptq_onnx.targets.timing.runner import AS_WRITTEN
+from ptq_onnx.targets.timing.timed_model import Subject
 
 
 @dataclass

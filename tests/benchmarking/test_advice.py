@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from ptq_onnx.benchmarking.advice import advice
-from ptq_onnx.benchmarking.cpu import flags, multiplies_int8
-from ptq_onnx.benchmarking.results import Timing
+from ptq_onnx.targets.timing.advice import advice
+from ptq_onnx.targets.timing.cpu import flags, multiplies_int8
+from ptq_onnx.targets.timing.results import Timing
 
 VNNI = frozenset(("avx2", "avx512_vnni"))
 OLD = frozenset(("avx2", "avx512f"))

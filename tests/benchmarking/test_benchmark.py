@@ -13,13 +13,13 @@ from fake_runtime import FakeClock, FakeRuntime
 from rich.console import Console
 from small_graph import SmallGraph, sample
 
-from ptq_onnx.benchmarking import benchmark as module
-from ptq_onnx.benchmarking import interleaving
-from ptq_onnx.benchmarking.benchmark import benchmark
-from ptq_onnx.benchmarking.results import Benchmark, Timing
-from ptq_onnx.benchmarking.subject import Subject
-from ptq_onnx.cli_benchmark import table
+from ptq_onnx.cli.benchmark import table
 from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.targets.timing import benchmark as module
+from ptq_onnx.targets.timing import interleaving
+from ptq_onnx.targets.timing.benchmark import benchmark
+from ptq_onnx.targets.timing.results import Benchmark, Timing
+from ptq_onnx.targets.timing.timed_model import Subject
 
 
 def model(path: Path, *, batch: int | str = "batch", quantized: bool = False) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq_onnx import cli
+from ptq_onnx.cli import app as cli
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "digits_vit.onnx"
 

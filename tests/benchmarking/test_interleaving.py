@@ -7,8 +7,8 @@ from itertools import count
 import pytest
 from fake_runtime import FakeClock, FakeRunner
 
-from ptq_onnx.benchmarking.interleaving import LEAST_ROUNDS, MOST_RUNS, WARM_UP, interleave
-from ptq_onnx.benchmarking.results import quartiles_ms, speedup
+from ptq_onnx.targets.timing.interleaving import LEAST_ROUNDS, MOST_RUNS, WARM_UP, interleave
+from ptq_onnx.targets.timing.results import quartiles_ms, speedup
 
 
 def fake(clock: FakeClock, seconds: dict[str, float]) -> tuple[list[FakeRunner], list[str]]:

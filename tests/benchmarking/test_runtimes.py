@@ -12,11 +12,12 @@ import onnx
 import pytest
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx.benchmarking import RUNTIMES, in_tensorrt, open_runtime
-from ptq_onnx.benchmarking.in_onnxruntime import OnnxRuntime, SessionRunner, halved
-from ptq_onnx.benchmarking.memory import peak_memory
-from ptq_onnx.benchmarking.subject import Subject, read_subject
 from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.targets.onnxruntime.timing import OnnxRuntime, SessionRunner, halved
+from ptq_onnx.targets.tensorrt import timing as in_tensorrt
+from ptq_onnx.targets.timing.memory import peak_memory
+from ptq_onnx.targets.timing.runtimes import RUNTIMES, open_runtime
+from ptq_onnx.targets.timing.timed_model import Subject, read_subject
 
 
 def linear(path: Path, size: int = 8) -> Path:
@@ -55,11 +56,11 @@ def test_onnxruntime_computes_the_model(subject: Subject) -> None:
 
 
 def test_onnxruntime_has_no_half_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptq_onnx.benchmarking.in_onnxruntime.cuda_works", lambda: False)
+    monkeypatch.setattr("ptq_onnx.targets.onnxruntime.timing.cuda_works", lambda: False)
     runtime = OnnxRuntime()
     assert (runtime.half, runtime.device, runtime.on_gpu) == (None, "CPU", False)
     assert "no fp16" in runtime.half_note
-    monkeypatch.setattr("ptq_onnx.benchmarking.in_onnxruntime.cuda_works", lambda: True)
+    monkeypatch.setattr("ptq_onnx.targets.onnxruntime.timing.cuda_works", lambda: True)
     assert (OnnxRuntime().half, OnnxRuntime().half_note) == ("fp16", "")
 
 

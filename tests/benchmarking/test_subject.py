@@ -10,8 +10,8 @@ import pytest
 from onnx import helper
 from small_graph import SmallGraph, sample
 
-from ptq_onnx.benchmarking.subject import read_subject
 from ptq_onnx.errors import ModelError
+from ptq_onnx.targets.timing.timed_model import read_subject
 
 
 def picture_model(path: Path, shape: tuple[int | str, ...], dtype: int = 1) -> Path:

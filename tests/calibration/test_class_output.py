@@ -13,13 +13,13 @@ import pytest
 from onnx import helper
 from small_graph import SmallGraph, sample
 
-from ptq_onnx import graph as graphs
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, check_preprocess
-from ptq_onnx.fusion import fuse
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.preparation import prepare
-from ptq_onnx.runtime import Classifier
+from ptq_onnx.evaluation.network import Classifier
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.prepare import prepare
 
 Build = Callable[[SmallGraph], str]
 W, B = sample(8, 5), sample(5)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ptq_onnx.calibration import ChannelStatistics
-from ptq_onnx.calibration.growth import POINTS, RangeTrace, find_growth
+from ptq_onnx.calibration.methods import ChannelStatistics
+from ptq_onnx.calibration.range_growth import POINTS, RangeTrace, find_growth
 
 
 def trace(*values: float, low: float = 0.0) -> RangeTrace:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ptq_onnx.calibration import (
+from ptq_onnx.calibration.kl import divergence
+from ptq_onnx.calibration.methods import (
     FROM_EXTREMES,
     FROM_HISTOGRAM,
     FROM_PRODUCTS,
@@ -18,12 +19,11 @@ from ptq_onnx.calibration import (
     Statistics,
     ranges,
 )
-from ptq_onnx.calibration.kl import divergence
 from ptq_onnx.calibration.percentile import PERCENTILE
 from ptq_onnx.calibration.robust import HORIZON, tail_bound
 from ptq_onnx.calibration.search import squared_error
 from ptq_onnx.calibration.statistics import BINS, TOP
-from ptq_onnx.config import METHOD_NAMES
+from ptq_onnx.config.quantize_config import METHOD_NAMES
 
 Array = NDArray[np.float32]
 LIMITS = [(-128, 127), (0, 255), (-8, 7), (0, 15)]

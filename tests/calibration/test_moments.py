@@ -7,7 +7,7 @@ from small_graph import SmallGraph, sample
 
 from ptq_onnx.calibration.moments import Moments, collect_moments, groups
 from ptq_onnx.errors import ModelError
-from ptq_onnx.fusion import fuse
+from ptq_onnx.fusion.rules import fuse
 
 IMAGES = sample(10, 3, 4, 4, seed=5) + 30.0
 """Their mean is large beside their spread: where sums of squares cancel."""

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from ptq_onnx.calibration.pearson import correlation
-from ptq_onnx.calibration.product_samples import (
-    EXTREME,
-    PAIRS,
-    ROWS,
-    USUAL,
-    PairSample,
-    RowSample,
-)
+from ptq_onnx.calibration.product_samples import EXTREME, PAIRS, ROWS, USUAL, PairSample, RowSample
 
 
 def by_hand(output: np.ndarray, candidate: np.ndarray, weight: np.ndarray) -> float:

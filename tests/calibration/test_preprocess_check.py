@@ -19,9 +19,9 @@ from ptq_onnx.calibration.preprocess_check import (
     may_be_surer,
     top_confidence,
 )
-from ptq_onnx.images import open_images
-from ptq_onnx.preprocess import FloatArray, Preprocess
-from ptq_onnx.runtime import Classifier
+from ptq_onnx.evaluation.network import Classifier
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.images.preprocess import FloatArray, Preprocess
 
 INCEPTION, IMAGENET = Preprocess.named("inception", 4), Preprocess.named("imagenet", 4)
 

@@ -12,19 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small_graph import SmallGraph, sample
 
-from ptq_onnx.calibration import (
-    ChannelStatistics,
-    Histogram,
-    add_histograms,
-    collect,
-)
+from ptq_onnx.calibration.methods import ChannelStatistics, Histogram, add_histograms, collect
 from ptq_onnx.calibration.statistics import BINS, TOP, reduced_shape
 from ptq_onnx.errors import ModelError
-from ptq_onnx.graph import serialize
-from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
-from ptq_onnx.preparation import Prepared, prepare
-from ptq_onnx.runtime import session
-from ptq_onnx.spec import Site
+from ptq_onnx.evaluation.network import session
+from ptq_onnx.images.opening import METADATA_KEY, Preprocess, open_images
+from ptq_onnx.numerics.spec import Site
+from ptq_onnx.preparation.model_files import serialize
+from ptq_onnx.preparation.prepare import Prepared, prepare
 
 Array = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parents[2]

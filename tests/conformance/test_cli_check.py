@@ -14,9 +14,9 @@ import pytest
 import quantized_block as q
 from prepared_models import DIGITS, prepared, quantized
 
-from ptq_onnx import cli
-from ptq_onnx.conformance import TARGETS
-from ptq_onnx.export.integer import lower_integer
+from ptq_onnx.cli import app as cli
+from ptq_onnx.targets.checking.check import TARGETS
+from ptq_onnx.targets.integer.lowering import lower_integer
 
 Command = Callable[..., tuple[int, str, str]]
 

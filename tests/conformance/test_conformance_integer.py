@@ -9,12 +9,12 @@ import onnx_ir as ir
 import pytest
 from prepared_models import DIGITS, prepared, quantized
 
-from ptq_onnx.conformance.integer import RULES, facts, histogram, violations, widest
-from ptq_onnx.export.integer import lower_integer
-from ptq_onnx.export.integer.builder import RANGE_KEY
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.integer_ranges import integer_ranges
-from ptq_onnx.standard import to_standard
+from ptq_onnx.graph.expansions import to_standard
+from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.targets.integer.builder import RANGE_KEY
+from ptq_onnx.targets.integer.lowering import lower_integer
+from ptq_onnx.targets.integer.ranges import integer_ranges
+from ptq_onnx.targets.integer.rules import RULES, facts, histogram, violations, widest
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import quantized_block as q
 from onnx import helper
 from quantized_block import Block, conforming
 
-from ptq_onnx.conformance import check
-from ptq_onnx.conformance.coding import Coding
-from ptq_onnx.conformance.precisions import compiled
-from ptq_onnx.conformance.product import Product, find_products, inner_axis, weight_axis
-from ptq_onnx.conformance.quantized_model import open_model
+from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.checking.coding import Coding
+from ptq_onnx.targets.checking.precisions import compiled
+from ptq_onnx.targets.checking.product import Product, find_products, inner_axis, weight_axis
+from ptq_onnx.targets.checking.quantized_model import open_model
 
 
 def product(op: str, shape: tuple[int, ...], *, first: bool = False, **attributes: Any) -> Product:

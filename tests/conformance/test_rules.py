@@ -13,10 +13,11 @@ import pytest
 import quantized_block as q
 from quantized_block import Block, conforming
 
-from ptq_onnx.conformance import TARGETS, Report, check, explain, openvino
-from ptq_onnx.conformance.optimised import optimised_histogram
-from ptq_onnx.conformance.precisions import CompiledGraph, CompiledProduct
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.targets.checking.check import TARGETS, Report, check, explain
+from ptq_onnx.targets.checking.optimised import optimised_histogram
+from ptq_onnx.targets.checking.precisions import CompiledGraph, CompiledProduct
+from ptq_onnx.targets.openvino import rules as openvino
 
 Break = Callable[[Block], None]
 

@@ -11,15 +11,15 @@ from prepared_models import DIGITS, ROOT, images, prepared, quantized
 from small_graph import sample
 from small_transformer import TOKENS, WIDTH, Choices, transformer
 
-from ptq_onnx.blocks import find_blocks, is_linear
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.equalization import Move, equalise, restructure
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.graph import serialize
+from ptq_onnx.blocks.roles import find_blocks, is_linear
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.targets import ONNXRUNTIME
+from ptq_onnx.equalization.equalize import Move, equalise, restructure
+from ptq_onnx.evaluation.network import session
+from ptq_onnx.preparation.model_files import serialize
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.runtime import session
-from ptq_onnx.sites import find_sites
-from ptq_onnx.targets import ONNXRUNTIME
 
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s).astype(np.float32) * 3 for s in range(3)]
 

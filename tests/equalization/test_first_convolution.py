@@ -11,11 +11,12 @@ import pytest
 from small_graph import SmallGraph, run
 from small_image_model import image_model, random
 
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.equalization import equalise, forms, image_in_pixels
-from ptq_onnx.fusion.formula import constant
-from ptq_onnx.layout import layout_indices
-from ptq_onnx.preparation import prepare
+from ptq_onnx.blocks.element_map import layout_indices
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization import runtime_forms as forms
+from ptq_onnx.equalization.equalize import equalise, image_in_pixels
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.quantizers.base import Plan
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

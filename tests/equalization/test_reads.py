@@ -11,17 +11,17 @@ import torch
 from small_graph import SmallGraph, run, sample
 from small_transformer import HEADS, TOKENS, WIDTH
 
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
-from ptq_onnx.engine import Simulator
-from ptq_onnx.equalization import equalise, in_form
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import to_standard
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.equalization.equalize import equalise, in_form
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation.model_files import to_standard
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.sites import find_sites
+from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.targets.checking.check import check
 
 EACH = WIDTH // HEADS
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s) * 2 for s in range(3)]

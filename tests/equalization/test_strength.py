@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq_onnx.equalization.strength import (
+from ptq_onnx.equalization.factor_search import (
     Product,
     balance,
     choose_factor,

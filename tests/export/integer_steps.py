@@ -10,9 +10,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx.export.integer.builder import Builder
-from ptq_onnx.integer_interpreter import Interpreter
-from ptq_onnx.integer_ranges import integer_ranges
+from ptq_onnx.targets.integer.builder import Builder
+from ptq_onnx.targets.integer.interpreter import Interpreter
+from ptq_onnx.targets.integer.ranges import integer_ranges
 
 Ints = NDArray[np.int64]
 

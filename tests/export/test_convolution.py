@@ -8,19 +8,20 @@ import pytest
 import torch
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.channels import rows_in_weight
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
-from ptq_onnx.conformance.optimised import optimised_histogram
-from ptq_onnx.equalization import forms, in_form
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import serialize
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.blocks.channels import rows_in_weight
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization import runtime_forms as forms
+from ptq_onnx.equalization.equalize import in_form
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.ptf import Reader, output_noise
+from ptq_onnx.preparation.model_files import serialize
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.quantizers.ptf import Reader, output_noise
-from ptq_onnx.sites import find_sites
+from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.checking.optimised import optimised_histogram
 
 C, SIDE = 8, 6
 LEVELS = np.exp2(np.arange(C) % 4).reshape(C, 1, 1)

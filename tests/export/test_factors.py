@@ -20,16 +20,16 @@ from test_lowering import (
     weights_of,
 )
 
-from ptq_onnx.blocks import consumers
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.export.factors import FactorPlan, plan_factors
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.fusion import fuse
-from ptq_onnx.images import open_images
-from ptq_onnx.labels import labels_for
-from ptq_onnx.pipeline import quantize, resolve_preprocess
-from ptq_onnx.spec import Site, TensorSpec
+from ptq_onnx.blocks.roles import consumers
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.numerics.spec import Site, TensorSpec
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.qdq.factors import FactorPlan, plan_factors
+from ptq_onnx.qdq.lowering import lower
 
 BITS = (8, 6, 4)
 

@@ -12,16 +12,16 @@ from onnx import TensorProto, numpy_helper
 from small_graph import SmallGraph, run
 from test_targets import decibels
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.evaluation import logits
-from ptq_onnx.export.half import half, to_float16
-from ptq_onnx.export.small_scales import enlarge_small_scales, power_of_two
-from ptq_onnx.export.sums import sums_to_means
-from ptq_onnx.images import open_images
-from ptq_onnx.pipeline import quantize, resolve_preprocess
+from ptq_onnx.evaluation.evaluate import logits
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline.quantize import quantize, resolve_preprocess
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.half import half, to_float16
+from ptq_onnx.qdq.small_scales import enlarge_small_scales, power_of_two
+from ptq_onnx.qdq.sums import sums_to_means
+from ptq_onnx.targets.checking.check import check
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"

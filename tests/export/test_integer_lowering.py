@@ -13,23 +13,23 @@ from prepared_models import DIGITS, decibels, images, prepared, quantized
 from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance.integer import violations
-from ptq_onnx.engine import Simulator
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ModelError
-from ptq_onnx.export.integer import lower_integer
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.fusion import fuse
-from ptq_onnx.images import Preprocess, open_images
-from ptq_onnx.integer_interpreter import Interpreter, differing_tensors
-from ptq_onnx.integer_ops import integer_overrides
-from ptq_onnx.integer_ranges import integer_ranges
-from ptq_onnx.preparation import prepare
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.prepare import prepare
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.sites import find_sites
+from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.targets.integer.interpreter import Interpreter, differing_tensors
+from ptq_onnx.targets.integer.lowering import lower_integer
+from ptq_onnx.targets.integer.ranges import integer_ranges
+from ptq_onnx.targets.integer.rules import violations
+from ptq_onnx.targets.integer.simulated_steps import integer_overrides
 
 CALIBRATION = {"vit": "inception", "vit-dynamo": "inception", "deit": "imagenet"}
 OPTIONS = [

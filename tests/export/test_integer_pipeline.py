@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 from prepared_models import DIGITS, ROOT
 
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance.integer import violations
-from ptq_onnx.pipeline import quantize
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.targets.integer.rules import violations
 
 TOKENS, WIDTH, HEADS, BLOCKS = 65, 64, 4, 6
 

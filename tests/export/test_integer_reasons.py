@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, sample
 
-from ptq_onnx.config import QuantizeConfig
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ModelError
-from ptq_onnx.export.integer.reasons import of_padding, of_weight, without_form
-from ptq_onnx.pipeline import quantize
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.targets.integer.reasons import of_padding, of_weight, without_form
 
 CASES = Path(__file__).resolve().parents[3] / "shared/cases"
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from integer_steps import run
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.export.integer.attention import AttentionStep
-from ptq_onnx.export.integer.elementwise import MeanStep, SumStep, Term, gelu, table_step
-from ptq_onnx.export.integer.fixed_point import MAX_SHIFT, FixedPoint, fixed_point
-from ptq_onnx.export.integer.gelu import gelu_step
-from ptq_onnx.export.integer.grid import Grid, Ints, LogGrid
-from ptq_onnx.export.integer.layer_norm import LayerNormStep, layer_norm_step
-from ptq_onnx.export.integer.products import ConvStep, LinearStep, ProductStep, largest_sum
-from ptq_onnx.export.integer.softmax import SoftmaxStep
-from ptq_onnx.export.integer.square_root import integer_sqrt
+from ptq_onnx.targets.integer.attention import AttentionStep
+from ptq_onnx.targets.integer.elementwise import MeanStep, SumStep, Term, gelu, table_step
+from ptq_onnx.targets.integer.fixed_point import MAX_SHIFT, FixedPoint, fixed_point
+from ptq_onnx.targets.integer.gelu import gelu_step
+from ptq_onnx.targets.integer.grid import Grid, Ints, LogGrid
+from ptq_onnx.targets.integer.layer_norm import LayerNormStep, layer_norm_step
+from ptq_onnx.targets.integer.products import ConvStep, LinearStep, ProductStep, largest_sum
+from ptq_onnx.targets.integer.softmax import SoftmaxStep
+from ptq_onnx.targets.integer.square_root import integer_sqrt
 
 SEEDS = st.integers(0, 2**32 - 1)
 EASY = settings(max_examples=15, deadline=None)

@@ -11,17 +11,10 @@ from pathlib import Path
 import onnx
 from fuzz.seeds import vit
 
-from ptq_onnx import pipeline
-from ptq_onnx.publishing import MANIFEST
+from ptq_onnx.files.publishing import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120
-WHOLE = hasattr(pipeline, "workshop") or any(
-    "workshop" in Path(pipeline.__file__).with_name(name).read_text(encoding="utf-8")
-    for name in ("output_paths.py", "pipeline.py")
-    if Path(pipeline.__file__).with_name(name).exists()
-)
-"""Whether the pipeline replaces its folder as a whole (``publishing.py``)."""
 
 
 def model_in(folder: Path) -> Path:

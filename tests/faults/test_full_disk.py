@@ -64,8 +64,8 @@ def test_it_was_large_enough(made: Path) -> None:
 
 
 def test_kept_images(tmp_path: Path) -> None:
-    from ptq_onnx.images import open_images
-    from ptq_onnx.preprocess import Preprocess
+    from ptq_onnx.images.opening import open_images
+    from ptq_onnx.images.preprocess import Preprocess
 
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((50, 3, 8, 8), np.float32))
     preprocess = Preprocess.named("imagenet", 8)

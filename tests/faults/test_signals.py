@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.runs import SECONDS, WHOLE, content, hidden, model_in, start, wait_for_work, words
+from faults.runs import SECONDS, content, hidden, model_in, start, wait_for_work, words
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 CODES = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}
@@ -54,15 +54,12 @@ def test_old_or_new(
     assert process.returncode in (0, CODES[name])
     assert text == ""
     assert content(folder / "output") in (old, new)
-    assert list((folder / "tmp").iterdir()) == []
-    if name != "SIGKILL":
-        assert hidden(folder) == []
-    elif WHOLE:
+    if name == "SIGKILL":
         assert whole_run(folder, "channelwise") == new
-        assert hidden(folder) == []
+    assert hidden(folder) == []
+    assert list((folder / "tmp").iterdir()) == []
 
 
-@pytest.mark.skipif(not WHOLE, reason="the pipeline replaces its folder file by file")
 def test_two_runs_into_one_folder(
     old_and_new: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, assert_same, ops, sample, text
 
-from ptq_onnx.fusion import fuse
-from ptq_onnx.fusion.formula import scalar
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.graph.formula import scalar
 
 X = sample(2, 3, 5, 4)
 SHAPE = ("batch", 3, 5, 4)

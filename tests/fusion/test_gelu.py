@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 from small_graph import SmallGraph, assert_same, ops, sample, text
 
-from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import to_standard
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation.model_files import to_standard
 
 X = sample(2, 4, 8) * 3
 SHAPE = ("batch", 4, 8)

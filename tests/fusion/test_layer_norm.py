@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from small_graph import SmallGraph, assert_same, ops, sample, text
 
-from ptq_onnx.fusion import fuse
+from ptq_onnx.fusion.rules import fuse
 
 D = 8
 GAMMA, BETA = sample(D, seed=1) + 1, sample(D, seed=2)

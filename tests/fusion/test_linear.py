@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, assert_same, ops, sample, text
 
-from ptq_onnx.cleaning import clean
-from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import to_standard
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation.cleaning import clean
+from ptq_onnx.preparation.model_files import to_standard
 
 K, N = 6, 4
 W, B = sample(K, N, seed=1), sample(N, seed=2)

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.cleaning import clean
-from ptq_onnx.fusion import fuse
+from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.fusion.near_miss import near_misses
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation.cleaning import clean
 
 D = 8
 X = sample(2, 5, D) * 2 + 0.5

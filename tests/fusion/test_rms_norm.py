@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_graph import SmallGraph, assert_same, ops, sample, text
 
-from ptq_onnx.fusion import fuse
-from ptq_onnx.graph import to_standard
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation.model_files import to_standard
 
 D = 8
 X = sample(2, 5, D) * 2 + 1

@@ -28,7 +28,7 @@ def run_case(kind: str, seed: int, folder: Path) -> Outcome:
 
 def command(*words: object) -> None:
     """A command of the command line, in this process."""
-    from ptq_onnx.cli import main
+    from ptq_onnx.cli.app import main
 
     before = sys.argv
     sys.argv = ["ptq-onnx", *map(str, words)]
@@ -79,8 +79,9 @@ def run_model(folder: Path, words: tuple[object, ...]) -> None:
     if (folder / "output/fused.onnx").exists():
         check_parity(original, str(folder / "output/fused.onnx"))
         return
-    from ptq_onnx import graph, prepare
+    from ptq_onnx import prepare
     from ptq_onnx.errors import PtqError
+    from ptq_onnx.preparation import model_files as graph
 
     try:
         prepared = prepare(original)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fuzz.bytes_of import damaged
-from ptq_onnx.images import open_images
-from ptq_onnx.preprocess import Preprocess
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.images.preprocess import Preprocess
 
 Call = Callable[[], object]
 SHAPE = (3, 8, 12)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ptq_onnx.console import one_line_errors
+from ptq_onnx.cli.console import one_line_errors
 
 SECONDS = 60
 LARGEST = 2 << 30

@@ -17,11 +17,11 @@ from PIL import Image
 
 from fuzz.bytes_of import damaged
 from fuzz.seeds import vit
-from ptq_onnx.cli_options import settings
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.images import open_images
-from ptq_onnx.labels import labels_for
-from ptq_onnx.preprocess import Preprocess
+from ptq_onnx.cli.options import settings
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.images.preprocess import Preprocess
 
 Call = Callable[[], object]
 VALUES: tuple[Any, ...] = (
@@ -70,7 +70,7 @@ PROCESSOR: dict[str, Any] = {
 
 def processor_case(rng: random.Random, folder: Path) -> Call:
     """The settings of an image processor with odd values."""
-    from ptq_onnx.hugging_face import read_processor
+    from ptq_onnx.config.hugging_face import read_processor
 
     data = copy.deepcopy(PROCESSOR)
     for _ in range(rng.randint(0, 3)):
@@ -84,7 +84,7 @@ def processor_case(rng: random.Random, folder: Path) -> Call:
 @lru_cache(maxsize=4)
 def made(quantizer: str) -> tuple[bytes, str]:
     """A small model and the report of its quantization."""
-    from ptq_onnx.pipeline import quantize
+    from ptq_onnx.pipeline.quantize import quantize
 
     with tempfile.TemporaryDirectory() as folder:
         path, output = Path(folder, "model.onnx"), Path(folder, "output")

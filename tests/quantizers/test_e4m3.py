@@ -11,21 +11,21 @@ import torch
 from small_transformer import Choices, transformer
 from test_targets import decibels, run, tokens
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.blocks import find_blocks
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
-from ptq_onnx.engine import Simulator
-from ptq_onnx.equalization import equalise
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.engine.torch_ops import quantize as in_torch
+from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.evaluation.network import session
+from ptq_onnx.numerics.e4m3 import e4m3_codes, e4m3_values
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.quantizers.e4m3 import e4m3_codes, e4m3_values
-from ptq_onnx.runtime import session
-from ptq_onnx.sites import find_sites
-from ptq_onnx.spec import Rule, TensorSpec
-from ptq_onnx.torch_ops import quantize as in_torch
+from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.targets.checking.check import check
 
 KIND = ml_dtypes.float8_e4m3fn
 VALUES = np.arange(256, dtype=np.uint8).view(KIND).astype(np.float32)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.quantizers.e4m3 import e4m3_values
-from ptq_onnx.quantizers.fake_quantize import clipped, fake_quantize, reach, values_of
-from ptq_onnx.quantizers.uniform import quantize
-from ptq_onnx.spec import Rule, TensorSpec
-from ptq_onnx.torch_ops import fake_quantize as in_torch
+from ptq_onnx.engine.torch_ops import fake_quantize as in_torch
+from ptq_onnx.numerics.e4m3 import e4m3_values
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.uniform import quantize
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.fake_quantize import clipped, fake_quantize, reach, values_of
+from ptq_onnx.qdq.lowering import lower
 
 SHAPE = (2, 3, 6, 8)
 

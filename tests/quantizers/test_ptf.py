@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from ptq_onnx.quantizers.ptf import (
+from ptq_onnx.numerics.ptf import (
     MAX_K,
     Factors,
     Reader,
@@ -17,8 +17,8 @@ from ptq_onnx.quantizers.ptf import (
     output_noise,
     zero_points,
 )
-from ptq_onnx.quantizers.uniform import TINY, dequantize, quantize, symmetric_scale
-from ptq_onnx.spec import Rule, TensorSpec
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.uniform import TINY, dequantize, quantize, symmetric_scale
 
 Array = NDArray[np.float32]
 UINT8 = Rule(8, signed=False, symmetric=False, granularity="ptf")

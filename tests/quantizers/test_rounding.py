@@ -9,20 +9,20 @@ import torch
 from small_graph import run, sample
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks import find_blocks, is_linear
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.equalization import equalise
+from ptq_onnx.blocks.roles import find_blocks, is_linear
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.fusion.formula import constant
-from ptq_onnx.graph import to_standard
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.rounding import adaround, gptq, limits, loss, nearest, shrunk
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.uniform import dequantize, quantize
+from ptq_onnx.numerics.weights import weight_scale
+from ptq_onnx.preparation.model_files import to_standard
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-from ptq_onnx.quantizers.rounding import adaround, gptq, limits, loss, nearest, shrunk
-from ptq_onnx.quantizers.uniform import dequantize, quantize
-from ptq_onnx.quantizers.weights import weight_scale
-from ptq_onnx.sites import find_sites
-from ptq_onnx.spec import Rule, TensorSpec
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 METHODS = [gptq, adaround]
 Method = Callable[..., np.ndarray]
@@ -223,7 +223,7 @@ def test_shared_weights_stay_at_the_nearest() -> None:
 
 
 def test_too_many_channels_stay_at_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptq_onnx.quantizers.rounded.WIDEST", 8)
+    monkeypatch.setattr("ptq_onnx.quantizers.rounded_weights.WIDEST", 8)
     quantizer = quantized("gptq")
     assert any("its 32 inputs are too many" in note for note in quantizer.notes)
 

@@ -11,18 +11,18 @@ from prepared_models import quantized
 from small_graph import run, sample
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks import find_blocks, is_linear
+from ptq_onnx.blocks.roles import find_blocks, is_linear
+from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.calibration.pearson import correlation
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.fusion.formula import constant
-from ptq_onnx.graph import to_standard
-from ptq_onnx.quantizers import make_quantizer
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.uniform import dequantize, quantize
+from ptq_onnx.preparation.model_files import to_standard
 from ptq_onnx.quantizers import scale_search as search
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
+from ptq_onnx.quantizers.by_name import make_quantizer
 from ptq_onnx.quantizers.scale_search import Operand, Product
-from ptq_onnx.quantizers.uniform import dequantize, quantize
-from ptq_onnx.sites import find_sites
-from ptq_onnx.spec import Rule, TensorSpec
 
 IMAGES = sample(12, 6, 8, seed=3)
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from ptq_onnx.quantizers.uniform import (
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.uniform import (
     TINY,
     along,
     asymmetric_scale,
@@ -15,7 +16,6 @@ from ptq_onnx.quantizers.uniform import (
     quantize,
     symmetric_scale,
 )
-from ptq_onnx.spec import Rule, TensorSpec
 
 Array = NDArray[np.float32]
 HUGE = 2e38

@@ -12,20 +12,20 @@ from onnx import numpy_helper
 from prepared_models import DIGITS, ROOT, decibels, images, quantized
 from small_graph import sample
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.blocks import is_linear
-from ptq_onnx.config import QuantizeConfig
-from ptq_onnx.conformance import check
-from ptq_onnx.conformance.optimised import optimised_histogram
-from ptq_onnx.engine import Simulator
+from ptq_onnx.blocks.roles import is_linear
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.pipeline import quantize as run_pipeline
-from ptq_onnx.pipeline import read_scales
-from ptq_onnx.quantizers.blockwise import block_grid
-from ptq_onnx.quantizers.rounding import adaround, gptq, loss, nearest
-from ptq_onnx.quantizers.uniform import dequantize, over, quantize
-from ptq_onnx.spec import Rule, TensorSpec
+from ptq_onnx.numerics.blockwise import block_grid
+from ptq_onnx.numerics.rounding import adaround, gptq, loss, nearest
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.uniform import dequantize, over, quantize
+from ptq_onnx.pipeline.quantize import quantize as run_pipeline
+from ptq_onnx.pipeline.quantize import read_scales
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.checking.optimised import optimised_histogram
 
 
 def spec_of(weight: np.ndarray, power: np.ndarray | None = None, size: int = 32) -> TensorSpec:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ptq_onnx import graph as graphs
-from ptq_onnx.conformance import check
-from ptq_onnx.export.lowering import lower
-from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.prepare import Prepared, prepare
+from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.targets.checking.check import check
 from zoo.architectures import make
 from zoo.checks import Agreement, Found, agreement, census, quantized, relative_error
 from zoo.checks import run as run_file

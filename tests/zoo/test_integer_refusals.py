@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq_onnx import cli
+from ptq_onnx.cli import app as cli
 from zoo.architectures import ARCHITECTURES
 from zoo.exporters import export
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptq_onnx.kernels import carried_specs
-from ptq_onnx.preparation import Prepared, prepare
+from ptq_onnx.engine.node_sessions import carried_specs
+from ptq_onnx.preparation.prepare import Prepared, prepare
 from zoo.architectures import torchvision_schemas
 from zoo.cells import Cell, images, write
 from zoo.checks import quantized

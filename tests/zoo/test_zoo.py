@@ -44,9 +44,9 @@ def test_full_size(name: str, tmp_path: Path) -> None:
     """The published sizes, random weights: found, unchanged, quantized, running."""
     import numpy as np
 
-    from ptq_onnx import graph as graphs
-    from ptq_onnx.export.lowering import lower
-    from ptq_onnx.preparation import prepare
+    from ptq_onnx.preparation import model_files as graphs
+    from ptq_onnx.preparation.prepare import prepare
+    from ptq_onnx.qdq.lowering import lower
     from zoo import checks
     from zoo.architectures import make
     from zoo.exporters import export

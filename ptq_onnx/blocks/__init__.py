@@ -1,0 +1,1 @@
+"""What the nodes of a transformer are for: blocks, roles, sites, channels, selectors."""

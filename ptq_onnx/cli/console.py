@@ -1,0 +1,307 @@
+"""What the command line shows: progress on stderr, tables on stdout, errors in one line."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import io
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ptq_onnx.cli.next_steps import next_steps
+from ptq_onnx.errors import PtqError
+from ptq_onnx.evaluation.outputs import MOST_DB
+from ptq_onnx.progress import Progress
+from ptq_onnx.runtime.installed import missing_runtime
+
+if TYPE_CHECKING:
+    from ptq_onnx.pipeline.result import Result
+
+WORST = 15
+"""How many ops the table of the worst ops shows."""
+EXACT = "exact"
+"""What stands for infinite dB."""
+PIPE_WIDTH = 120
+"""Columns where there is no terminal to ask."""
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of an interrupt and of a termination: 128 and the signal's number."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input as one line on stderr and exit code 2, an interrupt as 130; no tracebacks.
+
+    A termination (SIGTERM) ends as an interrupt does, nothing half-made left, with 143. Log records
+    and warnings of the libraries stay silent: what matters is in the report. What the terminal's
+    encoding does not have is written as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger().addHandler(logging.NullHandler())
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except PtqError as error:
+        fail(str(error))
+    except ImportError as error:
+        told = missing_runtime(error)
+        if told is None:
+            raise
+        fail(str(told))
+    except KeyboardInterrupt:
+        code = TERMINATED if asked else INTERRUPTED
+        atexit.register(_exit_interrupted, code)
+        raise SystemExit(code) from None
+    except OSError as error:
+        if error.errno in (None, errno.EPIPE):
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        fail(f"{where}{error.strerror}.")
+
+
+def _exit_interrupted(code: int) -> None:
+    """Exit with ``code``, also where the interrupt came in code that ``exec`` compiled (as in an
+    import of dataclasses): Python then kills itself with SIGINT, though it was handled."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which names of files and nodes may hold, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextmanager
+def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
+    """What :func:`ptq_onnx.quantize` takes as ``progress``; None (silence) in a pipe."""
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        with _warnings(Console(file=stream, width=PIPE_WIDTH)):
+            yield None
+        return
+    from ptq_onnx.cli.bars import Bars
+
+    with Bars(stream) as bars, _warnings(bars.console):
+        yield bars
+
+
+@contextmanager
+def _warnings(console: Console) -> Iterator[None]:
+    """What a run warns of, as soon as it does: it may not be worth its minutes. What the images
+    are warned of is counted in the report."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = Text(f"warning: {record.getMessage()}", style="bold yellow")
+            console.print(text, soft_wrap=True)
+
+    handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline.quantize")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def show(result: Result) -> None:
+    """Print the worst ops, a summary, the notes and the files of a quantization."""
+    console, report = stdout(), result.report
+    if report.get("analysis"):
+        console.print(worst_ops(report["analysis"]))
+    if report.get("auto"):
+        console.print(decisions(report["auto"]))
+    warning = (report.get("preprocess_check") or {}).get("warning")
+    if warning:
+        console.print(Text(f"warning: {warning}", style="bold yellow"), soft_wrap=True)
+    console.print(summary(report))
+    for text in covered(report.get("coverage")):
+        console.print(Text(text), soft_wrap=True)
+    outputs = (report.get("fidelity") or {}).get("outputs") or []
+    if len(outputs) > 1:
+        console.print(outputs_table(outputs))
+    for note in report.get("notes", ()):
+        if note != warning:
+            console.print(Text(f"note: {note}"), soft_wrap=True)
+    for purpose, command in next_steps(report, result.files):
+        console.print(Text(f"next, {purpose}: {command}"), soft_wrap=True)
+    console.print("Written:")
+    for path in result.files:
+        console.print(Text(f"  {path}"), soft_wrap=True)
+
+
+def covered(coverage: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """What runs in integers, and why the rest does not, one line each."""
+    if coverage is None:
+        return ()
+    return coverage["line"], *(f"  {text}" for text in coverage["reasons"])
+
+
+def stdout() -> Console:
+    """The console of the results, wide enough for its tables in a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
+    """The ops with the largest noise-to-signal ratio, worst first."""
+    ops = sorted(analysis["ops"], key=lambda op: op["snr"], reverse=True)
+    source = "held apart" if analysis["held_apart"] else "of the calibration"
+    title = f"Worst {min(count, len(ops))} of {len(ops)} ops, everything quantized at once, on"
+    title += f" {analysis['images']} images {source}"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for name in ("role", "block", "op"):
+        table.add_column(name, justify="right" if name == "block" else "left")
+    table.add_column("SNR ratio\n(lower is better)", justify="right")
+    table.add_column("dB\n(higher is better)", justify="right")
+    for op in ops[:count]:
+        block = "" if op["block"] is None else str(op["block"])
+        found = EXACT if op["snr_db"] is None else f"{op['snr_db']:.1f}"
+        cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", found
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def decisions(auto: Mapping[str, Any]) -> Table:
+    """What ``--auto`` decided, and the file measured without each decision."""
+    rows = [("", "nothing decided", "", "", *_closeness(auto["before"]))]
+    for one in auto["decisions"]:
+        cells = str(one["step"]), one["module"], one["decision"], f"{one['cost']:.3f}"
+        rows.append((*cells, *_closeness(one["without"])))
+    rows.append(("", "all", "", f"{auto['cost']:.2f} %", *_closeness(auto["after"])))
+    names = ("step", "module", "decision", "cost, M operations")
+    table = simple_table((*names, "points lost without", "SQNR without"), rows)
+    bound = "--max-drop" if auto["bound"] == "max_drop" else "--min-sqnr"
+    table.title = f"Decisions of --auto, {bound} {auto['limit']:g}, on {auto['images']} images"
+    table.title_justify = "left"
+    return table
+
+
+def _closeness(found: Mapping[str, Any] | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
+    drop = "-" if found["drop"] is None else f"{found['drop']:.1f}"
+    return drop, decibels(_measured(found["sqnr_db"]))
+
+
+def summary(report: Mapping[str, Any]) -> Table:
+    """Size, and the accuracy against float where there were images to measure on."""
+    accuracy, fidelity = report.get("accuracy"), report.get("fidelity")
+    sizes = report["sizes"]
+    rows = [("size", _megabytes(sizes["float"]), _megabytes(sizes["quantized"]))]
+    if accuracy:
+        several = len(accuracy.get("outputs") or ()) > 1
+        for one in accuracy["outputs"] if several else [accuracy]:
+            where = f" of '{one['name']}'" if several else ""
+            for key, label in (("top1", "top-1"), ("top5", "top-5")):
+                pair = one["float"].get(key), one["quantized"].get(key)
+                if None not in pair:
+                    name = f"{label}{where} of {accuracy['count']} images"
+                    rows.append((name, percent(pair[0]), percent(pair[1])))
+    if fidelity:
+        images = "" if accuracy else f" on {on_images(fidelity)}"
+        rows.append((f"{sqnr_title(fidelity)}{images}", "", decibels(fidelity["sqnr_db"])))
+        if fidelity["agreement"] is not None:
+            rows.append(("same top class as float", "", percent(fidelity["agreement"])))
+    return simple_table(("", "float", "quantized"), rows)
+
+
+OUTPUT_COLUMNS = ("SQNR", "cosine", "same class")
+
+
+def output_cells(output: Mapping[str, Any]) -> tuple[str, ...]:
+    """SQNR, cosine and share of equal top classes of one output, or what whole numbers have."""
+    if output["equal"] is not None:
+        return f"{output['equal']:.1f} % equal", "-", "-"
+    cosine = "-" if output["cosine"] is None else f"{output['cosine']:.4f}"
+    return decibels(output["sqnr_db"]), cosine, percent(output["agreement"])
+
+
+def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each output of a model that has several."""
+    rows = [(one["name"], _shape(one["shape"]), *output_cells(one)) for one in outputs]
+    return simple_table(("output", "shape", *OUTPUT_COLUMNS), rows)
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def sqnr_title(fidelity: Mapping[str, Any]) -> str:
+    """What the SQNR is of."""
+    outputs = fidelity.get("outputs") or []
+    if len(outputs) > 1:
+        return "SQNR of the worst output"
+    logits = fidelity["agreement"] is not None or not outputs
+    return "SQNR of the logits" if logits else f"SQNR of '{outputs[0]['name']}'"
+
+
+def on_images(fidelity: Mapping[str, Any]) -> str:
+    """Which images a figure is of, in words."""
+    kind = fidelity.get("source", "val")
+    words = {"held apart": " held apart from calibration", "calibration": " of the calibration"}
+    return f"{fidelity['images']} images{words.get(kind, '')}"
+
+
+def simple_table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
+) -> Table:
+    """A table of text, its first column to the left, the others to the right unless they hold
+    ``words``."""
+    table = Table(box=box.SIMPLE)
+    for index, name in enumerate(names):
+        table.add_column(name, justify="right" if index and not words else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def percent(value: float | None) -> str:
+    """``82.4 %``; a dash for what was not measured."""
+    return "-" if value is None else f"{value:.1f} %"
+
+
+def decibels(value: float | None) -> str:
+    """``12.3 dB``; ``exact`` without any error, a dash for what was not measured."""
+    if value is not None and value >= MOST_DB:
+        return EXACT
+    return "-" if value is None else f"{value:.1f} dB"
+
+
+def _measured(value: float | None) -> float:
+    """dB as a report holds them: null where there was no error."""
+    return math.inf if value is None else value
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,107 @@
+"""The command ``ptq-onnx calibration-curve``: accuracy over the number of calibration images."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+from rich.table import Table
+from rich.text import Text
+
+from ptq_onnx.cli import options as o
+from ptq_onnx.cli.console import decibels, percent, progress_bars, simple_table, stdout
+from ptq_onnx.config.option_types import shown
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.files.output_paths import Output
+from ptq_onnx.pipeline.model_path import find_model
+
+if TYPE_CHECKING:
+    from ptq_onnx.pipeline.calibration_curve import Curve
+
+
+def calibration_curve(
+    model: o.Model,
+    calib: o.Calib = None,
+    val: o.Measured = None,
+    labels: o.Labels = None,
+    output: o.Folder = None,
+    sizes: Annotated[
+        str | None,
+        o.option("--sizes", "N,N,…", "1,4,16,64,256", "Numbers of calibration images."),
+    ] = None,
+    config: o.Config = None,
+    quantizer: o.Quantizer = None,
+    bits: o.Bits = None,
+    precision: o.Precision = None,
+    weights: o.Weights = None,
+    method: o.Method = None,
+    batch: o.Batch = None,
+    preprocess: o.PreprocessName = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    crop_pct: o.CropPct = None,
+    interpolation: o.Interpolation = None,
+    keep_float: o.KeepFloat = None,
+    more_bits: o.MoreBits = None,
+    per_channel: o.PerChannel = None,
+    ptf: o.Ptf = None,
+    ptf_k: o.PtfK = None,
+    lis: o.Lis = None,
+    equalize: o.Equalize = None,
+    bias_correction: o.BiasCorrection = None,
+    rounding: o.Rounding = None,
+    centre_values: o.CentreValues = None,
+    quantize_residual: o.QuantizeResidual = None,
+    float16: o.Float16 = None,
+    target: o.Target = None,
+    opset: o.Opset = None,
+    threads: o.Threads = None,
+) -> None:
+    """Draw accuracy or SQNR over the number of calibration images, real ones and noise."""
+    counts = None if sizes is None else _counts(sizes)
+    options, paths = o.settings(config, locals())
+    path = find_model(model)
+    if "val" not in paths:
+        raise ConfigError("calibration-curve needs images to measure on: --val DIR.")
+    target_folder = Output.of_reports(paths.get("output", "output")).folder
+    with progress_bars() as progress:
+        from ptq_onnx.pipeline.calibration_curve import SIZES, measure_curve, write_curve
+
+        found = measure_curve(
+            path,
+            config=options,
+            val=paths["val"],
+            calib=paths.get("calib"),
+            labels=paths.get("labels"),
+            sizes=counts or SIZES,
+            progress=progress,
+        )
+    files = write_curve(found, target_folder)
+    console = stdout()
+    console.print(table(found))
+    for note in found.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    console.print("Written:")
+    for file in files:
+        console.print(Text(f"  {file}"), soft_wrap=True)
+
+
+def table(curve: Curve) -> Table:
+    """A row for each number of images and source."""
+    rows = [
+        (p.source, str(p.images), percent(p.top1), decibels(p.sqnr_db), percent(p.agreement))
+        for p in curve.points
+    ]
+    if curve.float_top1 is not None:
+        rows.insert(0, ("float", "-", percent(curve.float_top1), "-", "-"))
+    names = ("calibrated with", "images", "top-1", "SQNR", "same top class")
+    return simple_table(names, rows)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """``1,4,16``. Raises ConfigError."""
+    parts = [p.strip() for p in text.split(",")]
+    if not all(re.fullmatch("0*[1-9][0-9]{0,6}", p) for p in parts):
+        raise ConfigError(f"--sizes {shown(text)}: expected numbers of images, as in 1,4,16.")
+    return tuple(int(p) for p in parts)

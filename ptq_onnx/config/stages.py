@@ -1,0 +1,72 @@
+"""The stages of a quantization as the user reads them, and about how long each takes.
+
+The unit of weight is an image through the float model; measured on ViT-Ti and on the embedded
+model. Exact it need not be: it moves one bar.
+"""
+
+from __future__ import annotations
+
+from ptq_onnx.config.quantize_config import AUTO, QuantizeConfig
+from ptq_onnx.progress import Planned
+
+READING = "Reading the model"
+LOADING = "Loading PyTorch and PPQ"
+CHECKING = "Checking the preprocessing"
+CHANNELS = "Measuring channel ranges"
+EQUALISING = "Equalising channels"
+RUNNING_FLOAT = "Running the float model"
+EXPECTING = "Auto: module by module"
+ENOUGH, TAKING_BACK = "Auto: how many decisions", "Auto: which can be undone"
+CALIBRATING = "Calibrating ranges"
+HISTOGRAMS = "Calibrating histograms"
+SCALES = "Searching scales"
+ROUNDING = "Rounding weights"
+WRITING = "Writing the quantized model"
+EVERY_OP = "Measuring the error of every op"
+VARIATION = "Measuring ranges and rounding"
+ATTENTION = "Measuring attention"
+MODULES = "Measuring module by module"
+DRAWING = "Drawing attention"
+MEASURING = "Measuring the quantized file"
+MEASURING_FLOAT = "Measuring the float file"
+REPORTING = "Writing the report"
+
+LOADING_COST = 40.0
+WRITING_COST = 20.0
+
+
+def planned(config: QuantizeConfig, tested: int, labelled: bool) -> list[Planned]:
+    """The stages behind reading the model. ``tested``: images of ``--val``, 0 without."""
+    images, apart = config.images, config.analysis_images
+    plan = [Planned(LOADING, LOADING_COST), Planned(CHECKING, 64 if config.check_preprocess else 0)]
+    if AUTO in config.per_channel:
+        plan.append(Planned(CHANNELS, images))
+    if config.equalizes:
+        plan.append(Planned(EQUALISING, 2 * images))
+    if config.auto:
+        measured = tested or apart
+        plan += [
+            Planned(RUNNING_FLOAT, measured),
+            Planned(CALIBRATING, 2 * images),
+            Planned(HISTOGRAMS, images),
+            Planned(EXPECTING, 100 * apart),
+            Planned(ENOUGH, 10 * measured),
+            Planned(TAKING_BACK, 40 * measured, open=True),
+        ]
+    plan += [
+        Planned(CALIBRATING, 2 * images),
+        Planned(HISTOGRAMS, images),
+        Planned(SCALES, 8 * images),
+        Planned(ROUNDING, 0 if config.rounding == "nearest" else 8 * images),
+        Planned(WRITING, WRITING_COST),
+    ]
+    if config.report:
+        plan += [
+            Planned(EVERY_OP, 8 * apart),
+            Planned(VARIATION, 160),
+            Planned(ATTENTION, 16),
+            Planned(MODULES, 150 * apart if config.sensitivity else 0),
+            Planned(DRAWING, 120 if config.pictures else 0),
+        ]
+    plan += [Planned(MEASURING, 2 * (tested or apart)), Planned(MEASURING_FLOAT, tested * labelled)]
+    return [p for p in [*plan, Planned(REPORTING, 10)] if p.weight]

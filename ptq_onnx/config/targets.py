@@ -1,0 +1,122 @@
+"""What each target takes: the numbers, the form of the graph, and who may quantize for it.
+
+A target is data. Config, equalisation, the quantizers and the exporter read it; none of them
+asks for a target's name. The rules that a finished file must obey are in ``targets/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Stored = Literal["uint8", "int8"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One runtime, as the quantizer ``deploy`` and the equalisation before it see it."""
+
+    name: str
+    quantizers: Mapping[str, str]
+    """Why a quantizer is refused, by name; the others work."""
+    quantizer: str
+    """The default quantizer."""
+    opsets: range = range(21, 24)
+    opset: int = 21
+    """The default opset."""
+    symmetric: bool = False
+    """Inputs of Conv and linears have zero point 0 and a sign."""
+    symmetric_attention: bool = False
+    """So have q, k and v."""
+    signed_attention: bool = False
+    """Attention maps too: 1/127 is their step, not 1/255."""
+    signed_stored: Stored = "uint8"
+    """Type of signed activation codes in the file; in uint8 they are stored 128 higher."""
+    rows: bool = True
+    """Every row of an attention map is divided by its largest value at run time."""
+    centred_values: bool = False
+    """v may be quantized without its mean over the tokens of the image, which is added to A·V."""
+    eight_bit_floats: bool = False
+    """It computes products of FP8 E4M3."""
+    quantized_residuals: bool = False
+    """A residual add takes its skip input in int8, where asked for."""
+    half_floats: bool = False
+    """The float part may have 16 bits, where asked for."""
+    convolutions: bool = False
+    """A Conv with a float output is computed in int8 (ONNX Runtime 1.31 leaves it in float)."""
+    patches_as_linear: bool = True
+    """The patch embedding as a matrix product, where a Conv would stay float."""
+    codes_of_convolutions: bool = False
+    """The only integer convolution gives codes: every output of a Conv is quantized."""
+    split_qkv: bool = True
+    """q, k and v as linears of their own."""
+    keep_rank: bool = True
+    """The head on [batch, 1, C], where a product of two axes would stay float."""
+
+    def stored(self, signed: bool) -> Stored:
+        """Type of activation codes in the file."""
+        return self.signed_stored if signed else "uint8"
+
+
+_PRODUCTS_ONLY = (
+    "it puts Q/DQ around ops that {} computes in float, which only slows them down; use"
+    " --quantizer deploy"
+)
+
+
+def _products_only(runtime: str) -> dict[str, str]:
+    reason = _PRODUCTS_ONLY.format(runtime)
+    return dict.fromkeys(("vanilla", "channelwise", "fqvit"), reason)
+
+
+_NO_INTEGERS = (
+    "it has no integer arithmetic of LayerNorm, softmax and residuals; use --quantizer fqvit"
+)
+
+LATER = range(20, 24)
+"""From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
+such a file is no worse for its own runtime, but cannot be compared in ONNX Runtime."""
+
+ONNXRUNTIME = Target("onnxruntime", quantizers={}, quantizer="deploy", codes_of_convolutions=True)
+TENSORRT = Target(
+    "tensorrt",
+    opsets=LATER,
+    opset=20,
+    quantizers=_products_only("TensorRT"),
+    quantizer="deploy",
+    symmetric=True,
+    symmetric_attention=True,
+    signed_attention=True,
+    signed_stored="int8",
+    rows=False,
+    centred_values=True,
+    eight_bit_floats=True,
+    quantized_residuals=True,
+    half_floats=True,
+    convolutions=True,
+    patches_as_linear=False,
+    split_qkv=False,
+    keep_rank=False,
+)
+OPENVINO = Target(
+    "openvino",
+    opsets=LATER,
+    opset=20,
+    quantizers=_products_only("OpenVINO"),
+    quantizer="deploy",
+    symmetric_attention=True,
+    signed_stored="int8",
+    convolutions=True,
+    patches_as_linear=False,
+    keep_rank=False,
+)
+INTEGER = Target(
+    "integer",
+    quantizers=dict.fromkeys(("vanilla", "channelwise", "deploy"), _NO_INTEGERS),
+    quantizer="fqvit",
+    patches_as_linear=False,
+    keep_rank=False,
+)
+
+TARGETS = {target.name: target for target in (ONNXRUNTIME, TENSORRT, OPENVINO, INTEGER)}

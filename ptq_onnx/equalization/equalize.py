@@ -1,0 +1,562 @@
+"""Equalisation: the same float model, in a form and with factors that 8 bits can hold.
+
+Only what is equal in float is done (``forms.py``: other ops for the same function;
+``moves.py``: shifts and factors per channel). How far each factor goes is chosen per site by
+the expected error of the products that read it (``strength.py``), from the statistics of one
+calibration run, which are carried over to the new graph.
+
+* LayerNorm's γ, β → the linears behind it; GELU → fc2 (one Mul, where it pays);
+* q → k, and the mean of every key channel, which no softmax sees;
+* v → proj, and the mean of every value channel, which A·V passes on because A's rows sum to
+  one: the rounding of A then multiplies values without their common part;
+* the image in the units of its pixels, so that 8 bits hold it exactly.
+
+For 8-bit floats the model is only brought into form: their precision is relative, so that a shift
+away from zero costs it and factors gain nothing (ViT-Ti on 32 images: 14.3 dB without, 0.2 with).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.channels import rows_of
+from ptq_onnx.blocks.roles import (
+    Blocks,
+    Role,
+    find_blocks,
+    is_linear,
+    is_product,
+    name_of,
+    through_layout,
+)
+from ptq_onnx.blocks.sites import find_sites, image_input
+from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
+from ptq_onnx.calibration.methods import Statistics
+from ptq_onnx.calibration.robust import robust_range, shared_range
+from ptq_onnx.config import stages
+from ptq_onnx.config.targets import Target
+from ptq_onnx.equalization import runtime_forms as forms
+from ptq_onnx.equalization.experts import experts_as_linears
+from ptq_onnx.equalization.factor_search import (
+    Choice,
+    Product,
+    Records,
+    balance,
+    choose_factor,
+    output_noise,
+)
+from ptq_onnx.equalization.foldings import (
+    Hidden,
+    columns_behind,
+    hidden_channels,
+    insert_affine,
+    keys_may_shift,
+    norm_before,
+    readers_of,
+    value_path,
+)
+from ptq_onnx.equalization.reads import integer_readers, own_reads
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.ptf import needed_step, zero_points
+from ptq_onnx.numerics.spec import Site
+from ptq_onnx.numerics.uniform import asymmetric_scale
+from ptq_onnx.quantizers.base import Plan
+
+Double = NDArray[np.float64]
+
+WORTH_A_MUL = 0.5
+"""dB of expected noise that a factor must save where it costs a Mul at run time."""
+COPIES = (16, 32, 64)
+"""Numbers of channels that splitting may add to the hidden ones of an MLP …"""
+MOST_COPIES = 1 / 8
+"""… up to this part of them."""
+AVERAGED = 0.2
+"""Weight of v's own rounding beside that of A·V: the rows of A average over tokens."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """What was moved at one site: how much of the expected noise of its readers it saves."""
+
+    tensor: str
+    role: str
+    block: int | None
+    into: str
+    gain_db: float
+    largest: float
+    """The largest factor over the smallest."""
+    copies: int = 0
+    """Channels added by splitting."""
+
+
+@dataclass
+class _Equalizer:
+    """The state of equalising one model, changed in place."""
+
+    model: ir.Model
+    blocks: Blocks
+    sites: dict[str, Site]
+    stats: Statistics
+    levels: int
+    target: Target
+    weight_bits: int
+    moves: list[Move] = field(default_factory=list)
+    roles: dict[str, Role] = field(default_factory=dict)
+    exponents: dict[str, float] = field(default_factory=dict)
+    fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Ranges that go with a shift, by tensor."""
+
+    def __post_init__(self) -> None:
+        self.values = {str(v.name): v for n in self.model.graph for v in n.outputs}
+
+    def run(self) -> None:
+        places = {(s.role, s.block): s for s in self.sites.values() if not s.is_parameter}
+        for site in self.sites.values():
+            if site.tensor not in self.stats.channels:
+                continue
+            if site.role == "q":
+                self.queries(site, places.get(("k", site.block)))
+            elif site.role == "v":
+                self.attended(site, places.get(("av", site.block)))
+            elif site.role not in ("k", "av", "softmax", "input"):
+                self.linear_input(site)
+
+    # --- pieces -------------------------------------------------------------------------
+
+    def bounds(self, tensor: str) -> tuple[Double, Double]:
+        low, high = robust_range(self.stats.channels[tensor])
+        return low.astype(np.float64), high.astype(np.float64)
+
+    def records(self, tensor: str) -> Records | None:
+        """How far single images stand out; None from a single image."""
+        stats = self.stats.channels[tensor]
+        if stats.images < 2:
+            return None
+        return Records(stats.record_ratio, stats.images, stats.count / stats.images)
+
+    def products(self, linears: Iterable[ir.Node]) -> list[Product]:
+        found = [constant(node.inputs[1]) for node in linears]
+        return [
+            Product(np.abs(w).astype(np.float32), self.weight_bits) for w in found if w is not None
+        ]
+
+    def move_statistics(self, tensor: str, shift: Double, factor: Double, name: str = "") -> None:
+        self.stats.channels[name or tensor] = self.stats.channels[tensor].moved(shift, factor)
+
+    def note(self, site: Site, into: str, choice: Choice) -> None:
+        ratio = float(choice.factor.max() / choice.factor.min())
+        more = 0 if choice.copies is None else int(choice.copies.sum() - len(choice.copies))
+        self.moves.append(
+            Move(site.tensor, site.role, site.block, into, choice.gain_db, ratio, more)
+        )
+
+    def unshifted(self, low: Double, high: Double, symmetric: bool) -> Double:
+        """Half of the range that a channel takes up where all share one zero point."""
+        limits = (-(self.levels // 2), self.levels // 2 - 1) if symmetric else (0, self.levels - 1)
+        steps = [
+            needed_step(low, high, zero, limits)
+            for zero in zero_points(low, high, limits, symmetric)
+        ]
+        least = min(steps, key=lambda step: float(np.sum(step**2)))
+        return least * (self.levels - 1) / 2
+
+    # --- sites --------------------------------------------------------------------------
+
+    def linear_input(self, site: Site) -> None:
+        """A norm's output, or any other tensor that only linears read."""
+        value = self.values[site.tensor]
+        norm = norm_before(value)
+        low, high = self.bounds(site.tensor)
+        variance = self.stats.channels[site.tensor].variance
+        if norm is not None:
+            shift = (low + high) / 2
+            choice = choose_factor(
+                (high - low) / 2,
+                variance,
+                self.products(norm.linears),
+                self.levels,
+                records=self.records(site.tensor),
+            )
+            norm.apply(self.model.graph, shift, choice.factor)
+            self.note(site, "LayerNormalization", choice)
+            for other in self.same_norm(site, norm.linears):
+                self.move_statistics(other, shift, choice.factor)
+                self.exponents[other] = choice.exponent
+            return
+        linears = readers_of(value)
+        if linears is None or len(site.channel_axes) != 1 or len(low) < 2:
+            return
+        half = self.unshifted(low, high, symmetric=False)
+        hidden = hidden_channels(value, linears)
+        numbers = tuple(n for n in COPIES if n <= len(low) * MOST_COPIES)
+        choice = choose_factor(
+            half,
+            variance,
+            self.products(linears),
+            self.levels,
+            extra=() if hidden is None else numbers,
+            records=self.records(site.tensor),
+        )
+        if self.target.symmetric:
+            halves = self.unshifted(low, high, symmetric=True)
+            ones = np.ones(len(half))
+            plain = output_noise(ones, halves, variance, self.products(linears), self.levels)
+            choice = replace(choice, plain=plain)
+        if choice.gain_db >= WORTH_A_MUL:
+            self.insert(site, value, linears, hidden, choice)
+
+    def insert(
+        self,
+        site: Site,
+        value: ir.Value,
+        linears: tuple[ir.Node, ...],
+        hidden: Hidden | None,
+        choice: Choice,
+    ) -> None:
+        """(value - shift) / factor in front of linears, as Mul and Add.
+
+        Where codes have a sign, the shift is the same for all channels behind the division: it
+        puts the range around zero that one scale and zero point would cover. The range is kept.
+        """
+        factor = choice.factor
+        stats = self.stats.channels[site.tensor]
+        if hidden is not None and choice.copies is not None:
+            hidden.repeat(self.model.graph, choice.copies)
+            index = np.repeat(np.arange(len(factor)), choice.copies)
+            stats = self.stats.channels[site.tensor] = stats.take(index)
+            # Each copy holds the whole value: its part is taken with the factor.
+            factor = (factor * choice.copies)[index]
+        shift, fixed = np.zeros(len(factor)), None
+        if self.target.symmetric:
+            weights = [w for w in (constant(n.inputs[1]) for n in linears) if w is not None]
+            power = sum(
+                np.sum((w.astype(np.float64) * factor[:, None]) ** 2, axis=1) for w in weights
+            )
+            low, high = shared_range(
+                stats.moved(shift, factor),
+                np.asarray(power),
+                self.levels,
+                symmetric=False,
+                exponent=choice.exponent,
+            )
+            # Zero stays exact: most of what an activation function gives is close to it, and
+            # would be rounded all one way.
+            limits = (0, self.levels - 1)
+            ends = np.array([[low], [high]], np.float32)
+            step, zero = asymmetric_scale(ends[0], ends[1], limits)
+            middle = self.levels // 2
+            shift = factor * float(step[0]) * (middle - float(zero[0]))
+            fixed = -middle * float(step[0]), (middle - 1) * float(step[0])
+        before = {name_of(node) for node in self.model.graph}
+        made = insert_affine(self.model.graph, value, shift, factor, "equalized")
+        for linear in linears:
+            forms.move_rows(self.model.graph, linear, factor, shift)
+        for node in self.model.graph:
+            if name_of(node) not in before:
+                self.roles[name_of(node)] = Role(site.block, site.role)
+        self.note(site, "Mul, Add" if shift.any() else "Mul", choice)
+        self.move_statistics(site.tensor, shift, factor, str(made.name))
+        self.exponents[str(made.name)] = choice.exponent
+        if fixed is not None:
+            self.fixed[str(made.name)] = fixed
+
+    def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
+        """Tensors with statistics that the same norm makes (all that those linears read)."""
+        read = {str(n.inputs[0].name) for n in linears if n.inputs[0] is not None}
+        return [t for t in {site.tensor, *read} if t in self.stats.channels]
+
+    def queries(self, q: Site, k: Site | None) -> None:
+        """q / f and (k - t) f; f is one where something else reads q."""
+        if k is None or k.tensor not in self.stats.channels:
+            return
+        stats_q, stats_k = self.stats.channels[q.tensor], self.stats.channels[k.tensor]
+        left = columns_behind(self.values[q.tensor], stats_q.shape)
+        right = columns_behind(self.values[k.tensor], stats_k.shape)
+        if right is None or len(stats_q.power) != len(stats_k.power):
+            return
+        uses = {use.node for use in self.values[k.tensor].uses()}
+        reads = {use.node for use in self.values[q.tensor].uses()}
+        if len(uses) != 1 or uses != reads or not is_product(next(iter(uses))):
+            return
+        low, high = self.bounds(k.tensor)
+        shift = np.zeros(len(low))
+        shared = len(np.unique(right.columns)) != right.columns.size
+        if keys_may_shift(next(iter(uses))) and not shared:
+            shift = (low + high) / 2
+        sign = self.target.symmetric_attention
+        half_k = self.unshifted(low - shift, high - shift, sign)
+        half_q = self.unshifted(*self.bounds(q.tensor), sign)
+        factor = np.ones(len(low))
+        choice = Choice(factor, 1.0, 1.0)
+        if left is not None and not shared:
+            moved = stats_k.moved(shift, factor)
+            choice = balance(
+                half_q, half_k, stats_q.second_moment, moved.second_moment, self.levels
+            )
+        zero = np.zeros(len(low))
+        if left is not None:
+            left.apply(self.model.graph, zero, choice.factor)
+        right.apply(self.model.graph, shift, 1 / choice.factor)
+        self.move_statistics(q.tensor, zero, choice.factor)
+        self.move_statistics(k.tensor, shift, 1 / choice.factor)
+        self.note(q, "k", choice)
+
+    def attended(self, v: Site, av: Site | None) -> None:
+        """(v - t) / f, which A·V passes on, into the rows of proj."""
+        value = self.values[v.tensor]
+        path = value_path(value)
+        if av is None or path is None or av.tensor not in self.stats.channels:
+            return
+        product, linear = path
+        stats, behind = self.stats.channels[v.tensor], self.stats.channels[av.tensor]
+        columns = columns_behind(value, stats.shape)
+        read = linear.inputs[0]
+        if columns is None or stats.shape != behind.shape or read is None:
+            return
+        if str(product.outputs[0].name) != av.tensor:
+            return
+        index = np.arange(stats.power.size, dtype=np.float32).reshape(stats.shape)
+        rows = rows_of(product.outputs[0], read, index)
+        if rows is None or not np.array_equal(np.sort(rows), index.ravel()):
+            return
+        if len(np.unique(columns.columns)) != columns.columns.size:
+            return
+        order = rows.astype(np.int64)
+        mean = stats.mean
+        centred = v.tensor + SUFFIX in self.stats.channels
+        low, high = self.bounds(v.tensor + SUFFIX if centred else v.tensor)
+        shift = np.zeros(len(mean)) if centred else mean
+        own = self.unshifted(low - shift, high - shift, self.target.symmetric_attention)
+        low, high = self.bounds(av.tensor)
+        attended = self.unshifted(low - mean, high - mean, self.target.symmetric)
+        weight = self.products([linear])[0].magnitude
+        inverse = np.argsort(order)
+        ordered = Product(weight[inverse], self.weight_bits)
+        choice = choose_factor(
+            attended,
+            behind.variance,
+            [ordered],
+            self.levels,
+            [(own, AVERAGED)],
+            records=self.records(av.tensor),
+        )
+        columns.apply(self.model.graph, mean, choice.factor)
+        forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
+        name = v.tensor + SUFFIX if centred else v.tensor
+        self.move_statistics(name, shift, choice.factor)
+        self.move_statistics(av.tensor, mean, choice.factor)
+        self.exponents.update({v.tensor: choice.exponent, av.tensor: choice.exponent})
+        self.note(v, "proj", choice)
+
+
+def restructure(model: ir.Model, target: Target, *, products: bool = False) -> dict[str, int]:
+    """Bring a fused model into the forms of ``forms.py`` that help the target, in place; how
+    often each fired. ``products``: only those without which a product would stay float."""
+    wanted = {
+        "PatchesAsLinear": (forms.patches_as_linear, target.patches_as_linear),
+        "PackedPixelsAsLinear": (
+            forms.packed_pixels_as_linear,
+            target.codes_of_convolutions and products,
+        ),
+        "ExpertsAsLinears": (experts_as_linears, True),
+        "UnpackedAttention": (forms.unpack_attention, target.split_qkv and not products),
+        "FoldedScale": (forms.fold_attention_scales, not products),
+        "KeptRank": (forms.keep_rank, target.keep_rank),
+    }
+    return {name: form(model) if wished else 0 for name, (form, wished) in wanted.items()}
+
+
+def in_form(plan: Plan) -> Plan:
+    """The plan for a model whose products the target computes in integers; see ``forms.py``.
+
+    For quantizers that take the model as it is otherwise. The plan's own model is left alone.
+    """
+    model = plan.model.clone()
+    counts = restructure(model, plan.config.runtime, products=True)
+    common.RemoveUnusedNodesPass()(model)
+    blocks = _with_own_reads(plan, model, find_blocks(model))
+    sites = find_sites(model, blocks)
+    extra: dict[str, Site] = {}
+    if plan.config.runtime.codes_of_convolutions:
+        extra = convolution_outputs(model, blocks, sites)
+    if not extra and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
+        return plan
+    return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
+
+
+def _with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
+    """The blocks with the copies that ``deploy`` quantizes, put into the model."""
+    if plan.config.quantizer != "deploy" or plan.config.weight_only:
+        return blocks
+    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
+    return replace(blocks, roles={**blocks.roles, **roles})
+
+
+def convolution_outputs(
+    model: ir.Model, blocks: Blocks, sites: Mapping[str, Site]
+) -> dict[str, Site]:
+    """Outputs of convolutions that are no sites, as sites: of those that a Concat stands behind,
+    only what it makes is one."""
+    found: dict[str, Site] = {}
+    for node in model.graph:
+        output = node.outputs[0]
+        if node.op_type != "Conv" or str(output.name) in sites or output.shape is None:
+            continue
+        role = blocks.roles.get(name_of(node))
+        found[str(output.name)] = Site(
+            tensor=str(output.name),
+            role="other" if role is None else role.name,
+            block=None if role is None else role.block,
+            channel_axes=(1,),
+            shape=tuple(d if isinstance(d, int) else str(d.value) for d in output.shape),
+            producer=name_of(node),
+            consumers=tuple(name_of(n) for n, _ in through_layout(output)),
+        )
+    return found
+
+
+def reads_only_products(site: Site, nodes: dict[str, ir.Node]) -> bool:
+    """True for an activation that products alone read."""
+    readers = [nodes[name] for name in site.consumers]
+    return bool(readers) and all(n.op_type in ("Linear", "Conv", "MatMul") for n in readers)
+
+
+def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
+    """A plan for the equalised copy of the plan's model, with its statistics.
+
+    The plan's own model is left as it is. ``batches`` [B, C, H, W] are run once.
+    """
+    return equalise_in_place(replace(plan, model=plan.model.clone()), batches)
+
+
+def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
+    """As :func:`equalise`, on the plan's own model: each weight goes as a new one comes."""
+    model = plan.model
+    target = plan.config.runtime
+    counts = restructure(model, target)
+    common.RemoveUnusedNodesPass()(model)
+    blocks = find_blocks(model)
+    fixed: dict[str, tuple[float, float]] = {}
+    moves = plan.config.code == "uniform"  # see the module's text
+    if plan.pixels is not None and moves:
+        roles, fixed = image_in_pixels(
+            model,
+            *plan.pixels,
+            centred=target.symmetric,
+            convolutions=target.convolutions,
+        )
+        blocks = replace(blocks, roles={**blocks.roles, **roles})
+    blocks = _with_own_reads(plan, model, blocks)
+    sites = find_sites(model, blocks)
+    nodes = {name_of(node): node for node in model.graph}
+    wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
+    report = plan.progress or (lambda _: lambda __: None)
+    values = {str(v.name): v for n in model.graph for v in n.outputs}
+    centred = [
+        s
+        for s in wanted
+        if plan.config.centre_values and s.role == "v" and takes_centring(values[s.tensor])
+    ]
+    stats = collect_centred(
+        model,
+        wanted,
+        centred,
+        batches,
+        threads=plan.config.threads,
+        progress=report(stages.EQUALISING),
+    )
+    widths = plan.config.widths
+    state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
+    if moves and not plan.config.weight_only:  # factors do not help weights alone (measured)
+        state.run()
+    blocks = replace(blocks, roles={**blocks.roles, **state.roles})
+    return replace(
+        plan,
+        model=model,
+        blocks=blocks,
+        sites=find_sites(model, blocks),
+        statistics=stats,
+        moves=tuple(state.moves),
+        exponents=state.exponents,
+        forms=counts,
+        fixed={**fixed, **state.fixed},
+    )
+
+
+def image_in_pixels(
+    model: ir.Model,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    centred: bool = False,
+    convolutions: bool = True,
+) -> tuple[dict[str, Role], dict[str, tuple[float, float]]]:
+    """Let the patch embedding read the image in units that 8-bit pixels fill exactly.
+
+    A normalised pixel is (p / 255 - mean) / std. Where all channels share a std, an Add that
+    makes black zero is enough, else a Mul brings all to one unit. ``centred``: zero is 128, for
+    codes with a sign. What a convolution pads is padded before: the border's zeros become the
+    pixels next to the mean. Returns the roles of the
+    new nodes and the exact range of the tensor that the patch embedding reads; both are
+    empty, and the model as it was, where the image is read by anything else, or by a
+    convolution and these are not quantized (``convolutions``).
+    """
+    image = _behind_pads(image_input(model))
+    leaves = [leaf for leaf in through_layout(image) if leaf[0].op_type != "Shape"]
+    if len(leaves) != 1 or leaves[0][1] != 0:
+        return {}, {}
+    node = leaves[0][0]
+    weight, read = constant(node.inputs[1]) if len(node.inputs) > 1 else None, node.inputs[0]
+    if weight is None or read is None or image.shape is None:
+        return {}, {}
+    channels = image.shape[1]
+    if not isinstance(channels, int) or channels != len(mean):
+        return {}, {}
+    if not (is_linear(node) or (convolutions and node.op_type == "Conv" and read is image)):
+        return {}, {}
+    unit = 1 / (255 * np.array(std, np.float64))
+    shared = bool(np.all(unit == unit[0]))
+    factor = np.ones(len(unit)) if shared else unit
+    zero = 128.0 if centred else 0.0
+    shift = (zero / 255 - np.array(mean, np.float64)) / np.array(std, np.float64)
+    before = {name_of(n) for n in model.graph}
+    direct = read is image
+    if is_linear(node):
+        index = np.arange(channels, dtype=np.float32).reshape(channels, 1, 1)
+        rows = rows_of(image, read, index)
+        if rows is None:
+            return {}, {}
+        order = rows.astype(np.int64)
+        forms.move_rows(model.graph, node, factor[order], shift[order])
+    else:
+        padded = forms.pad_apart(model.graph, node, image)
+        if padded is None:
+            return {}, {}
+        image = padded
+        forms.move_input_channels(model.graph, node, factor, shift)
+    spread = (channels, 1, 1)
+    made = insert_affine(
+        model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels"
+    )
+    new = [n for n in model.graph if name_of(n) not in before]
+    step = float(unit[0]) if shared else 1.0
+    tensor = str(made.name) if direct else str(read.name)
+    return {name_of(n): Role(None, "input") for n in new}, {
+        tensor: (-zero * step, (255 - zero) * step)
+    }
+
+
+def _behind_pads(image: ir.Value) -> ir.Value:
+    """The image behind the Pads that alone read it: a shift behind them leaves the border zero."""
+    while True:
+        uses = [use.node for use in image.uses() if use.node.op_type != "Shape"]
+        if len(uses) != 1 or uses[0].op_type != "Pad" or uses[0].inputs[0] is not image:
+            return image
+        image = uses[0].outputs[0]

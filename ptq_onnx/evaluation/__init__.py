@@ -1,0 +1,1 @@
+"""Models run in ONNX Runtime and measured: closeness per output, accuracy, parity."""

@@ -1,0 +1,220 @@
+"""How good a model is: accuracy on labelled images, and closeness to a reference model."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_onnx.errors import ImageError, ModelError
+from ptq_onnx.evaluation.network import Classifier, Model, Network, cuda_works, session
+from ptq_onnx.evaluation.outputs import OutputFigures, Tallies, Tally, notes_on, pairs
+from ptq_onnx.images.preprocess import FloatArray
+from ptq_onnx.images.source import ImageSource
+
+__all__ = ["Evaluation", "Progress", "cuda_works", "evaluate", "logits", "session"]
+
+Progress = Callable[[int, int], Any]
+"""Called with (images done, images in all)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` measures; None where there is nothing to measure it against.
+
+    ``top1``, ``top5`` (None below 5 classes) and ``agreement`` are percentages, of ``main``: the
+    output [batch, classes], of several the one with the most right answers, else the first; None
+    where no output is that. ``sqnr_db`` is in dB (higher is better), that of the worst output.
+    ``count`` is the number of images. ``outputs``: each by itself; ``left_out``: those without
+    figures, with the reason. ``whole``: outputs whose first dimension is not the batch.
+    """
+
+    count: int
+    top1: float | None = None
+    top5: float | None = None
+    sqnr_db: float | None = None
+    agreement: float | None = None
+    outputs: tuple[OutputFigures, ...] = ()
+    main: str | None = None
+    left_out: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be said of the outputs besides their figures."""
+        found = [f"Output {one}." for one in self.left_out]
+        if self.whole:
+            found.append(
+                f"The first dimension of {', '.join(self.whole)} is not the batch: compared run by"
+                " run, without runs that a filled-up batch made."
+            )
+        return [*found, *notes_on(self.outputs)]
+
+
+def evaluate(
+    model: Model,
+    images: ImageSource,
+    labels: NDArray[np.int64] | None = None,
+    *,
+    batch_size: int = 8,
+    threads: int = 0,
+    reference: Model | None = None,
+    progress: Progress | None = None,
+    names: tuple[str | None, str | None] = (None, None),
+    features: Collection[str] = (),
+) -> Evaluation:
+    """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
+
+    ``labels`` int64 [N] belong to ``images.names``. Against ``reference``: SQNR and cosine of each
+    output, 10·log10(Σ fp² / Σ (fp − q)²) with the sums over all images and values, and the share
+    of images with the same top class where the output is [batch, classes]. ``names``: what errors
+    call the two models. ``features``: outputs that look like [batch, classes] and are none; not
+    asked where there are labels. Raises ImageError, ModelError.
+    """
+    tested = Network(model, threads, name=names[0])
+    trusted = None if reference is None else Network(reference, threads, name=names[1])
+    for network in (tested, trusted):
+        if network is not None:
+            network.check(images.preprocess.shape)
+    classes = _by_name(images, labels)
+    if classes is not None and not tested.class_outputs:
+        raise ModelError(no_classes(tested))
+    shared = {n: n for n in tested.names} if trusted is None else pairs(tested.names, trusted.names)
+    if not shared:
+        raise ImageError(
+            f"The outputs of the reference model are none of the model's, {tested.described}: they"
+            " are not the same network."
+        )
+    tallies = Tallies(list(shared), features if classes is None else ())
+    count = 0
+    counted: list[Tally] | None = None
+    for names_, batch in images.named_batches(batch_size):
+        found = tested(batch)
+        floats = None if trusted is None else trusted(batch)
+        tallies.add(
+            found,
+            tested.whole,
+            None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats},
+            tested.loose,
+        )
+        if classes is not None:
+            if counted is None:
+                counted = _wide_enough(tallies.classes, classes, tested)
+            known = np.array([name in classes for name in names_])
+            truth = np.array([classes.get(name, 0) for name in names_], dtype=np.int64)
+            for tally in counted:
+                tally.count(found[tally.name], truth, known)
+        count += len(batch)
+        if progress is not None:
+            progress(count, len(images))
+    return _evaluation(tallies, counted or [], count, [tested, trusted], shared)
+
+
+def _evaluation(
+    tallies: Tallies,
+    counted: Sequence[Tally],
+    count: int,
+    networks: Sequence[Network | None],
+    shared: Mapping[str, str],
+) -> Evaluation:
+    tested, trusted = networks[0], networks[1]
+    assert tested is not None
+    outputs = tuple(t.figures(counted=t in counted) for t in tallies.each.values() if t.shape)
+    by_name = {one.name: one for one in outputs}
+    main = _main([by_name[t.name] for t in (counted or tallies.classes)])
+    left = [f"{one}: no tensor of numbers, left out" for one in tested.left_out]
+    left += [f"'{n}': not in the reference model" for n in tested.names if n not in shared]
+    left += [
+        f"'{t.name}': the two models do not always give it the same size, so that it has no figures"
+        for t in tallies.each.values()
+        if t.ragged
+    ]
+    left += [f"'{n}': only a filled-up batch makes it" for n in shared if n not in by_name]
+    return Evaluation(
+        count=count,
+        top1=None if main is None else main.top1,
+        top5=None if main is None else main.top5,
+        sqnr_db=None if trusted is None else tallies.worst,
+        agreement=None if main is None else main.agreement,
+        outputs=outputs,
+        main=None if main is None else main.name,
+        left_out=tuple(left),
+        whole=tuple(n for n in tested.names if n in tested.whole),
+    )
+
+
+def _main(candidates: Sequence[OutputFigures]) -> OutputFigures | None:
+    """The output that answers: with the most right answers, else the first."""
+    return max(candidates, key=lambda one: one.top1 or 0.0, default=None)
+
+
+def _wide_enough(
+    tallies: Sequence[Tally], classes: Mapping[str, int], network: Network
+) -> list[Tally]:
+    """The outputs that have all classes of the labels. Raises ImageError, ModelError."""
+    if not tallies:
+        raise ModelError(no_classes(network))
+    name = max(classes, key=lambda n: classes[n], default="")
+    most = classes.get(name, 0)
+    found = [tally for tally in tallies if tally.width > most]
+    if not found:
+        width = max(tally.width for tally in tallies)
+        raise ImageError(
+            f"Label {most} of image '{name}' is out of range: the model "
+            f"has {width} classes, 0…{width - 1}."
+        )
+    return found
+
+
+def no_classes(network: Network) -> str:
+    """Why labels are of no use to a model."""
+    return (
+        f"{network.name} has no output [batch, classes] to compare labels with, only"
+        f" {network.described}: leave the labels out."
+    )
+
+
+def logits(
+    model: Model,
+    images: ImageSource,
+    *,
+    batch_size: int = 8,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """Logits float32 [N, classes] of all images, in order. Raises ImageError, ModelError."""
+    classifier = Classifier(model, threads)
+    classifier.check(images.preprocess.shape)
+    parts: list[FloatArray] = []
+    done = 0
+    for batch in images.batches(batch_size):
+        parts.append(classifier(batch))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(images))
+    return np.concatenate(parts)
+
+
+def since(advance: Callable[[int], Any]) -> Progress:
+    """From 'done so far, of all' to 'done since'."""
+    before = 0
+
+    def tell(done: int, _: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return tell
+
+
+def _by_name(images: ImageSource, labels: NDArray[np.int64] | None) -> dict[str, int] | None:
+    """Class by image name: names stay right when an unreadable image drops out on the way."""
+    if labels is None:
+        return None
+    names = images.names
+    if len(labels) != len(names):
+        raise ImageError(f"There are {len(labels)} labels for {len(names)} images.")
+    if len(labels) and labels.min() < 0:
+        raise ImageError(f"Label {labels.min()} is negative: classes count from 0.")
+    return dict(zip(names, labels.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Files and folders of results: text, temporary folders, publishing, weights apart."""

@@ -1,0 +1,1 @@
+"""Graphs in onnx_ir: formulas, branches, symbolic shapes, ops of other domains and opsets."""

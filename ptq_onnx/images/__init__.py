@@ -1,0 +1,1 @@
+"""Images for calibration and validation: folders, arrays, iterables, preprocessing, labels."""

@@ -1,0 +1,233 @@
+"""What calibration data is worth: quantized with few and many images, and with noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.stages import RUNNING_FLOAT
+from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.evaluation.outputs import MOST_DB
+from ptq_onnx.files.held_folder import scratch_folder
+from ptq_onnx.images.source import NOISE, ImageSource
+from ptq_onnx.progress import Planned, Progress, Stages
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ptq_onnx.analysis.results import Closeness
+
+SIZES = (1, 4, 16, 64, 256)
+QUANTIZING = "Quantizing and measuring"
+IMAGES = "images"
+"""The source that is no noise."""
+LEAST_SPAN = 10
+"""Points of accuracy that the axis shows at least."""
+LABELS = {"top1": "Top-1 accuracy in %", "sqnr_db": "SQNR in dB"}
+LINES = {IMAGES: ("#1f77b4", "-", "o"), NOISE: ("#c98a00", "--", "s")}
+"""Colour, line style and marker by source."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model calibrated with ``images`` of ``source``; ``top1`` in % where there are labels."""
+
+    source: str
+    images: int
+    sqnr_db: float
+    agreement: float | None
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points by source and number of images, measured on ``count`` images held apart."""
+
+    model: str
+    quantizer: str
+    bits: str
+    method: str
+    count: int
+    float_top1: float | None
+    points: tuple[Point, ...]
+    notes: tuple[str, ...]
+
+    def line(self, source: str, metric: str) -> dict[int, float]:
+        """A metric by the number of images; what is not finite is left out."""
+        values = {p.images: getattr(p, metric) for p in self.points if p.source == source}
+        return {n: v for n, v in values.items() if v is not None and math.isfinite(v)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON, which knows neither infinity nor NaN."""
+        plain = asdict(self)
+        plain["points"] = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in p.items()}
+            for p in plain["points"]
+        ]
+        return plain
+
+
+def measure_curve(
+    model: Path,
+    *,
+    config: QuantizeConfig,
+    val: str | Path,
+    calib: str | Path | None = None,
+    labels: str | Path | None = None,
+    sizes: Sequence[int] = SIZES,
+    progress: Progress | None = None,
+) -> Curve:
+    """Quantize ``model`` once for each of ``sizes``, with images and with noise.
+
+    ``val``: the images to measure on; with ``labels``, or class folders, top-1 too. A size
+    beyond the number of calibration images is left out. Raises PtqError.
+    """
+    from ptq_onnx.auto.closeness import Recorded
+    from ptq_onnx.images.labels import labels_for
+    from ptq_onnx.images.opening import open_images
+    from ptq_onnx.pipeline import embedded
+    from ptq_onnx.pipeline import quantize as pipeline
+
+    sizes = _checked(sizes)
+    calib = embedded.images_for(model) if calib is None else calib
+    if config.auto:
+        raise ConfigError("auto would decide anew for every size; use it with quantize.")
+    if calib == NOISE:
+        raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
+    preprocess = pipeline.resolve_preprocess(model, config)
+    available = len(open_images(calib, preprocess))
+    tested = open_images(val, preprocess)
+    labelled = _labelled(model, tested, labels)  # wrong labels are told before the work
+    usable = [n for n in sizes if n <= available]
+    notes = []
+    if len(usable) < len(sizes):
+        missing = ", ".join(str(n) for n in sizes if n > available)
+        notes.append(f"Left out {missing} images: there are {available} to calibrate with.")
+    runs = [(IMAGES, n) for n in usable] + [(NOISE, n) for n in sizes]
+    begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
+    begin(RUNNING_FLOAT, 1)
+    points = []
+    with scratch_folder() as folder:
+        reference = Recorded(
+            model,
+            tested,
+            folder,
+            labels_of=(lambda n: labels_for(tested, labels, n)) if labelled else None,
+            threads=config.threads,
+        )
+        right = None if reference.truth is None else reference.hits()
+        float_top1 = None if right is None else 100 * float(right.mean())
+        tell = begin(QUANTIZING, len(runs))
+        for source, n in runs:
+            result = pipeline.quantize(
+                model,
+                config=replace(config, images=n, report=False, check_preprocess=False),
+                output=folder / f"{source}_{n}",
+                calib=NOISE if source == NOISE else calib,
+            )
+            file = result.output / "quantized.onnx"
+            points.append(measure_point(source, n, reference.measure(file)[0], float_top1))
+            tell(1)
+    begin.done()
+    return Curve(
+        model=model.name,
+        quantizer=config.quantizer,
+        bits=config.bits,
+        method=config.effective_method,
+        count=reference.count,
+        float_top1=float_top1,
+        points=tuple(points),
+        notes=tuple(notes),
+    )
+
+
+def measure_point(source: str, images: int, found: Closeness, float_top1: float | None) -> Point:
+    """Top-1, SQNR of the worst output, and agreement of a file."""
+    bounded = abs(found.sqnr_db) < MOST_DB
+    return Point(
+        source=source,
+        images=images,
+        sqnr_db=found.sqnr_db if bounded else math.copysign(math.inf, found.sqnr_db),
+        agreement=found.agreement,
+        top1=None if float_top1 is None or found.drop is None else float_top1 - found.drop,
+    )
+
+
+def draw_curve(curve: Curve) -> Figure:
+    """A panel for each metric: over the number of images, a line for each source."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    metrics = ["sqnr_db"] if curve.float_top1 is None else ["top1", "sqnr_db"]
+    figure = Figure(figsize=(1 + 4.5 * len(metrics), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{curve.model}: {curve.quantizer} {curve.bits}, {curve.method},"
+        f" on {curve.count} validation images",
+        fontsize=10,
+    )
+    sizes = sorted({p.images for p in curve.points})
+    for index, metric in enumerate(metrics):
+        axes = figure.add_subplot(1, len(metrics), index + 1)
+        for source, (color, style, marker) in LINES.items():
+            line = curve.line(source, metric)
+            name = "real images" if source == IMAGES else "Gaussian noise"
+            axes.plot(
+                list(line), list(line.values()), style, color=color, marker=marker, label=name
+            )
+        if metric == "top1" and curve.float_top1 is not None:
+            axes.axhline(curve.float_top1, color="#8a8a8a", linewidth=1, label="float")
+            low, high = axes.get_ylim()
+            if high - low < LEAST_SPAN:  # a few images more or less are no finding
+                middle = min((low + high) / 2, 101 - LEAST_SPAN / 2)
+                axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel("Calibration images")
+        axes.set_ylabel(LABELS[metric])
+        axes.grid(True, color="#8a8a8a", alpha=0.3, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        if index == 0:
+            axes.legend(frameon=False)
+    return figure
+
+
+def write_curve(curve: Curve, output: Path) -> tuple[Path, Path]:
+    """``calibration_curve.png`` and ``.json`` in ``output``, each all at once or not at all."""
+    from ptq_onnx.files.text_file import write_text
+    from ptq_onnx.report.plots import save_png
+
+    output.mkdir(parents=True, exist_ok=True)
+    picture, data = output / "calibration_curve.png", output / "calibration_curve.json"
+    save_png(draw_curve(curve), picture, dpi=120)
+    write_text(data, json.dumps(curve.to_json(), indent=1, allow_nan=False) + "\n")
+    return picture, data
+
+
+def _checked(sizes: Sequence[int]) -> tuple[int, ...]:
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"--sizes: numbers of images must be at least 1, got {list(sizes)}.")
+    return tuple(sorted(set(sizes)))
+
+
+def _labelled(model: Path, source: ImageSource, labels: str | Path | None) -> bool:
+    """Whether there are labels, in the file or as class folders, for a model that has classes.
+    Raises ImageError, and ModelError for a file that is of no use."""
+    from ptq_onnx.evaluation.evaluate import no_classes
+    from ptq_onnx.evaluation.network import Network
+    from ptq_onnx.images.labels import labels_for
+    from ptq_onnx.pipeline.quantize import has_class_folders
+
+    if labels is None and not has_class_folders(source):
+        return False
+    labels_for(source, labels)
+    network = Network(model, 1)
+    if labels is not None and not network.class_outputs:
+        raise ModelError(no_classes(network))
+    return bool(network.class_outputs)

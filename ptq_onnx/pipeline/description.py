@@ -1,0 +1,164 @@
+"""What report.json says of a run besides what was measured: model, config, tensors, sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ptq_onnx.config.quantize_config import INTEGER, QuantizeConfig
+from ptq_onnx.files.model_size import model_bytes
+from ptq_onnx.images.items import PictureSource
+from ptq_onnx.images.opening import FolderSource, Preprocess
+from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+from ptq_onnx.numerics.spec import Site
+from ptq_onnx.preparation.prepare import Prepared
+from ptq_onnx.preparation.signature import signature
+from ptq_onnx.version import __version__
+
+BIAS, GAMMA, BETA = "bias", "gamma", "beta"
+REASONS = {
+    False: {
+        BIAS: "bias: float here, int32 at scale s_x·s_w on integer hardware",
+        GAMMA: "LayerNorm γ: folded into integer M/2^N on integer hardware",
+        BETA: "LayerNorm β: folded into an integer offset on integer hardware",
+    },
+    True: {
+        BIAS: "bias: in the integer constant of the requantization",
+        GAMMA: "LayerNorm γ: in the integer multipliers of the requantization",
+        BETA: "LayerNorm β: in the integer constant of the requantization",
+    },
+}
+"""Why parameters have no codes: for files with float arithmetic, and for integer files."""
+
+
+def describe(
+    prepared: Prepared,
+    quantizer: Any,
+    config: QuantizeConfig,
+    preprocess: Preprocess,
+    images: ImageSource,
+    work: Path,
+    *,
+    reused: bool,
+) -> dict[str, Any]:
+    """All of the report that does not need running the model. ``work``: where the files lie;
+    ``reused``: the scales are those of an earlier run."""
+    sites = prepared.sites
+    model = prepared.model if prepared.fixed is None else prepared.fixed.restore(prepared.model)
+    return {
+        "ptq_onnx": _version(),
+        "model": {
+            "path": prepared.path.name,
+            "bytes": model_bytes(prepared.path),
+            "opset": prepared.cleaned.opset_before,
+            "producer": model.producer_name,
+            "inputs": _inputs(model),
+            "outputs": [shown(v) for v in model.graph.outputs],
+        },
+        "config": json.loads(json.dumps(asdict(config))),
+        "preprocess": json.loads(preprocess.to_json()),
+        "cleaned": asdict(prepared.cleaned),
+        "fusions": prepared.fusions,
+        "blocks": prepared.blocks.count,
+        "roles": {n: {"role": r.name, "block": r.block} for n, r in prepared.blocks.roles.items()},
+        "unrecognised": list(prepared.blocks.unrecognised),
+        "calibration": {
+            "source": "scales of an earlier run" if reused else source_name(images),
+            "images": 0 if reused else len(images),
+            "skipped": list(images.skipped),
+            "method": config.effective_method,
+        },
+        "arithmetic": config.arithmetic,
+        "tensors": [
+            {
+                "tensor": tensor,
+                "role": sites[tensor].role,
+                "block": sites[tensor].block,
+                "parameter": sites[tensor].is_parameter,
+                **spec.to_json(),
+            }
+            for tensor, spec in quantizer.specs.items()
+        ],
+        "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
+        "sizes": {
+            "float": model_bytes(work / "fused.onnx"),
+            "quantized": model_bytes(work / "quantized.onnx"),
+        },
+    }
+
+
+def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
+    """Every tensor without codes, with the reason."""
+    from ptq_onnx.equalization.experts import left_in_float
+
+    listed = [_float(prepared.sites[t], reason) for t, reason in quantizer.floats.items()]
+    for stack, node, reason in left_in_float(prepared.model):
+        role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
+        listed.append(
+            {"tensor": stack.name, "role": role.name, "block": role.block, "reason": reason}
+        )
+    for node in prepared.model.graph:
+        role = prepared.blocks.roles[node.name or str(node.outputs[0].name)]
+        reasons: list[tuple[int, str]] = []
+        if node.op_type in ("Linear", "Conv"):
+            reasons = [(2, why[BIAS])]
+        elif node.op_type == "LayerNormalization":
+            reasons = [(1, why[GAMMA]), (2, why[BETA])]
+        for index, reason in reasons:
+            value = node.inputs[index] if len(node.inputs) > index else None
+            if value is not None and value.name:
+                listed.append(
+                    {"tensor": value.name, "role": role.name, "block": role.block, "reason": reason}
+                )
+    return listed
+
+
+def _float(site: Site, reason: str) -> dict[str, Any]:
+    return {"tensor": site.tensor, "role": site.role, "block": site.block, "reason": reason}
+
+
+def _inputs(model: ir.Model) -> list[dict[str, Any]]:
+    """The inputs of the file."""
+    own = signature(model)
+    if own is not None:
+        return [{"name": own.name, "shape": list(own.shape)}]
+    return [shown(v) for v in model.graph.inputs if not v.is_initializer()]
+
+
+def shown(value: ir.Value) -> dict[str, Any]:
+    shape = (
+        []
+        if value.shape is None
+        else [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    )
+    return {"name": value.name, "shape": shape}
+
+
+def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[str, Any] | None:
+    """What ``--val`` and ``--labels`` name, without their folders."""
+    if tested is None:
+        return None
+    return {
+        "source": source_name(tested),
+        "labels": None if labels is None else Path(labels).name,
+    }
+
+
+def source_name(images: ImageSource) -> str:
+    if isinstance(images, NoiseSource):
+        return NOISE
+    if isinstance(images, FolderSource):
+        return "a list of files" if images.listed else str(images.root.name)
+    return "pictures" if isinstance(images, PictureSource) else "arrays"
+
+
+def _version() -> str:
+    try:
+        return version("ptq-onnx")
+    except PackageNotFoundError:
+        return __version__

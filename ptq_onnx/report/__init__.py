@@ -1,0 +1,1 @@
+"""Pages, pictures and the schema of the JSON, drawn from what ``analysis`` returns."""

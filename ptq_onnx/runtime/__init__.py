@@ -1,0 +1,1 @@
+"""ONNX Runtime as a library: sessions whose errors are ours, and what to do where it is missing."""

@@ -1,0 +1,33 @@
+"""ONNX Runtime sessions whose errors are ours: one line, and nothing on stderr beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnxruntime as ort
+
+from ptq_onnx.errors import ModelError, one_line
+
+FATAL = 4
+"""The severity from which on ONNX Runtime writes to stderr; what it raises need not be there."""
+
+
+class Session(ort.InferenceSession):  # type: ignore[misc]
+    """An ``InferenceSession`` that raises ModelError, with what ONNX Runtime said as its cause."""
+
+    def __init__(
+        self, model: str | bytes, options: ort.SessionOptions, *, providers: Sequence[Any]
+    ) -> None:
+        options.log_severity_level = FATAL
+        try:
+            super().__init__(model, options, providers=list(providers))
+        except Exception as error:  # its exceptions share no base class
+            raise ModelError(f"ONNX Runtime refuses the model: {one_line(error)}.") from error
+
+    def run(self, *given: Any) -> list[Any]:
+        """As ``InferenceSession.run``. Raises ModelError."""
+        try:
+            return list(super().run(*given))
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime cannot run the model: {one_line(error)}.") from error

@@ -1,0 +1,80 @@
+"""What the integers of a tensor mean: real value = (code - zero) · scale + offset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_onnx.numerics.spec import TensorSpec
+
+Ints = NDArray[np.int64]
+Double = NDArray[np.float64]
+
+
+def no_offset() -> Double:
+    """A grid's offset where there is none."""
+    return np.zeros((), np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The grid of a tensor's integers; arrays broadcast against the tensor.
+
+    ``alpha``: exponents of PTF, where ``scale`` is ``step`` · 2^alpha; None where the scale
+    has no such form. ``offset`` is the bias that an accumulator has not got yet.
+    """
+
+    scale: Double
+    zero: Ints
+    low: int
+    high: int
+    alpha: Ints | None = None
+    step: float = 0.0
+    offset: Double = field(default_factory=no_offset)
+    accumulator: bool = False
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> Grid:
+        """The grid of a tensor's codes. Signed codes are stored as they are."""
+        step, low, high = float(spec.scale), *spec.rule.limits
+        factor = np.ones((), np.float64)
+        alpha: Ints | None = np.zeros((), np.int64)
+        if spec.factor is not None:
+            factor = spec.factor.astype(np.float64)
+            found = np.round(np.log2(factor)).astype(np.int64)
+            alpha = found if bool(np.all(np.exp2(found) == factor)) else None
+        return cls(step * factor, np.asarray(spec.zero_point, np.int64), low, high, alpha, step)
+
+    def ints(self, values: NDArray[Any]) -> Ints:
+        """The integers of real values that lie on the grid (float32 or float64)."""
+        real = (values.astype(np.float64) - self.offset) / self.scale
+        return np.asarray(np.rint(real), np.int64) + self.zero
+
+    def floats(self, ints: Ints) -> NDArray[Any]:
+        """Real values of integers: float32 for codes, float64 for accumulators, exactly
+        enough that :meth:`ints` finds them again."""
+        values = (ints - self.zero) * self.scale + self.offset
+        return values if self.accumulator else np.asarray(values, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class LogGrid(Grid):
+    """Log2 codes of an attention map: 2^-code, and zero beyond ``last``."""
+
+    last: int = 0
+
+    @classmethod
+    def codes(cls, last: int) -> LogGrid:
+        """Codes 0 … last, and last + 1, which stands for zero."""
+        return cls(np.ones(()), np.zeros((), np.int64), 0, last + 1, last=last)
+
+    def ints(self, values: NDArray[Any]) -> Ints:
+        real = values.astype(np.float64)
+        code = -np.log2(np.where(real > 0, real, 2.0 ** -(self.last + 1)))
+        return np.asarray(np.rint(code), np.int64)
+
+    def floats(self, ints: Ints) -> NDArray[Any]:
+        return np.where(ints > self.last, 0.0, np.exp2(-ints.astype(np.float64))).astype(np.float32)

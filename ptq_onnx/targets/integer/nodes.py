@@ -1,0 +1,302 @@
+"""The integer form of each kind of node: which step, with which constants.
+
+Raises ModelError, one line that names node and op, for what has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from ptq_onnx.blocks.roles import is_constant, is_layout, is_linear, is_product, name_of
+from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.targets.integer.attention import QUOTIENT_BITS, AttentionStep
+from ptq_onnx.targets.integer.elementwise import FUNCTIONS, MeanStep, SumStep, table_step
+from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, requantize
+from ptq_onnx.targets.integer.gelu import gelu_step
+from ptq_onnx.targets.integer.grid import Double, Grid, LogGrid
+from ptq_onnx.targets.integer.layer_norm import layer_norm_step
+from ptq_onnx.targets.integer.plan import Plan, Planned, refusal, spread
+from ptq_onnx.targets.integer.products import (
+    ConvStep,
+    LinearStep,
+    ProductStep,
+    largest_sum,
+    scale_of,
+)
+from ptq_onnx.targets.integer.reasons import of_weight, without_form
+from ptq_onnx.targets.integer.softmax import SoftmaxStep
+
+Planner = Callable[[Plan, ir.Node], Planned]
+
+
+def make_plan(
+    model: ir.Model,
+    specs: Mapping[str, TensorSpec],
+    *,
+    strict: bool = True,
+    bits: int = MULTIPLIER_BITS,
+    gelu: str = "table",
+) -> Plan:
+    """Plan every compute node of a fused graph.
+
+    ``strict``: raises ModelError for a node that cannot be in integers; else it is listed in
+    ``left``. ``bits``: width of the fixed-point multipliers. ``gelu``: ``table`` or
+    ``polynomial``; raises ModelError for the latter where there is no Gelu.
+    """
+    plan = Plan(model, specs, bits, gelu)
+    if gelu == "polynomial" and not any(node.op_type == "Gelu" for node in model.graph):
+        raise ModelError("--gelu polynomial: the model has no GELU; leave the option out.")
+    for node in model.graph:
+        if is_layout(node) or node.op_type == "Constant":
+            continue
+        try:
+            planner = planner_of(node)
+            if planner is None:
+                raise refusal(node, "the integer target has no integer form of this op")
+            plan.steps[node] = planner(plan, node)
+        except ModelError as error:
+            if strict:
+                raise ModelError(f"{error}{without_form(model, node, planner_of)}") from error
+            plan.left.append(node)
+    if strict:
+        plan.image_spec()
+        for value in model.graph.outputs:
+            if str(value.name) not in specs:
+                raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
+    return plan
+
+
+def planner_of(node: ir.Node) -> Planner | None:
+    """The function for the node's op."""
+    if is_linear(node):
+        return plan_linear
+    if is_product(node):
+        return plan_product
+    if node.op_type in FUNCTIONS:
+        return plan_activation
+    return PLANNERS.get(node.op_type)
+
+
+def plan_linear(plan: Plan, node: ir.Node) -> Planned:
+    """x W + b."""
+    x = plan.read(node, 0)
+    weight, spec = plan.weight(node)
+    rows = np.ones(()) if spec.factor is None else spec.factor.astype(np.float64).ravel()
+    if x.accumulator or not np.allclose(x.scale * rows, x.step, rtol=1e-6, atol=0):
+        raise refusal(node, of_weight(node))
+    bias = plan.constant(node, 2)
+    step = scale_of(x.step, spec.scale)
+    bound = largest_sum(weight, int(x.zero), (x.low, x.high), 1)
+    finish, made = plan.accumulate(node, plan.target(node.outputs[0], -1), step, bias, bound)
+    return plan.planned(node, LinearStep(weight, int(x.zero), finish), (0,), made)
+
+
+def plan_conv(plan: Plan, node: ir.Node) -> Planned:
+    """The patch embedding."""
+    x = plan.read(node, 0)
+    plan.scalar(node, x, 0)
+    weight, spec = plan.weight(node)
+    kernel = list(weight.shape[2:])
+    plain = (
+        len(kernel) == 2
+        and list(node.attributes.get_ints("strides", [1, 1])) == kernel
+        and not any(node.attributes.get_ints("pads", [0]))
+        and set(node.attributes.get_ints("dilations", [1])) == {1}
+        and node.attributes.get_int("group", 1) == 1
+        and node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    )
+    if not plain:
+        raise refusal(node, "only a patch embedding (stride = kernel, no padding) is covered")
+    bias = plan.constant(node, 2)
+    shape = (-1, 1, 1)
+    step = scale_of(x.step, spec.scale.reshape(shape) if spec.scale.ndim else spec.scale)
+    bound = largest_sum(weight, int(x.zero), (x.low, x.high), 0)
+    finish, made = plan.accumulate(
+        node,
+        plan.target(node.outputs[0], 1),
+        step,
+        bias.reshape(shape) if bias.ndim else bias,
+        bound,
+    )
+    return plan.planned(node, ConvStep(weight, int(x.zero), finish), (0,), made)
+
+
+def plan_product(plan: Plan, node: ir.Node) -> Planned:
+    """QKᵀ, or A·V from log2 or uniform codes."""
+    x, y = plan.read(node, 0), plan.read(node, 1)
+    made = plan.target(node.outputs[0], -1)
+    depth = shape_of(node)[-1]
+    if isinstance(x, LogGrid):
+        if made is None:
+            raise refusal(node, "its output has no scale")
+        if not isinstance(depth, int) or depth * 255 * 255 >= 1 << 31:
+            raise refusal(node, "the number of tokens is not known, or beyond 33,000")
+        column = column_scale(y.scale)
+        if column is None or y.zero.ndim:
+            raise refusal(node, "the factors of V vary over the tokens")
+        bound = 256 << QUOTIENT_BITS
+        finish = requantize([column / (1 << QUOTIENT_BITS)], np.zeros(()), [bound], made, plan.bits)
+        step = AttentionStep(x.last, int(y.zero), depth, finish)
+        return plan.planned(node, step, (0, 1), made)
+    scale = product_scale(node, x, y)
+    if not isinstance(depth, int):
+        raise refusal(node, "the length of its sums is not known")
+    bound = depth * spread(x) * spread(y)
+    if bound >= 1 << 31:
+        raise refusal(node, f"sums of {depth} products overflow 32 bits")
+    finish_, made = plan.accumulate(node, made, scale, np.zeros(()), bound)
+    return plan.planned(node, ProductStep((int(x.zero), int(y.zero)), finish_), (0, 1), made)
+
+
+def product_scale(node: ir.Node, x: Grid, y: Grid) -> Double:
+    """The real value of one step of x·y: factors inside the sum must cancel, those of the
+    columns of y stay."""
+    columns = column_scale(y.scale)
+    if x.scale.ndim == 0 and columns is not None:
+        return np.asarray(x.step * columns, np.float64)
+    if x.accumulator or y.accumulator:
+        raise refusal(node, "its inputs are not quantized")
+    inner = np.swapaxes(np.atleast_2d(y.scale / y.step), -1, -2)
+    if not np.allclose(x.scale / x.step * inner, 1, rtol=1e-6, atol=0):
+        raise refusal(node, "the factors of its two inputs do not cancel")
+    return np.asarray(x.step * y.step, np.float64)
+
+
+def column_scale(scale: Double) -> Double | None:
+    """A scale [.., T, C] that is the same over T (or has no such axis); None otherwise."""
+    if scale.ndim < 2 or scale.shape[-2] == 1:
+        return scale
+    return None
+
+
+def plan_add(plan: Plan, node: ir.Node) -> Planned:
+    """Position embedding and residual."""
+    parts = [plan.term(node, i) for i in range(2)]
+    free = tuple(i for i, part in enumerate(parts) if part[0].constant is None)
+    made = plan.needed(node)
+    finish = requantize(
+        [step for _, step, _, _ in parts],
+        np.asarray(sum(offset for _, _, offset, _ in parts)),
+        [bound for *_, bound in parts],
+        made,
+        plan.bits,
+    )
+    return plan.planned(node, SumStep(tuple(p[0] for p in parts), finish), free, made)
+
+
+def plan_scale(plan: Plan, node: ir.Node) -> Planned:
+    """Mul or Div by a constant: 1/√d on QKᵀ, LayerScale."""
+    index = next((i for i, v in enumerate(node.inputs) if is_constant(v)), None)
+    if index is None or (node.op_type == "Div" and index == 0):
+        raise refusal(node, "only scaling by a constant is covered")
+    number = plan.constant(node, index)
+    if number.ndim and any(d != 1 for d in number.shape[:-1]):
+        raise refusal(node, "its constant is no scalar and no vector of channels")
+    number = number.reshape(-1) if number.size > 1 else number.reshape(())
+    by = number if node.op_type == "Mul" else 1 / number
+    term, step, offset, bound = plan.term(node, 1 - index)
+    made = plan.needed(node)
+    finish = requantize([step * by], offset * by, [bound], made, plan.bits)
+    return plan.planned(node, SumStep((term,), finish), (1 - index,), made)
+
+
+def plan_mean(plan: Plan, node: ir.Node) -> Planned:
+    """Pooling over the tokens."""
+    axes = axes_of(node)
+    shape = shape_of(node)
+    rank = len(shape)
+    if len(axes) != 1 or axes[0] % rank in (0, rank - 1):
+        raise refusal(node, "only the mean over the tokens is covered")
+    axis = axes[0] % rank
+    count = shape[axis]
+    if not isinstance(count, int):
+        raise refusal(node, "the number of tokens is not known")
+    term, step, offset, bound = plan.term(node, 0)
+    made = plan.needed(node)
+    finish = requantize([step / count], offset, [bound * count], made, plan.bits)
+    keep = bool(node.attributes.get_int("keepdims", 1))
+    return plan.planned(node, MeanStep(term, axis, keep, finish), (0,), made)
+
+
+def axes_of(node: ir.Node) -> list[int]:
+    """The axes of a reduction."""
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        found = node.inputs[1].const_value
+        return [] if found is None else [int(a) for a in found.numpy()]
+    return list(node.attributes.get_ints("axes", []))
+
+
+def plan_layer_norm(plan: Plan, node: ir.Node) -> Planned:
+    """LayerNormalization."""
+    shape = shape_of(node)
+    if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
+        raise refusal(node, "only the last axis can be normalised")
+    term, *_ = plan.term(node, 0)
+    read, made = plan.read(node, 0), plan.needed(node)
+    if read.accumulator:
+        raise refusal(node, "its input is not quantized")
+    channels = shape[-1]
+    if not isinstance(channels, int):
+        raise refusal(node, "the number of channels is not known")
+    gamma = np.broadcast_to(plan.constant(node, 1, 1.0), (channels,))
+    beta = np.broadcast_to(plan.constant(node, 2), (channels,))
+    epsilon = float(node.attributes.get_float("epsilon", 1e-5))
+    step = layer_norm_step(name_of(node), term, read, made, gamma, beta, epsilon, plan.bits)
+    return plan.planned(node, step, (0,), made)
+
+
+def plan_softmax(plan: Plan, node: ir.Node) -> Planned:
+    """Softmax, to log2 or uniform codes."""
+    shape = shape_of(node)
+    if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
+        raise refusal(node, "only a softmax over the last axis is covered")
+    tokens = shape[-1]
+    if not isinstance(tokens, int) or tokens > 1 << 15:
+        raise refusal(node, "the number of tokens is not known, or beyond 32,768")
+    read = plan.read(node, 0)
+    plan.scalar(node, read, 0)
+    name = str(node.outputs[0].name)
+    spec = plan.specs.get(name)
+    if spec is None or read.accumulator:
+        raise refusal(node, "its input or output has no scale")
+    log2 = spec.rule.code == "log2"
+    step = SoftmaxStep(read.step, tokens, spec.rule.bits, log2, read.high - read.low)
+    made: Grid = Grid.of(spec)
+    if log2:
+        plan.log_grids[name] = LogGrid.codes(step.last)
+        made = plan.log_grids[name]
+    return plan.planned(node, step, (0,), made)
+
+
+def plan_activation(plan: Plan, node: ir.Node) -> Planned:
+    """GELU and its like, by table; GELU by polynomial where asked for."""
+    read, made = plan.read(node, 0), plan.needed(node)
+    if read.accumulator:
+        raise refusal(node, "its input has no scale")
+    if node.op_type == "Gelu" and plan.gelu == "polynomial":
+        return plan.planned(node, gelu_step(read, made, plan.bits), (0,), made)
+    return plan.planned(node, table_step(node, read, made), (0,), made)
+
+
+def shape_of(node: ir.Node) -> list[int | str]:
+    """The shape of the first input; names for axes that are not known."""
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        raise refusal(node, "the shape of its input is not known")
+    return [d if isinstance(d, int) else str(d.value) for d in value.shape]
+
+
+PLANNERS: dict[str, Planner] = {
+    "Conv": plan_conv,
+    "Add": plan_add,
+    "Mul": plan_scale,
+    "Div": plan_scale,
+    "LayerNormalization": plan_layer_norm,
+    "Softmax": plan_softmax,
+    "ReduceMean": plan_mean,
+}
+"""Linears, products of activations and activations apart (see :func:`planner_of`)."""

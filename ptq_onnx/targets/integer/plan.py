@@ -1,0 +1,271 @@
+"""The grids of a fused graph's tensors, and what its nodes become in integers.
+
+Grids follow the specs. A linear whose output is quantized behind layout ops (q, k, v out of
+a packed linear; patches behind the Concat with the class token) is requantized at once, each
+column to the grid of the place where it ends up, so that layout ops move bytes. One whose
+output has no spec (proj, fc2, QKᵀ before its scale) leaves its accumulator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ptq_onnx.blocks.element_map import layout_indices
+from ptq_onnx.blocks.roles import consumers, is_constant, is_layout, name_of
+from ptq_onnx.blocks.sites import image_input
+from ptq_onnx.engine.node_sessions import carried_specs
+from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.numerics.uniform import quantize
+from ptq_onnx.targets.integer.elementwise import Term
+from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
+from ptq_onnx.targets.integer.grid import Double, Grid, Ints, LogGrid
+from ptq_onnx.targets.integer.products import WEIGHT_ZERO
+from ptq_onnx.targets.integer.reasons import of_padding
+
+PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
+"""An accumulator as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """One compute node: which of its inputs it reads as integers, its step, and the grids."""
+
+    node: ir.Node
+    step: Any
+    positions: tuple[int, ...]
+    read: tuple[Grid, ...]
+    made: Grid
+
+    @property
+    def inputs(self) -> tuple[ir.Value, ...]:
+        """The values at ``positions``."""
+        return tuple(v for i in self.positions if (v := self.node.inputs[i]) is not None)
+
+
+@dataclass
+class Plan:
+    """The state of planning one graph, node by node in order (see nodes.py)."""
+
+    model: ir.Model
+    specs: Mapping[str, TensorSpec]
+    bits: int = MULTIPLIER_BITS
+    gelu: str = "table"
+    left: list[ir.Node] = field(default_factory=list)
+    """Compute nodes that cannot be in integers, where that is allowed."""
+    steps: dict[ir.Node, Planned] = field(default_factory=dict)
+    """Compute nodes in graph order."""
+    accumulators: dict[ir.Value, tuple[Grid, int]] = field(default_factory=dict)
+    """Outputs without a grid of their own: theirs, and the largest magnitude."""
+    log_grids: dict[str, LogGrid] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.carried = carried_specs(self.model, self.specs)
+
+    def image_spec(self) -> TensorSpec:
+        """How the image is quantized: its own spec, or that of the one place where layout ops
+        bring it (patches cut by Reshape). Raises ModelError."""
+        image = image_input(self.model)
+        found = [self.specs[str(image.name)]] if str(image.name) in self.specs else []
+        found = found or [spec for _, spec in self.places(image)]
+        if len(found) != 1 or found[0].factor is not None:
+            raise ModelError(f"Input '{image.name}': the integer target needs one scale for it.")
+        return found[0]
+
+    def spec_of(self, value: ir.Value) -> TensorSpec | None:
+        """The spec of a tensor that a compute node reads, its own or carried by layout ops."""
+        name = str(value.name)
+        found = self.specs.get(name)
+        if found is None and name in self.carried:
+            found = self.carried[name][1]
+        return found
+
+    def read(self, node: ir.Node, index: int) -> Grid:
+        """The grid of an input."""
+        value = node.inputs[index]
+        assert value is not None
+        if value in self.accumulators:
+            return self.accumulators[value][0]
+        name = str(value.name)
+        origin = self.carried[name][0] if name in self.carried else name
+        if origin in self.log_grids:
+            return self.log_grids[origin]
+        spec = self.spec_of(value)
+        if spec is None:
+            raise refusal(node, f"its input '{name}' stays in float")
+        return Grid.of(spec)
+
+    def scalar(self, node: ir.Node, grid: Grid, index: int) -> None:
+        """Refuse a per-channel grid where one scale is needed."""
+        if grid.scale.ndim:
+            raise refusal(node, f"its input {index} has a factor per channel")
+
+    def target(self, output: ir.Value, axis: int) -> Grid | None:
+        """The grid that a node's output is to have along ``axis``; None: an accumulator."""
+        spec = self.specs.get(str(output.name))
+        if spec is not None:
+            return Grid.of(spec)
+        places = list(self.places(output))
+        if not places:
+            return None
+        if output.shape is None or not isinstance(output.shape[axis], int):
+            raise ModelError(f"Tensor '{output.name}': the number of channels is not known.")
+        rank = len(output.shape)
+        shape = [d if isinstance(d, int) else 1 for d in output.shape]
+        channels = shape[axis]
+        low, high = places[0][1].rule.limits
+        scale, zero = np.zeros(channels), np.zeros(channels, np.int64)
+        found: list[tuple[Ints, Grid]] = []
+        for place, spec in places:
+            indices = layout_indices(output, place)
+            if indices is None:
+                raise refusal(
+                    producer(output),
+                    of_padding(output)
+                    or f"its output is reshaped before '{place.name}', or joined there with other"
+                    " values or by sizes that are not fixed",
+                )
+            if indices.size and int(indices.max()) >= math.prod(shape[1:]):
+                raise refusal(
+                    producer(output),
+                    "other axes join the batch behind it (windows, as in Swin), which the integer"
+                    " target does not cover; use --target onnxruntime",
+                )
+            channel = np.unravel_index(indices, [1, *shape[1:]])[axis]
+            grid = Grid.of(spec)
+            if not fits(grid.scale.shape, channel.shape):
+                raise refusal(
+                    producer(output),
+                    f"its output is reshaped before '{place.name}' is quantized per channel",
+                )
+            scale[channel] = np.broadcast_to(grid.scale, channel.shape)
+            zero[channel] = np.broadcast_to(grid.zero, channel.shape)
+            found.append((channel, grid))
+        for channel, grid in found:
+            same = (grid.low, grid.high) == (low, high)
+            if (
+                not same
+                or np.any(scale[channel] != grid.scale)
+                or np.any(zero[channel] != grid.zero)
+            ):
+                reason = of_padding(output)
+                if reason is not None:
+                    raise refusal(producer(output), reason)
+                raise ModelError(
+                    f"Tensor '{output.name}': one of its channels is quantized in two ways."
+                )
+        if not bool(np.all(scale > 0)):
+            raise ModelError(f"Tensor '{output.name}': some of its channels stay in float.")
+        form = (-1,) + (1,) * (rank - 1 - axis % rank)
+        return Grid(scale.reshape(form), zero.reshape(form), low, high)
+
+    def places(self, value: ir.Value) -> Iterator[tuple[ir.Value, TensorSpec]]:
+        """Where layout ops bring a value to a quantized place. A Concat's place counts at its
+        input: both have the same channels."""
+        for node, index in consumers(value):
+            if not is_layout(node) or node.op_type == "Shape":
+                continue
+            if index > 0 and node.op_type != "Concat":
+                continue
+            for out in node.outputs:
+                spec = self.specs.get(str(out.name))
+                if spec is None:
+                    yield from self.places(out)
+                elif node.op_type == "Concat":
+                    yield value, spec
+                else:
+                    yield out, spec
+
+    def planned(self, node: ir.Node, step: Any, inputs: tuple[int, ...], made: Grid) -> Planned:
+        """The node with its step and the grids of the inputs at those positions."""
+        return Planned(node, step, inputs, tuple(self.read(node, i) for i in inputs), made)
+
+    def accumulate(
+        self, node: ir.Node, made: Grid | None, step: Double, offset: Double, bound: int
+    ) -> tuple[FixedPoint | None, Grid]:
+        """How a product ends: requantized to ``made``, or as an accumulator."""
+        if made is not None:
+            return requantize([step], offset, [bound], made, self.bits), made
+        zero = np.zeros((), np.int64)
+        grid = Grid(step, zero, -bound, bound, offset=offset, accumulator=True)
+        self.accumulators[node.outputs[0]] = grid, bound
+        return None, grid
+
+    def weight(self, node: ir.Node) -> tuple[Ints, TensorSpec]:
+        """The int8 codes of a product's weight, and its spec."""
+        value = node.inputs[1]
+        spec = None if value is None else self.specs.get(str(value.name))
+        if value is None or value.const_value is None or spec is None:
+            raise refusal(node, "its weight stays in float")
+        array = np.asarray(value.const_value.numpy(), np.float32)
+        return quantize(array, spec).astype(np.int64), spec
+
+    def term(self, node: ir.Node, index: int) -> tuple[Term, Double, Double, int]:
+        """One addend: its form, its step, its offset and its largest magnitude."""
+        value = node.inputs[index]
+        assert value is not None
+        constant = None
+        if is_constant(value):
+            spec = self.specs.get(str(value.name))
+            if spec is None or value.const_value is None:
+                raise refusal(node, f"its constant '{value.name}' stays in float")
+            grid = Grid.of(spec)
+            constant = quantize(np.asarray(value.const_value.numpy(), np.float32), spec)
+        else:
+            if value in self.accumulators:
+                grid, bound = self.accumulators[value]
+                return PLAIN, grid.scale, grid.offset, bound
+            grid = self.read(node, index)
+        if grid.alpha is None or grid.alpha.ndim > 1 or bool(np.any(grid.alpha < 0)):
+            raise refusal(node, f"its input '{value.name}' needs power-of-two factors")
+        codes, zero = None, grid.zero
+        if constant is not None:  # stored as uint8, as weights are
+            codes, zero = constant.astype(np.int64) + WEIGHT_ZERO, zero + WEIGHT_ZERO
+        term = Term(zero, grid.alpha, widen=True, constant=codes)
+        bound = spread(grid) << int(grid.alpha.max())
+        return term, np.asarray(grid.step), np.zeros(()), bound
+
+    def needed(self, node: ir.Node) -> Grid:
+        """The grid of an output that must have one."""
+        made = self.target(node.outputs[0], -1)
+        if made is None:
+            raise refusal(node, f"its output '{node.outputs[0].name}' stays in float")
+        return made
+
+    def constant(self, node: ir.Node, index: int, default: float = 0.0) -> Double:
+        """The float value of a constant input; ``default`` where it is left out."""
+        value = node.inputs[index] if len(node.inputs) > index else None
+        if value is None:
+            return np.asarray(default, np.float64)
+        if value.const_value is None:
+            raise refusal(node, f"its input '{value.name}' must be a constant")
+        return np.asarray(value.const_value.numpy(), np.float64)
+
+
+def fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """True where an array of that shape broadcasts to the other."""
+    pairs = zip(reversed(shape), reversed(other), strict=False)
+    return len(shape) <= len(other) and all(a in (1, b) for a, b in pairs)
+
+
+def producer(value: ir.Value) -> ir.Node:
+    """The node that makes a value."""
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def spread(grid: Grid) -> int:
+    """The largest |code - zero|."""
+    return int(np.max(np.maximum(np.abs(grid.high - grid.zero), np.abs(grid.low - grid.zero))))
+
+
+def refusal(node: ir.Node, reason: str) -> ModelError:
+    """One line that names node and op."""
+    return ModelError(f"Node '{name_of(node)}' ({node.op_type}): {reason}.")

@@ -1,0 +1,1 @@
+"""ONNX Runtime on CPU and GPU: Q/DQ that its optimizer turns into integer kernels."""

@@ -1,0 +1,1 @@
+"""OpenVINO: Q/DQ that its plugins read as FakeQuantize."""

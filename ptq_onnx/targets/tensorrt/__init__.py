@@ -1,0 +1,1 @@
+"""TensorRT: symmetric int8 or FP8 Q/DQ."""

@@ -1,0 +1,1 @@
+"""How fast model files run, side by side, in the runtime they are meant for."""
