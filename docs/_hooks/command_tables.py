@@ -8,8 +8,9 @@ from typing import Any
 
 import typer
 
-from ptq_onnx import QuantizeConfig, cli
-from ptq_onnx.cli_help import GROUPS, REST
+from ptq_onnx import QuantizeConfig
+from ptq_onnx.cli.app import app
+from ptq_onnx.cli.help import GROUPS, REST
 
 DEFAULT = re.compile(r"^(.*?) ?\[(?:default: )?([^\[\]]*(?:\[[^\]]*\])?[^\[\]]*)\]$", re.S)
 """``text [default: x]`` or ``text [required]``."""
@@ -17,7 +18,7 @@ DEFAULT = re.compile(r"^(.*?) ?\[(?:default: )?([^\[\]]*(?:\[[^\]]*\])?[^\[\]]*)
 
 def all_commands() -> dict[str, Any]:
     """The commands by name, in the order of ``ptq-onnx -h``."""
-    return dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def usage(command: Any) -> str:

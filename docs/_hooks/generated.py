@@ -32,7 +32,6 @@ PARTS: dict[str, Callable[..., str]] = {
     "rules": package_tables.rules,
     "target": package_tables.target,
     "fusions": package_tables.fusions,
-    "roles": package_tables.roles,
     "figures": figures.rows,
 }
 MARK = re.compile(r"^<!-- generated: ([a-z-]+)(?: (.+))? -->$", re.M)

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+
+from command_tables import code, table
 
 import ptq_onnx
-from command_tables import code, table
-from ptq_onnx.config import QUANTIZER_NAMES, QuantizeConfig
+from ptq_onnx.config.quantize_config import METHOD_NAMES, QUANTIZER_NAMES, QuantizeConfig
+from ptq_onnx.config.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ptq_onnx"
 
 
 def rooms() -> str:
-    """Every folder of the package and every module beside them, with the first line of its text."""
-    folders = [p.parent for p in PACKAGE.rglob("__init__.py") if p.parent != PACKAGE]
-    rows = []
-    for path in sorted([*folders, *PACKAGE.glob("*.py")]):
-        name = path.relative_to(ROOT).as_posix()
-        if path.is_dir():
-            modules = sorted(p.stem for p in path.glob("*.py") if p.stem != "__init__")
-            text = _first_line(path / "__init__.py")
-            rows.append((code(f"{name}/"), text, ", ".join(map(code, modules))))
-        elif path.name != "__init__.py":
-            rows.append((code(name), _first_line(path), ""))
-    return table(("folder or module", "what it is", "modules"), rows)
+    """The floors that ``tests/test_layers.py`` holds every import to, with what is on them."""
+    return table(("floor", "room", "what it is", "modules"), list(_rooms()))
 
 
 def public_names() -> str:
@@ -43,15 +36,15 @@ def quantizers() -> str:
     """The names that ``--quantizer`` takes, with their pages."""
     rows = []
     for name in QUANTIZER_NAMES:
-        takes = [t for t in _targets() if name not in _targets()[t].quantizers]
-        own = [t for t in takes if _targets()[t].quantizer == name]
+        takes = [t for t in TARGETS if name not in TARGETS[t].quantizers]
+        own = [t for t in takes if TARGETS[t].quantizer == name]
         rows.append((f"[`{name}`]({name}.md)", ", ".join(takes), ", ".join(own)))
     return table(("quantizer", "targets", "default for"), rows)
 
 
 def target(name: str) -> str:
     """What a target takes: quantizers, opsets."""
-    found = _targets()[name]
+    found = TARGETS[name]
     takes = [q for q in QUANTIZER_NAMES if q not in found.quantizers]
     opsets = f"{found.opsets[0]} to {found.opsets[-1]}, default {found.opset}"
     rows = [
@@ -64,7 +57,7 @@ def target(name: str) -> str:
 
 def rules(target: str) -> str:
     """The rules of ``ptq-onnx check`` for a target, and where each is written."""
-    from ptq_onnx.conformance import explain
+    from ptq_onnx.targets.checking.check import explain
 
     rows = [(code(name), text) for name, text in explain(target).items()]
     return table(("rule", "what it demands"), rows)
@@ -72,15 +65,13 @@ def rules(target: str) -> str:
 
 def fusions() -> str:
     """The rule families of fusion, in the order they run."""
-    from ptq_onnx.fusion import RULES
+    from ptq_onnx.fusion.rules import RULES
 
     return ", ".join(code(name) for name, _ in RULES)
 
 
 def methods() -> str:
     """The calibration methods, and which quantizers take each by default."""
-    from ptq_onnx.config import METHOD_NAMES
-
     defaults: dict[str, list[str]] = defaultdict(list)
     for name in QUANTIZER_NAMES:
         defaults[QuantizeConfig(quantizer=name).effective_method].append(code(name))
@@ -88,37 +79,43 @@ def methods() -> str:
     return table(("method", "default of"), rows)
 
 
-def roles() -> str:
-    """The roles of the tested networks, as ``--keep-float`` takes them."""
-    found = ptq_onnx.roles(ROOT / "models" / "digits_vit.onnx")
-    return ", ".join(code(name) for name in found)
-
-
 def models() -> str:
     """Every cell of ``tests/zoo``: a network, how it was exported, and what must be found in it.
 
     The tests fail where a cell does not hold, so that all that is in the table works.
     """
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        from zoo.cells import CELLS, EXPECTED
-    finally:
-        sys.path.pop(0)
+    cells = _of_tests("zoo.cells")
     through: dict[str, list[str]] = defaultdict(list)
-    for cell in CELLS:
+    for cell in cells.CELLS:
         through[cell.architecture].append(cell.exporter)
     rows = []
-    for name, found in EXPECTED.items():
+    for name, found in cells.EXPECTED.items():
         counts = map(str, (found.blocks, found.norms, found.gelus, found.linears, found.softmaxes))
         rows.append((code(name), *counts, ", ".join(through[name])))
     titles = ("network", "blocks", "norms", "GELUs", "linears", "softmaxes", "exported through")
-    return f"{len(CELLS)} cells, {len(rows)} networks.\n\n" + table(titles, rows)
+    return f"{len(cells.CELLS)} cells, {len(rows)} networks.\n\n" + table(titles, rows)
 
 
-def _targets() -> Mapping[str, Any]:
-    from ptq_onnx.targets import TARGETS
+def _rooms() -> Iterator[tuple[str, str, str, str]]:
+    for number, names in enumerate(_of_tests("test_layers").FLOORS, start=1):
+        for name in names:
+            folder = PACKAGE / name
+            if not folder.is_dir():
+                yield str(number), code(f"{name}.py"), _first_line(PACKAGE / f"{name}.py"), ""
+                continue
+            inside = sorted(p.relative_to(folder) for p in folder.rglob("*.py"))
+            modules = [p.with_suffix("").as_posix() for p in inside if p.stem != "__init__"]
+            text = _first_line(folder / "__init__.py")
+            yield str(number), code(f"{name}/"), text, ", ".join(map(code, modules))
 
-    return TARGETS
+
+def _of_tests(name: str) -> ModuleType:
+    """A module of ``tests/``."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 def _first_line(path: Path) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tomllib
 
 import yaml
-from documentation.pages import ROOT
 
 import ptq_onnx
+from documentation.pages import ROOT
 
 REQUIRED = {"authors", "cff-version", "message", "title"}
 ALLOWED = REQUIRED | {

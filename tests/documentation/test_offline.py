@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from documentation.pages import DOCS  # noqa: F401  (makes the hooks importable)
 
 

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documentation.pages import DOCS, PAGES, ROOT, named
 
-from ptq_onnx.config import METHOD_NAMES, QUANTIZER_NAMES, TARGETS, QuantizeConfig
+from documentation.pages import DOCS, PAGES, ROOT, WRITTEN, named
+from ptq_onnx.config.quantize_config import (
+    METHOD_NAMES,
+    QUANTIZER_NAMES,
+    TARGETS,
+    QuantizeConfig,
+)
 
 COMMANDS = (DOCS / "commands.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -129,3 +134,10 @@ def test_python_of_the_pages_compiles() -> None:
     for path in PAGES:
         for snippet in re.findall(r"^```python\n(.*?)^```", path.read_text("utf-8"), re.M | re.S):
             compile(snippet, str(path), "exec")
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=named)
+def test_files_that_a_page_names_are_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:ptq_onnx|tests|benchmarks|models|img|docs)/[\w/.-]+)`", text):
+        assert (ROOT / name).exists(), name

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documentation.pages import ROOT, WRITTEN, named
 
-from ptq_onnx import cli_help
+from documentation.pages import ROOT, WRITTEN, named
+from ptq_onnx.cli.help import NAMES
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 PLACEHOLDER = re.compile(r"[A-Z]{2,}|…")
@@ -33,7 +33,7 @@ def known_options() -> dict[str, set[str]]:
     import command_tables
 
     return {
-        name: {*cli_help.NAMES, *(o for p in c.params for o in (*p.opts, *p.secondary_opts))}
+        name: {*NAMES, *(o for p in c.params for o in (*p.opts, *p.secondary_opts))}
         for name, c in command_tables.all_commands().items()
     }
 
