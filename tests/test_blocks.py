@@ -8,11 +8,9 @@ import pytest
 from small_graph import SmallGraph
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks.roles import (
-    Blocks,
-    Role,
+from ptq_onnx.blocks.roles import Blocks, Role, find_blocks
+from ptq_onnx.blocks.walking import (
     consumers,
-    find_blocks,
     is_constant,
     is_layout,
     is_linear,

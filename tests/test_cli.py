@@ -183,7 +183,8 @@ def test_options_are_the_fields_of_the_config() -> None:
 
 def test_help_does_not_import_what_is_heavy() -> None:
     code = (
-        "import sys; from ptq_onnx.cli import app as cli; sys.argv = ['ptq-onnx', 'quantize', '--help']\n"
+        "import sys; from ptq_onnx.cli import app as cli\n"
+        "sys.argv = ['ptq-onnx', 'quantize', '--help']\n"
         "try: cli.main()\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "print(sorted({'torch', 'ppq', 'onnx', 'onnxruntime', 'matplotlib'} & set(sys.modules)))"

@@ -17,7 +17,7 @@ from prepared_models import DIGITS, ROOT, decibels, images, prepared, quantized,
 from small_graph import SmallGraph, run, sample
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks.roles import is_linear, name_of
+from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.engine.simulator import (
     FAKE,
     ORIGIN,

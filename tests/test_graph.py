@@ -14,8 +14,9 @@ from small_graph import SmallGraph, assert_same, ops, run, sample, text
 
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.rules import fuse
-from ptq_onnx.preparation import model_files as graph
-from ptq_onnx.preparation.model_files import clean, load, open_plain, save, serialize, to_standard
+from ptq_onnx.preparation.model_files import clean, load, save, serialize, to_standard
+from ptq_onnx.preparation.model_sessions import open_plain
+from ptq_onnx.preparation.streamed import field_head
 
 SHAPE = ("batch", 3, 8, 8)
 X = sample(2, 3, 8, 8)
@@ -479,15 +480,15 @@ def test_save_writes_standard_onnx(tmp_path: Path) -> None:
 
 
 def test_save_with_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptq_onnx.preparation.model_files.EXTERNAL_LIMIT", 100)
+    monkeypatch.setattr("ptq_onnx.preparation.sizes.EXTERNAL_LIMIT", 100)
     g, y, model = linear_model()
     path = tmp_path / "out.onnx"
     save(model, path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
     np.testing.assert_allclose(run(path, X)[0], run(g.proto(y), X)[0], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("ptq_onnx.preparation.model_files.EXTERNAL_LIMIT", 10**9)
+    monkeypatch.setattr("ptq_onnx.preparation.sizes.EXTERNAL_LIMIT", 10**9)
     np.testing.assert_allclose(run(load(path), X)[0], run(path, X)[0])
-    monkeypatch.setattr("ptq_onnx.preparation.model_files.EXTERNAL_LIMIT", 100)
+    monkeypatch.setattr("ptq_onnx.preparation.sizes.EXTERNAL_LIMIT", 100)
     with pytest.raises(ModelError, match="GB of weights"):
         serialize(model)
 
@@ -497,10 +498,10 @@ def test_a_large_model_is_written_weight_by_weight(
 ) -> None:
     """The same protobuf as in one piece, but for the order of its fields."""
     monkeypatch.setattr("ptq_onnx.preparation.cleaning.SMALL", 4)
-    monkeypatch.setattr("ptq_onnx.preparation.model_files.SMALL", 4)
+    monkeypatch.setattr("ptq_onnx.preparation.streamed.SMALL", 4)
     _, _, model = linear_model()
     save(model, tmp_path / "whole.onnx")
-    monkeypatch.setattr("ptq_onnx.preparation.model_files.SHARED_LIMIT", 0)
+    monkeypatch.setattr("ptq_onnx.preparation.sizes.SHARED_LIMIT", 0)
     save(model, tmp_path / "streamed.onnx")
     whole, streamed = (onnx.load(tmp_path / f"{n}.onnx") for n in ("whole", "streamed"))
     onnx.checker.check_model(str(tmp_path / "streamed.onnx"), full_check=True)
@@ -521,13 +522,13 @@ def test_a_large_weight_that_nothing_reads_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime drops such a weight, and would then refuse to be handed it."""
-    for place in ("ptq_onnx.preparation.cleaning.SMALL", "ptq_onnx.preparation.model_files.SMALL"):
+    for place in ("ptq_onnx.preparation.cleaning.SMALL", "ptq_onnx.preparation.streamed.SMALL"):
         monkeypatch.setattr(place, 4)
     _, _, model = linear_model()
     expected = open_plain(model, threads=1).run(None, {"x": X})[0]
     dead = ir.Value(name="dead", const_value=ir.tensor(np.ones(9, np.float32), name="dead"))
     model.graph.register_initializer(dead)
-    monkeypatch.setattr("ptq_onnx.preparation.model_files.SHARED_LIMIT", 0)
+    monkeypatch.setattr("ptq_onnx.preparation.sizes.SHARED_LIMIT", 0)
     session = open_plain(model, threads=1)
     np.testing.assert_array_equal(session.run(None, {"x": X})[0], expected)
     save(model, tmp_path / "out.onnx")
@@ -536,7 +537,7 @@ def test_a_large_weight_that_nothing_reads_is_left_out(
 
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 300, 2**31 - 1])
 def test_heads_of_fields_are_those_of_protobuf(length: int) -> None:
-    head = graph._head(7, length)
+    head = field_head(7, length)
     assert head[0] == 7 << 3 | 2
     assert sum((byte & 127) << 7 * i for i, byte in enumerate(head[1:])) == length
     assert [byte >> 7 for byte in head[1:]] == [1] * (len(head) - 2) + [0]

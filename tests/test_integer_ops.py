@@ -8,7 +8,7 @@ import torch
 from prepared_models import DIGITS, images, prepared, quantized
 from small_graph import SmallGraph
 
-from ptq_onnx.blocks.roles import is_layout, name_of
+from ptq_onnx.blocks.walking import is_layout, name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.targets.integer.simulated_steps import integer_overrides

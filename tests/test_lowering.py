@@ -14,8 +14,9 @@ from small_graph import SmallGraph, run, sample, text
 from small_transformer import Choices, transformer
 
 from ptq_onnx.blocks.channels import cancels, is_power_of_two, rows_of
-from ptq_onnx.blocks.roles import consumers, find_blocks, is_constant, is_layout, is_linear
+from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, is_linear
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.evaluation.network import session
 from ptq_onnx.fusion.rules import fuse

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ptq_onnx.cli.options import settings
+from ptq_onnx.cli.given import settings
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, PtqError
 from ptq_onnx.images.preprocess import Preprocess

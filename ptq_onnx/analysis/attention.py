@@ -14,7 +14,8 @@ from ptq_onnx.analysis.attention_values import CODES, round_attention
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import AttentionMap, decibels
 from ptq_onnx.analysis.tokens import patch_layout
-from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.images.preprocess import Preprocess
 

@@ -24,7 +24,8 @@ from ptq_onnx.analysis.results import (
     decibels,
 )
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
-from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.qdq.fake_quantize import fake_quantize, values_of

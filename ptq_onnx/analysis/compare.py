@@ -16,7 +16,7 @@ from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
 from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.analysis.same_model import check_same_model, preprocess_notes
-from ptq_onnx.blocks.roles import name_of
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.class_output import features_of
 from ptq_onnx.config.stages import READING
 from ptq_onnx.errors import ConfigError, ModelError

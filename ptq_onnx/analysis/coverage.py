@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import is_linear, is_product
+from ptq_onnx.blocks.walking import is_linear, is_product
 from ptq_onnx.targets.checking.coding import constant
 from ptq_onnx.targets.checking.optimised import optimise
 from ptq_onnx.targets.checking.product import Operand, Product

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import is_constant, is_layout, is_linear
+from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.targets.integer.interpreter import Interpreter

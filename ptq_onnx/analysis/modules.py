@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from ptq_onnx.analysis.results import Part, Scope
-from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.config.quantize_config import ALL, INTEGER, Selector
 from ptq_onnx.numerics.spec import Site, TensorSpec
 

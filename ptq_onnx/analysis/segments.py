@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import consumers, is_constant, is_layout
+from ptq_onnx.blocks.walking import consumers, is_constant, is_layout
 from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation import model_files as graphs

@@ -24,7 +24,8 @@ from ptq_onnx.analysis.graphwise import float_outputs
 from ptq_onnx.analysis.modules import Module, find_modules
 from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels, difference
 from ptq_onnx.analysis.segments import Segments, Specs
-from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs
 from ptq_onnx.errors import ModelError
 from ptq_onnx.images.source import ImageSource

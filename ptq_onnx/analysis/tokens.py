@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.sites import image_input
+from ptq_onnx.blocks.walking import name_of
 
 Array = NDArray[np.float32]
 

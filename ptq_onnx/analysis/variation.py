@@ -33,7 +33,8 @@ from ptq_onnx.analysis.results import (
 )
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.element_map import channel_map
-from ptq_onnx.blocks.roles import Blocks, name_of
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.statistics import ChannelStatistics, collect
 from ptq_onnx.numerics.spec import Site, TensorSpec
 from ptq_onnx.preparation import model_files as graphs

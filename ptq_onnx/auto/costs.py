@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import is_linear, name_of
+from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.numerics.spec import Rule, Site
 
 FLOAT_BITS = 32

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.element_map import layout_indices, static_shape
-from ptq_onnx.blocks.roles import is_constant, is_linear
+from ptq_onnx.blocks.walking import is_constant, is_linear
 
 Factor = NDArray[np.float32]
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from ptq_onnx.blocks.roles import is_constant, is_layout
+from ptq_onnx.blocks.walking import is_constant, is_layout
 
 
 def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:

@@ -22,9 +22,9 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from ptq_onnx.blocks.element_map import varying_axes
-from ptq_onnx.blocks.roles import (
+from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
-    Blocks,
     consumers,
     is_constant,
     is_layout,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import is_constant
+from ptq_onnx.blocks.walking import is_constant
 from ptq_onnx.errors import PtqError
 from ptq_onnx.evaluation.network import may_be_classes
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import is_layout, is_product
+from ptq_onnx.blocks.walking import is_layout, is_product
 from ptq_onnx.calibration.methods import Statistics, collect
 from ptq_onnx.graph.formula import new_constant
 from ptq_onnx.numerics.spec import Site

@@ -20,6 +20,7 @@ from ptq_onnx.calibration.statistics import copies_in
 from ptq_onnx.errors import ModelError
 from ptq_onnx.graph.formula import new_constant
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.model_sessions import open_session
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -148,4 +149,4 @@ def _open(
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
-    return graphs.open_session(copy, options), outputs
+    return open_session(copy, options), outputs

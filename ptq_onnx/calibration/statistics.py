@@ -20,6 +20,7 @@ from ptq_onnx.calibration.range_growth import RangeTrace
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.model_sessions import open_session
 
 __all__ = [
     "BINS",
@@ -271,7 +272,7 @@ def _session(model: ir.Model, threads: int) -> ort.InferenceSession:
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
-    return graphs.open_session(model, options)
+    return open_session(model, options)
 
 
 def collect(

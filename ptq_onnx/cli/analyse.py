@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ptq_onnx.cli import options as o
 from ptq_onnx.cli.console import progress_bars, show
+from ptq_onnx.cli.given import settings
 from ptq_onnx.files.output_paths import ANALYSIS, Output
 from ptq_onnx.pipeline.model_path import find_model
 
@@ -56,7 +57,7 @@ def analyse(
     """Quantize a model and write only the report: what every module costs, and why."""
     given = {"report": True, **locals()}
     given["sensitivity"] = True if sensitivity is None else sensitivity
-    options, paths = o.settings(config, given)
+    options, paths = settings(config, given)
     paths.setdefault("output", ANALYSIS)
     Output.of_reports(paths["output"]).keep(config=config)
     path = find_model(model)

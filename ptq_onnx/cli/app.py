@@ -33,6 +33,7 @@ from ptq_onnx.cli.console import (
     stdout,
 )
 from ptq_onnx.cli.curve import calibration_curve
+from ptq_onnx.cli.given import settings
 from ptq_onnx.cli.inspect import inspect
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.outputs import decibels as in_json
@@ -112,7 +113,7 @@ def quantize(
     threads: o.Threads = None,
 ) -> None:
     """Quantize a model and write it to a folder, with its report."""
-    options, paths = o.settings(config, locals())
+    options, paths = settings(config, locals())
     Output.at(paths.get("output", OUTPUT)).keep(config=config)
     path = find_model(model)
     with progress_bars() as progress:
@@ -148,7 +149,7 @@ def evaluate(
     threads: o.Threads = None,
 ) -> None:
     """Measure top-1 and top-5 of a model in ONNX Runtime."""
-    options, paths = o.settings(config, locals())
+    options, paths = settings(config, locals())
     path = find_model(model, written=True)
     other = None if reference is None else find_model(reference)
     if "val" not in paths:

@@ -19,6 +19,7 @@ from ptq_onnx.cli.console import (
     simple_table,
     stdout,
 )
+from ptq_onnx.cli.given import settings
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.text_file import write_text
@@ -59,7 +60,7 @@ def compare(
     threads: o.Threads = None,
 ) -> None:
     """Compare quantized files of one float model: accuracy, SQNR, blocks, size, speed."""
-    options, paths = o.settings(config, locals())
+    options, paths = settings(config, locals())
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
     folder = Output.of_reports(paths["output"]).folder if "output" in paths else None

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ptq_onnx.cli import options as o
 from ptq_onnx.cli.console import decibels, percent, progress_bars, simple_table, stdout
+from ptq_onnx.cli.given import settings
 from ptq_onnx.config.option_types import shown
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.output_paths import Output
@@ -60,7 +61,7 @@ def calibration_curve(
 ) -> None:
     """Draw accuracy or SQNR over the number of calibration images, real ones and noise."""
     counts = None if sizes is None else _counts(sizes)
-    options, paths = o.settings(config, locals())
+    options, paths = settings(config, locals())
     path = find_model(model)
     if "val" not in paths:
         raise ConfigError("calibration-curve needs images to measure on: --val DIR.")

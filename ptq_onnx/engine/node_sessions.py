@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import Factor, rows_of
-from ptq_onnx.blocks.roles import is_constant, is_layout, name_of
+from ptq_onnx.blocks.walking import is_constant, is_layout, name_of
 from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation import model_files as graphs

@@ -27,7 +27,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from ptq_onnx.blocks.roles import is_constant, name_of
+from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.engine.torch_ops import HANDLERS, fake_quantize
 from ptq_onnx.errors import ModelError
@@ -81,7 +81,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # PPQ prints a banner on import
 
 Mode = Literal["exact", "torch"]
 EXACT = TargetPlatform.ONNXRUNTIME
-"""The platform whose every handler is the exact kernel of the node (see kernels.py)."""
+"""The platform whose every handler is the exact kernel of the node (see node_sessions.py)."""
 FAKE = TargetPlatform.INT8
 """The platform of PPQ's torch handlers, ours in place of missing or wrong ones."""
 
@@ -427,8 +427,8 @@ class Simulator:
 
     ``exact`` computes what the exported file computes in ONNX Runtime, to the last bit;
     ``torch`` is PPQ's fake quantization, on a CPU or with CUDA. ``overrides`` replaces the
-    arithmetic of single nodes (integers, see integer_ops.py): name → function of the inputs
-    that returns the output, quantized.
+    arithmetic of single nodes (integers, see ``targets/integer/simulated_steps.py``): name →
+    function of the inputs that returns the output, quantized.
     """
 
     def __init__(

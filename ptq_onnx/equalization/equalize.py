@@ -1,8 +1,8 @@
 """Equalisation: the same float model, in a form and with factors that 8 bits can hold.
 
-Only what is equal in float is done (``forms.py``: other ops for the same function;
-``moves.py``: shifts and factors per channel). How far each factor goes is chosen per site by
-the expected error of the products that read it (``strength.py``), from the statistics of one
+Only what is equal in float is done (``runtime_forms.py``: other ops for the same function;
+``foldings.py``: shifts and factors per channel). How far each factor goes is chosen per site by
+the expected error of the products that read it (``factor_search.py``), from the statistics of one
 calibration run, which are carried over to the new graph.
 
 * LayerNorm's γ, β → the linears behind it; GELU → fc2 (one Mul, where it pays);
@@ -17,7 +17,7 @@ away from zero costs it and factors gain nothing (ViT-Ti on 32 images: 14.3 dB w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,23 +27,14 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
-from ptq_onnx.blocks.roles import (
-    Blocks,
-    Role,
-    find_blocks,
-    is_linear,
-    is_product,
-    name_of,
-    through_layout,
-)
-from ptq_onnx.blocks.sites import find_sites, image_input
+from ptq_onnx.blocks.roles import Blocks, Role, find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import is_product, name_of
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.config import stages
 from ptq_onnx.config.targets import Target
-from ptq_onnx.equalization import runtime_forms as forms
-from ptq_onnx.equalization.experts import experts_as_linears
 from ptq_onnx.equalization.factor_search import (
     Choice,
     Product,
@@ -62,7 +53,9 @@ from ptq_onnx.equalization.foldings import (
     readers_of,
     value_path,
 )
-from ptq_onnx.equalization.reads import integer_readers, own_reads
+from ptq_onnx.equalization.linear_weights import move_rows
+from ptq_onnx.equalization.pixels import image_in_pixels
+from ptq_onnx.equalization.restructure import reads_only_products, restructure, with_own_reads
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.spec import Site
@@ -257,7 +250,7 @@ class _Equalizer:
         before = {name_of(node) for node in self.model.graph}
         made = insert_affine(self.model.graph, value, shift, factor, "equalized")
         for linear in linears:
-            forms.move_rows(self.model.graph, linear, factor, shift)
+            move_rows(self.model.graph, linear, factor, shift)
         for node in self.model.graph:
             if name_of(node) not in before:
                 self.roles[name_of(node)] = Role(site.block, site.role)
@@ -348,84 +341,12 @@ class _Equalizer:
             records=self.records(av.tensor),
         )
         columns.apply(self.model.graph, mean, choice.factor)
-        forms.move_rows(self.model.graph, linear, choice.factor[order], mean[order])
+        move_rows(self.model.graph, linear, choice.factor[order], mean[order])
         name = v.tensor + SUFFIX if centred else v.tensor
         self.move_statistics(name, shift, choice.factor)
         self.move_statistics(av.tensor, mean, choice.factor)
         self.exponents.update({v.tensor: choice.exponent, av.tensor: choice.exponent})
         self.note(v, "proj", choice)
-
-
-def restructure(model: ir.Model, target: Target, *, products: bool = False) -> dict[str, int]:
-    """Bring a fused model into the forms of ``forms.py`` that help the target, in place; how
-    often each fired. ``products``: only those without which a product would stay float."""
-    wanted = {
-        "PatchesAsLinear": (forms.patches_as_linear, target.patches_as_linear),
-        "PackedPixelsAsLinear": (
-            forms.packed_pixels_as_linear,
-            target.codes_of_convolutions and products,
-        ),
-        "ExpertsAsLinears": (experts_as_linears, True),
-        "UnpackedAttention": (forms.unpack_attention, target.split_qkv and not products),
-        "FoldedScale": (forms.fold_attention_scales, not products),
-        "KeptRank": (forms.keep_rank, target.keep_rank),
-    }
-    return {name: form(model) if wished else 0 for name, (form, wished) in wanted.items()}
-
-
-def in_form(plan: Plan) -> Plan:
-    """The plan for a model whose products the target computes in integers; see ``forms.py``.
-
-    For quantizers that take the model as it is otherwise. The plan's own model is left alone.
-    """
-    model = plan.model.clone()
-    counts = restructure(model, plan.config.runtime, products=True)
-    common.RemoveUnusedNodesPass()(model)
-    blocks = _with_own_reads(plan, model, find_blocks(model))
-    sites = find_sites(model, blocks)
-    extra: dict[str, Site] = {}
-    if plan.config.runtime.codes_of_convolutions:
-        extra = convolution_outputs(model, blocks, sites)
-    if not extra and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
-        return plan
-    return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
-
-
-def _with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
-    """The blocks with the copies that ``deploy`` quantizes, put into the model."""
-    if plan.config.quantizer != "deploy" or plan.config.weight_only:
-        return blocks
-    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
-    return replace(blocks, roles={**blocks.roles, **roles})
-
-
-def convolution_outputs(
-    model: ir.Model, blocks: Blocks, sites: Mapping[str, Site]
-) -> dict[str, Site]:
-    """Outputs of convolutions that are no sites, as sites: of those that a Concat stands behind,
-    only what it makes is one."""
-    found: dict[str, Site] = {}
-    for node in model.graph:
-        output = node.outputs[0]
-        if node.op_type != "Conv" or str(output.name) in sites or output.shape is None:
-            continue
-        role = blocks.roles.get(name_of(node))
-        found[str(output.name)] = Site(
-            tensor=str(output.name),
-            role="other" if role is None else role.name,
-            block=None if role is None else role.block,
-            channel_axes=(1,),
-            shape=tuple(d if isinstance(d, int) else str(d.value) for d in output.shape),
-            producer=name_of(node),
-            consumers=tuple(name_of(n) for n, _ in through_layout(output)),
-        )
-    return found
-
-
-def reads_only_products(site: Site, nodes: dict[str, ir.Node]) -> bool:
-    """True for an activation that products alone read."""
-    readers = [nodes[name] for name in site.consumers]
-    return bool(readers) and all(n.op_type in ("Linear", "Conv", "MatMul") for n in readers)
 
 
 def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
@@ -453,7 +374,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
             convolutions=target.convolutions,
         )
         blocks = replace(blocks, roles={**blocks.roles, **roles})
-    blocks = _with_own_reads(plan, model, blocks)
+    blocks = with_own_reads(plan, model, blocks)
     sites = find_sites(model, blocks)
     nodes = {name_of(node): node for node in model.graph}
     wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
@@ -488,75 +409,3 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         forms=counts,
         fixed={**fixed, **state.fixed},
     )
-
-
-def image_in_pixels(
-    model: ir.Model,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    *,
-    centred: bool = False,
-    convolutions: bool = True,
-) -> tuple[dict[str, Role], dict[str, tuple[float, float]]]:
-    """Let the patch embedding read the image in units that 8-bit pixels fill exactly.
-
-    A normalised pixel is (p / 255 - mean) / std. Where all channels share a std, an Add that
-    makes black zero is enough, else a Mul brings all to one unit. ``centred``: zero is 128, for
-    codes with a sign. What a convolution pads is padded before: the border's zeros become the
-    pixels next to the mean. Returns the roles of the
-    new nodes and the exact range of the tensor that the patch embedding reads; both are
-    empty, and the model as it was, where the image is read by anything else, or by a
-    convolution and these are not quantized (``convolutions``).
-    """
-    image = _behind_pads(image_input(model))
-    leaves = [leaf for leaf in through_layout(image) if leaf[0].op_type != "Shape"]
-    if len(leaves) != 1 or leaves[0][1] != 0:
-        return {}, {}
-    node = leaves[0][0]
-    weight, read = constant(node.inputs[1]) if len(node.inputs) > 1 else None, node.inputs[0]
-    if weight is None or read is None or image.shape is None:
-        return {}, {}
-    channels = image.shape[1]
-    if not isinstance(channels, int) or channels != len(mean):
-        return {}, {}
-    if not (is_linear(node) or (convolutions and node.op_type == "Conv" and read is image)):
-        return {}, {}
-    unit = 1 / (255 * np.array(std, np.float64))
-    shared = bool(np.all(unit == unit[0]))
-    factor = np.ones(len(unit)) if shared else unit
-    zero = 128.0 if centred else 0.0
-    shift = (zero / 255 - np.array(mean, np.float64)) / np.array(std, np.float64)
-    before = {name_of(n) for n in model.graph}
-    direct = read is image
-    if is_linear(node):
-        index = np.arange(channels, dtype=np.float32).reshape(channels, 1, 1)
-        rows = rows_of(image, read, index)
-        if rows is None:
-            return {}, {}
-        order = rows.astype(np.int64)
-        forms.move_rows(model.graph, node, factor[order], shift[order])
-    else:
-        padded = forms.pad_apart(model.graph, node, image)
-        if padded is None:
-            return {}, {}
-        image = padded
-        forms.move_input_channels(model.graph, node, factor, shift)
-    spread = (channels, 1, 1)
-    made = insert_affine(
-        model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels"
-    )
-    new = [n for n in model.graph if name_of(n) not in before]
-    step = float(unit[0]) if shared else 1.0
-    tensor = str(made.name) if direct else str(read.name)
-    return {name_of(n): Role(None, "input") for n in new}, {
-        tensor: (-zero * step, (255 - zero) * step)
-    }
-
-
-def _behind_pads(image: ir.Value) -> ir.Value:
-    """The image behind the Pads that alone read it: a shift behind them leaves the border zero."""
-    while True:
-        uses = [use.node for use in image.uses() if use.node.op_type != "Shape"]
-        if len(uses) != 1 or uses[0].op_type != "Pad" or uses[0].inputs[0] is not image:
-            return image
-        image = uses[0].outputs[0]

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import name_of
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.graph.formula import constant, is_private, new_constant, unique_name
 
 MOST = 64

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.element_map import channel_map
-from ptq_onnx.blocks.roles import (
+from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
     is_layout,
     is_linear,
@@ -25,7 +25,7 @@ from ptq_onnx.blocks.roles import (
     through_layout,
 )
 from ptq_onnx.calibration.mean_centred import rows_sum_to_one
-from ptq_onnx.equalization.runtime_forms import move_rows, own_columns, scale_columns, set_linear
+from ptq_onnx.equalization.linear_weights import move_rows, own_columns, scale_columns, set_linear
 from ptq_onnx.graph.formula import constant, new_constant, unique_name
 
 Double = NDArray[np.float64]

@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import (
-    RESIDUALS,
-    Blocks,
-    Role,
+from ptq_onnx.blocks.roles import RESIDUALS, Blocks, Role
+from ptq_onnx.blocks.sites import places, readers
+from ptq_onnx.blocks.walking import (
     consumers,
     is_constant,
     is_layout,
@@ -23,7 +22,6 @@ from ptq_onnx.blocks.roles import (
     is_product,
     name_of,
 )
-from ptq_onnx.blocks.sites import places, readers
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.graph.formula import unique_name
 

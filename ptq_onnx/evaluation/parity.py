@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError, one_line
 from ptq_onnx.evaluation.network import TYPES
-from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.preparation.signature import fed
 
 Array = NDArray[np.float32]
@@ -90,7 +90,7 @@ class Reference:
                 "The original does not run in ONNX Runtime, so that rewrites were compared with"
                 f" the fused model alone ({one_line(error)[:200]})."
             )
-            session = graphs.open_plain(fused, threads)
+            session = open_plain(fused, threads)
             self.expected = [_run(session, batch) for batch in self.batches]
             return
         self.fused = self.off(fused)
@@ -109,7 +109,7 @@ class Reference:
         names = [str(v.name) for v in model.graph.outputs]
         sums = np.zeros((2, len(names)))
         try:
-            session = graphs.open_plain(model, self.threads)
+            session = open_plain(model, self.threads)
             for batch, wanted in zip(self.batches, self.expected, strict=True):
                 pairs = zip(wanted, _run(session, batch), strict=True)
                 sums += np.array([powers(one, other) for one, other in pairs]).T

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import SHUT_OUT
+from ptq_onnx.blocks.masks import SHUT_OUT
 from ptq_onnx.graph.formula import constant, is_private, new_constant, scalar, sizes, unique_name
 
 LAYOUT = frozenset(("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity"))

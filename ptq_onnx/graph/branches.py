@@ -10,7 +10,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.graph.symbolic_shapes import Symbolic, dynamic_names
+from ptq_onnx.graph.symbolic_dims import dynamic_names
+from ptq_onnx.graph.symbolic_shapes import Symbolic
 
 LOOPS = frozenset(("Loop", "Scan"))
 CONTROL_FLOW = frozenset(("If", *LOOPS))

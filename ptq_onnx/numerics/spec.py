@@ -60,7 +60,7 @@ class Rule:
     activation's integer codes in the file; weights are int8, or int4 where ``block_size``, the
     number of rows that share a scale and zero point of a column, is not 0. ``centred``: the mean
     over tokens, of the tensor in whole steps of its scale, is taken out before, and added to A V
-    (see ``centring.py``).
+    (see ``calibration/mean_centred.py``).
     """
 
     bits: int = 8

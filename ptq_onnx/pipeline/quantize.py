@@ -33,6 +33,7 @@ from ptq_onnx.pipeline.preprocess_input import Given, from_files
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.input_size import try_size
+from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.preparation.prepare import Prepared, own_faults, prepare, read_input
 from ptq_onnx.preparation.signature import as_pixels, pixels, signature
 from ptq_onnx.progress import Advance, Progress, Stages
@@ -549,7 +550,7 @@ class _Run:
 
     def _in_form(self, plan: Any) -> Any:
         """The plan for the model in the form that the target computes in integers."""
-        from ptq_onnx.equalization.equalize import in_form
+        from ptq_onnx.equalization.restructure import in_form
 
         return in_form(plan)
 
@@ -616,7 +617,7 @@ class _Run:
         few = source.reopened(MOST, plain)  # however few calibration takes
         pictures = np.concatenate(list(few.batches(8)))
         try:
-            opened = graphs.open_plain(model, self.config.threads)
+            opened = open_plain(model, self.config.threads)
             classifier = Classifier(opened, output=logits)
             found = check_preprocess(classifier, pictures, self.preprocess)
         except ModelError:  # no classifier after all

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.graph.formula import constant, new_constant
-from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.cleaning import clean
+from ptq_onnx.preparation.model_sessions import open_plain
 
 NAME = "batch"
 CLOSE = 1e-3
@@ -162,8 +162,8 @@ def _same(model: ir.Model, other: ir.Model, size: int) -> bool:
     sides = [d if isinstance(d, int) else 64 for d in list(image.shape or [])[1:]]
     images = np.random.default_rng(0).standard_normal((size, *sides), np.float32)
     feed = str(image.name)
-    wanted = graphs.open_plain(model).run(None, {feed: images})
-    session = graphs.open_plain(other)
+    wanted = open_plain(model).run(None, {feed: images})
+    session = open_plain(other)
     for number in (size, 1):
         found = session.run(None, {feed: images[:number]})
         for a, b in zip(wanted, found, strict=True):

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from ptq_onnx.errors import ConfigError, ModelError, one_line
 from ptq_onnx.graph.branches import has_branches
-from ptq_onnx.graph.symbolic_shapes import Symbolic, Tie
+from ptq_onnx.graph.symbolic_dims import Tie
+from ptq_onnx.graph.symbolic_shapes import Symbolic
 from ptq_onnx.preparation.cleaning import flatten
-from ptq_onnx.preparation.model_files import open_plain
+from ptq_onnx.preparation.model_sessions import open_plain
 
 LARGEST = 4096
 """Sides that are tried."""

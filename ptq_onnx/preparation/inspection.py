@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import ahead_to, back_to, is_product
+from ptq_onnx.blocks.walking import ahead_to, back_to, is_product
 from ptq_onnx.errors import PtqError
 from ptq_onnx.files.model_size import model_bytes
 from ptq_onnx.fusion.near_miss import NearMiss, near_misses

@@ -10,10 +10,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from ptq_onnx.errors import ModelError, one_line
@@ -22,10 +20,11 @@ from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.graph.onnxruntime_ops import refile
 from ptq_onnx.graph.ordering import sort_nodes
 from ptq_onnx.graph.sparse import write_out_sparse
-from ptq_onnx.preparation.cleaning import SMALL, CleanReport, clean, flatten, skeleton
+from ptq_onnx.preparation import sizes
+from ptq_onnx.preparation.cleaning import CleanReport, clean, flatten, skeleton
 from ptq_onnx.preparation.signature import put_back
+from ptq_onnx.preparation.streamed import write_streamed
 from ptq_onnx.preparation.validation import validate
-from ptq_onnx.runtime.sessions import Session
 from ptq_onnx.telemetry import switch_off
 
 switch_off()  # by its API too, where it is loaded by now
@@ -35,20 +34,12 @@ __all__ = [
     "clean",
     "flatten",
     "load",
-    "open_plain",
-    "open_session",
     "outline",
     "read",
     "save",
     "serialize",
     "to_standard",
 ]
-
-EXTERNAL_LIMIT = 1_900_000_000
-"""Bytes from which weights go to a file of their own; a protobuf ends at 2 GiB."""
-
-SHARED_LIMIT = 64_000_000
-"""Bytes from which no protobuf of all weights is made to check, run or write a model."""
 
 
 def load(path: str | Path) -> ir.Model:
@@ -119,15 +110,15 @@ def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     weights = path.with_name(f".{path.name}.{os.getpid()}.data.tmp")
     try:
-        if _size(standard) <= min(SHARED_LIMIT, EXTERNAL_LIMIT):
+        if sizes.serialized_size(standard) <= min(sizes.SHARED_LIMIT, sizes.EXTERNAL_LIMIT):
             content = _to_bytes(standard)
             if check:
                 onnx.checker.check_model(content, full_check=True)
             temporary.write_bytes(content)
-        elif _size(standard) <= EXTERNAL_LIMIT:
+        elif sizes.serialized_size(standard) <= sizes.EXTERNAL_LIMIT:
             if check:
                 onnx.checker.check_model(skeleton(standard), full_check=True)
-            _write_streamed(standard, temporary)
+            write_streamed(standard, temporary)
         else:
             if check:
                 onnx.checker.check_model(skeleton(standard), full_check=True)
@@ -151,81 +142,12 @@ def serialize(model: ir.Model) -> bytes:
 
 
 def _to_bytes(standard: ir.Model) -> bytes:
-    if _size(standard) > EXTERNAL_LIMIT:
+    if sizes.serialized_size(standard) > sizes.EXTERNAL_LIMIT:
         raise ModelError(
-            f"The model holds {_size(standard) / 1e9:.1f} GB of weights,"
+            f"The model holds {sizes.serialized_size(standard) / 1e9:.1f} GB of weights,"
             " more than fits one protobuf; save it to a file instead."
         )
     return bytes(ir.to_proto(standard).SerializeToString())
-
-
-def _size(model: ir.Model) -> int:
-    """Bytes of all initializers."""
-    tensors = (v.const_value for v in model.graph.initializers.values())
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
-def _write_streamed(model: ir.Model, path: Path) -> None:
-    """One file, its large weights one after the other: no second copy of all is made.
-
-    A protobuf's fields may come in any order: those of the model, then the graph, whose large
-    initializers are its last fields. Source: protobuf.dev, "Encoding".
-    """
-    proto, large = _without_weights(model)
-    graph = proto.graph.SerializeToString()
-    proto.ClearField("graph")
-    heads = []
-    for name, weight in large.items():
-        described = onnx.TensorProto(name=name, data_type=int(weight.dtype))
-        described.dims.extend(weight.shape.numpy())
-        fields = described.SerializeToString() + _head(RAW_DATA, weight.nbytes)
-        heads.append(_head(INITIALIZER, len(fields) + weight.nbytes) + fields)
-    weights = sum(len(head) for head in heads) + sum(w.nbytes for w in large.values())
-    with path.open("wb") as file:
-        file.write(proto.SerializeToString())
-        file.write(_head(GRAPH, len(graph) + weights))
-        file.write(graph)
-        for head, weight in zip(heads, large.values(), strict=True):
-            file.write(head)
-            file.write(weight.tobytes())
-
-
-GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
-INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
-RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
-
-
-def _head(field: int, length: int) -> bytes:
-    """What stands in a protobuf before a field of bytes: its number and type 2, the length."""
-    out = bytearray()
-    for number in (field << 3 | 2, length):
-        while number > 127:
-            out.append(number & 127 | 128)
-            number >>= 7
-        out.append(number)
-    return bytes(out)
-
-
-def _without_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """The model as protobuf without its large initializers, and those that are used by name."""
-    proto = skeleton(model)
-    inputs = {value.name for value in model.graph.inputs}
-    kept: list[onnx.ValueInfoProto] = []
-    described: list[onnx.ValueInfoProto] = []
-    large: dict[str, ir.TensorProtocol] = {}
-    for info in proto.graph.input:
-        value = model.graph.initializers.get(info.name)
-        if value is None or value.const_value is None or value.const_value.size <= SMALL:
-            kept.append(info)
-            continue
-        if not value.uses() and not value.is_graph_output() and info.name not in inputs:
-            continue  # ONNX Runtime drops it, and then misses it
-        large[info.name] = value.const_value
-        (kept if info.name in inputs else described).append(info)
-    proto.graph.value_info.extend(described)
-    del proto.graph.input[:]
-    proto.graph.input.extend(kept)
-    return proto, large
 
 
 def _write_external(model: ir.Model, path: Path, weights: Path, location: str) -> None:
@@ -376,46 +298,9 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
     """onnx's own checker; large weights, and those of other files, do not go through it."""
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
     try:
-        if external or proto.ByteSize() > min(SHARED_LIMIT, EXTERNAL_LIMIT):
+        if external or proto.ByteSize() > min(sizes.SHARED_LIMIT, sizes.EXTERNAL_LIMIT):
             onnx.checker.check_model(skeleton(model))
         else:
             onnx.checker.check_model(proto)
     except Exception as error:
         raise ModelError(f"Model {path} is not valid ONNX: {one_line(error)}.") from error
-
-
-def open_plain(model: ir.Model, threads: int = 0) -> ort.InferenceSession:
-    """A session for a few images, without the packed copies of the weights, which would take
-    memory and time. Raises ModelError."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return open_session(to_standard(model), options)
-
-
-def open_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU of a model in standard form.
-
-    The weights of large models are handed over where they are, not in a protobuf.
-    """
-    providers = ["CPUExecutionProvider"]
-    if _size(model) <= min(SHARED_LIMIT, EXTERNAL_LIMIT):
-        content = ir.to_proto(model).SerializeToString()
-        return Session(content, options, providers=providers)
-    proto, large = _without_weights(model)
-    names, weights = [], []
-    for name, weight in large.items():
-        array = np.ascontiguousarray(weight.numpy())
-        names.append(name)
-        weights.append(ort.OrtValue.ortvalue_from_numpy(array))
-        tensor = proto.graph.initializer.add()
-        tensor.name, tensor.data_type = name, int(weight.dtype)
-        tensor.dims.extend(array.shape)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, text in (("location", "memory"), ("offset", "0"), ("length", str(array.nbytes))):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, text
-    options.add_external_initializers(names, weights)
-    session = Session(proto.SerializeToString(), options, providers=providers)
-    session.weights = weights  # they must live as long as the session
-    return session

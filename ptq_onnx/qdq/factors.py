@@ -30,7 +30,7 @@ from ptq_onnx.blocks.channels import (
     rows_of,
 )
 from ptq_onnx.blocks.element_map import channel_map, static_shape
-from ptq_onnx.blocks.roles import (
+from ptq_onnx.blocks.walking import (
     consumers,
     is_constant,
     is_layout,

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import consumers
+from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.errors import ModelError
 from ptq_onnx.graph.formula import new_constant, unique_name
 from ptq_onnx.qdq.small_scales import SMALLEST_NORMAL, enlarge_small_scales

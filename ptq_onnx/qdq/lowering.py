@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import Factor, is_convolution
-from ptq_onnx.blocks.roles import consumers, is_layout, is_linear, is_product
+from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
 from ptq_onnx.calibration.mean_centred import TOKENS, static_tokens
 from ptq_onnx.numerics.log2 import THRESHOLD, log2_values, top_code
 from ptq_onnx.numerics.spec import TensorSpec

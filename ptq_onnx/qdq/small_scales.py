@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import consumers
+from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.graph.formula import constant, new_constant, unique_name
 
 SMALLEST_NORMAL = 2.0**-14

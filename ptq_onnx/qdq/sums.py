@@ -11,7 +11,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import consumers
+from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.graph.formula import constant, is_private, new_constant
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import Blocks, is_linear, name_of
+from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.selectors import check_roles, in_form, known_roles
+from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.calibration.methods import (
     FALLBACK,
     FROM_HISTOGRAM,

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
-from ptq_onnx.blocks.roles import is_linear, name_of
+from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.calibration.methods import ChannelStatistics, Statistics
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.spec import Site, TensorSpec

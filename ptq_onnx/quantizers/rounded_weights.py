@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import is_linear
+from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.calibration.moments import collect_moments, groups
 from ptq_onnx.config import stages

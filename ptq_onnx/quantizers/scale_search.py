@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import is_linear, is_product, name_of
+from ptq_onnx.blocks.walking import is_linear, is_product, name_of
 from ptq_onnx.calibration.methods import FROM_PRODUCTS, Score
 from ptq_onnx.calibration.product_samples import Wanted, collect_samples
 from ptq_onnx.engine.node_sessions import carried_specs

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import is_linear
+from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.methods import Statistics, collect
 from ptq_onnx.config import stages
 from ptq_onnx.numerics.blockwise import BLOCK, block_grid

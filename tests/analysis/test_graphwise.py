@@ -16,7 +16,7 @@ from prepared_models import DIGITS, ROOT, images, prepared, quantized, subject
 from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.results import Graphwise
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, patch_layout
-from ptq_onnx.blocks.roles import is_layout, is_linear, name_of
+from ptq_onnx.blocks.walking import is_layout, is_linear, name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ModelError
 from ptq_onnx.graph.expansions import to_standard

@@ -11,11 +11,13 @@ from prepared_models import DIGITS, ROOT, images, prepared, quantized
 from small_graph import sample
 from small_transformer import TOKENS, WIDTH, Choices, transformer
 
-from ptq_onnx.blocks.roles import find_blocks, is_linear
+from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.targets import ONNXRUNTIME
-from ptq_onnx.equalization.equalize import Move, equalise, restructure
+from ptq_onnx.equalization.equalize import Move, equalise
+from ptq_onnx.equalization.restructure import restructure
 from ptq_onnx.evaluation.network import session
 from ptq_onnx.preparation.model_files import serialize
 from ptq_onnx.qdq.lowering import lower

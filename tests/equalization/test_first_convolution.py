@@ -13,8 +13,9 @@ from small_image_model import image_model, random
 
 from ptq_onnx.blocks.element_map import layout_indices
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.equalization import runtime_forms as forms
-from ptq_onnx.equalization.equalize import equalise, image_in_pixels
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.equalization.linear_weights import move_input_channels
+from ptq_onnx.equalization.pixels import image_in_pixels
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.quantizers.base import Plan
@@ -73,7 +74,7 @@ def test_groups_read_their_own_channels(groups: int) -> None:
     (expected,) = run(model, x)
     factor, shift = np.array([1.0, 2, 3, 4]), np.array([0.5, -1, 2, 0])
     conv = next(iter(model.graph))
-    forms.move_input_channels(model.graph, conv, factor, shift)
+    move_input_channels(model.graph, conv, factor, shift)
     moved = (x - shift.reshape(4, 1, 1)) / factor.reshape(4, 1, 1)
     np.testing.assert_allclose(run(model, moved.astype(np.float32))[0], expected, atol=1e-5)
 
@@ -83,10 +84,10 @@ def test_a_shift_under_padding_is_refused() -> None:
     model = g.model(g("Conv", "x", random(0, 2, 1, 3, 3), pads=[1, 1, 1, 1]))
     conv = next(iter(model.graph))
     with pytest.raises(ValueError, match="pads with zeros"):
-        forms.move_input_channels(model.graph, conv, np.ones(1), np.ones(1))
+        move_input_channels(model.graph, conv, np.ones(1), np.ones(1))
     before = constant(conv.inputs[1])
     assert before is not None
-    forms.move_input_channels(model.graph, conv, np.full(1, 2.0), np.zeros(1))
+    move_input_channels(model.graph, conv, np.full(1, 2.0), np.zeros(1))
     np.testing.assert_array_equal(constant(conv.inputs[1]), before * 2)
 
 

@@ -15,7 +15,8 @@ from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
-from ptq_onnx.equalization.equalize import equalise, in_form
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.preparation.model_files import to_standard
 from ptq_onnx.qdq.lowering import lower

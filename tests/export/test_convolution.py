@@ -12,8 +12,8 @@ from ptq_onnx.blocks.channels import rows_in_weight
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.equalization import runtime_forms as forms
-from ptq_onnx.equalization.equalize import in_form
+from ptq_onnx.equalization.patch_forms import packed_pixels_as_linear
+from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.numerics.ptf import Reader, output_noise
 from ptq_onnx.preparation.model_files import serialize
@@ -119,12 +119,12 @@ def test_packed_pixels_become_a_linear() -> None:
     model = packed()
     x = sample(2, C, 4, 4)
     expected = run(model, x)[0]
-    assert forms.packed_pixels_as_linear(model) == 1
-    assert forms.packed_pixels_as_linear(model) == 0
+    assert packed_pixels_as_linear(model) == 1
+    assert packed_pixels_as_linear(model) == 0
     np.testing.assert_allclose(run(model, x)[0], expected, rtol=1e-4, atol=1e-5)
     assert "Conv" not in [n.op_type for n in model.graph]
 
 
 @pytest.mark.parametrize("other", [{"kernel": 3}, {"groups": 2}, {"stride": 2}])
 def test_other_convolutions_stay(other: dict[str, int]) -> None:
-    assert forms.packed_pixels_as_linear(packed(**other)) == 0
+    assert packed_pixels_as_linear(packed(**other)) == 0

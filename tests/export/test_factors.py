@@ -20,7 +20,7 @@ from test_lowering import (
     weights_of,
 )
 
-from ptq_onnx.blocks.roles import consumers
+from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.fusion.rules import fuse

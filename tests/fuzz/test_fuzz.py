@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fuzz.cases import KINDS, damaged_model, run_case
 from fuzz.oracle import judge
-from ptq_onnx.cli.options import settings as options_of
+from ptq_onnx.cli.given import settings as options_of
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.images.labels import read_labels
 from ptq_onnx.numerics.scales_file import read_scales

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fuzz.bytes_of import damaged
 from fuzz.seeds import vit
-from ptq_onnx.cli.options import settings
+from ptq_onnx.cli.given import settings
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images

@@ -9,8 +9,9 @@ import torch
 from small_graph import run, sample
 from small_transformer import Choices, transformer
 
-from ptq_onnx.blocks.roles import find_blocks, is_linear
+from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.errors import ConfigError

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from prepared_models import DIGITS, ROOT, decibels, images, quantized
 from small_graph import sample
 
-from ptq_onnx.blocks.roles import is_linear
+from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ConfigError

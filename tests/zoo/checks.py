@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
-from ptq_onnx.equalization.equalize import equalise, in_form
+from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.numerics.log2 import top_code
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.uniform import quantize

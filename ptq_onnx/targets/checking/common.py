@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.roles import is_constant, name_of, through_layout
+from ptq_onnx.blocks.walking import is_constant, name_of, through_layout
 from ptq_onnx.targets.checking.coding import (
     DEQUANTIZE,
     INT32,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import consumers, is_constant, is_layout, name_of
+from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, name_of
 from ptq_onnx.targets.checking.coding import (
     DEQUANTIZE,
     FP8,

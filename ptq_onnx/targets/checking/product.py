@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import name_of
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.targets.checking.coding import (
     DEQUANTIZE,
     EIGHT_BITS,

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import is_constant, name_of
 from ptq_onnx.blocks.sites import image_input
+from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.uniform import quantize

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import is_constant, is_layout, is_linear, is_product, name_of
+from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, is_product, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.targets.integer.attention import QUOTIENT_BITS, AttentionStep

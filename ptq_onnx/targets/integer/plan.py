@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.element_map import layout_indices
-from ptq_onnx.blocks.roles import consumers, is_constant, is_layout, name_of
 from ptq_onnx.blocks.sites import image_input
+from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, name_of
 from ptq_onnx.engine.node_sessions import carried_specs
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import TensorSpec

@@ -12,17 +12,13 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from ptq_onnx.targets.integer.builder import RANGE_KEY
-
-Bounds = NDArray[Any]
-"""Python integers in an object array that broadcasts against the tensor."""
+from ptq_onnx.targets.integer.intervals import Interval, corners, truncated
 
 INTEGERS = {
     ir.DataType.UINT8: (0, 255),
@@ -78,40 +74,6 @@ class Ranges:
 
     tensors: dict[str, TensorRange] = field(default_factory=dict)
     overflows: list[Overflow] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class Interval:
-    """Two arrays of bounds, of at least one axis."""
-
-    low: Bounds
-    high: Bounds
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "low", as_objects(self.low))
-        object.__setattr__(self, "high", as_objects(self.high))
-
-    @classmethod
-    def of(cls, low: Any, high: Any) -> Interval:
-        """From numbers or arrays of any type."""
-        return cls(low, high)
-
-    @property
-    def least(self) -> int:
-        return int(self.low.min())
-
-    @property
-    def most(self) -> int:
-        return int(self.high.max())
-
-    def collapsed(self) -> Interval:
-        return Interval.of(self.least, self.most)
-
-
-def as_objects(x: Any) -> Bounds:
-    """Python integers, which cannot overflow, of numbers or arrays."""
-    array = np.asarray(x)
-    return np.atleast_1d(array if array.dtype == object else array.astype(object))
 
 
 def integer_ranges(model: ir.Model, inputs: Mapping[str, tuple[int, int]] | None = None) -> Ranges:
@@ -366,21 +328,6 @@ class _Analysis:
         value = node.inputs[index] if len(node.inputs) > index else None
         found = self.interval(value)
         return 0 if found is None else found.least
-
-
-def corners(op: Callable[[Any, Any], Any], x: Interval, y: Interval) -> Interval:
-    """The extremes of a function that is monotonic in both arguments by parts."""
-    results = [op(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
-    low, high = results[0], results[0]
-    for result in results[1:]:
-        low, high = np.minimum(low, result), np.maximum(high, result)
-    return Interval(low, high)
-
-
-def truncated(x: Any, y: Any) -> Any:
-    """ONNX's integer division, towards zero."""
-    sign = np.where((x < 0) == (y < 0), 1, -1)
-    return sign * (abs(x) // abs(y))
 
 
 def kind(value: ir.Value) -> str:

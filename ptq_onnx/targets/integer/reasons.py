@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import consumers, is_layout, name_of
+from ptq_onnx.blocks.walking import consumers, is_layout, name_of
 
 INSTEAD = "use --target onnxruntime"
 

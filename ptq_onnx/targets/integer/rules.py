@@ -11,7 +11,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import consumers, is_constant, name_of
+from ptq_onnx.blocks.walking import consumers, is_constant, name_of
 from ptq_onnx.targets.checking.result import Facts, Finding, Violation
 from ptq_onnx.targets.checking.target import Target, rule_name
 from ptq_onnx.targets.integer.ranges import INTEGERS, Ranges, integer_ranges, with_types
@@ -113,7 +113,7 @@ def standard_domain(subject: ir.Model | Subject) -> Iterator[Finding]:
 
 def no_overflow(subject: ir.Model | Subject) -> Iterator[Finding]:
     """No integer can leave its type, no shift is as wide as its operand, and no divisor is
-    zero, for any input: interval arithmetic over the file (integer_ranges.py)."""
+    zero, for any input: interval arithmetic over the file (ranges.py)."""
     for found in integer_ranges(model_of(subject)).overflows:
         yield Finding(found.node, found.text)
 

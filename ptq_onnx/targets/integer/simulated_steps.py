@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ptq_onnx.blocks.roles import name_of
 from ptq_onnx.blocks.sites import image_input
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.uniform import quantize
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS

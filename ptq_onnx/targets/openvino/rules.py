@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from ptq_onnx.blocks.roles import name_of
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import FOUR_BITS, INT8, INT32, UINT8
 from ptq_onnx.targets.checking.precisions import CompiledGraph, CompiledProduct, compile_graph

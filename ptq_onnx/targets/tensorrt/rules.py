@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.roles import is_constant, name_of
+from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import (
     DEQUANTIZE,

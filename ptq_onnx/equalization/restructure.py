@@ -1,0 +1,92 @@
+"""A model in the forms that a target's kernels take, and the plan that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ptq_onnx.blocks.roles import Blocks, find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import name_of, through_layout
+from ptq_onnx.config.targets import Target
+from ptq_onnx.equalization import runtime_forms as forms
+from ptq_onnx.equalization.experts import experts_as_linears
+from ptq_onnx.equalization.patch_forms import packed_pixels_as_linear, patches_as_linear
+from ptq_onnx.equalization.reads import integer_readers, own_reads
+from ptq_onnx.numerics.spec import Site
+from ptq_onnx.quantizers.base import Plan
+
+
+def restructure(model: ir.Model, target: Target, *, products: bool = False) -> dict[str, int]:
+    """Bring a fused model into the forms that help the target (``runtime_forms.py``), in place; how
+    often each fired. ``products``: only those without which a product would stay float."""
+    wanted = {
+        "PatchesAsLinear": (patches_as_linear, target.patches_as_linear),
+        "PackedPixelsAsLinear": (
+            packed_pixels_as_linear,
+            target.codes_of_convolutions and products,
+        ),
+        "ExpertsAsLinears": (experts_as_linears, True),
+        "UnpackedAttention": (forms.unpack_attention, target.split_qkv and not products),
+        "FoldedScale": (forms.fold_attention_scales, not products),
+        "KeptRank": (forms.keep_rank, target.keep_rank),
+    }
+    return {name: form(model) if wished else 0 for name, (form, wished) in wanted.items()}
+
+
+def in_form(plan: Plan) -> Plan:
+    """The plan for a model whose products the target computes in integers (``runtime_forms.py``).
+
+    For quantizers that take the model as it is otherwise. The plan's own model is left alone.
+    """
+    model = plan.model.clone()
+    counts = restructure(model, plan.config.runtime, products=True)
+    common.RemoveUnusedNodesPass()(model)
+    blocks = with_own_reads(plan, model, find_blocks(model))
+    sites = find_sites(model, blocks)
+    extra: dict[str, Site] = {}
+    if plan.config.runtime.codes_of_convolutions:
+        extra = convolution_outputs(model, blocks, sites)
+    if not extra and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
+        return plan
+    return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
+
+
+def with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
+    """The blocks with the copies that ``deploy`` quantizes, put into the model."""
+    if plan.config.quantizer != "deploy" or plan.config.weight_only:
+        return blocks
+    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
+    return replace(blocks, roles={**blocks.roles, **roles})
+
+
+def convolution_outputs(
+    model: ir.Model, blocks: Blocks, sites: Mapping[str, Site]
+) -> dict[str, Site]:
+    """Outputs of convolutions that are no sites, as sites: of those that a Concat stands behind,
+    only what it makes is one."""
+    found: dict[str, Site] = {}
+    for node in model.graph:
+        output = node.outputs[0]
+        if node.op_type != "Conv" or str(output.name) in sites or output.shape is None:
+            continue
+        role = blocks.roles.get(name_of(node))
+        found[str(output.name)] = Site(
+            tensor=str(output.name),
+            role="other" if role is None else role.name,
+            block=None if role is None else role.block,
+            channel_axes=(1,),
+            shape=tuple(d if isinstance(d, int) else str(d.value) for d in output.shape),
+            producer=name_of(node),
+            consumers=tuple(name_of(n) for n, _ in through_layout(output)),
+        )
+    return found
+
+
+def reads_only_products(site: Site, nodes: dict[str, ir.Node]) -> bool:
+    """True for an activation that products alone read."""
+    readers = [nodes[name] for name in site.consumers]
+    return bool(readers) and all(n.op_type in ("Linear", "Conv", "MatMul") for n in readers)
