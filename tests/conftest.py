@@ -1,8 +1,11 @@
 """Shared fixtures. Tests that need the sample models of ../shared skip without them."""
 
+import gc
+import sys
 from pathlib import Path
 
 import pytest
+from short_digits import short_digits
 
 import ptq_onnx  # noqa: F401  (before any onnxruntime: it switches off its telemetry)
 
@@ -13,6 +16,20 @@ MODELS = {
     "deit": SHARED / "models/deit_tiny_patch16_224.opset17.onnx",
 }
 
+IMPORTED = 200
+"""So many new modules are worth a look at all objects."""
+_modules = 0
+
+
+def pytest_runtest_setup() -> None:
+    """What the imports left is not searched for garbage again: torch's objects alone made a quarter
+    of the time of a small job, which PPQ begins with ``gc.collect``."""
+    global _modules
+    if len(sys.modules) >= _modules + IMPORTED:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -20,6 +37,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the sample models and images (../shared) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with one block of six."""
+    return short_digits(tmp_path_factory.mktemp("short") / "short.onnx")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ own codes. The two exports of the same weights must calibrate to the same number
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,21 @@ def images(shared: Path) -> np.ndarray:
     return next(open_images(shared / "imagenet/val", INCEPTION, limit=4).batches(4))
 
 
+@pytest.fixture(scope="module")
+def calibrated(vit: Prepared, shared: Path) -> Callable[[str], SiteQuantizer]:
+    """The quantizer of each line of OPTIONS, made once: no test changes anything in it."""
+    return cache(lambda name: quantized(vit, shared / "imagenet/calib", **OPTIONS[name]))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_simulator_computes_what_the_file_computes(
-    name: str, vit: Prepared, images: np.ndarray, shared: Path, tmp_path: Path
+    name: str,
+    vit: Prepared,
+    images: np.ndarray,
+    calibrated: Callable[[str], SiteQuantizer],
+    tmp_path: Path,
 ) -> None:
-    quantizer = quantized(vit, shared / "imagenet/calib", **OPTIONS[name])
+    quantizer = calibrated(name)
     path = tmp_path / "quantized.onnx"
     graphs.save(lower(quantizer.model, quantizer.specs), path)
     in_file = session(str(path)).run(None, {"input": images})[0]
@@ -86,9 +97,11 @@ def test_the_simulator_computes_what_the_file_computes(
     assert path.stat().st_size < 0.35 * vit.path.stat().st_size
 
 
-def test_deploy_runs_its_products_in_integers(vit: Prepared, shared: Path, tmp_path: Path) -> None:
+def test_deploy_runs_its_products_in_integers(
+    calibrated: Callable[[str], SiteQuantizer], tmp_path: Path
+) -> None:
     """What ONNX Runtime makes of the file: all 74 linears and 24 attention products in int8."""
-    quantizer = quantized(vit, shared / "imagenet/calib", quantizer="deploy")
+    quantizer = calibrated("deploy")
     data = graphs.serialize(lower(quantizer.model, quantizer.specs))
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -102,9 +115,9 @@ def test_deploy_runs_its_products_in_integers(vit: Prepared, shared: Path, tmp_p
 
 
 def test_every_quantized_node_of_the_file_gives_the_simulators_codes(
-    vit: Prepared, images: np.ndarray, shared: Path
+    vit: Prepared, images: np.ndarray, calibrated: Callable[[str], SiteQuantizer]
 ) -> None:
-    quantizer = quantized(vit, shared / "imagenet/calib", **OPTIONS["fqvit"])
+    quantizer = calibrated("fqvit")
     specs = {t: s for t, s in quantizer.specs.items() if not vit.sites[t].is_parameter}
     file = graphs.to_standard(lower(vit.model, quantizer.specs))
     model = onnx.load_from_string(graphs.serialize(file))
@@ -201,13 +214,14 @@ def shape_of(info: onnx.ValueInfoProto | None) -> list[int | str] | None:
 
 
 def test_both_exports_calibrate_to_the_same_numbers(
-    vit: Prepared, real_models: dict[str, Path], shared: Path
+    vit: Prepared,
+    calibrated: Callable[[str], SiteQuantizer],
+    real_models: dict[str, Path],
+    shared: Path,
 ) -> None:
     other = prepare(real_models["vit-dynamo"])
-    found = [
-        by_role(prepared, quantized(prepared, shared / "imagenet/calib", quantizer="fqvit"))
-        for prepared in (vit, other)
-    ]
+    of_other = quantized(other, shared / "imagenet/calib", quantizer="fqvit")
+    found = [by_role(vit, calibrated("fqvit")), by_role(other, of_other)]
     assert [key for key, _ in found[0]] == [key for key, _ in found[1]]
     for (key, one), (_, two) in zip(*found, strict=True):
         np.testing.assert_allclose(one.scale, two.scale, rtol=1e-3, err_msg=str(key))

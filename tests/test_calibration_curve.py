@@ -193,12 +193,16 @@ def test_refused(
 
 
 def test_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, few: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    few: Path,
+    short: Path,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ("--calib", DIGITS / "calib", "--val", few, "--sizes", "4", "--output", "out")
     more = ("--quantizer", "vanilla", "--method", "minmax", "--threads", "1")
-    argv = ["ptq-onnx", "calibration-curve", MODEL, *words, *more]
+    argv = ["ptq-onnx", "calibration-curve", short, *words, *more]
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -26,9 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(DIGITS / "calib", tmp_path_factory.mktemp("own") / "calib"))
 
 
-def report(calib: Any, output: Path, **options: Any) -> dict[str, Any]:
+def report(calib: Any, output: Path, model: Path = MODEL, **options: Any) -> dict[str, Any]:
     config = QuantizeConfig(**{"images": 16, "report": False, "threads": 1, **options})
-    return quantize(MODEL, config=config, calib=calib, output=output).report
+    return quantize(model, config=config, calib=calib, output=output).report
 
 
 def test_noise_is_standard_normal_and_always_the_same() -> None:
@@ -43,22 +43,24 @@ def test_noise_is_standard_normal_and_always_the_same() -> None:
     assert (len(source), len(set(source.names)), source.skipped) == (20, 20, [])
 
 
-def test_calibration_with_noise(tmp_path: Path) -> None:
-    found = report("noise", tmp_path / "a", images=5)
+def test_calibration_with_noise(tmp_path: Path, short: Path) -> None:
+    found = report("noise", tmp_path / "a", short, images=5)
     assert found["calibration"]["source"] == "noise"
     assert found["calibration"]["images"] == 5
     assert any("Gaussian noise" in note for note in found["notes"])
     assert found["preprocess_check"] is None
-    assert report("noise", tmp_path / "b", images=5)["tensors"] == found["tensors"]
+    again = report("noise", tmp_path / "b", short, images=5)
+    assert again["tensors"] == found["tensors"]
 
 
 def test_a_folder_called_noise_has_a_path(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, "noise")
-    assert report("./noise", tmp_path / "a")["calibration"]["skipped"] == []
-    assert not any("Gaussian" in n for n in report("./noise", tmp_path / "b")["notes"])
+    found = report("./noise", tmp_path / "a", short)
+    assert found["calibration"]["skipped"] == []
+    assert not any("Gaussian" in note for note in found["notes"])
 
 
 def test_the_normalisation_of_the_model_is_not_doubted(tmp_path: Path, folder: Path) -> None:
@@ -78,9 +80,9 @@ def test_a_wrong_normalisation_is_a_note(tmp_path: Path, folder: Path, images: i
     assert "--preprocess inception" in found["preprocess_check"]["warning"]
 
 
-def test_where_the_check_has_nothing_to_say(tmp_path: Path, folder: Path) -> None:
-    off = report(folder, tmp_path / "a", check_preprocess=False)
-    arrays = report(np.zeros((4, 3, 32, 32), np.float32), tmp_path / "b", images=4)
+def test_where_the_check_has_nothing_to_say(tmp_path: Path, folder: Path, short: Path) -> None:
+    off = report(folder, tmp_path / "a", short, check_preprocess=False)
+    arrays = report(np.zeros((4, 3, 32, 32), np.float32), tmp_path / "b", short, images=4)
     embedded = report(None, tmp_path / "c")
     assert [r["preprocess_check"] for r in (off, arrays, embedded)] == [None] * 3
 

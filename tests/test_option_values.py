@@ -27,7 +27,14 @@ from ptq_onnx.images.preprocess import Preprocess
         ({"size": (224, 100_000)}, "--size 100000: must be from 1 to 8192"),
         ({"size": (224,)}, "--size a tuple: must be 2 times a whole number"),
         ({"mean": (0.5, "0.5", 0.5)}, "--mean a tuple: must be a list, each a number"),
-        ({"std": (0.0, 1.0, 1.0)}, "--std 0.0: must be from 1e-06 to 10000"),
+        (
+            {"std": (0.0, 1.0, 1.0)},
+            "--std 0.0: must be from 1e-06 to 10; it is for pixels on the scale 0 to 1",
+        ),
+        ({"mean": (123.7, 116.3, 103.5)}, "--mean 123.7: must be from -1 to 1; it is for pixels"),
+        ({"std": (58.4, 57.1, 57.4)}, "--std 58.4: must be from 1e-06 to 10; it is for pixels"),
+        ({"std": (0.2, -0.2, 0.2)}, "--std -0.2: must be from 1e-06 to 10; it is for pixels"),
+        ({"mean": (float("nan"),) * 3}, "--mean a tuple: must be a list, each a number"),
         ({"keep_float": ("fc2@0-99999999",)}, "no model has so many blocks"),
         ({"keep_float": {"fc2": 1}}, "--keep-float a dict: must be a list, each text"),
         ({"attention_heads": (10**9,)}, "--attention-heads 1000000000: must be from 0 to 9999"),
@@ -92,3 +99,23 @@ def test_long_numbers(option: str, value: str, tmp_path: Path) -> None:
     found = judge(lambda: command(*words), tmp_path)
     assert (found.finding, found.code) == ("", 2)
     assert len(found.text) < 300
+
+
+@pytest.mark.parametrize("text", ["nan,1,1", "1,inf,1", "1,-inf,1", "", "0.5;0.5;0.5", "1,,1"])
+def test_numbers_that_are_none(text: str) -> None:
+    for name in ("mean", "std"):
+        with pytest.raises(ConfigError, match=f"--{name} '.*': expected numbers"):
+            settings(None, {name: text})
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "wanted"),
+    [("", None, True), ("sensitivity: false", None, False), ("sensitivity: true", None, True),
+     ("sensitivity: false", True, True), ("", False, False)],
+)  # fmt: skip
+def test_what_analyse_takes_for_granted(
+    text: str, given: bool | None, wanted: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    found, _ = settings(str(tmp_path / "a.yaml"), {"sensitivity": given}, sensitivity=True)
+    assert found.sensitivity is wanted

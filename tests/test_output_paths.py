@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,23 @@ def test_either_is_found_again(written: Path) -> None:
     assert find_model(b, written=True) == written / "b.onnx"
     with pytest.raises(ModelError, match=r"is a folder; name the file: .*a/fused.onnx or one of 2"):
         find_model(a)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_are_followed(written: Path, tmp_path: Path) -> None:
+    """To a file, to a folder, to a folder whose model lies beside it."""
+    for name, real, model in (
+        ("a", written / "a", "a/quantized.onnx"),
+        ("b", written / "b", "b.onnx"),
+        ("c.onnx", written / "b.onnx", "b.onnx"),
+        ("d.onnx", written / "a/quantized.onnx", "a/quantized.onnx"),
+    ):
+        link = tmp_path / name
+        link.symlink_to(real)
+        assert quantized_file(link).samefile(written / model)
+        assert find_model(link, written=True).samefile(written / model)
+        folder = written / model.removesuffix("/quantized.onnx").removesuffix(".onnx")
+        assert find_reference([link], None).samefile(folder / "fused.onnx")
 
 
 def test_a_folder_of_another_run_is_not_taken(written: Path, tmp_path: Path) -> None:

@@ -46,3 +46,13 @@ def test_others_pass(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as raised, own_faults(tmp_path / "model.onnx", "prepared"):
         raise error
     assert raised.value is error
+
+
+def test_an_error_that_only_looks_like_the_systems(tmp_path: Path) -> None:
+    """PPQ raises PermissionError for a config that it does not take."""
+    onnx.save(vit(), tmp_path / "model.onnx")
+    with (
+        pytest.raises(ModelError, match="a bug here"),
+        own_faults(tmp_path / "model.onnx", "quantized"),
+    ):
+        raise PermissionError("Can not change property")

@@ -85,11 +85,11 @@ def test_a_stage_that_comes_again_leaves_room() -> None:
 # --- jobs
 
 
-def run(tmp_path: Path, **options: Any) -> Recorded:
+def run(tmp_path: Path, model: Path = MODEL, **options: Any) -> Recorded:
     told = Recorded()
     paths = {k: options.pop(k) for k in ("val", "labels") if k in options}
     config = QuantizeConfig(**{"images": IMAGES, "analysis_images": 4, "threads": 1, **options})
-    quantize(MODEL, config=config, calib=CALIB, output=tmp_path / "o", progress=told, **paths)
+    quantize(model, config=config, calib=CALIB, output=tmp_path / "o", progress=told, **paths)
     return told
 
 
@@ -113,8 +113,10 @@ def run(tmp_path: Path, **options: Any) -> Recorded:
          [stages.MEASURING, stages.MEASURING_FLOAT]),
     ],
 )  # fmt: skip
-def test_quantize(tmp_path: Path, options: dict[str, Any], expected: list[str]) -> None:
-    told = run(tmp_path, **options)
+def test_quantize(
+    tmp_path: Path, short: Path, options: dict[str, Any], expected: list[str]
+) -> None:
+    told = run(tmp_path, short, **options)
     told.assert_complete()
     assert told.names[:2] == [WHOLE, stages.READING]
     wanted = [name for name in told.names if name in expected]

@@ -79,6 +79,7 @@ def test_no_report(tmp_path: Path, text: str) -> None:
     [
         ({"scale": [0.5, 0.5], "zero_point": [0, 0], "axis": 1}, (8, 3), "2 scales along axis 1"),
         ({"scale": [0.5], "zero_point": [0]}, (8,), "expected one"),
+        ({"axis": 1}, (8, 3), "it has one scale, and an axis 1 of several"),
         ({"scale": [0.5], "zero_point": [0], "axis": 3}, (8, 3), "has no axis 3"),
         ({"zero_point": 200}, (8,), "a zero point is not from -128 to 127"),
         ({"clip": [1.0, -1.0]}, (8,), "runs backwards"),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
+from fuzz.cases import command
+from fuzz.oracle import SECONDS, judge
+from fuzz.seeds import vit
+from PIL import Image
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import PtqError
@@ -26,6 +32,26 @@ def test_a_mark_in_front_is_no_text(tmp_path: Path) -> None:
 def test_a_device(read: Callable[[Path], object]) -> None:
     with pytest.raises(PtqError, match=r"/dev/zero'? cannot be read: it is no regular file"):
         read(Path("/dev/zero"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("option", ["--config", "--labels", "--scales", "--preprocess", "--output"])
+def test_a_pipe_is_not_waited_for(option: str, tmp_path: Path) -> None:
+    """Nobody writes into it. Among the results it is somebody else's file, and stays."""
+    onnx.save(vit(), tmp_path / "model.onnx")
+    (tmp_path / "in").mkdir()
+    Image.effect_noise((12, 8), 50).save(tmp_path / "in/a.png")
+    name = "output" if option == "--output" else "pipe"
+    (tmp_path / "output").mkdir()
+    os.mkfifo(tmp_path / ("output/report.json" if option == "--output" else "pipe"))
+    if option == "--output":
+        os.mkfifo(tmp_path / "output/.ptq_onnx.json")
+    words = ("quantize", "model.onnx", "--calib", "in", "--val", "in", "--threads", "1")
+    more = ("--quantizer", "vanilla", "--no-report", "--no-check-preprocess")
+    found = judge(lambda: command(*words, *more, option, name), tmp_path)
+    assert found.finding == ""
+    assert found.code == (0 if option == "--output" else 2)
+    assert found.seconds < SECONDS
 
 
 @READERS

@@ -46,6 +46,7 @@ def analyse(
     arithmetic: o.Arithmetic = None,
     multiplier_bits: o.MultiplierBits = None,
     gelu: o.Gelu = None,
+    target: o.Target = None,
     opset: o.Opset = None,
     sensitivity: o.Sensitivity = None,
     pictures: o.Pictures = None,
@@ -55,9 +56,7 @@ def analyse(
     threads: o.Threads = None,
 ) -> None:
     """Quantize a model and write only the report: what every module costs, and why."""
-    given = {"report": True, **locals()}
-    given["sensitivity"] = True if sensitivity is None else sensitivity
-    options, paths = settings(config, given)
+    options, paths = settings(config, {"report": True, **locals()}, sensitivity=True)
     paths.setdefault("output", ANALYSIS)
     Output.of_reports(paths["output"]).keep(config=config)
     path = find_model(model)

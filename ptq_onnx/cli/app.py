@@ -30,11 +30,11 @@ from ptq_onnx.cli.console import (
     progress_bars,
     show,
     simple_table,
-    stdout,
 )
 from ptq_onnx.cli.curve import calibration_curve
 from ptq_onnx.cli.given import settings
 from ptq_onnx.cli.inspect import inspect
+from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.outputs import decibels as in_json
 from ptq_onnx.files.output_paths import OUTPUT, Output
@@ -218,7 +218,7 @@ def evaluate(
     if several and other is not None:
         stdout().print(outputs_table([asdict(one) for one in found.outputs]))
     for note in found.notes:
-        print(f"note: {note}")
+        stdout().say(f"note: {note}")
 
 
 @app.command(cls=cli_help.Command, short_help="Write a timm model as ONNX.")
@@ -239,7 +239,8 @@ def export(
     from ptq_onnx.pipeline.timm_export import export_timm
 
     path = Path(output or f"{name.rpartition('/')[2]}.onnx")
-    print(export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size))
+    written = export_timm(name, path, pretrained=pretrained, opset=opset, image_size=size)
+    stdout().say(written)
 
 
 app.command(cls=cli_help.Command, short_help="Will a runtime compute a file in int8?")(check)

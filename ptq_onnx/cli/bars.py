@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TimeElapsedColumn
 from rich.progress import Progress as Live
 from rich.text import Text
 
+from ptq_onnx.cli.terminal import Screen
+from ptq_onnx.files.file_names import printable
 from ptq_onnx.progress import WHOLE, Advance
 
 STARTING = "Starting"
@@ -22,7 +23,7 @@ NAME, BAR, COUNT = 34, 20, 11
 
 class _Name(ProgressColumn):
     def render(self, task: Task) -> Text:
-        name = task.description
+        name = printable(task.description)
         return Text(name if len(name) <= NAME else f"{name[: NAME - 1]}…").append(
             " " * (NAME - len(name))
         )
@@ -44,13 +45,14 @@ class Bars:
 
     def __init__(self, stream: TextIO) -> None:
         columns = _Name(), BarColumn(bar_width=BAR), _Count(), TimeElapsedColumn()
-        self._live = Live(*columns, console=Console(file=stream, highlight=False))
+        self._screen = Screen(stream)
+        self._live = Live(*columns, console=self._screen)
         self._running: TaskID | None = self._live.add_task(STARTING, total=None)
 
     @property
-    def console(self) -> Console:
+    def console(self) -> Screen:
         """What writes above the bars."""
-        return self._live.console
+        return self._screen
 
     def __enter__(self) -> Bars:
         self._live.start()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from ptq_onnx.cli import options as o
-from ptq_onnx.cli.console import progress_bars, stdout
+from ptq_onnx.cli.console import progress_bars
+from ptq_onnx.cli.terminal import plain, stdout
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.text_file import write_text
 from ptq_onnx.pipeline.model_path import find_model
@@ -67,7 +67,7 @@ def benchmark(
         return
     stdout().print(table(found))
     for note in found.notes:
-        stdout().print(Text(f"note: {note}"), soft_wrap=True)
+        stdout().say(f"note: {note}")
 
 
 def table(found: Benchmark) -> Table:
@@ -97,7 +97,7 @@ def table(found: Benchmark) -> Table:
         if precision is not None:
             other = half.get((t.path, t.batch))
             cells += ["-", "-"] if other is None else [_ms(other.median_ms), _times(other.speedup)]
-        result.add_row(*map(Text, cells))
+        result.add_row(*map(plain, cells))
     return result
 
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from ptq_onnx.cli import options as o
-from ptq_onnx.cli.console import simple_table, stdout
+from ptq_onnx.cli.console import simple_table
+from ptq_onnx.cli.terminal import plain, stdout
 from ptq_onnx.pipeline.model_path import find_model
 from ptq_onnx.targets.checking.check import TARGETS, Report, explain
 
@@ -50,9 +50,9 @@ def _show(report: Report, name: str) -> None:
         console.print(_table(report, name))
         texts = explain(report.target)
         for rule in dict.fromkeys(v.rule for v in report.violations):
-            console.print(Text(f"{rule}: {texts[rule]}"), soft_wrap=True)
+            console.say(f"{rule}: {texts[rule]}")
     for rule, reason in report.skipped.items():
-        console.print(Text(f"skipped: {rule}: {reason}"), soft_wrap=True)
+        console.say(f"skipped: {rule}: {reason}")
     console.print(simple_table((f"{name} for {report.target}", ""), _counts(report)))
 
 
@@ -62,7 +62,7 @@ def _table(report: Report, name: str) -> Table:
         table.add_column(column, overflow="fold")
     for found in report.violations:
         node = found.node or "(the file)"
-        table.add_row(*map(Text, (found.severity, found.rule, node, found.text)))
+        table.add_row(*map(plain, (found.severity, found.rule, node, found.text)))
     return table
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from ptq_onnx.cli import options as o
 from ptq_onnx.cli.console import (
@@ -17,9 +16,9 @@ from ptq_onnx.cli.console import (
     percent,
     progress_bars,
     simple_table,
-    stdout,
 )
 from ptq_onnx.cli.given import settings
+from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.text_file import write_text
@@ -105,9 +104,11 @@ def compare(
     if any(len(one.outputs) > 1 for one in found.contenders):
         stdout().print(outputs_table(found))
     for note in found.notes:
-        stdout().print(Text(f"note: {note}"), soft_wrap=True)
+        stdout().say(f"note: {note}")
     if folder is not None:
-        print(f"Written:\n  {folder / 'compare.html'}\n  {folder / 'compare.json'}")
+        print("Written:")
+        for name in ("compare.html", "compare.json"):
+            stdout().say(f"  {folder / name}")
 
 
 def table(found: Any) -> Any:

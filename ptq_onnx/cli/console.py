@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import io
 import logging
 import math
 import os
@@ -17,13 +16,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ptq_onnx.cli.next_steps import next_steps
+from ptq_onnx.cli.terminal import PIPE_WIDTH, Screen, plain, spell_what_is_missing, stdout
 from ptq_onnx.errors import PtqError
 from ptq_onnx.evaluation.outputs import MOST_DB
+from ptq_onnx.files.file_names import printable
 from ptq_onnx.progress import Progress
 from ptq_onnx.runtime.installed import missing_runtime
 
@@ -34,8 +33,6 @@ WORST = 15
 """How many ops the table of the worst ops shows."""
 EXACT = "exact"
 """What stands for infinite dB."""
-PIPE_WIDTH = 120
-"""Columns where there is no terminal to ask."""
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of an interrupt and of a termination: 128 and the signal's number."""
@@ -47,11 +44,9 @@ def one_line_errors() -> Iterator[None]:
 
     A termination (SIGTERM) ends as an interrupt does, nothing half-made left, with 143. Log records
     and warnings of the libraries stay silent: what matters is in the report. What the terminal's
-    encoding does not have is written as an escape.
+    encoding does not have is spelled in ASCII.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    spell_what_is_missing()
     logging.getLogger().addHandler(logging.NullHandler())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -97,17 +92,12 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def printable(text: str) -> str:
-    """The text with control characters, which names of files and nodes may hold, as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 @contextmanager
 def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
     """What :func:`ptq_onnx.quantize` takes as ``progress``; None (silence) in a pipe."""
     stream = stream or sys.stderr
     if not stream.isatty():
-        with _warnings(Console(file=stream, width=PIPE_WIDTH)):
+        with _warnings(Screen(stream, PIPE_WIDTH)):
             yield None
         return
     from ptq_onnx.cli.bars import Bars
@@ -117,14 +107,13 @@ def progress_bars(stream: TextIO | None = None) -> Iterator[Progress | None]:
 
 
 @contextmanager
-def _warnings(console: Console) -> Iterator[None]:
+def _warnings(console: Screen) -> Iterator[None]:
     """What a run warns of, as soon as it does: it may not be worth its minutes. What the images
     are warned of is counted in the report."""
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            text = Text(f"warning: {record.getMessage()}", style="bold yellow")
-            console.print(text, soft_wrap=True)
+            console.say(f"warning: {record.getMessage()}", "bold yellow")
 
     handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline.quantize")
     logger.addHandler(handler)
@@ -139,25 +128,27 @@ def show(result: Result) -> None:
     console, report = stdout(), result.report
     if report.get("analysis"):
         console.print(worst_ops(report["analysis"]))
+        if report["analysis"].get("sensitivity"):
+            console.print(costliest(report["analysis"]["sensitivity"]))
     if report.get("auto"):
         console.print(decisions(report["auto"]))
     warning = (report.get("preprocess_check") or {}).get("warning")
     if warning:
-        console.print(Text(f"warning: {warning}", style="bold yellow"), soft_wrap=True)
+        console.say(f"warning: {warning}", "bold yellow")
     console.print(summary(report))
     for text in covered(report.get("coverage")):
-        console.print(Text(text), soft_wrap=True)
+        console.say(text)
     outputs = (report.get("fidelity") or {}).get("outputs") or []
     if len(outputs) > 1:
         console.print(outputs_table(outputs))
     for note in report.get("notes", ()):
         if note != warning:
-            console.print(Text(f"note: {note}"), soft_wrap=True)
+            console.say(f"note: {note}")
     for purpose, command in next_steps(report, result.files):
-        console.print(Text(f"next, {purpose}: {command}"), soft_wrap=True)
+        console.say(f"next, {purpose}: {command}")
     console.print("Written:")
     for path in result.files:
-        console.print(Text(f"  {path}"), soft_wrap=True)
+        console.say(f"  {path}")
 
 
 def covered(coverage: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -165,12 +156,6 @@ def covered(coverage: Mapping[str, Any] | None) -> tuple[str, ...]:
     if coverage is None:
         return ()
     return coverage["line"], *(f"  {text}" for text in coverage["reasons"])
-
-
-def stdout() -> Console:
-    """The console of the results, wide enough for its tables in a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
@@ -188,7 +173,23 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
         block = "" if op["block"] is None else str(op["block"])
         found = EXACT if op["snr_db"] is None else f"{op['snr_db']:.1f}"
         cells = op["role"], block, op["op_type"], f"{op['snr']:.6f}", found
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(plain, cells))
+    return table
+
+
+def costliest(sensitivity: Mapping[str, Any], count: int = WORST) -> Table:
+    """The modules that cost the logits most: quantized alone, and what is gained without them."""
+    alone = [m for m in sensitivity["layerwise"] if (m["scope"], m["part"]) == ("op", "all")]
+    alone = sorted(alone, key=lambda m: m["error"]["snr"], reverse=True)[:count]
+    left = {m["module"]: m for m in sensitivity["leave_one_out"] if m["part"] == "all"}
+    rows = []
+    for one in alone:
+        gain = left.get(one["module"], {}).get("gain_db")
+        found = decibels(_measured(one["error"]["snr_db"]))
+        rows.append((one["module"], found, "-" if gain is None else f"{gain:+.2f} dB"))
+    table = simple_table(("module", "SQNR, it alone quantized", "gain, it alone in float"), rows)
+    table.title = f"Modules that cost most, on {sensitivity['images']} images"
+    table.title_justify = "left"
     return table
 
 
@@ -280,9 +281,9 @@ def simple_table(
     ``words``."""
     table = Table(box=box.SIMPLE)
     for index, name in enumerate(names):
-        table.add_column(name, justify="right" if index and not words else "left")
+        table.add_column(plain(name), justify="right" if index and not words else "left")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(plain, row))
     return table
 
 

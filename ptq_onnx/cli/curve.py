@@ -6,11 +6,11 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
-from rich.text import Text
 
 from ptq_onnx.cli import options as o
-from ptq_onnx.cli.console import decibels, percent, progress_bars, simple_table, stdout
+from ptq_onnx.cli.console import decibels, percent, progress_bars, simple_table
 from ptq_onnx.cli.given import settings
+from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.config.option_types import shown
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.output_paths import Output
@@ -82,10 +82,10 @@ def calibration_curve(
     console = stdout()
     console.print(table(found))
     for note in found.notes:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.say(f"note: {note}")
     console.print("Written:")
     for file in files:
-        console.print(Text(f"  {file}"), soft_wrap=True)
+        console.say(f"  {file}")
 
 
 def table(curve: Curve) -> Table:

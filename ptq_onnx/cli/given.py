@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +14,15 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 
 
-def settings(config: str | None, given: Mapping[str, Any]) -> tuple[QuantizeConfig, dict[str, Any]]:
+def settings(
+    config: str | None, given: Mapping[str, Any], **defaults: Any
+) -> tuple[QuantizeConfig, dict[str, Any]]:
     """The config, and the path options: the YAML file's, overruled by what is ``given``.
 
-    ``given`` may hold more than options, and None for options that were not used.
-    Raises ConfigError.
+    ``defaults``: those of a command, where neither says anything. ``given`` may hold more than
+    options, and None for options that were not used. Raises ConfigError.
     """
-    values = {} if config is None else read_yaml(config)
+    values = defaults | ({} if config is None else read_yaml(config))
     values.update((k, v) for k, v in given.items() if k in (*FIELDS, *PATHS) and v is not None)
     paths = {k: v for k in PATHS if (v := values.pop(k, None)) is not None}
     for name, path in paths.items():
@@ -34,7 +37,10 @@ def settings(config: str | None, given: Mapping[str, Any]) -> tuple[QuantizeConf
 def _numbers(name: str, text: str) -> tuple[float, ...]:
     """``0.5,0.5,0.5``. Raises ConfigError."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
+        if all(map(math.isfinite, numbers)):
+            return numbers
+        raise ValueError
     except ValueError:
         raise ConfigError(f"--{name} {shown(text)}: expected numbers, as in 0.5,0.5,0.5.") from None
 

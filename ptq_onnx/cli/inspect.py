@@ -6,10 +6,9 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
 from ptq_onnx.cli import options as o
-from ptq_onnx.cli.console import simple_table, stdout
+from ptq_onnx.cli.console import simple_table
+from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.pipeline.model_path import find_model
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def show(found: Inspection) -> None:
     console = stdout()
     console.print(simple_table((found.path, ""), _summary(found), words=True))
     if found.refused is not None:
-        console.print(Text(f"not prepared: {found.refused}"), soft_wrap=True)
+        console.say(f"not prepared: {found.refused}")
         return
     console.print(simple_table(("block", "roles"), _blocks(found), words=True))
     if found.unrecognised:
@@ -53,7 +52,7 @@ def show(found: Inspection) -> None:
             simple_table(("left as it is", "closest, and why not"), misses[:SHOWN], words=True)
         )
     for note in found.notes:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.say(f"note: {note}")
 
 
 def _summary(found: Inspection) -> list[tuple[str, str]]:

@@ -27,11 +27,15 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "attention_heads": (0, 9999),
     "size": (1, 8192),
     "crop_pct": (0.1, 1),
-    "mean": (-1e4, 1e4),
-    "std": (1e-6, 1e4),
+    "mean": (-1, 1),
+    "std": (1e-6, 10),
     "min_sqnr": (-1000, 1000),
 }
 """The smallest and the largest value that makes sense, of each where there are several."""
+
+ON_PIXELS = "it is for pixels on the scale 0 to 1, as in 0.485,0.456,0.406 or 0.229,0.224,0.225"
+HINTS: Mapping[str, str] = {"mean": ON_PIXELS, "std": ON_PIXELS}
+"""What is told of an option beside its bounds."""
 
 MOST_ITEMS = 10_000
 SHORT = 60
@@ -56,7 +60,10 @@ def check_options(config: Any) -> None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:
-                raise ConfigError(f"{option} {shown(number)}: must be from {low:g} to {high:g}.")
+                more = f"; {HINTS[field.name]}" if field.name in HINTS else ""
+                raise ConfigError(
+                    f"{option} {shown(number)}: must be from {low:g} to {high:g}{more}."
+                )
 
 
 def shown(value: object) -> str:

@@ -89,7 +89,7 @@ class Selector:
             if not all(e.isdigit() for e in ends) or len(ends) > 2:
                 raise ConfigError(f"'{text}': '{piece}' is no block number or range such as 0-3.")
             if max(map(len, ends)) > MOST_BLOCK_DIGITS:
-                raise ConfigError(f"'{shown(text)}': no model has so many blocks.")
+                raise ConfigError(f"{shown(text)}: no model has so many blocks.")
             first, last = int(ends[0]), int(ends[-1])
             if last < first:
                 raise ConfigError(f"'{text}': the range {piece} runs backwards.")

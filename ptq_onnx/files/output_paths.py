@@ -139,10 +139,12 @@ class Found:
 
 
 def find_output(path: str | Path) -> Found:
-    """A folder or a file that ``quantize`` wrote, or any other file. Raises ConfigError."""
+    """A folder or a file that ``quantize`` wrote, or any other file; a link stands for what it
+    leads to, with what lies beside that. Raises ConfigError."""
     path = Path(path)
     if path.is_dir():
-        for model in (path / QUANTIZED, path.with_name(f"{path.name}{SUFFIX}")):
+        beside = (p.with_name(f"{p.name}{SUFFIX}") for p in (path, path.resolve()))
+        for model in (path / QUANTIZED, *beside):
             if model.is_file():
                 return Found(model, path)
         raise ConfigError(
@@ -151,7 +153,10 @@ def find_output(path: str | Path) -> Found:
         )
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: name output folders or quantized .onnx files.")
-    apart = path.with_suffix("")
-    if (apart / REPORT).is_file() and not (apart / QUANTIZED).exists():
-        return Found(path, apart)
-    return Found(path, path.parent if (path.parent / REPORT).is_file() else None)
+    for real in (path, path.resolve()):
+        apart = real.with_suffix("")
+        if (apart / REPORT).is_file() and not (apart / QUANTIZED).exists():
+            return Found(path, apart)
+        if (real.parent / REPORT).is_file():
+            return Found(path, real.parent)
+    return Found(path, None)

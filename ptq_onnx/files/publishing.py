@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.held_folder import ASIDE, LOCK, held_folder, hidden, locked, remove, unlock
+from ptq_onnx.files.text_file import read_text
 
 MANIFEST = ".ptq_onnx.json"
 """Lists the files that a run has written into its folder."""
@@ -82,7 +83,7 @@ def publish(work: Path, output: Path) -> tuple[Path, ...]:
 def ours(folder: Path) -> set[Path]:
     """The files in ``folder`` that a run of this package has written, by its manifest."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = json.loads(read_text(folder / MANIFEST))["files"]
         return {Path(name) for name in listed} | {Path(MANIFEST), Path(LOCK)}
     except (OSError, ValueError, KeyError, TypeError):
         pictures = {name for name in _files(folder) if name.parts[0] == "attention"}

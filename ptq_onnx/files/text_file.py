@@ -20,13 +20,18 @@ def read_text(path: str | Path, largest: int | None = None) -> str:
     ``largest`` bytes (``LARGEST`` unless given), and UnicodeDecodeError.
     """
     most = LARGEST if largest is None else largest
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most / (1 << 20):g} MB")
     return content.decode("utf-8-sig")
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end of what may be a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import onnx_ir as ir
-from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
+from onnxscript.rewriter import MatchResult, RewriteRule, RewriteRuleClassBase, RewriteRuleSet
 
 Op: TypeAlias = Any
 """onnxscript's builder: ``op.Mul(a, b)`` is a pattern in ``pattern``, a node in ``rewrite``."""
@@ -49,11 +49,32 @@ class Rule(RewriteRuleClassBase):  # type: ignore[misc]
         return value
 
 
+class _AtRoot(RewriteRule):  # type: ignore[misc]
+    """A rule that is tried only at nodes of its root's op; at others its whole matcher would be set
+    up to find that out."""
+
+    def __init__(self, rule: RewriteRule) -> None:
+        self.__dict__.update(rule.__dict__)
+        self._op = rule._target_pattern.output_nodes[0].op
+
+    def try_rewrite(self, model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
+        if not self._op.matches(node.op_type):
+            return None
+        return super().try_rewrite(model, graph, node, **options)
+
+
+def rule_set(rules: Iterable[RewriteRule], *, commute: bool = False) -> RewriteRuleSet:
+    """The rules in their order, at each node those whose pattern ends in its op."""
+    found = RewriteRuleSet(list(rules), commute=commute)
+    found.rules = [_AtRoot(rule) for rule in found.rules]
+    return found
+
+
 def fuse_with(*rules: type[Rule]) -> Callable[[ir.Model], int]:
     """A function that applies the rules, operands in any order; it returns the count."""
-    rule_set = RewriteRuleSet([rule.rule() for rule in rules], commute=True)
+    found = rule_set((rule.rule() for rule in rules), commute=True)
 
     def fuse(model: ir.Model) -> int:
-        return int(rule_set.apply_to_model(model))
+        return int(found.apply_to_model(model))
 
     return fuse

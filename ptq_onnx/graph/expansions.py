@@ -14,13 +14,17 @@ QUICK_GELU_FACTOR = 1.702
 
 def to_standard(model: ir.Model) -> ir.Model:
     """A copy of the model in standard ONNX; weights are shared, the original is untouched."""
-    copy = model.clone()
-    graph = copy.graph
+    return standardise(model.clone())
+
+
+def standardise(model: ir.Model) -> ir.Model:
+    """The model itself in standard ONNX, changed in place."""
+    graph = model.graph
     for node in list(graph):
         if node.domain == DOMAIN:
             _replace(graph, node, EXPANSIONS[node.op_type](graph, node))
     graph.opset_imports.pop(DOMAIN, None)
-    return copy
+    return model
 
 
 def _linear(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:

@@ -47,12 +47,21 @@ def sizes(value: ir.Value | None) -> list[int | str] | None:
 
 def unique_name(graph: ir.Graph, name: str) -> str:
     """``name``, with a number behind it where a value of the graph has it."""
-    taken = {v.name for v in (*graph.inputs, *graph.initializers.values())}
-    taken.update(v.name for node in graph for v in node.outputs)
     result, count = name, 1
-    while result in taken:
+    while _is_taken(graph, result):
         result, count = f"{name}_{count}", count + 1
     return result
+
+
+def _is_taken(graph: ir.Graph, name: str) -> bool:
+    """Whether a value has the name; asked for every new one, so that no set of all is made."""
+    if name in graph.initializers or any(v.name == name for v in graph.inputs):
+        return True
+    for node in graph:
+        for value in node.outputs:
+            if value.name == name:
+                return True
+    return False
 
 
 def new_constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:

@@ -142,6 +142,8 @@ def _misfit(spec: TensorSpec, shape: tuple[int | str, ...]) -> str | None:
         fits = all(s == 1 or _equal(s, d) for s, d in zip(sides[::-1], shape[::-1], strict=False))
         if len(sides) > len(shape) or not fits:
             return f"its factors have the shape {list(sides)}"
+    if rule.granularity in ("tensor", "row") and spec.axis is not None:
+        return f"it has one scale, and an axis {spec.axis} of several"
     return None
 
 

@@ -13,6 +13,7 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.stages import RUNNING_FLOAT
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation.outputs import MOST_DB
+from ptq_onnx.files.file_names import printable
 from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.images.source import NOISE, ImageSource
 from ptq_onnx.progress import Planned, Progress, Stages
@@ -167,9 +168,10 @@ def draw_curve(curve: Curve) -> Figure:
     figure = Figure(figsize=(1 + 4.5 * len(metrics), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"{curve.model}: {curve.quantizer} {curve.bits}, {curve.method},"
+        f"{printable(curve.model)}: {curve.quantizer} {curve.bits}, {curve.method},"
         f" on {curve.count} validation images",
         fontsize=10,
+        parse_math=False,
     )
     sizes = sorted({p.images for p in curve.points})
     for index, metric in enumerate(metrics):

@@ -182,9 +182,12 @@ def _without_classes(prepared: Prepared, labels: str | Path | None, notes: list[
 
 def _check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
     if prepared.blocks.count == 0 and config.quantizer != "vanilla":
+        needs, instead = config.quantizer, "--quantizer vanilla"
+        if config.target != "onnxruntime":  # others take no vanilla
+            needs, instead = f"--target {config.target}", f"--target onnxruntime {instead}"
         raise ModelError(
             f"Model {prepared.path} has no transformer block (softmax between two products);"
-            f" {config.quantizer} needs one, --quantizer vanilla works without."
+            f" {needs} needs one, {instead} works without."
         )
 
 

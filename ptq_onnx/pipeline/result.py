@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ptq_onnx.files.file_names import in_html
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis
@@ -50,18 +51,18 @@ class Result:
         grade, text = verdict(self.report)
         colour = COLOURS.get(grade, "#777")
         rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            f"<tr><th style='text-align:left'>{in_html(name)}</th>"
+            f"<td style='text-align:left'>{in_html(value)}</td></tr>"
             for name, value in (("file", str(self.model or "none")), *_figures(self.report))
         )
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.report.get("notes", ()))
+        notes = "".join(f"<li>{in_html(note)}</li>" for note in self.report.get("notes", ()))
         link = ""
         if self.page is not None:
             path = self.page.as_posix()
-            link = f"<p><a href='{html.escape(path, quote=True)}'>{html.escape(path)}</a></p>"
+            link = f"<p><a href='{in_html(path)}'>{in_html(path)}</a></p>"
         return (
             f"<div><p style='border-left:4px solid {colour};padding-left:.6em'>"
-            f"{html.escape(text)}</p><table>{rows}</table>"
+            f"{in_html(text)}</p><table>{rows}</table>"
             + (f"<ul>{notes}</ul>" if notes else "")
             + f"{link}</div>"
         )

@@ -21,6 +21,7 @@ from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules.common import _no_op
 
 from ptq_onnx.errors import ModelError, one_line
+from ptq_onnx.fusion.rule import rule_set
 from ptq_onnx.graph.attention_opset23 import WRITTEN_OUT, write_out
 from ptq_onnx.graph.branches import has_branches, inline_branches, refuse_branches
 from ptq_onnx.graph.formula import constant, scalar, sizes
@@ -43,7 +44,7 @@ ROUNDS = 4
 IR_VERSION = 10
 """The first that has opset 21; older runtimes refuse newer ones."""
 
-GENERAL_RULES = rewriter.RewriteRuleSet(
+GENERAL_RULES = rule_set(
     [
         *(r for r in rewriter._DEFAULT_REWRITE_RULES if r not in list(_no_op.rules)),
         _no_op.dropout_zero_rule,

@@ -73,9 +73,11 @@ def own_faults(path: Path, done: str) -> Iterator[None]:
     the file too, that is what is wrong."""
     try:
         yield
-    except (PtqError, OSError):
+    except PtqError:
         raise
     except Exception as error:  # a graph that nobody here has seen; its text may be a whole graph
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's word on a file; others, as PermissionError of PPQ, are no such
         refuse_what_does_not_run(path)
         raise ModelError(
             f"Model {path} cannot be {done}; a bug here, which its file would help to mend"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ptq_onnx.analysis.results import AttentionMap, decibels
+from ptq_onnx.files.file_names import printable
 from ptq_onnx.report.plots import save_png
 
 Array = NDArray[np.float32]
@@ -94,7 +95,7 @@ class _Sheet:
 
     def draw(self) -> Figure:
         """The finished figure."""
-        name = self.found.image_name
+        name = printable(self.found.image_name)
         name = name if len(name) <= 60 else "…" + name[-59:]
         for text, line, size in (
             (f"Attention of block {self.found.block}: {self.found.query}", 0.4, 12),

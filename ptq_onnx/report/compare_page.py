@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ptq_onnx.analysis.results import Comparison, Contender
 from ptq_onnx.evaluation.outputs import OutputFigures
+from ptq_onnx.files.file_names import for_page
 from ptq_onnx.report.page import EXACT
 from ptq_onnx.report.svg import line_chart
 
@@ -31,6 +32,7 @@ def render_comparison(found: Comparison) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=for_page,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -12,15 +12,17 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 from PIL import Image
 
 from ptq_onnx.evaluation.outputs import MOST_DB
+from ptq_onnx.files.file_names import for_page
 from ptq_onnx.report.sections import by_place, sections
 
 Entry = Mapping[str, Any]
@@ -62,17 +64,8 @@ def render(
     to stand beside its rollout. They are embedded. The page asks for nothing from outside. All
     other text is escaped.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
-    )
     analysis = report.get("analysis")
-    return environment.get_template("report.html").render(
+    return _page().render(
         report=report,
         model=report.get("model") or {},
         config=report.get("config") or {},
@@ -95,6 +88,22 @@ def render(
         yaml=yaml.safe_dump(dict(report.get("config") or {}), sort_keys=False),
         command=_command(report),
     )
+
+
+@cache
+def _page() -> Template:
+    """The template, read once in a process."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=for_page,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
+    )
+    return environment.get_template("report.html")
 
 
 def _arithmetic(report: Entry) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 
 from ptq_onnx.analysis.results import BlockAttention, ChannelRanges
+from ptq_onnx.files.file_names import in_html
 
 WIDTH = 640
 LEFT, RIGHT, TOP, BOTTOM = 52, 8, 10, 30
@@ -17,13 +17,13 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 8, 10, 30
 
 def _svg(body: str, width: float, height: float, label: str) -> str:
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}"'
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{in_html(label)}"'
         f' font-size="11" fill="currentColor">{body}</svg>'
     )
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", extra: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{in_html(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str = "") -> str:
@@ -66,7 +66,7 @@ def heat_map(
             color = heat_color(-value if bad_is_high else value, low, high)
             body.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{tall - 1}"'
-                f' fill="{color}"><title>blocks.{block}.{escape(role)}:'
+                f' fill="{color}"><title>blocks.{block}.{in_html(role)}:'
                 f" {f'{value:.2f} dB' if math.isfinite(value) else 'exact'}</title></rect>"
             )
             body.append(
@@ -124,7 +124,7 @@ def box_plot(found: Sequence[ChannelRanges]) -> str:
         x, half = LEFT + (index + 0.5) * step, min(step * 0.32, 10)
         least, first, median, third, most = map(y, one.box)
         body.append(
-            f"<g><title>{escape(one.reader)}: median {one.box[2]:.3g}, largest {one.box[4]:.3g}"
+            f"<g><title>{in_html(one.reader)}: median {one.box[2]:.3g}, largest {one.box[4]:.3g}"
             f"</title>{_line(x, least, x, first)}{_line(x, third, x, most)}"
             f'<rect x="{x - half:.1f}" y="{third:.1f}" width="{2 * half:.1f}"'
             f' height="{max(first - third, 1):.1f}" class="box"/>'

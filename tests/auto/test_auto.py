@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ptq_onnx.auto.candidates import merged
-from ptq_onnx.cli.console import decisions, stdout
+from ptq_onnx.cli.console import decisions
+from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.config import stages as names
 from ptq_onnx.config.quantize_config import QuantizeConfig, Selector
 from ptq_onnx.errors import ConfigError, ImageError

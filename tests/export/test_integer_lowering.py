@@ -294,14 +294,17 @@ def test_real_models_are_bit_exact(name: str, real_models: dict[str, Path], shar
 
 
 @pytest.mark.real
-def test_a_hundred_images_in_the_interpreter(real_models: dict[str, Path], shared: Path) -> None:
-    """Every tensor of ViT-Ti, 8/8/4, on 100 images, the bits of ONNX Runtime (about a minute)."""
+@pytest.mark.parametrize("images", [10, pytest.param(100, marks=pytest.mark.full_matrix)])
+def test_many_images_in_the_interpreter(
+    images: int, real_models: dict[str, Path], shared: Path
+) -> None:
+    """Every tensor of ViT-Ti, 8/8/4, the bits of ONNX Runtime (100 images: about a minute)."""
     path, preprocess = real_models["vit"], Preprocess.named("inception")
     source = open_images(shared / "imagenet/calib", preprocess, limit=32)
     calibration = np.concatenate(list(source.batches(8)))
     quantizer = quantized(path, calibration, target="integer", bits="8/8/4")
     file = ir.to_proto(lower_integer(prepared(path).model, quantizer.specs))
-    validation = open_images(shared / "imagenet/val", preprocess, limit=100)
+    validation = open_images(shared / "imagenet/val", preprocess, limit=images)
     count, different, _ = differing_tensors(file, validation.batches(1))
     assert count > 3500
     assert different == []

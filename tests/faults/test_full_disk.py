@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fuzz.cases import command
 from fuzz.oracle import judge
+from PIL import Image
 
 from faults.runs import content, model_in, words
 
@@ -74,8 +75,31 @@ def test_kept_images(tmp_path: Path) -> None:
     assert "set TMPDIR" in found.text
 
 
-@pytest.mark.parametrize("words_of", [("compare", "output", "output", "--output", "page.html")])
-def test_other_commands(made: Path, words_of: tuple[str, ...]) -> None:
-    found = judge(limited(600, lambda: command(*words_of)), made)
+CURVE = ("calibration-curve", "model.onnx", "--calib", "in", "--val", "in", "--sizes", "1",
+         "--quantizer", "vanilla", "--threads", "1")  # fmt: skip
+ANALYSE = ("analyse", *words("vanilla", *FEW, "--no-sensitivity")[1:])
+COMPARE = ("compare", "output", "--val", "in", "--threads", "1")
+BENCHMARK = ("benchmark", "model.onnx", "--seconds", "0.01", "--batch", "1", "--threads", "1")
+
+
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [(600, (*CURVE, "-o", "other")), (20_000, (*CURVE, "-o", "other")),
+     (600, (*ANALYSE, "-o", "o")),
+     (12_000, (*ANALYSE, "-o", "o")), (90_000, (*ANALYSE, "-o", "o")), (600, (*COMPARE, "-o", "o")),
+     (100, (*BENCHMARK, "-o", "times.json"))],
+    ids=["curve, models", "curve, picture", "analyse, first", "analyse, pictures", "analyse, page",
+         "compare", "benchmark"],
+)  # fmt: skip
+def test_other_commands(made: Path, size: int, given: tuple[str, ...]) -> None:
+    """The picture of a curve, the attention maps and the page are too large in turn."""
+    if not (made / "in").exists():
+        (made / "in").mkdir()
+        for index in range(2):
+            Image.new("RGB", (12, 8), (90 * index, 5, 5)).save(made / f"in/{index}.png")
+    old = content(made)
+    found = judge(limited(size, lambda: command(*given)), made)
     assert found.finding == ""
     assert found.code == 2
+    assert "File too large" in found.text
+    assert content(made) == old

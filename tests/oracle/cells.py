@@ -78,7 +78,8 @@ def bound(target: str, found: Format, op: str) -> tuple[float, float]:
     ``op`` makes the tensor.
 
     * ONNX Runtime makes QLinearSoftmax of a softmax between 8-bit codes: exponentials from a table
-      of integers by code, so that a code may be off by one (measured 51.0 dB and up).
+      of integers by code, so that a code may be off by one (over the whole table 47.96 dB and up,
+      the least with 3-bit weights, 4.8 % of the codes off by one).
     * It makes QLinearConv of a convolution between codes, whose bias is a whole number of steps of
       the input times those of the weight: with 4-bit codes that is a few hundredths of a step of
       the output (measured 55.5 dB, 0.04 steps).
@@ -92,7 +93,7 @@ def bound(target: str, found: Format, op: str) -> tuple[float, float]:
         return 50.0, 0.1
     if op == "Softmax" and target == "onnxruntime" and found.code == "uniform":
         eight = found.limits[1] - found.limits[0] == 255 and found.granularity != "row"
-        return (48.0, 1.0) if eight and found.factor.ndim == 0 else (LEAST, 0.5)
+        return (47.0, 1.0) if eight and found.factor.ndim == 0 else (LEAST, 0.5)
     return LEAST, 0.5
 
 

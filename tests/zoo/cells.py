@@ -7,6 +7,7 @@ made of ``CELLS`` and ``EXPECTED``.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,6 +161,37 @@ def _cells() -> list[Cell]:
 
 
 CELLS = _cells()
+FIRST = tuple(CELLS[: len(EXPECTED)])
+"""Each architecture once: quantized by all quantizers."""
+COVERING = {
+    "ts11": ("swin", "clip", "hf_vit"),
+    "ts13": ("vit",),
+    "ts14": ("vit", "deit", "swinv2", "dinov2"),
+    "ts18": ("cait",),
+    "ts20": ("deit_distilled", "eva02", "beit"),
+    "dy18": ("deit_distilled", "swin", "beit", "clip"),
+    "dy20": ("vit",),
+    "dy23": ("deit", "swinv2", "dinov2", "eva02", "hf_vit"),
+    "ts17-static": ("vit", "levit"),
+    "dy18-static": ("vit",),
+    "ts17-size": ("convnext", "hf_segformer"),
+    "ts17-half": ("vit",),
+    "ort-vit": ("vit",),
+    "ort-clip": ("clip",),
+    "ort-swin": ("swin",),
+    "ort-session": ("clip", "swin"),
+    "tf2onnx": ("vit",),
+    "paddle2onnx": ("vit",),
+    "keras": ("vit",),
+}
+"""Of the others, those that always run, quantized by one quantizer in turn: every exporter, and the
+architectures that must work with all of them through each kind: TorchScript's and dynamo's."""
+ALWAYS = {cell: tuple(QUANTIZERS) for cell in FIRST}
+for _turn, _cell in enumerate(
+    c for c in CELLS if c not in FIRST and c.architecture in COVERING.get(c.exporter, ())
+):
+    ALWAYS[_cell] = (tuple(QUANTIZERS)[_turn % len(QUANTIZERS)],)
+"""Cells, and their quantizers; ``-m full_matrix`` runs the rest, all of them by all quantizers."""
 
 
 def images(cell: Cell, count: int = 4) -> np.ndarray:
@@ -169,14 +201,15 @@ def images(cell: Cell, count: int = 4) -> np.ndarray:
 
 
 def write(cell: Cell, folder: Path) -> Path:
-    """The cell's file, exported once."""
+    """The cell's file, exported once; several processes may share the folder."""
     path = folder / f"{cell.architecture}.{cell.exporter}.onnx"
     if not path.exists():
-        export(cell.architecture, cell.exporter, path)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            export(cell.architecture, cell.exporter, Path(place) / path.name).replace(path)
     return path
 
 
-def run(cell: Cell, folder: Path) -> Result:
+def run(cell: Cell, folder: Path, quantizers: Iterable[str] = QUANTIZERS) -> Result:
     """Everything of one cell: parity, counts, quantization, the file against the simulator."""
     torch.set_num_threads(1)
     path, batch = write(cell, folder), images(cell)
@@ -187,7 +220,7 @@ def run(cell: Cell, folder: Path) -> Result:
     agreements: dict[str, Agreement] = {}
     violations: list[str] = []
     moved = 0.0
-    for name in QUANTIZERS:
+    for name in quantizers:
         quantizer = quantized(prepared, batch, quantizer=name)
         file = graphs.serialize(lower(quantizer.model, quantizer.specs))
         violations.extend(f"{name}: {error}" for error in violated(file))

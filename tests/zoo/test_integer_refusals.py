@@ -9,7 +9,7 @@ import pytest
 
 from ptq_onnx.cli import app as cli
 from zoo.architectures import ARCHITECTURES
-from zoo.exporters import export
+from zoo.cells import Cell, write
 
 REFUSED = {
     "swin": "(Linear): other axes join the batch behind it (windows, as in Swin), which the",
@@ -20,11 +20,12 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_on_the_command_line(
     name: str,
+    exports: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = export(name, "ts17", tmp_path / "model.onnx")
+    path = write(Cell(name, "ts17"), exports)
     output = tmp_path / "out"
     words = ["--target", "integer", "--size", ARCHITECTURES[name].size, "--calib", "noise",
              "--images", 4, "--output", output, "--threads", 1]  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from ptq_onnx.engine.node_sessions import carried_specs
 from ptq_onnx.preparation.prepare import Prepared, prepare
+from ptq_onnx.quantizers.base import SiteQuantizer
 from zoo.architectures import torchvision_schemas
 from zoo.cells import Cell, images, write
 from zoo.checks import quantized
@@ -45,30 +48,30 @@ CASES: dict[str, tuple[int, dict[str, int]]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("roles")
+def prepared(exports: Path) -> Callable[[str], Prepared]:
+    """A cell's model by name, prepared once for all tests here, which change nothing in it."""
+    return cache(lambda name: prepare(write(Cell(*name.split("/")), exports)))
 
 
-def prepared(name: str, folder: Path) -> Prepared:
-    return prepare(write(Cell(*name.split("/")), folder))
+@pytest.fixture(scope="module")
+def swin(prepared: Callable[[str], Prepared]) -> SiteQuantizer:
+    return quantized(prepared("swin/ts17"), images(Cell("swin", "ts17")), quantizer="fqvit")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_roles(name: str, folder: Path) -> None:
+def test_roles(name: str, prepared: Callable[[str], Prepared]) -> None:
     block, expected = CASES[name]
-    roles = prepared(name, folder).blocks.roles.values()
+    roles = prepared(name).blocks.roles.values()
     found = Counter(r.name for r in roles if r.block == block and r.name != "layout")
     assert found == expected
 
 
-def test_swin_is_quantized_as_fq_vit_does(folder: Path) -> None:
+def test_swin_is_quantized_as_fq_vit_does(swin: SiteQuantizer) -> None:
     """QKᵀ before the bias, the table, their sum; the mask adds to codes and is not rounded."""
-    found = prepared("swin/ts17", folder)
-    quantizer = quantized(found, images(Cell("swin", "ts17")), quantizer="fqvit")
-    sites = quantizer.plan.sites  # of the form that the target computes in integers
+    sites = swin.plan.sites  # of the form that the target computes in integers
     roles = {
         (sites[t].role, sites[t].block, sites[t].is_parameter): spec
-        for t, spec in quantizer.specs.items()
+        for t, spec in swin.specs.items()
     }
     for block in range(4):
         table = roles[("pos_embed", block, True)]
@@ -81,13 +84,14 @@ def test_swin_is_quantized_as_fq_vit_does(folder: Path) -> None:
     assert not any(role == "mask" for role, _, _ in roles)
 
 
-def test_patch_merging_repeats_the_factors_four_times(folder: Path) -> None:
-    found = prepared("swin/ts17", folder)
-    quantizer = quantized(found, images(Cell("swin", "ts17")), quantizer="fqvit")
+def test_patch_merging_repeats_the_factors_four_times(
+    prepared: Callable[[str], Prepared], swin: SiteQuantizer
+) -> None:
+    found = prepared("swin/ts17")
     merge = next(n for n, r in found.blocks.roles.items() if r.name == "merge_norm")
     node = next(n for n in found.model.graph if n.name == merge)
-    source, spec = carried_specs(found.model, quantizer.specs)[str(node.inputs[0].name)]
-    before = quantizer.specs[source]
+    source, spec = carried_specs(found.model, swin.specs)[str(node.inputs[0].name)]
+    before = swin.specs[source]
     assert (found.sites[source].role, found.sites[source].block) == ("residual2", 1)
     assert before.factor is not None
     assert spec.factor is not None

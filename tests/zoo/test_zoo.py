@@ -1,4 +1,8 @@
-"""Every cell of the table: loads, is understood, stays itself, quantizes, runs, and agrees."""
+"""Every cell of the table: loads, is understood, stays itself, quantizes, runs, and agrees.
+
+A covering part always runs: every architecture by every quantizer, every exporter with some.
+``-m full_matrix`` runs the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,27 @@ from pathlib import Path
 import pytest
 
 from zoo.architectures import ARCHITECTURES, torchvision_schemas
-from zoo.cells import CELLS, EXPECTED, MUST, Cell, run, violated
+from zoo.cells import ALWAYS, CELLS, EXPECTED, FIRST, MUST, QUANTIZERS, Cell, run, violated
+from zoo.exporters import EXPORTERS
 
 with torchvision_schemas():
     pytest.importorskip("timm", exc_type=ImportError)
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the exported files lie, for all cells."""
-    return tmp_path_factory.mktemp("zoo")
+@pytest.mark.parametrize("cell", ALWAYS, ids=lambda cell: cell.name)
+def test_cell(cell: Cell, exports: Path) -> None:
+    check(cell, exports, ALWAYS[cell])
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_cell(cell: Cell, folder: Path) -> None:
-    assert run(cell, folder).complaints(cell) == []
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("cell", [c for c in CELLS if c not in FIRST], ids=lambda cell: cell.name)
+def test_every_other_cell(cell: Cell, exports: Path) -> None:
+    check(cell, exports, tuple(QUANTIZERS))
+
+
+def check(cell: Cell, folder: Path, quantizers: tuple[str, ...]) -> None:
+    assert run(cell, folder, quantizers).complaints(cell) == []
 
 
 @pytest.mark.full_zoo
@@ -62,3 +71,18 @@ def test_the_table_is_complete() -> None:
     assert len(names) == len(set(names))
     for name in MUST:
         assert {f"{name}/{e}" for e in ("ts11", "ts14", "ts17", "ts20", "dy18", "dy23")} <= {*names}
+
+
+def test_what_always_runs_covers_the_table() -> None:
+    """Every architecture by every quantizer, every exporter, those that must work through
+    TorchScript in two opsets and through dynamo, and what is expected otherwise than elsewhere."""
+    assert {cell.architecture for cell in FIRST} == {*EXPECTED}
+    assert all(ALWAYS[cell] == tuple(QUANTIZERS) for cell in FIRST)
+    assert {cell.exporter for cell in ALWAYS} == {*EXPORTERS} == {cell.exporter for cell in CELLS}
+    assert {*ALWAYS} >= {cell for cell in CELLS if cell.expected or cell.leftover}
+    for name in MUST:
+        tried = [cell.exporter for cell in ALWAYS if cell.architecture == name]
+        assert sum(exporter.startswith("ts") for exporter in tried) >= 2, name
+        assert any(exporter.startswith("dy") for exporter in tried), name
+    alone = [name for names in ALWAYS.values() if len(names) == 1 for name in names]
+    assert min(alone.count(name) for name in QUANTIZERS) >= len(alone) // 2

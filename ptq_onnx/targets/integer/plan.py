@@ -27,7 +27,7 @@ from ptq_onnx.targets.integer.elementwise import Term
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
 from ptq_onnx.targets.integer.grid import Double, Grid, Ints, LogGrid
 from ptq_onnx.targets.integer.products import WEIGHT_ZERO
-from ptq_onnx.targets.integer.reasons import of_padding
+from ptq_onnx.targets.integer.reasons import WINDOWS, of_batch, of_padding
 
 PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
 """An accumulator as it is."""
@@ -134,8 +134,7 @@ class Plan:
             if indices.size and int(indices.max()) >= math.prod(shape[1:]):
                 raise refusal(
                     producer(output),
-                    "other axes join the batch behind it (windows, as in Swin), which the integer"
-                    " target does not cover; use --target onnxruntime",
+                    of_batch(image_input(self.model)) or WINDOWS,
                 )
             channel = np.unravel_index(indices, [1, *shape[1:]])[axis]
             grid = Grid.of(spec)

@@ -10,6 +10,21 @@ import onnx_ir as ir
 from ptq_onnx.blocks.walking import consumers, is_layout, name_of
 
 INSTEAD = "use --target onnxruntime"
+WINDOWS = (
+    "other axes join the batch behind it (windows, as in Swin), which the integer target does not"
+    f" cover; {INSTEAD}"
+)
+
+
+def of_batch(image: ir.Value) -> str | None:
+    """Why axes join the batch where the graph is one of so many images."""
+    size = None if image.shape is None else image.shape[0]
+    if not isinstance(size, int) or size < 2:
+        return None
+    return (
+        f"the graph holds its batch size of {size} in a way that cannot be taken out, and the"
+        f" integer target takes one image at a time; export with a dynamic batch, or {INSTEAD}"
+    )
 
 
 def of_weight(node: ir.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,18 @@ def no_class(folder: Path) -> Case:
     return _saved(no_transformer(), folder, SHORT, 0)
 
 
+def scales_of_a_tensor_with_an_axis(folder: Path) -> Case:
+    """One scale and an axis: PPQ's PermissionError went through as one of the system's."""
+    from fuzz.texts import made
+
+    model, text = made("vanilla")
+    report = json.loads(text)
+    next(t for t in report["tensors"] if t["granularity"] == "tensor")["axis"] = 1
+    (folder / "model.onnx").write_bytes(model)
+    (folder / "report.json").write_text(json.dumps(report))
+    return (*SHORT, "--scales", "report.json"), 2
+
+
 def _saved(model: onnx.ModelProto, folder: Path, words: tuple[str, ...], code: int) -> Case:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     return words, code
@@ -201,4 +214,5 @@ CASES: tuple[Callable[[Path], Case], ...] = (
     a_long_output,
     weights_near_the_end_of_floats,
     no_class,
+    scales_of_a_tensor_with_an_axis,
 )
