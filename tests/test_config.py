@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq_onnx.config.quantize_config import Bits, QuantizeConfig, Selector
+from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
 
 

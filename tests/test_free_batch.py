@@ -11,7 +11,8 @@ from small_graph import SmallGraph
 from small_image_model import image_model, pictures, random
 
 from ptq_onnx.analysis.analyse import named
-from ptq_onnx.config.quantize_config import METHOD_NAMES, QuantizeConfig
+from ptq_onnx.config.names import METHOD_NAMES
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.evaluation.network import session
 from ptq_onnx.images.opening import Preprocess, open_images
 from ptq_onnx.pipeline.quantize import Batches, quantize

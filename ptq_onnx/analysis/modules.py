@@ -17,7 +17,8 @@ import onnx_ir as ir
 from ptq_onnx.analysis.results import Part, Scope
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of
-from ptq_onnx.config.quantize_config import ALL, INTEGER, Selector
+from ptq_onnx.config.names import INTEGER
+from ptq_onnx.config.selector import ALL, Selector
 from ptq_onnx.numerics.spec import Site, TensorSpec
 
 if TYPE_CHECKING:

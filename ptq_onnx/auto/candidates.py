@@ -13,7 +13,8 @@ from typing import Literal
 
 from ptq_onnx.analysis.modules import find_modules
 from ptq_onnx.auto.costs import cost
-from ptq_onnx.config.quantize_config import QuantizeConfig, Selector
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import Selector
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
 

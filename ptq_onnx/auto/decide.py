@@ -18,7 +18,8 @@ from ptq_onnx.analysis.results import Automatic, Closeness, Decision
 from ptq_onnx.auto.candidates import Candidate, with_decisions
 from ptq_onnx.auto.search import Outcome, Stage, State, search
 from ptq_onnx.auto.trials import Evidence, Trials
-from ptq_onnx.config.quantize_config import MAX_DROP, MIN_SQNR, QuantizeConfig
+from ptq_onnx.config.names import MAX_DROP, MIN_SQNR
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.quantizers.base import Plan
 
 __all__ = ["Automatic", "Evidence", "decide", "notes_on"]

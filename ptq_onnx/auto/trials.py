@@ -19,7 +19,7 @@ from ptq_onnx.auto.closeness import Labels, Recorded
 from ptq_onnx.auto.costs import cost
 from ptq_onnx.auto.search import Option, Stage
 from ptq_onnx.config import stages
-from ptq_onnx.config.quantize_config import ALL
+from ptq_onnx.config.selector import ALL
 from ptq_onnx.evaluation.evaluate import since
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.spec import Rule

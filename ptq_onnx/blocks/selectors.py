@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 
 from ptq_onnx.blocks.roles import Blocks
-from ptq_onnx.config.quantize_config import ALL, AUTO, QuantizeConfig, Selector
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import ALL, AUTO, Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.spec import Site
 

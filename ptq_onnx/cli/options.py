@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ptq_onnx.cli.help import REQUIRED
-from ptq_onnx.config.quantize_config import (
+from ptq_onnx.config.names import (
     GELU_NAMES,
     MAX_DROP,
     METHOD_NAMES,
@@ -21,8 +21,8 @@ from ptq_onnx.config.quantize_config import (
     QUANTIZER_NAMES,
     ROUNDING_NAMES,
     TARGETS,
-    QuantizeConfig,
 )
+from ptq_onnx.config.quantize_config import QuantizeConfig
 
 DEFAULT = QuantizeConfig()
 PATHS = ("calib", "val", "labels", "scales", "output")

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, TypedDict
 
-from ptq_onnx.config.quantize_config import Bits, QuantizeConfig
+from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 
 Roles = str | Sequence[str]

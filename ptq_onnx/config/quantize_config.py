@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,98 +11,24 @@ from typing import Any, Literal
 
 import yaml
 
+from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.names import (
+    GELU_NAMES,
+    INTEGER,
+    METHOD_NAMES,
+    PRECISION_NAMES,
+    QUANTIZER_NAMES,
+    ROUNDING_NAMES,
+    TARGETS,
+    WEIGHTS,
+)
 from ptq_onnx.config.option_file import read_yaml
 from ptq_onnx.config.option_types import check_options, shown
+from ptq_onnx.config.selector import AUTO, Selector
 from ptq_onnx.config.targets import TARGETS as BY_NAME
 from ptq_onnx.config.targets import Target
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.images.preprocess import PREPROCESS_NAMES
-
-QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
-METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
-PRECISION_NAMES = ("int8", "fp8")
-ROUNDING_NAMES = ("nearest", "gptq", "adaround")
-GELU_NAMES = ("table", "polynomial")
-TARGETS = tuple(BY_NAME)
-INTEGER = "integer"
-WEIGHTS = (8, 4)
-OPSETS = range(20, 24)
-ALL = "all"
-AUTO = "auto"
-MOST_BITS = 8
-MOST_BLOCK_DIGITS = 4
-MAX_DROP, MIN_SQNR = 0.5, 20.0
-"""Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bit widths of weights, activations and attention maps, 2 to 8 each."""
-
-    weights: int = 8
-    activations: int = 8
-    attention: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("weights", "activations", "attention"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-                raise ConfigError(
-                    f"bits: {name} must be a whole number from 2 to 8, got {value!r}."
-                )
-
-    @classmethod
-    def parse(cls, text: str) -> Bits:
-        """``8/8/4`` → weights 8, activations 8, attention 4. Raises ConfigError."""
-        parts = str(text).split("/")
-        if len(parts) != 3 or not all(re.fullmatch(r"[0-9]{1,3}", p.strip()) for p in parts):
-            raise ConfigError(
-                f"--bits {text}: expected weights/activations/attention, as in 8/8/4,"
-                " each from 2 to 8."
-            )
-        return cls(*(int(p) for p in parts))
-
-    def __str__(self) -> str:
-        return f"{self.weights}/{self.activations}/{self.attention}"
-
-
-@dataclass(frozen=True)
-class Selector:
-    """A role, in some blocks or in all: ``fc2``, ``fc2@5,6``, ``residual1@0-3``."""
-
-    role: str
-    blocks: tuple[int, ...] | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Selector:
-        """Raises ConfigError on anything else."""
-        match = re.fullmatch(r"([a-z_][a-z0-9_.]*)(?:@([0-9,\-]+))?", str(text).strip())
-        if match is None:
-            raise ConfigError(f"'{text}' is no role; write ROLE or ROLE@BLOCKS, as in fc2@5,6.")
-        role, part = match.groups()
-        if part is None:
-            return cls(role)
-        blocks: list[int] = []
-        for piece in part.split(","):
-            ends = piece.split("-")
-            if not all(e.isdigit() for e in ends) or len(ends) > 2:
-                raise ConfigError(f"'{text}': '{piece}' is no block number or range such as 0-3.")
-            if max(map(len, ends)) > MOST_BLOCK_DIGITS:
-                raise ConfigError(f"{shown(text)}: no model has so many blocks.")
-            first, last = int(ends[0]), int(ends[-1])
-            if last < first:
-                raise ConfigError(f"'{text}': the range {piece} runs backwards.")
-            blocks.extend(range(first, last + 1))
-        return cls(role, tuple(dict.fromkeys(blocks)))
-
-    def matches(self, role: str, block: int | None) -> bool:
-        """True for that role in that block."""
-        return self.role in (role, ALL) and (self.blocks is None or block in self.blocks)
-
-    def __str__(self) -> str:
-        if self.blocks is None:
-            return self.role
-        return f"{self.role}@{','.join(map(str, self.blocks))}"
 
 
 @dataclass(frozen=True)

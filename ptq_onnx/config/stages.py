@@ -6,7 +6,8 @@ model. Exact it need not be: it moves one bar.
 
 from __future__ import annotations
 
-from ptq_onnx.config.quantize_config import AUTO, QuantizeConfig
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import AUTO
 from ptq_onnx.progress import Planned
 
 READING = "Reading the model"

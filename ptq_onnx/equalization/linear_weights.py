@@ -7,10 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.element_map import layout_indices
-from ptq_onnx.blocks.walking import (
-    name_of,
-    through_layout,
-)
+from ptq_onnx.blocks.walking import name_of, through_layout
 from ptq_onnx.equalization.padding import pads_of
 from ptq_onnx.graph.formula import constant, new_constant
 

@@ -8,12 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.element_map import layout_indices
-from ptq_onnx.blocks.walking import (
-    consumers,
-    is_layout,
-    is_product,
-    through_layout,
-)
+from ptq_onnx.blocks.walking import consumers, is_layout, is_product, through_layout
 from ptq_onnx.equalization.writer import Writer, describe_node, take_over
 from ptq_onnx.fusion.patch_embed import is_patch_embed
 from ptq_onnx.graph.formula import constant, new_constant

@@ -20,13 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.element_map import layout_indices
-from ptq_onnx.blocks.walking import (
-    is_linear,
-    is_product,
-    name_of,
-    source,
-    through_layout,
-)
+from ptq_onnx.blocks.walking import is_linear, is_product, name_of, source, through_layout
 from ptq_onnx.equalization.linear_weights import own_columns, scale_columns
 from ptq_onnx.equalization.writer import Writer, drop_unread
 from ptq_onnx.graph.formula import constant, new_constant, scalar

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.walking import (
-    is_constant,
-)
+from ptq_onnx.blocks.walking import is_constant
 from ptq_onnx.graph.formula import new_constant, unique_name
 
 

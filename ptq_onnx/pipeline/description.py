@@ -10,7 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ptq_onnx.config.quantize_config import INTEGER, QuantizeConfig
+from ptq_onnx.config.names import INTEGER
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.files.model_size import model_bytes
 from ptq_onnx.images.items import PictureSource
 from ptq_onnx.images.opening import FolderSource, Preprocess

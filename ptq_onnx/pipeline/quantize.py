@@ -18,7 +18,9 @@ from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.calibration.class_output import class_outputs, feature_outputs, logits_output
 from ptq_onnx.calibration.preprocess_check import MOST, PreprocessCheck, check_preprocess
 from ptq_onnx.config import stages
-from ptq_onnx.config.quantize_config import AUTO, INTEGER, QuantizeConfig
+from ptq_onnx.config.names import INTEGER
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import AUTO
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.files.file_names import short_stem

@@ -26,7 +26,9 @@ from ptq_onnx.calibration.methods import (
 )
 from ptq_onnx.calibration.range_growth import find_growth
 from ptq_onnx.config import stages
-from ptq_onnx.config.quantize_config import ALL, MOST_BITS, QuantizeConfig, Selector
+from ptq_onnx.config.bits import MOST_BITS
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import ALL, Selector
 from ptq_onnx.engine.simulator import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.ptf import needed_step, zero_points

@@ -17,7 +17,7 @@ import numpy as np
 
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.calibration.methods import Statistics
-from ptq_onnx.config.quantize_config import AUTO, Selector
+from ptq_onnx.config.selector import AUTO, Selector
 from ptq_onnx.numerics.spec import Rule, Site
 from ptq_onnx.quantizers.vanilla import Vanilla
 

@@ -26,7 +26,7 @@ import onnx_ir as ir
 from ptq_onnx.blocks.channels import is_convolution, rows_in_weight
 from ptq_onnx.blocks.walking import is_layout, is_linear
 from ptq_onnx.calibration.methods import Statistics
-from ptq_onnx.config.quantize_config import INTEGER
+from ptq_onnx.config.names import INTEGER
 from ptq_onnx.numerics.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.numerics.spec import Code, Granularity, Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim

@@ -15,7 +15,8 @@ from ptq_onnx.auto.candidates import merged
 from ptq_onnx.cli.console import decisions
 from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.config import stages as names
-from ptq_onnx.config.quantize_config import QuantizeConfig, Selector
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.labels import labels_for

@@ -23,7 +23,7 @@ from ptq_onnx.calibration.percentile import PERCENTILE
 from ptq_onnx.calibration.robust import HORIZON, tail_bound
 from ptq_onnx.calibration.search import squared_error
 from ptq_onnx.calibration.statistics import BINS, TOP
-from ptq_onnx.config.quantize_config import METHOD_NAMES
+from ptq_onnx.config.names import METHOD_NAMES
 
 Array = NDArray[np.float32]
 LIMITS = [(-128, 127), (0, 255), (-8, 7), (0, 15)]
