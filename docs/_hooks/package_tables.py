@@ -13,7 +13,8 @@ from types import ModuleType
 from command_tables import code, table
 
 import ptq_onnx
-from ptq_onnx.config.quantize_config import METHOD_NAMES, QUANTIZER_NAMES, QuantizeConfig
+from ptq_onnx.config.names import METHOD_NAMES, QUANTIZER_NAMES
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,12 +10,8 @@ import pytest
 import yaml
 
 from documentation.pages import DOCS, PAGES, ROOT, WRITTEN, named
-from ptq_onnx.config.quantize_config import (
-    METHOD_NAMES,
-    QUANTIZER_NAMES,
-    TARGETS,
-    QuantizeConfig,
-)
+from ptq_onnx.config.names import METHOD_NAMES, QUANTIZER_NAMES, TARGETS
+from ptq_onnx.config.quantize_config import QuantizeConfig
 
 COMMANDS = (DOCS / "commands.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
