@@ -18,7 +18,6 @@ import ptq_onnx
 from ptq_onnx.auto.closeness import Recorded
 from ptq_onnx.cli.app import app
 from ptq_onnx.cli.console import show
-from ptq_onnx.cli.next_steps import next_steps
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation.evaluate import evaluate
@@ -26,6 +25,7 @@ from ptq_onnx.evaluation.network import Network
 from ptq_onnx.evaluation.outputs import Tallies, Tally, classes_of, pairs
 from ptq_onnx.images.opening import Preprocess, open_images
 from ptq_onnx.pipeline.quantize import Result, quantize
+from ptq_onnx.report.next_steps import next_steps
 from ptq_onnx.report.page import render
 from ptq_onnx.report.schema import report_schema, violations
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
 from ptq_onnx.analysis.graphwise import graphwise
-from ptq_onnx.report.plots import save_png
+from ptq_onnx.report.plots import STYLE, save_png
 
-STYLES = {"one scale": ("#d62728", "o"), "one per channel": ("#1f77b4", "s")}
+STYLES = {"one scale": ("#d9403a", "o"), "one per channel": ("#3a7fc4", "s")}
 
 
 def main() -> None:
@@ -53,22 +54,23 @@ def main() -> None:
 
 def draw(lines: dict[tuple[str, str], dict[int, float]], path: Path) -> None:
     """One line per granularity; the class token solid, patches dashed."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for (label, part), line in lines.items():
-        color, marker = STYLES[label]
-        axes.plot(
-            list(line), list(line.values()), color=color, marker=marker,
-            linestyle="-" if part == "class token" else "--", label=f"{label}, {part}",
-        )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xticks(sorted(next(iter(lines.values()))))
-    axes.set_xlabel("block")
-    axes.set_ylabel("fc2: noise to signal")
-    axes.grid(True, axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    save_png(figure, path, 110)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for (label, part), line in lines.items():
+            color, marker = STYLES[label]
+            axes.plot(
+                list(line), list(line.values()), color=color, marker=marker,
+                linestyle="-" if part == "class token" else "--", label=f"{label}, {part}",
+            )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xticks(sorted(next(iter(lines.values()))))
+        axes.set_xlabel("block (number)")
+        axes.set_ylabel("fc2: noise to signal, ratio (lower is better)")
+        axes.grid(True, axis="y", alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+        save_png(figure, path, 110)
 
 
 if __name__ == "__main__":

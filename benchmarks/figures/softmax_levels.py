@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from subject import batches, load, options, table
 from ptq_onnx.analysis.attention_values import attention_values, levels
 from ptq_onnx.analysis.results import BlockAttention
 from ptq_onnx.engine.simulator import Simulator
-from ptq_onnx.report.plots import save_png
+from ptq_onnx.report.plots import STYLE, save_png
 
 
 def main() -> None:
@@ -42,21 +43,25 @@ def main() -> None:
 
 def draw(block: BlockAttention, path: Path) -> None:
     """Two histograms on a log axis, each with the levels of one code."""
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    edges = np.linspace(block.lowest, 0, len(block.counts) + 1)
-    for column, (code, color) in enumerate((("uniform", "#d62728"), ("log2", "#2ca02c"))):
-        axes = figure.add_subplot(1, 2, column + 1)
-        axes.stairs(np.array(block.counts) / sum(block.counts), edges, fill=True, color="#9db8dc")
-        for level in levels(code, 4):  # type: ignore[arg-type]
-            if level > 0:
-                axes.axvline(np.log2(level), color=color, linewidth=0.9)
-        axes.set_title(f"4-bit {code} levels, block {block.block}", fontsize=9)
-        ticks = list(range(block.lowest, 1, 4))
-        axes.set_xticks(ticks, [f"$2^{{{t}}}$" for t in ticks])
-        axes.set_xlabel("attention", fontsize=8)
-        axes.tick_params(labelsize=8)
-    save_png(figure, path, 110)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 2.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        edges = np.linspace(block.lowest, 0, len(block.counts) + 1)
+        for column, (code, color) in enumerate((("uniform", "#d9403a"), ("log2", "#2a9134"))):
+            axes = figure.add_subplot(1, 2, column + 1)
+            axes.stairs(
+                100 * np.array(block.counts) / sum(block.counts), edges, fill=True, color="#5b8bc9"
+            )
+            for level in levels(code, 4):  # type: ignore[arg-type]
+                if level > 0:
+                    axes.axvline(np.log2(level), color=color, linewidth=0.9)
+            axes.set_title(f"4-bit {code} levels, block {block.block}", fontsize=9)
+            ticks = list(range(block.lowest, 1, 4))
+            axes.set_xticks(ticks, [f"$2^{{{t}}}$" for t in ticks])
+            axes.set_xlabel("attention weight, 0 to 1 (logarithmic axis)", fontsize=8)
+            axes.set_ylabel("share of values, %", fontsize=8)
+            axes.tick_params(labelsize=8)
+        save_png(figure, path, 110)
 
 
 if __name__ == "__main__":

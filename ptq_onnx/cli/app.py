@@ -62,6 +62,7 @@ def _root(
 
 
 @app.command(cls=cli_help.Command, short_help="Write a quantized model and its report.")
+@o.takes()
 def quantize(
     model: o.Model,
     calib: o.Calib = None,
@@ -69,51 +70,11 @@ def quantize(
     labels: o.Labels = None,
     output: o.Output = None,
     config: o.Config = None,
-    quantizer: o.Quantizer = None,
-    bits: o.Bits = None,
-    precision: o.Precision = None,
-    weights: o.Weights = None,
-    method: o.Method = None,
-    images: o.Images = None,
-    batch: o.Batch = None,
     scales: o.Scales = None,
-    preprocess: o.PreprocessName = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    crop_pct: o.CropPct = None,
-    interpolation: o.Interpolation = None,
-    check_preprocess: o.CheckPreprocess = None,
-    keep_float: o.KeepFloat = None,
-    more_bits: o.MoreBits = None,
-    per_channel: o.PerChannel = None,
-    auto: o.Auto = None,
-    max_drop: o.MaxDrop = None,
-    min_sqnr: o.MinSqnr = None,
-    ptf: o.Ptf = None,
-    ptf_k: o.PtfK = None,
-    lis: o.Lis = None,
-    equalize: o.Equalize = None,
-    bias_correction: o.BiasCorrection = None,
-    rounding: o.Rounding = None,
-    centre_values: o.CentreValues = None,
-    quantize_residual: o.QuantizeResidual = None,
-    float16: o.Float16 = None,
-    arithmetic: o.Arithmetic = None,
-    multiplier_bits: o.MultiplierBits = None,
-    gelu: o.Gelu = None,
-    target: o.Target = None,
-    opset: o.Opset = None,
-    report: o.Report = None,
-    sensitivity: o.Sensitivity = None,
-    pictures: o.Pictures = None,
-    attention_blocks: o.AttentionBlocks = None,
-    attention_heads: o.AttentionHeads = None,
-    analysis_images: o.AnalysisImages = None,
-    threads: o.Threads = None,
+    **given: Any,
 ) -> None:
     """Quantize a model and write it to a folder, with its report."""
-    options, paths = settings(config, locals())
+    options, paths = settings(config, locals() | given)
     Output.at(paths.get("output", OUTPUT)).keep(config=config)
     path = find_model(model)
     with progress_bars() as progress:
@@ -132,6 +93,7 @@ app.command(cls=cli_help.Command, short_help="Put quantized files side by side."
 
 
 @app.command(cls=cli_help.Command, short_help="Measure the accuracy of a model on images.")
+@o.takes(*o.PICTURES, "batch", "threads")
 def evaluate(
     model: o.Model,
     val: o.Measured = None,
@@ -139,17 +101,10 @@ def evaluate(
     reference: o.Reference = None,
     as_json: o.Json = False,
     config: o.Config = None,
-    preprocess: o.PreprocessName = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    crop_pct: o.CropPct = None,
-    interpolation: o.Interpolation = None,
-    batch: o.Batch = None,
-    threads: o.Threads = None,
+    **given: Any,
 ) -> None:
     """Measure top-1 and top-5 of a model in ONNX Runtime."""
-    options, paths = settings(config, locals())
+    options, paths = settings(config, locals() | given)
     path = find_model(model, written=True)
     other = None if reference is None else find_model(reference)
     if "val" not in paths:

@@ -31,6 +31,7 @@ Models = Annotated[
 ]
 
 
+@o.takes(*o.PICTURES, "batch", "threads")
 def compare(
     models: Models,
     val: o.Measured = None,
@@ -45,21 +46,14 @@ def compare(
     ] = None,
     as_json: o.Json = False,
     config: o.Config = None,
-    preprocess: o.PreprocessName = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    crop_pct: o.CropPct = None,
-    interpolation: o.Interpolation = None,
     analysis_images: Annotated[
         int | None,
         o.option("--analysis-images", "N", 32, "Images for the SNR of the blocks."),
     ] = None,
-    batch: o.Batch = None,
-    threads: o.Threads = None,
+    **given: Any,
 ) -> None:
     """Compare quantized files of one float model: accuracy, SQNR, blocks, size, speed."""
-    options, paths = settings(config, locals())
+    options, paths = settings(config, locals() | given)
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
     folder = Output.of_reports(paths["output"]).folder if "output" in paths else None

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from rich import box
 from rich.table import Table
 
-from ptq_onnx.cli.next_steps import next_steps
 from ptq_onnx.cli.terminal import PIPE_WIDTH, Screen, plain, spell_what_is_missing, stdout
 from ptq_onnx.errors import PtqError
 from ptq_onnx.evaluation.outputs import MOST_DB
 from ptq_onnx.files.file_names import printable
 from ptq_onnx.progress import Progress
+from ptq_onnx.report.next_steps import next_steps
 from ptq_onnx.runtime.installed import missing_runtime
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 
@@ -19,7 +19,15 @@ from ptq_onnx.pipeline.model_path import find_model
 if TYPE_CHECKING:
     from ptq_onnx.pipeline.calibration_curve import Curve
 
+NOT_VARIED = (
+    *("images", "check_preprocess", "auto", "max_drop", "min_sqnr", "arithmetic"),
+    *("multiplier_bits", "gelu", "report", "sensitivity", "pictures", "attention_blocks"),
+    *("attention_heads", "analysis_images"),
+)
+"""Options of ``quantize`` that have no meaning, or another one, over numbers of images."""
 
+
+@o.takes(without=NOT_VARIED)
 def calibration_curve(
     model: o.Model,
     calib: o.Calib = None,
@@ -31,37 +39,11 @@ def calibration_curve(
         o.option("--sizes", "N,N,…", "1,4,16,64,256", "Numbers of calibration images."),
     ] = None,
     config: o.Config = None,
-    quantizer: o.Quantizer = None,
-    bits: o.Bits = None,
-    precision: o.Precision = None,
-    weights: o.Weights = None,
-    method: o.Method = None,
-    batch: o.Batch = None,
-    preprocess: o.PreprocessName = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    crop_pct: o.CropPct = None,
-    interpolation: o.Interpolation = None,
-    keep_float: o.KeepFloat = None,
-    more_bits: o.MoreBits = None,
-    per_channel: o.PerChannel = None,
-    ptf: o.Ptf = None,
-    ptf_k: o.PtfK = None,
-    lis: o.Lis = None,
-    equalize: o.Equalize = None,
-    bias_correction: o.BiasCorrection = None,
-    rounding: o.Rounding = None,
-    centre_values: o.CentreValues = None,
-    quantize_residual: o.QuantizeResidual = None,
-    float16: o.Float16 = None,
-    target: o.Target = None,
-    opset: o.Opset = None,
-    threads: o.Threads = None,
+    **given: Any,
 ) -> None:
     """Draw accuracy or SQNR over the number of calibration images, real ones and noise."""
     counts = None if sizes is None else _counts(sizes)
-    options, paths = settings(config, locals())
+    options, paths = settings(config, locals() | given)
     path = find_model(model)
     if "val" not in paths:
         raise ConfigError("calibration-curve needs images to measure on: --val DIR.")

@@ -7,32 +7,39 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from ptq_onnx.config.fields import Fields
+from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, flags
+
 NAMES = ["-h", "--help"]
 """What asks for help, in every command."""
 REQUIRED = "required"
 """What an option has in place of a default where the command does not work without it."""
 
-GROUPS: Mapping[str, Sequence[str]] = {
-    "Input": (
-        "calib", "val", "labels", "reference", "sizes", "images", "config", "preprocess", "mean",
-        "std", "size", "crop_pct", "interpolation", "check_preprocess",
-    ),
-    "Numbers": (
-        "quantizer", "bits", "weights", "method", "scales", "keep_float", "more_bits",
-        "per_channel", "auto", "max_drop", "min_sqnr", "ptf", "ptf_k", "lis", "equalize",
-        "bias_correction", "rounding",
-    ),
-    "Target": (
-        "target", "runtime", "precision", "float16", "quantize_residual", "centre_values",
-        "opset", "arithmetic", "multiplier_bits", "gelu", "pretrained", "strict",
-    ),
-    "Analysis": (
-        "report", "sensitivity", "pictures", "attention_blocks", "attention_heads",
-        "analysis_images",
-    ),
-    "Output": ("output", "as_json"),
-    "Running": ("batch", "threads", "seconds"),
-}  # fmt: skip
+OUTPUT = "Output"
+
+PLACES: Mapping[str, Sequence[str]] = {
+    INPUT: ("calib", "val", "labels", "reference", "sizes", "config"),
+    NUMBERS: ("scales",),
+    TARGET: ("runtime", "pretrained", "strict"),
+    OUTPUT: ("output", "as_json"),
+    RUNNING: ("seconds",),
+}
+"""The groups of the options that are no fields of the config."""
+
+
+def _groups() -> Mapping[str, Sequence[str]]:
+    """Headings, and the options below each."""
+    own = flags(Fields)
+    return {
+        group: (
+            *PLACES.get(group, ()),
+            *(name for name, flag in own.items() if flag.group == group),
+        )
+        for group in (INPUT, NUMBERS, TARGET, ANALYSIS, OUTPUT, RUNNING)
+    }
+
+
+GROUPS = _groups()
 """Headings, and the options below each, in order; what stands in none comes last."""
 REST = "Other"
 EXTRA = "Got unexpected extra argument"

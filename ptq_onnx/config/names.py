@@ -1,38 +1,19 @@
-"""The names that options take."""
+"""The names that options take, and what they mean where none is given."""
 
 from __future__ import annotations
 
 from ptq_onnx.config.targets import TARGETS as BY_NAME
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "deploy")
-
-
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
-
-
 PRECISION_NAMES = ("int8", "fp8")
-
-
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
-
-
 GELU_NAMES = ("table", "polynomial")
-
-
+ARITHMETIC_NAMES = ("float", "integer")
 TARGETS = tuple(BY_NAME)
-
-
 INTEGER = "integer"
-
-
 WEIGHTS = (8, 4)
-
-
 OPSETS = range(20, 24)
-
-
 MAX_DROP = 0.5
-
-
 MIN_SQNR = 20.0
 """Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ptq_onnx.config.flags import flag_of
 from ptq_onnx.errors import ConfigError
 
 WORDS = {
@@ -18,25 +18,6 @@ WORDS = {
     tuple: "a list",
     type(None): "nothing",
 }
-BOUNDS: Mapping[str, tuple[float, float]] = {
-    "images": (1, 1_000_000),
-    "batch": (1, 4096),
-    "analysis_images": (1, 1_000_000),
-    "threads": (0, 256),
-    "attention_blocks": (0, 9999),
-    "attention_heads": (0, 9999),
-    "size": (1, 8192),
-    "crop_pct": (0.1, 1),
-    "mean": (-1, 1),
-    "std": (1e-6, 10),
-    "min_sqnr": (-1000, 1000),
-}
-"""The smallest and the largest value that makes sense, of each where there are several."""
-
-ON_PIXELS = "it is for pixels on the scale 0 to 1, as in 0.485,0.456,0.406 or 0.229,0.224,0.225"
-HINTS: Mapping[str, str] = {"mean": ON_PIXELS, "std": ON_PIXELS}
-"""What is told of an option beside its bounds."""
-
 MOST_ITEMS = 10_000
 SHORT = 60
 """Characters of a value that a message shows."""
@@ -49,7 +30,8 @@ def check_options(config: Any) -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         option = "--" + field.name.replace("_", "-")
         text = value if isinstance(value, str) and len(value) < SHORT else shown(value)
-        low, high = BOUNDS.get(field.name, (None, None))
+        flag = flag_of(field)
+        low, high = flag.bounds or (None, None)
         fits = _fits(value, hint)
         if hint is int and low is not None and not (fits and value >= low):
             raise ConfigError(f"{option} must be at least {low:g}, got {shown(value)}.")
@@ -60,7 +42,7 @@ def check_options(config: Any) -> None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:
-                more = f"; {HINTS[field.name]}" if field.name in HINTS else ""
+                more = f"; {flag.hint}" if flag.hint else ""
                 raise ConfigError(
                     f"{option} {shown(number)}: must be from {low:g} to {high:g}{more}."
                 )

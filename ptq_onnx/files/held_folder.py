@@ -53,14 +53,23 @@ def scratch_folder() -> Iterator[Path]:
     """
     with ExitStack() as stack:
         try:
-            place = Path(tempfile.gettempdir()) / "ptq_onnx"
-            folder = stack.enter_context(held_folder(place))
+            folder = stack.enter_context(held_folder(_scratch()))
         except OSError as error:
             raise ConfigError(
                 f"No temporary folder can be made ({error.strerror or error}): set TMPDIR to one"
                 " that can be written."
             ) from error
         yield folder
+
+
+def is_scratch(folder: Path) -> bool:
+    """Whether it is one that :func:`scratch_folder` made."""
+    place = _scratch()
+    return folder.parent == place.parent and folder.name.startswith(f".{place.name}.{_MARK}")
+
+
+def _scratch() -> Path:
+    return Path(tempfile.gettempdir()) / "ptq_onnx"
 
 
 @contextmanager

@@ -35,13 +35,16 @@ from ptq_onnx.pipeline.preprocess_input import Given, from_files
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.input_size import try_size
+from ptq_onnx.preparation.model_input import typed_name
 from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.preparation.prepare import Prepared, own_faults, prepare, read_input
 from ptq_onnx.preparation.signature import as_pixels, pixels, signature
 from ptq_onnx.progress import Advance, Progress, Stages
+from ptq_onnx.report.reproduce import Invocation, named
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis, Automatic
+    from ptq_onnx.report.attention_page import Sheet
 
 __all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"]
 
@@ -105,6 +108,7 @@ def quantize(
             f"--output {output} holds a quantized model, which the analysis would take the place"
             " of; name another folder."
         )
+    asked = calib
     if calib is None:
         calib = val if scales is not None and val is not None else embedded.images_for(model)
     prepared = prepare(model, config.opset, config.size, free=True)
@@ -154,6 +158,16 @@ def quantize(
         run = _Run(prepared, config, preprocess, images, notes, work, begin, labels=labels)
         run.again = lambda: prepare(prepared.path, config.opset, config.size, free=True)
         run.validation = validation(tested, labels)
+        run.invocation = Invocation(
+            command="quantize" if keep_models else "analyse",
+            model=named(typed_name(model)) or str(model),
+            calib=named(asked),
+            val=named(val),
+            labels=named(labels),
+            scales=named(scales),
+            folder=named(output) or str(output),
+            written=named(place.model) if keep_models else None,
+        )
         try:
             with own_faults(prepared.path, "quantized"):
                 report = run.run(tested, truth, scales)
@@ -342,6 +356,8 @@ class _Run:
     """The image whose attention is drawn, as the model sees it."""
     validation: dict[str, Any] | None = None
     """Names of the folder measured on and of its labels."""
+    invocation: Invocation | None = None
+    """The paths that the run was given."""
     labels: str | Path | None = None
     apart: tuple[ImageSource, bool] | None = None
     """Images of the analysis, once they were chosen, and whether calibration did not see them."""
@@ -430,6 +446,7 @@ class _Run:
         report["parity"] = None if self.parity is None else asdict(self.parity)
         report["formed"] = self._formed(plan, quantizer)
         report["validation"] = self.validation
+        report["invocation"] = None if self.invocation is None else asdict(self.invocation)
         report["auto"] = None if decided is None else asdict(decided)
         report["preprocess_check"] = None if checked is None else asdict(checked)
         if config.target == INTEGER and config.report:
@@ -440,7 +457,7 @@ class _Run:
 
             report["optimised"] = optimised_histogram(quantized)
         analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
-        pictures: list[tuple[str, Path]] = []
+        pictures: list[Sheet] = []
         if config.report:
             analysed, pictures = self._analyse(quantizer, tested)
         analysed.update(self._measure(tested, truth))
@@ -657,7 +674,7 @@ class _Run:
 
     def _analyse(
         self, quantizer: Any, tested: ImageSource | None
-    ) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
+    ) -> tuple[dict[str, Any], list[Sheet]]:
         """All analyses on images held apart from calibration, and attention pictures."""
         from ptq_onnx.analysis.analyse import Subject, analyse_quantized
         from ptq_onnx.engine.simulator import Simulator
@@ -678,7 +695,7 @@ class _Run:
             stage=self.stage,
         )
         reference = Simulator(prepared.model, None, threads=config.threads)
-        pictures: list[tuple[str, Path]] = []
+        pictures: list[Sheet] = []
         if config.pictures and prepared.blocks.count:
             pictures = self._draw(quantizer, simulator, reference, source)
         return {"analysis": self.analysis.to_json()}, pictures
@@ -769,7 +786,7 @@ class _Run:
 
     def _draw(
         self, quantizer: Any, simulator: Any, reference: Any, source: ImageSource
-    ) -> list[tuple[str, Path]]:
+    ) -> list[Sheet]:
         """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
         import torch
         from PIL import Image
@@ -779,6 +796,7 @@ class _Run:
         from ptq_onnx.quantizers.base import Plan
         from ptq_onnx.quantizers.by_name import make_quantizer
         from ptq_onnx.report.attention_map import draw_attention
+        from ptq_onnx.report.attention_page import sheet
 
         prepared, config = self.prepared, self.config
         advance = self.stage(stages.DRAWING, 3)
@@ -809,14 +827,15 @@ class _Run:
         Image.fromarray(maps[0].image).save(self.picture)
         advance(1)
         rounded = attention_maps(prepared.model, prepared.blocks, code_runs(reference), *picture)
-        pictures = []
+        sheets = []
         for kind, found in [*(("", m) for m in maps), *(("codes_", m) for m in rounded)]:
             name = f"{kind}block_{found.block:02d}_{short_stem(found.image_name)}.png"
             path = folder / name
             draw_attention(found, path, config.attention_heads)
             what = ", maps of the float model in 8 and 4 bits" if kind else ""
-            pictures.append((f"Block {found.block}, {found.image_name}{what}", path))
-        return pictures
+            title = f"Block {found.block}, {found.image_name}{what}"
+            sheets.append(sheet(found, title, config.attention_heads))
+        return sheets
 
     def _measure(self, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
         """The files in ONNX Runtime: on ``--val``, else on images held apart."""
@@ -839,7 +858,7 @@ class _Run:
         self.notes.extend(notes)
         return found
 
-    def _write(self, report: dict[str, Any], pictures: list[tuple[str, Path]]) -> None:
+    def _write(self, report: dict[str, Any], pictures: list[Sheet]) -> None:
         text = json.dumps(report, indent=1, allow_nan=False, default=float)
         (self.work / "report.json").write_text(text, encoding="utf-8")
         if not self.config.report:
@@ -849,5 +868,8 @@ class _Run:
         from ptq_onnx.report.plots import snr_over_blocks
 
         ops = [OpError(**op) for op in report["analysis"]["ops"]]
-        page = render(report, snr_over_blocks(ops), pictures, self.picture)
+        narrow = snr_over_blocks(ops, narrow=True)
+        page = render(
+            report, snr_over_blocks(ops), [], self.picture, narrow=narrow, sheets=pictures
+        )
         (self.work / "report.html").write_text(page, encoding="utf-8")

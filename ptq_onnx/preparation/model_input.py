@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from ptq_onnx.errors import ModelError, PtqError
-from ptq_onnx.files.held_folder import scratch_folder
+from ptq_onnx.files.held_folder import is_scratch, scratch_folder
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 """What functions take as a model; besides, what ``torch.onnx.export(dynamo=True)`` returns."""
@@ -45,6 +45,12 @@ def model_file(model: Any) -> Iterator[Path]:
             if text == str(error):
                 raise
             raise type(error)(text) from error
+
+
+def typed_name(path: str | Path) -> str | Path:
+    """The path, or the name alone of a file that was there only as long as it was needed."""
+    path = Path(path)
+    return NAME if path.name == NAME and is_scratch(path.parent) else path
 
 
 def _plain(model: Any) -> onnx.ModelProto | ir.Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +18,8 @@ from PIL import Image
 
 from ptq_onnx.analysis.results import AttentionMap, decibels
 from ptq_onnx.files.file_names import printable
-from ptq_onnx.report.plots import save_png
+from ptq_onnx.report.plots import STYLE, save_png
+from ptq_onnx.report.svg import MAP_SHARE, map_limit
 
 Array = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -32,8 +34,7 @@ TEXT = 0.22
 """Height of a line of text."""
 DPI = 110
 HEADS_IN_A_ROW = 8
-TOP_SHARE = 99.0
-"""Percentile of all maps that gets the brightest colour: one sink must not darken the rest."""
+TITLES: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 9, "axes.titlepad": 3}
 
 
 def overlay(picture: Picture, weights: Array) -> Picture:
@@ -57,13 +58,14 @@ def draw_attention(found: AttentionMap, path: Path, chosen: Sequence[int] = ()) 
     """Write one PNG of at most 400 kB: picture, maps of all models, and their heads, all or
     those ``chosen`` that there are.
 
-    Maps are means over heads, in one colour scale for all models; a head has a scale of its
-    own, again one for all models. The file appears in one step.
+    Maps are means over heads, in one colour scale for all models, which ends at their
+    percentile :data:`MAP_SHARE`; a head has a scale of its own, again one for all models. The
+    file has no background and appears in one step.
     """
     maps = {k: np.nan_to_num(v.astype(np.float32)) for k, v in found.maps.items()}
     aspect = found.image.shape[0] / found.image.shape[1]
     sheet = _Sheet(found, maps, aspect, chosen)
-    with mpl.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.titlepad": 3}):
+    with mpl.rc_context({**STYLE, **TITLES}):
         save_png(sheet.draw(), path, DPI, LARGEST_FILE)
 
 
@@ -128,8 +130,8 @@ class _Sheet:
     def large(self) -> None:
         """Two rows: picture and overlays; below, the colour bar and the bare maps."""
         means = {label: heads.mean(axis=0) for label, heads in self.maps.items()}
-        norm = Normalize(0, _top(*means.values()))
-        picture = _enlarged(self.found.image)
+        norm = Normalize(0, map_limit(*means.values()))
+        picture = enlarged(self.found.image)
         tall = PANEL * self.aspect
         axes = self.panel(MARGIN, self.top, PANEL, tall)
         axes.imshow(picture, aspect="auto")
@@ -142,7 +144,7 @@ class _Sheet:
             axes = self.panel(left, self.below, PANEL, tall)
             axes.imshow(mean, cmap=COLORS, norm=norm, aspect="auto")
             snr = self.found.snr_db.get(label)
-            axes.set_xlabel(_told(snr))
+            axes.set_xlabel(told(snr))
         self.scale(norm)
 
     def scale(self, norm: Normalize) -> None:
@@ -152,13 +154,13 @@ class _Sheet:
             ScalarMappable(norm, COLORS), cax=axes, orientation="horizontal", extend="max"
         )
         bar.ax.locator_params(nbins=3)
-        bar.set_label("attention weight")
+        bar.set_label(f"attention weight,\nends at percentile {MAP_SHARE:g}")
         axes.set_title("mean over heads,\none scale for all models", loc="left", pad=6)
 
     def head(self, place: int, head: int) -> None:
         """The maps of one head, the models under each other; ``place`` counts the heads drawn."""
         present = {label: heads[head] for label, heads in self.maps.items() if head < len(heads)}
-        top = _top(*present.values())
+        top = map_limit(*present.values())
         left = MARGIN + place % self.per_line * (self.small + GAP)
         above = self.start + place // self.per_line * self.line + TEXT
         tall = self.small * self.aspect
@@ -171,19 +173,14 @@ class _Sheet:
                 axes.set_ylabel(label, fontsize=8, parse_math=False)
 
 
-def _told(snr: float | None) -> str:
+def told(snr: float | None) -> str:
+    """The SNR of a map in words."""
     if snr is None:
         return "reference"
     return "identical" if snr >= decibels(0.0) else f"SNR {snr:.1f} dB"
 
 
-def _top(*maps: Array) -> float:
-    """The weight that gets the brightest colour; 1 where all weights are zero."""
-    values = np.concatenate([m.ravel() for m in maps])
-    return float(np.percentile(values, TOP_SHARE)) or float(values.max()) or 1.0
-
-
-def _enlarged(picture: Picture) -> Picture:
+def enlarged(picture: Picture) -> Picture:
     """Small pictures by a whole factor, pixel for pixel, so that maps on top look smooth."""
     factor = max(1, round(PANEL * DPI / picture.shape[1]))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ptq_onnx.analysis.results import Comparison, Contender
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.files.file_names import for_page
-from ptq_onnx.report.page import EXACT
+from ptq_onnx.report.page_text import EXACT
 from ptq_onnx.report.svg import line_chart
 
 COLUMNS: tuple[tuple[str, Callable[[Contender], float | None], str, bool], ...] = (

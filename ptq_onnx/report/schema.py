@@ -29,6 +29,7 @@ from ptq_onnx.equalization.equalize import Move
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity
 from ptq_onnx.numerics.spec import Code, Granularity
+from ptq_onnx.report.reproduce import Invocation
 
 Schema = dict[str, Any]
 
@@ -199,6 +200,7 @@ def report_schema() -> Schema:
              "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
         ),
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
+        "invocation": _or_null(schema_of(Invocation)),
         "auto": _or_null(schema_of(Automatic)),
         "coverage": _coverage(),
     }  # fmt: skip

@@ -10,11 +10,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from ptq_onnx.analysis.modules import KINDS
 from ptq_onnx.analysis.results import BlockAttention, ChannelRanges
-from ptq_onnx.report.svg import attention_levels, box_plot, channel_bands, heat_map, rollout_maps
+from ptq_onnx.files.file_names import printable
+from ptq_onnx.report.svg import (
+    MAP_SHARE,
+    WIDTH,
+    attention_levels,
+    box_plot,
+    channel_bands,
+    heat_map,
+    rollout_maps,
+)
 
 Entry = Mapping[str, Any]
 
@@ -31,7 +41,9 @@ def sections(report: Entry) -> dict[str, Any]:
     chosen = (report.get("config") or {}).get("attention_blocks") or []
     return {
         "sensitivity": _sensitivity(analysis.get("sensitivity"), blocks),
-        "variation": _variation(analysis.get("variation")),
+        "variation": _variation(
+            analysis.get("variation"), {t["tensor"]: t for t in report.get("tensors") or []}
+        ),
         "attention": _attention(analysis.get("attention"), chosen),
     }
 
@@ -91,9 +103,26 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
     }
 
 
-def _variation(found: Entry | None) -> dict[str, Any] | None:
+def _told(entry: Entry, spec: Entry | None) -> str:
+    """How a tensor is coded, in words."""
+    if spec is None:
+        return f"{entry['tensor']}: stays in float"
+    own = entry["snr_db"]
+    noise = "" if own is None else f", {own:.1f} dB by itself"
+    scales = spec["scale"] if isinstance(spec["scale"], list) else [spec["scale"]]
+    flat = np.ravel(np.array(scales, float))
+    scale = f"{flat.min():.4g}" + ("" if flat.size == 1 else f"…{flat.max():.4g} ({flat.size})")
+    scale = "2^−code" if spec["code"] == "log2" else scale
+    return (
+        f"{entry['tensor']}: {spec['bits']} bits, {spec['code']}, a scale per"
+        f" {spec['granularity']}, scale {scale}{noise}"
+    )
+
+
+def _variation(found: Entry | None, specs: Mapping[str, Entry]) -> dict[str, Any] | None:
     if found is None:
         return None
+    rows = {name: f"tensor-{index}" for index, name in enumerate(specs)}
     norms = [_ranges(n) for n in found["norm_inputs"]]
     wide = sorted(norms, key=_ratio, reverse=True)[:BANDS]
     tensors = sorted(
@@ -107,19 +136,23 @@ def _variation(found: Entry | None) -> dict[str, Any] | None:
             "q": t["histogram"]["quantized_counts"],
             "clip": t["clip"],
             "of": t["clip_of"],
+            "name": printable(_label(t)),
+            "told": printable(_told(t, specs.get(t["tensor"]))),
+            "row": rows.get(t["tensor"], f"varied-{index}"),
         }
-        for t in tensors
+        for index, t in enumerate(tensors)
     ]
     return {
         **found,
         "tensors": [{**t, "label": _label(t)} for t in tensors],
         "box": Markup(box_plot(norms)),
+        "narrow_box": Markup(box_plot(norms, WIDTH)),
         "bands": [
             {"reader": n.reader, "box": n.box, "ratio": _ratio(n), "svg": Markup(channel_bands(n))}
             for n in wide
         ],
-        # No "<" can close the script element: these are numbers alone.
-        "histograms": Markup(json.dumps(histograms, separators=(",", ":"))),
+        # No "<" of a name can close the script element.
+        "histograms": Markup(json.dumps(histograms, separators=(",", ":")).replace("<", "\\u003c")),
     }
 
 
@@ -160,4 +193,4 @@ def _attention(found: Entry | None, chosen: list[int]) -> dict[str, Any] | None:
     if rollout is not None:
         maps = {"float": rollout["float_map"], "quantized": rollout["quantized_map"]}
         svg = rollout_maps(maps)
-    return {**found, "levels": levels, "rollout_svg": Markup(svg)}
+    return {**found, "levels": levels, "rollout_svg": Markup(svg), "share": MAP_SHARE}

@@ -196,6 +196,9 @@ def test_every_number_of_every_table_is_in_the_json(report: dict[str, Any], page
                 # -1 sorts names that are in no block, 1e999 what JSON has as null: no error.
                 if number is None or shown in ("-1", "1e999"):
                     continue
+                if table == "worst-ops" and place == 0:
+                    assert float(shown) == line + 1
+                    continue
                 if table == "ops" and place < 2:
                     assert place or float(shown) == line
                     continue
@@ -216,8 +219,6 @@ const before = bars();
 choice.value = 5; choice.dispatchEvent(new Event("change"));
 seen.changed = bars() !== before;
 seen.bars = document.querySelectorAll("#histogram rect").length;
-dispatchEvent(new Event("beforeprint"));
-seen.closed = document.querySelectorAll("details:not([open])").length;
 seen.requests = performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:"));
 document.body.innerHTML = "";
 const out = document.createElement("pre");
@@ -244,7 +245,7 @@ def test_the_page_works_in_a_browser(page: str, report: dict[str, Any], tmp_path
     assert seen["modules"] == sorted(m["error"]["snr_db"] for m in layerwise)
     assert seen["changed"]
     assert seen["bars"] == 64
-    assert seen["errors"] == seen["closed"] == 0
+    assert seen["errors"] == 0
     assert seen["requests"] == []
 
 

@@ -254,7 +254,7 @@ def test_missing_parts_are_told_or_left_out(missing: str, how: str) -> None:
         del report[missing]
     page = Page(render(report, "", []))
     assert "None" not in page.text.replace("None.", "")
-    assert ("not measured" in page.text) == (missing == "accuracy")
+    assert ("needs --val and labels" in page.text) == (missing == "accuracy")
     assert ("Not analysed" in page.text) == (missing == "analysis")
 
 

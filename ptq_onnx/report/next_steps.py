@@ -32,7 +32,7 @@ def next_steps(report: Mapping[str, Any], files: Sequence[Path]) -> list[tuple[s
             found.append(("accuracy on labelled images", text))
         elif fidelity.get("source") != "val":
             found.append(("on images of your own", shlex.join([*words, "--val"]) + " DIR"))
-    target = str((report.get("config") or {}).get("target"))
+    target = str((report.get("config") or {}).get("target") or "onnxruntime")
     check = ["ptq-onnx", "check", str(file), "--target", target]
     found.append(("what the runtime makes of it", shlex.join(check)))
     if target != "integer" and floats:

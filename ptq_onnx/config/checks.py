@@ -1,0 +1,194 @@
+"""Which values of the options make sense, alone and together. Each raises ConfigError, one line."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+
+from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.fields import Fields
+from ptq_onnx.config.names import (
+    ARITHMETIC_NAMES,
+    GELU_NAMES,
+    INTEGER,
+    METHOD_NAMES,
+    PRECISION_NAMES,
+    QUANTIZER_NAMES,
+    ROUNDING_NAMES,
+    TARGETS,
+    WEIGHTS,
+)
+from ptq_onnx.config.option_types import shown
+from ptq_onnx.config.selector import AUTO, Selector
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.images.preprocess import PREPROCESS_NAMES
+
+
+def check_names(config: Fields) -> None:
+    """Names and widths that are known before the target's own values take their place."""
+    if config.method is not None:
+        _choice("method", config.method, METHOD_NAMES)
+    _choice("target", config.target, TARGETS)
+    _choice("rounding", config.rounding, ROUNDING_NAMES)
+    _choice("precision", config.precision, PRECISION_NAMES)
+    _choice("gelu", config.gelu, GELU_NAMES)
+    if config.weights not in WEIGHTS or isinstance(config.weights, bool):
+        raise ConfigError(f"--weights {config.weights!r}: must be 8, or 4 for weights alone.")
+
+
+def check_values(config: Fields) -> None:
+    """Every option by itself, the target's own values in place."""
+    _choice("quantizer", config.quantizer, QUANTIZER_NAMES)
+    _choice("arithmetic", config.arithmetic, ARITHMETIC_NAMES)
+    if config.preprocess is not None and not os.path.exists(config.preprocess):
+        files = "a folder with a preprocessor_config.json, or such a file"
+        _choice("preprocess", config.preprocess, (*PREPROCESS_NAMES, files))
+    Bits.parse(config.bits)
+    if config.opset not in config.runtime.opsets:
+        first, last = config.runtime.opsets[0], config.runtime.opsets[-1]
+        raise ConfigError(
+            f"--opset {config.opset}: the target {config.target} takes {first} to {last}."
+        )
+
+
+def check_together(config: Fields) -> None:
+    """Options that exclude, or belong to, one another."""
+    refused = config.runtime.quantizers.get(config.quantizer)
+    if refused is not None:
+        raise ConfigError(f"--target {config.target}, quantizer {config.quantizer}: {refused}.")
+    if config.target == INTEGER:
+        _check_integer(config)
+    if config.precision == "fp8":
+        _check_fp8(config)
+    _check_target(config)
+    if config.weight_only:
+        _check_weight_only(config)
+    _check_ranges(config)
+    _check_owners(config)
+    _check_selectors(config)
+    _check_auto(config)
+
+
+def _check_target(config: Fields) -> None:
+    """What only some targets can use."""
+    target = config.runtime
+    for option, used, taken, why in (
+        ("--centre-values", config.centre_values, target.centred_values,
+         "its attention maps have finer steps than TensorRT's 1/127, so that nothing is gained"),
+        ("--quantize-residual", config.quantize_residual, target.quantized_residuals,
+         "deploy leaves residual adds in float there, because the runtime does not fuse them"),
+        ("--float16", config.float16, target.half_floats,
+         "only files for TensorRT have a float part in 16 bits"),
+    ):  # fmt: skip
+        if used and not taken:
+            raise ConfigError(
+                f"{option} with --target {config.target}: {why}; use --target tensorrt."
+            )
+
+
+def _check_ranges(config: Fields) -> None:
+    if not 4 <= config.multiplier_bits <= 31:
+        raise ConfigError(f"--multiplier-bits {config.multiplier_bits}: must be from 4 to 31.")
+    if config.ptf_k is not None and not 0 <= config.ptf_k <= 12:
+        raise ConfigError(f"--ptf-k {config.ptf_k}: must be from 0 to 12.")
+
+
+def _check_owners(config: Fields) -> None:
+    """Options that one quantizer alone has."""
+    for option, used, owner in (
+        ("--no-ptf", not config.ptf, "fqvit"),
+        ("--ptf-k", config.ptf_k is not None, "fqvit"),
+        ("--no-equalize", not config.equalize, "deploy"),
+        ("--no-bias-correction", not config.bias_correction, "deploy"),
+        (f"--rounding {config.rounding}", config.rounding != "nearest", "deploy"),
+        ("--no-lis", not config.lis, "fqvit"),
+        ("--arithmetic integer", config.arithmetic == INTEGER, "fqvit"),
+        ("--multiplier-bits", config.multiplier_bits != 31, "fqvit"),
+    ):
+        if used and config.quantizer != owner:
+            raise ConfigError(f"{option} belongs to the quantizer {owner}, not {config.quantizer}.")
+    if config.gelu != "table" and config.arithmetic != INTEGER:
+        raise ConfigError(
+            f"--gelu {config.gelu} belongs to integer arithmetic: add --target integer."
+        )
+    if not config.ptf and config.ptf_k:
+        raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
+
+
+def _check_selectors(config: Fields) -> None:
+    for text in (*config.keep_float, *config.more_bits, *config.per_channel):
+        if text != AUTO:
+            Selector.parse(text)
+    for option, given in (("--keep-float", config.keep_float), ("--more-bits", config.more_bits)):
+        if AUTO in given:
+            raise ConfigError(f"{option} takes roles; 'auto' is known to --per-channel only.")
+
+
+def _check_auto(config: Fields) -> None:
+    """The bounds belong to ``auto``, one at a time."""
+    for option, value in (("--max-drop", config.max_drop), ("--min-sqnr", config.min_sqnr)):
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise ConfigError(f"{option} {value}: must be a number.")
+        if not config.auto:
+            raise ConfigError(f"{option} is the bound of --auto: add --auto, or leave it out.")
+    if config.max_drop is not None and not 0 <= config.max_drop <= 100:
+        raise ConfigError(f"--max-drop {config.max_drop:g}: must be from 0 to 100 points.")
+    if config.max_drop is not None and config.min_sqnr is not None:
+        raise ConfigError("--max-drop and --min-sqnr exclude each other: leave one out.")
+
+
+def _check_fp8(config: Fields) -> None:
+    """8-bit floats are for TensorRT, have one width, and no integer grid to search on."""
+    for found, wrong, why in (
+        (f"--target {config.target}", not config.runtime.eight_bit_floats,
+         "its runtime has no FP8 products; use --target tensorrt"),
+        (f"--bits {config.bits}", str(config.widths) != "8/8/8", "FP8 has 8 bits; leave it out"),
+        (f"--rounding {config.rounding}", config.rounding != "nearest",
+         "it rounds to integers; use nearest"),
+        (f"--method {config.method}", config.method not in (None, "minmax", "ema", "robust"),
+         "it searches on an integer grid; use minmax, ema or robust"),
+        ("--per-channel", bool(config.per_channel), "activations have one scale; leave it out"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(f"--precision fp8 with {found}: {why}.")
+
+
+def _check_integer(config: Fields) -> None:
+    """The target integer quantizes every tensor."""
+    for option, used in (
+        ("--keep-float", config.keep_float),
+        ("--per-channel", config.per_channel),
+        ("--auto", config.auto),
+    ):
+        if used:
+            raise ConfigError(f"--target integer: {option} would leave tensors in float.")
+    if config.more_bits:
+        raise ConfigError("--target integer: its widths are those of --bits, not --more-bits.")
+
+
+def _check_weight_only(config: Fields) -> None:
+    """Only the weights of linears have codes, in blocks that ONNX Runtime alone fuses."""
+    target, quantizer = config.target, config.quantizer
+    unused: Iterable[tuple[str, bool, str]] = (
+        (f"--target {target}", target != "onnxruntime", "use --target onnxruntime"),
+        (f"--quantizer {quantizer}", quantizer != "deploy", "use --quantizer deploy"),
+        (f"--bits {config.bits}", config.bits != "8/8/8", "leave it out"),
+        (f"--method {config.method}", config.method is not None, "leave it out"),
+        ("--per-channel", bool(config.per_channel), "leave it out"),
+        ("--more-bits", bool(config.more_bits), "leave it out"),
+        ("--auto", config.auto, "leave it out"),
+    )
+    for option, used, advice in unused:
+        if used:
+            raise ConfigError(
+                f"--weights {config.weights} leaves activations in float and its weights have"
+                f" scales per block; it cannot go with {option}: {advice}."
+            )
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"There is no {name} {shown(value)}; choose one of {', '.join(known)}.")

@@ -1,0 +1,229 @@
+"""The options of a quantization run, each a field with all that is told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, option
+from ptq_onnx.config.names import (
+    GELU_NAMES,
+    MAX_DROP,
+    METHOD_NAMES,
+    MIN_SQNR,
+    OPSETS,
+    PRECISION_NAMES,
+    QUANTIZER_NAMES,
+    ROUNDING_NAMES,
+    TARGETS,
+)
+from ptq_onnx.config.targets import ONNXRUNTIME, Target
+from ptq_onnx.config.targets import TARGETS as BY_NAME
+
+SELECTORS = ("keep_float", "more_bits", "per_channel")
+"""Options that name roles."""
+ON_PIXELS = "it is for pixels on the scale 0 to 1, as in 0.485,0.456,0.406 or 0.229,0.224,0.225"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Everything that decides the numbers of a quantized model.
+
+    ``quantizer`` empty and ``opset`` 0: the target's own. ``method`` None: percentile for
+    vanilla, robust for the others. ``ptf_k`` None: as large as the channels need.
+    ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the blocks with the widest
+    channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic;
+    ``gelu``: how that computes GELU.
+    ``rounding``: of deploy's weights. ``weights`` 4: those of linears in blocks of 4-bit codes,
+    nothing else. ``attention_blocks`` are drawn; none: the last; of them
+    ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
+    which None means: the model's own, else imagenet. The target ``integer`` makes
+    ``arithmetic`` integer too. ``more_bits``: selectors of what gets 8 bits whatever ``bits`` say.
+    ``auto`` adds to it and to ``keep_float`` what brings the loss of top-1 down to ``max_drop``
+    points, or the SQNR of the logits up to ``min_sqnr`` dB.
+    """
+
+    # fmt: off
+    quantizer: str = option(
+        "", NUMBERS, "NAME",
+        f"One of {', '.join(QUANTIZER_NAMES)}; the target integer takes fqvit by itself.",
+        shown=ONNXRUNTIME.quantizer,
+    )
+    bits: str = option(
+        "8/8/8", NUMBERS, "W/A/ATTN", "Of weights/activations/attention, 2 to 8 each."
+    )
+    precision: str = option(
+        "int8", TARGET, "NAME",
+        f"One of {', '.join(PRECISION_NAMES)}; fp8 is E4M3, for the target tensorrt.",
+    )
+    weights: int = option(
+        8, NUMBERS, "N",
+        "4: int4 weights of linears in blocks, for onnxruntime; activations stay float.",
+    )
+    method: str | None = option(
+        None, NUMBERS, "NAME", f"One of {', '.join(METHOD_NAMES)}.",
+        shown="percentile for vanilla, robust for the others",
+    )
+    images: int = option(128, INPUT, "N", "Calibration images to use.", bounds=(1, 1_000_000))
+    batch: int = option(8, RUNNING, "N", "Images per batch.", bounds=(1, 4096))
+    preprocess: str | None = option(
+        None, INPUT, "NAME",
+        "imagenet, inception (0.5 everywhere), none (pixels as they are, 0 to 255), or a folder"
+        " with Hugging Face's preprocessor_config.json.",
+        shown="the model's metadata, else such a file beside it, else by its first ops, else"
+        " imagenet",
+    )
+    mean: tuple[float, ...] | None = option(
+        None, INPUT, "R,G,B", "0 to 1, as in 0.485,0.456,0.406.",
+        shown="that of the preprocessing", bounds=(-1, 1), hint=ON_PIXELS,
+    )
+    std: tuple[float, ...] | None = option(
+        None, INPUT, "R,G,B", "As --mean.",
+        shown="that of the preprocessing", bounds=(1e-6, 10), hint=ON_PIXELS,
+    )
+    size: tuple[int, int] | None = option(
+        None, INPUT, "N|HxW", "Pixels of the input.",
+        shown="the model's input, else 224", bounds=(1, 8192),
+    )
+    crop_pct: float | None = option(
+        None, INPUT, "0..1", "Part of the resized picture that the crop keeps.",
+        shown="the model's metadata, else 0.875", bounds=(0.1, 1),
+    )
+    interpolation: str | None = option(
+        None, INPUT, "NAME", "bicubic, bilinear, nearest or lanczos.",
+        shown="the model's metadata, else bicubic",
+    )
+    check_preprocess: bool = option(
+        True, INPUT, None,
+        "Warn where another normalisation makes the float model surer of its answers.",
+    )
+    keep_float: tuple[str, ...] = option(
+        (), NUMBERS, "ROLE[@BLOCKS]", "Leave a role in float, as in fc2 or fc2@5,6; repeatable.",
+        shown="none",
+    )
+    more_bits: tuple[str, ...] = option(
+        (), NUMBERS, "ROLE[@BLOCKS]",
+        "8 bits for a role where --bits has fewer, as in fc2 or fc2@5,6; repeatable.",
+        shown="none",
+    )
+    per_channel: tuple[str, ...] = option(
+        (), NUMBERS, "ROLE[@BLOCKS]",
+        "A scale per channel for a role, as in fc2@0-3; 'all'; or 'auto': fc2 of the blocks"
+        " with the widest channel ranges; repeatable.",
+        shown="what the quantizer does by itself",
+    )
+    auto: bool = option(
+        False, NUMBERS, None,
+        "Leave few, cheap ops in float, or at 8 bits, that keep the loss in bounds: none of them"
+        " can be done without; another set may be smaller.",
+    )
+    max_drop: float | None = option(
+        None, NUMBERS, "POINTS", "auto: top-1 that may be lost on the images of --val.",
+        shown=f"{MAX_DROP} where --val has labels",
+    )
+    min_sqnr: float | None = option(
+        None, NUMBERS, "DB",
+        "auto: SQNR that every output must have, on --val or on calibration images held apart.",
+        shown=f"{MIN_SQNR:g} without labels", bounds=(-1000, 1000),
+    )
+    ptf: bool = option(True, NUMBERS, None, "fqvit: power-of-two factors per channel.")
+    ptf_k: int | None = option(
+        None, NUMBERS, "K", "fqvit: largest exponent, 0 to 12.",
+        shown="as large as the channels need",
+    )
+    lis: bool = option(True, NUMBERS, None, "fqvit: log2 codes for attention maps.")
+    equalize: bool = option(
+        True, NUMBERS, None,
+        "deploy: move shifts and factors per channel between ops, equal in float.",
+    )
+    bias_correction: bool = option(
+        True, NUMBERS, None,
+        "deploy: take the mean error of quantized weights out of the biases.",
+    )
+    rounding: str = option(
+        "nearest", NUMBERS, "NAME",
+        f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
+    )
+    centre_values: bool = option(
+        False, TARGET, None,
+        "tensorrt: take the mean of the image out of v and add it to A·V: more accurate, but an Add"
+        " stands in the fused attention.",
+    )
+    quantize_residual: bool = option(
+        False, TARGET, None,
+        "tensorrt: Q/DQ on the skip input of residual adds, so that they fuse with the product.",
+    )
+    float16: bool = option(
+        False, TARGET, None, "tensorrt: the float part of the file in 16 bits."
+    )
+    arithmetic: Literal["float", "integer"] = option(
+        "float", TARGET, "NAME",
+        "fqvit: float, or integer as --target integer computes, in the simulation.",
+    )
+    multiplier_bits: int = option(
+        31, TARGET, "N", "Integer arithmetic: width of the fixed-point multipliers, 4 to 31."
+    )
+    gelu: str = option(
+        "table", TARGET, "NAME",
+        f"Integer arithmetic: how GELU is computed, one of {', '.join(GELU_NAMES)}.",
+    )
+    target: str = option(
+        "onnxruntime", TARGET, "NAME", f"What the file is for: {', '.join(TARGETS)}."
+    )
+    opset: int = option(
+        0, TARGET, "N",
+        f"ONNX opset, up to {OPSETS[-1]}; tensorrt and openvino take 20 by themselves.",
+        shown=str(ONNXRUNTIME.opset),
+    )
+    report: bool = option(True, ANALYSIS, None, "Analyse every op and write report.html.")
+    sensitivity: bool = option(
+        False, ANALYSIS, None,
+        "Switch every module by itself, to see what it costs; takes minutes; on for analyse.",
+    )
+    pictures: bool = option(True, ANALYSIS, None, "Draw attention maps into the report.")
+    attention_blocks: tuple[int, ...] = option(
+        (), ANALYSIS, "BLOCK", "Block whose attention to draw; repeatable.",
+        shown="the last", bounds=(0, 9999),
+    )
+    attention_heads: tuple[int, ...] = option(
+        (), ANALYSIS, "HEAD", "Head to draw by itself; repeatable.",
+        shown="all", bounds=(0, 9999),
+    )
+    analysis_images: int = option(
+        32, ANALYSIS, "N", "Images of the analysis, held apart.", bounds=(1, 1_000_000)
+    )
+    threads: int = option(
+        0, RUNNING, "N", "Threads to compute with; 0: the runtime decides.", bounds=(0, 256)
+    )
+    # fmt: on
+
+    @property
+    def weight_only(self) -> bool:
+        """True where only weights have codes."""
+        return self.weights < 8
+
+    @property
+    def runtime(self) -> Target:
+        """What the target takes."""
+        return BY_NAME[self.target]
+
+    @property
+    def widths(self) -> Bits:
+        """The bit widths, parsed."""
+        return Bits.parse(self.bits)
+
+    @property
+    def code(self) -> Literal["uniform", "e4m3"]:
+        """The code of what deploy quantizes."""
+        return "e4m3" if self.precision == "fp8" else "uniform"
+
+    @property
+    def equalizes(self) -> bool:
+        """True where the quantizer works on an equalised copy of the model."""
+        return self.quantizer == "deploy" and self.equalize
+
+    @property
+    def effective_method(self) -> str:
+        """The calibration method in force."""
+        return self.method or ("percentile" if self.quantizer == "vanilla" else "robust")

@@ -1,0 +1,45 @@
+"""Numbers as the page shows them, and as its columns sort by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ptq_onnx.evaluation.outputs import MOST_DB
+
+EXACT = "exact"
+"""What stands for infinite dB."""
+
+
+def number(value: Any) -> str:
+    """Four significant digits; whole numbers as they are; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and value < 1e6):
+        return str(int(value))
+    return f"{value:.4g}" if math.isfinite(value) else "∞" if value == math.inf else str(value)
+
+
+def decibel_text(value: float | None, ratio: float | None, digits: int = 1, unit: str = "") -> str:
+    """dB as text: ``exact`` without any error, which JSON holds as null beside a ratio of 0."""
+    if value is None:
+        return EXACT if ratio == 0 else ""
+    return f"{value:.{digits}f}{unit}" if value < MOST_DB else EXACT
+
+
+def cell(value: Any) -> str:
+    """What a column sorts by: the number in full, or nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return "1e999" if value == math.inf else repr(float(value))
+
+
+def counts(found: Mapping[str, int]) -> str:
+    """``MatMul 49, Add 12``; what occurs never is left out."""
+    return ", ".join(f"{name} {count}" for name, count in found.items() if count)
+
+
+def size(count: int) -> str:
+    """Bytes in kB or MB (powers of ten)."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
