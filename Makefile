@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: example test lint fuzz
+.PHONY: example test lint docs fuzz
 
 example: $(INSTALLED)
 	$(BIN)/python example.py
@@ -21,6 +21,10 @@ fuzz: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+# The pages, in site/: strict, and without the network, when built and when read
+docs: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Again whenever the pins or the package's own dependencies change
 $(INSTALLED): requirements.txt pyproject.toml

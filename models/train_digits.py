@@ -22,9 +22,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ptq_onnx.evaluation import evaluate
-from ptq_onnx.images import METADATA_KEY, Preprocess, open_images
-from ptq_onnx.labels import labels_for
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.images.preprocess import METADATA_KEY, Preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0

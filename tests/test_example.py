@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import ptq_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "example.py"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -84,9 +83,9 @@ def test_public_names() -> None:
         _ = ptq_onnx.nix  # type: ignore[attr-defined]
 
 
-def test_readme_snippet(tmp_path: Path) -> None:
-    """The Python in the README runs as it stands, from the project's folder."""
-    snippet = README.partition("```python\n")[2].partition("```")[0]
+def test_snippet_of_the_pages(tmp_path: Path) -> None:
+    """The Python in docs/python.md runs as it stands, from the project's folder."""
+    snippet = PYTHON.partition("```python\n")[2].partition("```")[0]
     for name in ("models/digits_vit.onnx", "img/digits"):
         source, place = ROOT / name, tmp_path / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -102,17 +101,3 @@ def test_readme_snippet(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Result(vit8.onnx: size 1.28 → 0.52 MB, top-1 98.0 → ")
     assert "agreement" in done.stdout
-
-
-@pytest.mark.parametrize("command", ["quantize", "analyse", "compare", "evaluate", "export"])
-def test_readme_names_every_option(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ptq_onnx", command, "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    options = set(re.findall(r"--[a-z-]+", done.stdout.partition("Options:")[2])) - {"--help"}
-    missing = {option for option in options if f"`{option}" not in README}
-    assert not missing

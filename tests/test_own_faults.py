@@ -22,7 +22,7 @@ def test_of_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyError("a whole graph\n" * 100)
 
     onnx.save(vit(), tmp_path / "model.onnx")
-    monkeypatch.setattr(pipeline._Run, "run", fail)
+    monkeypatch.setattr(pipeline, "run_stages", fail)
     found = judge(lambda: command(*SHORT), tmp_path)
     assert (found.finding, found.code, found.admits) == ("", 2, True)
     assert "model.onnx cannot be quantized; a bug here" in found.text

@@ -34,7 +34,7 @@ def test_pictures_and_links_get_whole_addresses(setup: ModuleType) -> None:
     page = setup.page(README, WHERE)
     assert len(links(page)) == len(links(README))
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
-    assert len(pictures) >= 5
+    assert pictures
     for picture in pictures:
         assert picture.startswith(f"{WHERE}/raw/main/img/")
         assert (ROOT / picture.removeprefix(f"{WHERE}/raw/main/")).is_file()
@@ -50,10 +50,17 @@ def test_without_an_address_no_picture_is_missing(setup: ModuleType) -> None:
     assert setup.urls(None) == {}
 
 
-def test_the_readme_names_files_that_are_there() -> None:
-    for link in links(README):
-        if not link.startswith(("https://", "#")):
-            assert (ROOT / link).exists(), link
+def test_pages_name_files_that_are_there() -> None:
+    pictures = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for link in links(page.read_text(encoding="utf-8")):
+            path, _, _ = link.partition("#")
+            if path and not path.startswith("https://"):
+                # The notebook's page is made when the pages are built
+                path = re.sub(r"notebooks/quickstart\.md$", "notebooks/quickstart.ipynb", path)
+                assert (page.parent / path).exists(), (page, link)
+                pictures += path.endswith(".png")
+    assert pictures >= 5
 
 
 def test_onnxruntime_is_asked_for_by_extras_alone() -> None:
@@ -68,10 +75,11 @@ def test_onnxruntime_is_asked_for_by_extras_alone() -> None:
 
 
 def test_readme_lines_for_installing_are_those_that_were_tried() -> None:
-    assert "pip install --constraint requirements.txt --editable '.[cpu]'" in README
+    quickstart = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    for page in (README, quickstart):
+        assert "pip install --constraint requirements.txt --editable '.[cpu]'" in page
     pin = re.search(r"^onnxruntime==([0-9.]+);", (ROOT / "requirements.txt").read_text(), re.M)
     assert pin is not None
-    assert (
-        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install"
-        f" onnxruntime=={pin[1]}" in README
-    )
+    line = f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime=={pin[1]}"
+    assert line in README
+    assert line in quickstart

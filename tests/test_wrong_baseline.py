@@ -17,7 +17,7 @@ from ptq_onnx.calibration.preprocess_check import Confidence, PreprocessCheck
 from ptq_onnx.cli.console import progress_bars, show
 from ptq_onnx.config import stages
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.pipeline import quantize as pipeline
+from ptq_onnx.pipeline import deciding
 from ptq_onnx.pipeline.quantize import Result, quantize
 from ptq_onnx.progress import WHOLE
 from ptq_onnx.report.page import render, verdict
@@ -43,7 +43,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         happened.append("checked")
         return PreprocessCheck(Confidence("yours", (0.5,), (0.5,), 0.1, 8), (), TEXT)
 
-    monkeypatch.setattr(pipeline, "check_preprocess", check)
+    monkeypatch.setattr(deciding, "check_preprocess", check)
     return happened
 
 

@@ -115,7 +115,7 @@ def _warnings(console: Screen) -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             console.say(f"warning: {record.getMessage()}", "bold yellow")
 
-    handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline.quantize")
+    handler, logger = Shown(logging.WARNING), logging.getLogger("ptq_onnx.pipeline")
     logger.addHandler(handler)
     try:
         yield

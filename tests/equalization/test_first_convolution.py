@@ -65,6 +65,21 @@ def test_border_codes_are_those_of_the_mean() -> None:
     np.testing.assert_allclose(pixels[0, :, 0, 0], 255 * np.float32(MEAN), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("std", "step"), [((0.5,) * 3, 1 / 127.5), (STD, 1.0)], ids=["one unit", "a unit each"]
+)
+def test_signed_codes_are_pixels_less_128(std: tuple[float, ...], step: float) -> None:
+    g = SmallGraph((1, 3, 8, 8))
+    model = g.model(g("Conv", "x", random(0, 4, 3, 3, 3)))
+    ((tensor, ends),) = image_in_pixels(model, MEAN, std, centred=True)[1].items()
+    assert ends == pytest.approx((-128 * step, 127 * step), rel=1e-6)
+    model.graph.outputs.append(next(v for n in model.graph for v in n.outputs if v.name == tensor))
+    pixels = np.arange(192).reshape(1, 3, 8, 8)
+    x = (pixels / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    codes = run(model, x.astype(np.float32))[1] / step
+    np.testing.assert_allclose(codes, pixels - 128, atol=1e-3)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_groups_read_their_own_channels(groups: int) -> None:
     g = SmallGraph((2, 4, 6, 6))

@@ -1,7 +1,7 @@
 """The table: which architecture is tried through which exporter, and what must be found in it.
 
-``run`` does all of one cell; the tests assert on what it returns, ``matrix.py`` writes the README's
-table from it.
+``run`` does all of one cell; the tests assert on what it returns. The table of docs/models.md is
+made of ``CELLS`` and ``EXPECTED``.
 """
 
 from __future__ import annotations

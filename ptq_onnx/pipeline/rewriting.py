@@ -1,0 +1,136 @@
+"""The float model rewritten for the target: equalised, or in its form, or as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
+from ptq_onnx.pipeline.job import Job
+
+if TYPE_CHECKING:
+    from ptq_onnx.quantizers.base import Plan
+
+EQUALISATION, FORM = "equalisation", "bringing it into form"
+"""What is done to the float model, in the words of notes."""
+
+
+def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
+    """The plan for the model equalised, or in the target's form, or as it is: the first that
+    computes what the original does (see ``parity.py``)."""
+    reference = original_run(job)
+    ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
+    if job.config.equalizes:
+        ways.insert(0, (EQUALISATION, lambda plan: equalise(job, plan, scales)))
+    undone: list[str] = []
+    off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
+    for what, way in ways:
+        found = way(plan)
+        measured = off if found.model is plan.model and not found.forms else None
+        measured = measured or reference.off(found.model)
+        if reference.accepts(measured) or measured is off:
+            plan, off = found, measured
+            break
+        undone.append(what)
+        job.notes.append(
+            f"Undone: {what}. The rewritten model was {measured} against the original on"
+            f" {reference.count} calibration images; at most {reference.bound:.0e} is"
+            " explained by rounding. Please report it with the model."
+        )
+        if what != FORM:
+            plan = restored(job, plan)
+    job.notes.extend(reference.notes)
+    job.parity = Parity(
+        images=reference.count,
+        original=reference.fused is not None,
+        bound=reference.bound,
+        fused=None if reference.fused is None else reference.fused.value,
+        rewritten=off.value,
+        output=off.output,
+        undone=tuple(undone),
+    )
+    return adopt(job, plan)
+
+
+def pixel_range(job: Job, plan: Plan) -> dict[str, tuple[float, float]]:
+    """The range of an image of pixels, which is known: no image shows more."""
+    if not (job.preprocess.raw and job.images.pictures):
+        return {}
+    return {s.tensor: (0.0, 255.0) for s in plan.sites.values() if s.role == "input"}
+
+
+def original_run(job: Job) -> Reference:
+    """The original on a few calibration images; batches as large as the file takes."""
+    fixed = job.prepared.fixed
+    size = fixed.size if fixed is not None else job.fixed or IMAGES
+    batches: list[Any] = []
+    count = 0
+    for batch in job.images.batches(size):
+        count += len(batch)
+        missing = 0 if size == IMAGES else size - len(batch)
+        filled = np.repeat(batch[-1:], missing, axis=0)
+        batches.append(np.concatenate([batch, filled]) if missing else batch)
+        if count + size > IMAGES:
+            break
+    threads = job.config.threads
+    return Reference(job.prepared.path, job.prepared.model, batches, count, threads)
+
+
+def restored(job: Job, plan: Plan) -> Plan:
+    """The plan for the model as it was before it was changed in place."""
+    assert job.again is not None
+    prepared = job.again()
+    prepared.model.metadata_props.update(job.prepared.model.metadata_props)
+    job.prepared, job.original = prepared, None
+    return replace(
+        plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
+    )
+
+
+def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
+    """The plan for the equalised model.
+
+    The model as it was is in its file by now, and kept beside it for pictures alone.
+    """
+    from ptq_onnx.equalization.equalize import equalise_in_place
+
+    if scales is not None:
+        raise ConfigError(
+            f"--scales {scales}: equalisation needs the images, so that the scales of another"
+            " run do not fit; calibrate anew, or use --no-equalize."
+        )
+    mean, std = job.preprocess.mean, job.preprocess.std
+    pictures = job.images.pictures
+    if job.config.report and job.config.pictures:  # drawn beside, by vanilla
+        job.original = replace(job.prepared, model=job.prepared.model.clone())
+    return equalise_in_place(
+        replace(plan, pixels=(mean, std) if pictures else None), job.batches(job.images)
+    )
+
+
+def bring_into_form(plan: Plan) -> Plan:
+    """The plan for the model in the form that the target computes in integers."""
+    from ptq_onnx.equalization.restructure import in_form
+
+    return in_form(plan)
+
+
+def adopt(job: Job, plan: Plan) -> Plan:
+    """The plan, whose model from here on is the prepared one."""
+    plan = replace(plan, fixed={**pixel_range(job, plan), **plan.fixed})
+    job.prepared = replace(job.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
+    return plan
+
+
+def tell_copies(job: Job) -> None:
+    if (job.fixed or 1) > 1:
+        job.notes.append(
+            f"The graph holds its batch size of {job.fixed} in a way that cannot be taken out:"
+            f" every image was run as {job.fixed} copies of it, which takes so many times as"
+            " long. Export the model with a dynamic batch."
+        )

@@ -1,0 +1,1 @@
+"""The pages: what they show exists, what they state is what the code and the figures say."""
