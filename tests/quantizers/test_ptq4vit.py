@@ -11,6 +11,7 @@ import pytest
 from prepared_models import decibels, images, quantized
 from test_targets import run
 
+from ptq_onnx.analysis.coverage import measure_coverage
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ConfigError, ModelError
@@ -72,6 +73,11 @@ def test_the_file_is_what_was_simulated(bits: str, tmp_path: Path) -> None:
     exact = next(iter(Simulator(quantizer.model, quantizer, threads=1).run(x).values()))
     assert decibels(found, exact) >= 60
     violations = check(path, "onnxruntime").violations
+    covered = measure_coverage(path, "onnxruntime")
+    assert [(left.kind, left.count) for left in covered.left if "twin" in left.reason] == [
+        ("linears", 6),
+        ("attention products", 6),
+    ]
     tables = [v for v in violations if v.rule == "table-codes"]
     assert len(tables) == len(by_role("softmax")) + len(by_role("gelu"))
     assert "twin codes: no int8 kernel" in tables[0].text

@@ -136,8 +136,9 @@ def _operand(index: int, value: ir.Value) -> Operand:
     behind, moves = back_through_moves(value)
     node = behind.producer()
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None:
-        stored = constant(behind) is not None
-        return Operand(index, value, moves, None, None, stored, _table_of(node), _is_scaled(node))
+        scaled = _is_scaled(node)
+        stored = scaled or constant(behind) is not None
+        return Operand(index, value, moves, None, None, stored, _table_of(node), scaled)
     codes, _ = back_through_moves(node.inputs[0])
     source = codes.producer()
     if source is None or source.op_type != QUANTIZE or source.inputs[0] is None:
