@@ -72,7 +72,8 @@ class Product:
     @property
     def linear(self) -> bool:
         """One factor is a weight."""
-        return any(operand.weight for operand in self.operands)
+        scaled = self.table is not None and any(operand.scaled for operand in self.operands)
+        return scaled or any(operand.weight for operand in self.operands)
 
     @property
     def touched(self) -> bool:
@@ -136,9 +137,8 @@ def _operand(index: int, value: ir.Value) -> Operand:
     behind, moves = back_through_moves(value)
     node = behind.producer()
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None:
-        scaled = _is_scaled(node)
-        stored = scaled or constant(behind) is not None
-        return Operand(index, value, moves, None, None, stored, _table_of(node), scaled)
+        stored = constant(behind) is not None
+        return Operand(index, value, moves, None, None, stored, _table_of(node), _is_scaled(node))
     codes, _ = back_through_moves(node.inputs[0])
     source = codes.producer()
     if source is None or source.op_type != QUANTIZE or source.inputs[0] is None:
