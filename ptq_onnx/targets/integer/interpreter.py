@@ -136,9 +136,12 @@ def fits(low: int, high: int, dtype: np.dtype[Any]) -> bool:
 
 
 def exact(op: Callable[[Any, Any], Any], x: Array, y: Array) -> Array:
-    """op on integers of one type; Python's own integers where the extremes could overflow."""
+    """op on integers of one type; Python's own integers where the extremes could overflow. Behind
+    the codes of an output also on floats: the factors of its channels."""
     if x.dtype != y.dtype:
         raise IntegerOverflow(f"types {x.dtype} and {y.dtype} differ")
+    if x.dtype.kind == "f":
+        return np.asarray(op(x, y))
     corners = [op(a, b) for a in extremes(x) for b in extremes(y)]
     if fits(min(corners), max(corners), x.dtype):
         return np.asarray(op(x, y), x.dtype)

@@ -176,6 +176,17 @@ def scales_of_a_tensor_with_an_axis(folder: Path) -> Case:
     return (*SHORT, "--scales", "report.json"), 2
 
 
+def factors_behind_an_integer_output(folder: Path) -> Case:
+    """The residual stream as an output of its own: its factors are multiplied in float, behind the
+    codes, where the interpreter took every product for one of integers."""
+    model = vit()
+    stream = [node for node in model.graph.node if node.op_type == "Add"][-2]
+    info = helper.make_tensor_value_info(stream.output[0], TensorProto.FLOAT, ["batch", 6, 8])
+    model.graph.output.append(info)
+    words = tuple(word for word in QUANTIZE if word not in ("--quantizer", "vanilla"))
+    return _saved(model, folder, (*words, "--target", "integer", "--no-pictures"), 0)
+
+
 def _saved(model: onnx.ModelProto, folder: Path, words: tuple[str, ...], code: int) -> Case:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     return words, code
@@ -215,4 +226,5 @@ CASES: tuple[Callable[[Path], Case], ...] = (
     weights_near_the_end_of_floats,
     no_class,
     scales_of_a_tensor_with_an_axis,
+    factors_behind_an_integer_output,
 )
