@@ -44,6 +44,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "deploy 6/6/6, pearson": {"quantizer": "deploy", "bits": "6/6/6", "method": "pearson"},
     "weights 4": {"weights": 4},
     "weights 4, gptq": {"weights": 4, "rounding": "gptq"},
+    "ptq4vit 8/8/8": {"quantizer": "ptq4vit"},
+    "ptq4vit 6/6/6": {"quantizer": "ptq4vit", "bits": "6/6/6"},
     "fqvit 8/8/8": {"quantizer": "fqvit"},
     "fqvit 8/8/8, no LIS": {"quantizer": "fqvit", "lis": False},
     "fqvit 8/8/4": {"quantizer": "fqvit", "bits": "8/8/4"},

@@ -21,8 +21,10 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.images.opening import Preprocess, open_images
+from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import quantize
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.qdq.lowering import lower
@@ -124,10 +126,10 @@ def test_every_quantized_node_of_the_file_gives_the_simulators_codes(
     simulator = Simulator(vit.model, quantizer)
     values = simulator.run(images, [t for t in specs if t != "input"])
     values["input"] = images
-    codes = {t: stored(values[t], spec) for t, spec in specs.items() if spec.rule.code == "uniform"}
+    codes = {t: stored(values[t], spec) for t, spec in specs.items() if spec.rule.code == Uniform()}
     feeds = {renamed(f"{t}_quantized", model): code for t, code in codes.items()}
     for tensor, spec in specs.items():
-        if spec.rule.code == "log2":
+        if spec.rule.code == Log2():
             feeds[renamed(f"{tensor}_dequantized", model)] = values[tensor]
     checked = 0
     for tensor, expected in codes.items():

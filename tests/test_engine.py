@@ -30,9 +30,11 @@ from ptq_onnx.engine.simulator import (
 )
 from ptq_onnx.errors import ModelError
 from ptq_onnx.evaluation.network import session
-from ptq_onnx.numerics.log2 import log2_codes
+from ptq_onnx.numerics.codes.log2 import Log2, log2_codes
+from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
+from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, TensorSpec
-from ptq_onnx.numerics.uniform import dequantize, quantize
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
@@ -116,7 +118,7 @@ def test_a_shared_parameter_is_given_to_each_reader() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule(), Rule(4), Rule(8, False, False), Rule(6, granularity="channel")]
+    "rule", [Rule(), Rule(4), Rule(8, False, False), Rule(6, grain=PerChannel())]
 )
 def test_configs_say_what_the_rule_says(rule: Rule) -> None:
     config = config_for(rule)
@@ -275,7 +277,7 @@ def made_by(simulator: Simulator, x: Array) -> dict[str, Array]:
 
 
 def codes_of(value: Array, spec: TensorSpec) -> NDArray[np.int32]:
-    return log2_codes(value, spec.rule.bits) if spec.rule.code == "log2" else quantize(value, spec)
+    return log2_codes(value, spec.rule.bits) if spec.rule.code == Log2() else quantize(value, spec)
 
 
 def test_torch_simulation_gives_the_same_codes() -> None:
@@ -305,7 +307,7 @@ def test_torch_simulation_gives_the_same_codes() -> None:
                     np.testing.assert_allclose(value, exact[made], atol=1e-5 * scale, err_msg=made)
                     continue
                 off = np.abs(codes_of(value.numpy(), spec) - codes_of(exact[made], spec))
-                table = op.type == "Softmax" and spec.rule.code == "uniform"
+                table = op.type == "Softmax" and spec.rule.code == Uniform()
                 assert off.max() <= 1, made
                 assert np.mean(off > 0) <= (0.02 if table else 0.001), made
                 checked += 1
@@ -367,7 +369,7 @@ def test_quantized_tensors_lie_on_their_grid(name: str) -> None:
         codes = codes_of(value, spec)
         low, high = spec.rule.limits
         assert low <= codes.min() < codes.max() <= high
-        if spec.rule.code == "uniform":
+        if spec.rule.code == Uniform():
             step = spec.scale * (1 if spec.factor is None else spec.factor)
             assert np.abs(dequantize(codes, spec) - value).max() <= 1e-5 * np.max(step) * 256
         checked += 1

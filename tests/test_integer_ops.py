@@ -10,6 +10,8 @@ from small_graph import SmallGraph
 
 from ptq_onnx.blocks.walking import is_layout, name_of
 from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.targets.integer.simulated_steps import integer_overrides
 
@@ -31,7 +33,7 @@ def small() -> tuple[ir.Model, dict[str, str]]:
 
 def test_nodes_between_quantized_tensors_have_it_and_the_others_are_told() -> None:
     model, names = small()
-    log2 = Rule(4, False, False, code="log2")
+    log2 = Rule(4, False, False, code=Log2())
     specs = {
         "x": spec(0.1, 128),
         names["norm"]: spec(0.05, 128),
@@ -48,7 +50,7 @@ def test_nodes_between_quantized_tensors_have_it_and_the_others_are_told() -> No
 
 def test_free_factors_on_a_layer_norm_keep_it_in_float() -> None:
     model, names = small()
-    ratio = spec(0.1, 128, Rule(8, False, False, "channel"), np.linspace(0.1, 1, 8))
+    ratio = spec(0.1, 128, Rule(8, False, False, PerChannel()), np.linspace(0.1, 1, 8))
     found, left = integer_overrides(model, {"x": ratio, names["norm"]: spec(0.05, 128)})
     assert not found
     assert len(left) == 3

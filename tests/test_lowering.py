@@ -20,11 +20,13 @@ from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, is_linear
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.evaluation.network import session
 from ptq_onnx.fusion.rules import fuse
-from ptq_onnx.numerics.log2 import log2_codes, log2_values
+from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.codes.log2 import Log2, log2_codes, log2_values
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
+from ptq_onnx.numerics.grain import PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.numerics.uniform import dequantize, quantize
 from ptq_onnx.preparation.model_files import serialize, to_standard
-from ptq_onnx.qdq.lowering import lower, reads_codes, stored_zero_point
+from ptq_onnx.qdq.lowering import lower, reads_codes
 from ptq_onnx.quantizers.base import SiteQuantizer
 
 Array = NDArray[np.float32]
@@ -68,13 +70,13 @@ def test_one_pair_for_every_spec(name: str) -> None:
     specs, model = lowered(name)
     sites = quantizer_of(name).plan.sites
     weights = [s for s in specs.values() if sites[s.tensor].is_parameter]
-    log2 = [s for s in specs.values() if s.rule.code == "log2"]
+    log2 = [s for s in specs.values() if s.rule.code == Log2()]
     ops = Counter(node.op_type for node in model.graph)
     activations = len(specs) - len(weights) - len(log2)
     assert ops["QuantizeLinear"] == activations
     assert ops["DequantizeLinear"] == activations + len(weights)
     assert ops["Round"] == ops["Log"] == ops["Floor"] == len(log2)
-    assert ops["ReduceSum"] == sum(s.rule.renormalize for s in log2)
+    assert ops["ReduceSum"] == sum((RowSums() in s.rule.around) for s in log2)
     assert ops["Clip"] == len(log2) + sum(
         s.rule.bits < 8 for s in specs.values() if s not in log2 and s not in weights
     )
@@ -191,14 +193,13 @@ def test_inputs_and_outputs_keep_their_names() -> None:
 
 def test_stored_zero_points() -> None:
     """Signed codes are stored 128 higher."""
-    scale = np.array(1, np.float32)
     for rule, zero, stored in (
         (Rule(), 0, 128),
         (Rule(bits=4), 0, 128),
         (Rule(signed=False), 7, 7),
         (Rule(), -5, 123),
     ):
-        found = stored_zero_point(TensorSpec("x", rule, scale, np.array(zero, np.int32)))
+        found = rule.code.stored(np.array(zero, np.int32), rule.stored, rule.signed)
         assert found == stored
         assert found.dtype == np.uint8
 
@@ -266,7 +267,7 @@ def test_log2_codes_in_the_file(bits: int, optimized: bool) -> None:
     made = g("Relu", "x")
     model = g.model(g("Identity", made))
     spec = TensorSpec(
-        made, Rule(bits, False, False, code="log2"), np.array(1, np.float32), np.array(0)
+        made, Rule(bits, False, False, code=Log2()), np.array(1, np.float32), np.array(0)
     )
     t = np.arange(1, 1 << 16, dtype=np.float64)
     a = np.concatenate([1 / t, 1 / (t[:20000] + 0.5), np.exp2(-np.arange(140.0)), np.zeros(8)])
@@ -293,7 +294,7 @@ def reference(model: ir.Model, specs: dict[str, TensorSpec], x: Array) -> Array:
         spec = specs.get(name)
         if spec is None:
             return value
-        if spec.rule.code == "log2":
+        if spec.rule.code == Log2():
             return log2_values(log2_codes(value, spec.rule.bits), spec.rule.bits)
         return dequantize(quantize(value, spec), spec)
 
@@ -307,7 +308,7 @@ def reference(model: ir.Model, specs: dict[str, TensorSpec], x: Array) -> Array:
         outputs = list(kernels.run(node.name, frozenset(), read))
         first = str(node.inputs[0].name) if node.inputs[0] is not None else ""
         attention = specs.get(first)
-        if attention is not None and attention.rule.renormalize:
+        if attention is not None and (RowSums() in attention.rule.around):
             outputs[0] = outputs[0] / tensors[first].sum(axis=-1, keepdims=True)
         for made, value in zip(node.outputs, outputs, strict=True):
             tensors[str(made.name)] = rounded(str(made.name), value)
@@ -333,7 +334,7 @@ def factor_of(site: Site, kind: str, seed: int = 0) -> Array | None:
 
 def activation_spec(site: Site, factor: Array | None, bits: int = 8) -> TensorSpec:
     """An asymmetric spec over ±8, enough for all tensors of the small transformer."""
-    rule = Rule(bits, False, False, "ptf" if factor is not None else "tensor")
+    rule = Rule(bits, False, False, PowersOfTwo() if factor is not None else PerTensor())
     step = 16 / 255 if factor is None else 16 / 255 / float(factor.min())
     return TensorSpec(site.tensor, rule, np.array(step, np.float32), np.array(119), factor=factor)
 
@@ -344,7 +345,7 @@ def weight_spec(site: Site, weight: Array, rows: Array | None = None) -> TensorS
     scaled = weight if factor is None else weight / factor
     scale = (np.abs(scaled).max(axis=0) / 127).astype(np.float32)
     zero = np.zeros(len(scale), np.int32)
-    return TensorSpec(site.tensor, Rule(granularity="channel"), scale, zero, 1, factor)
+    return TensorSpec(site.tensor, Rule(grain=PerChannel()), scale, zero, 1, factor)
 
 
 Small = tuple[ir.Model, dict[str, Site]]
@@ -452,7 +453,7 @@ def test_a_factor_passes_through_the_attention(log2: bool, packed: bool) -> None
         weight_spec(proj, weights_of(model, proj), factor.ravel()),
     ]
     if log2:
-        rule = Rule(4, False, False, code="log2", renormalize=True)
+        rule = Rule(4, False, False, code=Log2(), around=(RowSums(),))
         one, zero = np.array(1, np.float32), np.array(0, np.int32)
         specs.append(TensorSpec(sites["softmax"].tensor, rule, one, zero, clip=(0, 1)))
     muls = Counter(n.op_type for n in model.graph)["Mul"]
@@ -468,7 +469,7 @@ def test_a_factor_passes_through_the_attention(log2: bool, packed: bool) -> None
 @pytest.mark.parametrize("bits", [4, 8])
 def test_log2_attention(bits: int, renormalize: bool) -> None:
     model, sites = small(True)
-    rule = Rule(bits, False, False, code="log2", renormalize=renormalize)
+    rule = Rule(bits, False, False, code=Log2(), around=(RowSums(),) if renormalize else ())
     one, zero = np.array(1, np.float32), np.array(0, np.int32)
     compare(model, [TensorSpec(sites["softmax"].tensor, rule, one, zero, clip=(0, 1))])
 
@@ -572,11 +573,11 @@ def test_convolutions_and_positions() -> None:
     factor = np.exp2(np.arange(6, dtype=np.float32) - 2)
     specs = {
         shapes[6, 3, 4, 4]: TensorSpec(
-            shapes[6, 3, 4, 4], Rule(granularity="channel"), scale, np.zeros(6, np.int32), 0
+            shapes[6, 3, 4, 4], Rule(grain=PerChannel()), scale, np.zeros(6, np.int32), 0
         ),
         shapes[1, 4, 6]: TensorSpec(
             shapes[1, 4, 6],
-            Rule(granularity="ptf"),
+            Rule(grain=PowersOfTwo()),
             np.array(0.02, np.float32),
             np.array(0, np.int32),
             factor=factor,

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
-from ptq_onnx.analysis.attention_values import attention_values, levels
+from ptq_onnx.analysis.attention_values import LOG2, UNIFORM, attention_values, levels
 from ptq_onnx.analysis.results import BlockAttention
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.report.plots import STYLE, save_png
@@ -47,15 +47,15 @@ def draw(block: BlockAttention, path: Path) -> None:
         figure = Figure(figsize=(8, 2.8), layout="constrained")
         FigureCanvasAgg(figure)
         edges = np.linspace(block.lowest, 0, len(block.counts) + 1)
-        for column, (code, color) in enumerate((("uniform", "#d9403a"), ("log2", "#2a9134"))):
+        for column, (code, color) in enumerate(((UNIFORM, "#d9403a"), (LOG2, "#2a9134"))):
             axes = figure.add_subplot(1, 2, column + 1)
             axes.stairs(
                 100 * np.array(block.counts) / sum(block.counts), edges, fill=True, color="#5b8bc9"
             )
-            for level in levels(code, 4):  # type: ignore[arg-type]
+            for level in levels(code, 4):
                 if level > 0:
                     axes.axvline(np.log2(level), color=color, linewidth=0.9)
-            axes.set_title(f"4-bit {code} levels, block {block.block}", fontsize=9)
+            axes.set_title(f"4-bit {code.name} levels, block {block.block}", fontsize=9)
             ticks = list(range(block.lowest, 1, 4))
             axes.set_xticks(ticks, [f"$2^{{{t}}}$" for t in ticks])
             axes.set_xlabel("attention weight, 0 to 1 (logarithmic axis)", fontsize=8)

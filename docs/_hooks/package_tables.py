@@ -37,7 +37,7 @@ def quantizers() -> str:
     """The names that ``--quantizer`` takes, with their pages."""
     rows = []
     for name in QUANTIZER_NAMES:
-        takes = [t for t in TARGETS if name not in TARGETS[t].quantizers]
+        takes = [t for t in TARGETS if TARGETS[t].refusal(name) is None]
         own = [t for t in takes if TARGETS[t].quantizer == name]
         rows.append((f"[`{name}`]({name}.md)", ", ".join(takes), ", ".join(own)))
     return table(("quantizer", "targets", "default for"), rows)
@@ -46,13 +46,14 @@ def quantizers() -> str:
 def target(name: str) -> str:
     """What a target takes: quantizers, opsets."""
     found = TARGETS[name]
-    takes = [q for q in QUANTIZER_NAMES if q not in found.quantizers]
+    refused = {q: found.refusal(q) for q in QUANTIZER_NAMES}
+    takes = [q for q, reason in refused.items() if reason is None]
     opsets = f"{found.opsets[0]} to {found.opsets[-1]}, default {found.opset}"
     rows = [
         ("quantizers", ", ".join(map(code, takes)) + f"; default `{found.quantizer}`"),
         ("opset of the file", opsets),
     ]
-    rows += [(f"refuses `{q}`", reason) for q, reason in found.quantizers.items()]
+    rows += [(f"refuses `{q}`", reason) for q, reason in refused.items() if reason is not None]
     return table(("", ""), rows)
 
 

@@ -14,6 +14,8 @@ from ptq_onnx.analysis.results import (
     TensorVariation,
     Variation,
 )
+from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import Site, TensorSpec
 
 OUTLIER = 10.0
@@ -89,7 +91,7 @@ def _channels(
     for one in variation.tensors:
         spec = specs.get(one.tensor)
         wide = one.channel_ratio is not None and one.channel_ratio >= OUTLIER
-        if wide and spec is not None and spec.rule.granularity == "tensor" and not one.parameter:
+        if wide and spec is not None and spec.rule.per_tensor and not one.parameter:
             groups[one.role].append(one)
     out = []
     for role, group in sorted(groups.items(), key=lambda g: -_widest(g[1])):
@@ -139,7 +141,7 @@ def _weights(variation: Variation, specs: Mapping[str, TensorSpec]) -> list[str]
     for one in variation.tensors:
         spec = specs.get(one.tensor)
         wide = one.channel_ratio is not None and one.channel_ratio >= WEIGHT_OUTLIER
-        if one.parameter and wide and spec is not None and spec.rule.granularity == "tensor":
+        if one.parameter and wide and spec is not None and spec.rule.per_tensor:
             groups[one.role].append(one)
     return [
         f"{_where(role, group)}: one output channel {_widest(group):.0f}× the median → weights per"
@@ -171,7 +173,7 @@ def _remedies(spec: TensorSpec | None) -> list[str]:
     found = []
     if spec.rule.method not in ("robust", "minmax"):
         found.append("calibrate on many images and do not clip (--method robust)")
-    if spec.rule.granularity == "tensor":
+    if spec.rule.per_tensor:
         found.append("give the channel a scale of its own (--quantizer fqvit)")
     return found
 
@@ -181,15 +183,15 @@ def _attention(
 ) -> list[str]:
     """Uniform codes of few bits where log2 codes keep more of the order of the rows."""
     maps = [specs[s.tensor] for s in sites.values() if s.role == "softmax" and s.tensor in specs]
-    narrow = {s.rule.bits for s in maps if s.rule.code == "uniform" and s.rule.bits <= 4}
+    narrow = {s.rule.bits for s in maps if s.rule.code == Uniform() and s.rule.bits <= 4}
     out = []
     for bits in sorted(narrow):
         ranks = [
             (block.own.rank, log2.rank)
             for block in attention.blocks
-            if block.own is not None and block.own.code == "uniform" and block.own.bits == bits
+            if block.own is not None and block.own.code == Uniform.name and block.own.bits == bits
             for log2 in block.codes
-            if log2.code == "log2" and log2.bits == bits
+            if log2.code == Log2.name and log2.bits == bits
         ]
         if not ranks:
             continue

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.attention_values import CODES, round_attention
+from ptq_onnx.analysis.attention_values import CODES, LOG2, UNIFORM, round_attention
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import AttentionMap, decibels
 from ptq_onnx.analysis.tokens import patch_layout
@@ -18,6 +18,7 @@ from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.images.preprocess import Preprocess
+from ptq_onnx.numerics.codes.code import Code
 
 Array = NDArray[np.float32]
 
@@ -34,7 +35,7 @@ class Rounded:
     """The maps of a float simulator, held in codes of few bits."""
 
     simulator: Simulator
-    code: Literal["uniform", "log2"]
+    code: Code
     bits: int
 
     def run(self, batch: Array, names: Iterable[str]) -> dict[str, Array]:
@@ -44,7 +45,7 @@ class Rounded:
 
 def code_runs(reference: Simulator) -> dict[str, Runs]:
     """The float model beside its maps in 8 and 4 bits, uniform and log2 (LIS)."""
-    names = {"uniform": "uniform", "log2": "LIS"}
+    names = {UNIFORM: "uniform", LOG2: "LIS"}
     rounded = {f"{names[code]} {bits}": Rounded(reference, code, bits) for code, bits in CODES}
     return {"float": reference, **rounded}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,16 +27,21 @@ from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.codes.by_name import CodeName
+from ptq_onnx.numerics.codes.code import Code
+from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
 from ptq_onnx.numerics.spec import Rule, TensorSpec
-from ptq_onnx.qdq.fake_quantize import fake_quantize, values_of
 
 Array = NDArray[np.float32]
-Code = Literal["uniform", "log2"]
 
 LOWEST = -16
 """The histogram's lowest edge is 2^LOWEST."""
 PER_OCTAVE = 2
-CODES: tuple[tuple[Code, int], ...] = (("uniform", 8), ("log2", 8), ("uniform", 4), ("log2", 4))
+UNIFORM, LOG2 = Uniform(), Log2()
+CODES: tuple[tuple[Code, int], ...] = ((UNIFORM, 8), (LOG2, 8), (UNIFORM, 4), (LOG2, 4))
 ROWS = 64
 """Rows per head and image whose ranks are compared, spread evenly."""
 EVERY = 8
@@ -45,7 +50,7 @@ EVERY = 8
 
 def attention_spec(code: Code, bits: int) -> TensorSpec:
     """Codes of values on [0, 1]: 2^bits - 1 uniform steps, or log2 codes (LIS)."""
-    rule = Rule(bits, signed=False, symmetric=code == "uniform", code=code, method="fixed")
+    rule = Rule(bits, signed=False, symmetric=code == UNIFORM, code=code, method="fixed")
     step = np.float32(1) / np.float32((1 << bits) - 1)
     return TensorSpec("", rule, np.asarray(step), np.asarray(0, np.int32), clip=(0.0, 1.0))
 
@@ -58,7 +63,7 @@ def round_attention(attention: Array, code: Code, bits: int) -> Array:
 def levels(code: Code, bits: int) -> NDArray[np.float64]:
     """The values that codes of that width stand for, ascending."""
     codes = np.arange(1 << bits, dtype=np.int32)
-    return np.unique(values_of(codes, attention_spec(code, bits)).astype(np.float64))
+    return np.unique(dequantize(codes, attention_spec(code, bits)).astype(np.float64))
 
 
 def ranks(rows: Array) -> NDArray[np.float64]:
@@ -145,7 +150,7 @@ class _Code:
 
     def result(self, rule: Rule) -> AttentionCode:
         return AttentionCode(
-            code=rule.code,
+            code=CodeName(rule.code.name),
             bits=rule.bits,
             snr_db=decibels(self.sums.snr),
             rank=self.rank / max(self.ranked, 1),
@@ -153,7 +158,7 @@ class _Code:
             row_sum=(self.lowest, self.total / max(self.rows, 1), self.highest),
             zero=self.zeros / max(self.sums.count, 1),
             snr=self.sums.snr,
-            row=rule.granularity == "row",
+            row=RowMaximum() in rule.around,
         )
 
 
@@ -165,7 +170,7 @@ class _Block:
         self.counts = np.zeros(-LOWEST * PER_OCTAVE, np.int64)
         keys = list(CODES)
         if own is not None and own.rule.bits not in (8, 4):
-            keys += [("uniform", own.rule.bits), ("log2", own.rule.bits)]
+            keys += [(UNIFORM, own.rule.bits), (LOG2, own.rule.bits)]
         self.codes = [(attention_spec(*key), _Code()) for key in keys]
         self.own = None if own is None else (own, _Code())
         self.model = _Code()

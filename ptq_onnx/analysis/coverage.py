@@ -189,8 +189,8 @@ def _why(product: Product, kind: Kind, reasons: Mapping[str, str], target: str) 
     given = reasons.get(product.name, "")
     if _asked(given):
         return given
-    if product.log2:
-        return "log2 codes have no integer kernel; --no-lis gives uniform ones"
+    if product.table:
+        return f"{product.table.name} codes have no integer kernel; {product.table.instead}"
     if product.four_bits:
         return FOUR_BITS
     if product.quantized:

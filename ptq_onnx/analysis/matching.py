@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError
 from ptq_onnx.evaluation.network import TYPES, open_with_fp8
+from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation.signature import fed
-from ptq_onnx.qdq.fake_quantize import values_of
 
 Array = NDArray[np.float32]
 How = Literal["name", "position"]
@@ -176,7 +176,7 @@ class Reader:
         if array.dtype.kind not in "iub":
             return np.asarray(array, np.float32)
         if tensor in self._codes:
-            return values_of(array.astype(np.int32), self._codes[tensor])
+            return dequantize(array.astype(np.int32), self._codes[tensor])
         self.integers.add(tensor)
         return np.asarray(array, np.float32)
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.evaluation.outputs import OutputFigures
-from ptq_onnx.numerics.spec import Code
+from ptq_onnx.numerics.around.around import ClipOf
+from ptq_onnx.numerics.codes.by_name import CodeName
 
 Decibels = Annotated[
     float, "dB, higher is better; null where there is no error at all: the ratio beside it is 0"
@@ -195,9 +196,6 @@ class TensorHistogram:
     quantized_counts: tuple[int, ...]
 
 
-ClipOf = Literal["values", "centred", "row"]
-
-
 @dataclass(frozen=True)
 class TensorVariation:
     """How much one tensor varies, and what its own rounding costs it.
@@ -305,7 +303,7 @@ class AttentionCode:
     of a row, one before; ``zero``, the share of values that become zero.
     """
 
-    code: Code
+    code: CodeName
     bits: int
     snr_db: Decibels
     rank: float

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.results import (
     ChannelRanges,
-    ClipOf,
     KindVariation,
     Outlier,
     TensorHistogram,
@@ -36,9 +35,10 @@ from ptq_onnx.blocks.element_map import channel_map
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.statistics import ChannelStatistics, collect
+from ptq_onnx.numerics.around.around import ClipOf
+from ptq_onnx.numerics.fake_quantize import clipped, fake_quantize, reach
 from ptq_onnx.numerics.spec import Site, TensorSpec
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.qdq.fake_quantize import clipped, fake_quantize, reach
 from ptq_onnx.runtime.sessions import Session
 
 Array = NDArray[np.float32]
@@ -144,9 +144,7 @@ class _Rounding:
     @property
     def of(self) -> ClipOf:
         """What the range of the codes is of."""
-        if self.spec.rule.granularity == "row":
-            return "row"
-        return "centred" if self.spec.rule.centred else "values"
+        return self.spec.rule.clip_of
 
 
 class _Seen:

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.walking import is_layout, is_product
 from ptq_onnx.calibration.methods import Statistics, collect
 from ptq_onnx.graph.formula import new_constant
+from ptq_onnx.numerics.around.token_mean import TOKENS
 from ptq_onnx.numerics.spec import Site
 
 SUFFIX = "/centred"
-TOKENS = -2
-"""The axis of the tokens in V."""
 
 
 def rows_sum_to_one(product: ir.Node) -> bool:

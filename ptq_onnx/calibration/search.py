@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.histogram import Histogram
-from ptq_onnx.numerics.uniform import asymmetric_scale, symmetric_scale
+from ptq_onnx.numerics.codes.uniform import asymmetric_scale, symmetric_scale
 
 Double = NDArray[np.float64]
 

@@ -54,7 +54,7 @@ def check_values(config: Fields) -> None:
 
 def check_together(config: Fields) -> None:
     """Options that exclude, or belong to, one another."""
-    refused = config.runtime.quantizers.get(config.quantizer)
+    refused = config.runtime.refusal(config.quantizer)
     if refused is not None:
         raise ConfigError(f"--target {config.target}, quantizer {config.quantizer}: {refused}.")
     if config.target == INTEGER:

@@ -6,7 +6,6 @@ asks for a target's name. The rules that a finished file must obey are in ``targ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +17,10 @@ class Target:
     """One runtime, as the quantizer ``deploy`` and the equalisation before it see it."""
 
     name: str
-    quantizers: Mapping[str, str]
-    """Why a quantizer is refused, by name; the others work."""
     quantizer: str
     """The default quantizer."""
+    refuses: str = ""
+    """Why all other quantizers are refused; empty where they work."""
     opsets: range = range(21, 24)
     opset: int = 21
     """The default opset."""
@@ -54,6 +53,10 @@ class Target:
     keep_rank: bool = True
     """The head on [batch, 1, C], where a product of two axes would stay float."""
 
+    def refusal(self, quantizer: str) -> str | None:
+        """Why a quantizer is refused; None for one that works."""
+        return self.refuses if self.refuses and quantizer != self.quantizer else None
+
     def stored(self, signed: bool) -> Stored:
         """Type of activation codes in the file."""
         return self.signed_stored if signed else "uint8"
@@ -64,12 +67,6 @@ _PRODUCTS_ONLY = (
     " --quantizer deploy"
 )
 
-
-def _products_only(runtime: str) -> dict[str, str]:
-    reason = _PRODUCTS_ONLY.format(runtime)
-    return dict.fromkeys(("vanilla", "channelwise", "fqvit"), reason)
-
-
 _NO_INTEGERS = (
     "it has no integer arithmetic of LayerNorm, softmax and residuals; use --quantizer fqvit"
 )
@@ -78,13 +75,13 @@ LATER = range(20, 24)
 """From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
 such a file is no worse for its own runtime, but cannot be compared in ONNX Runtime."""
 
-ONNXRUNTIME = Target("onnxruntime", quantizers={}, quantizer="deploy", codes_of_convolutions=True)
+ONNXRUNTIME = Target("onnxruntime", quantizer="deploy", codes_of_convolutions=True)
 TENSORRT = Target(
     "tensorrt",
     opsets=LATER,
     opset=20,
-    quantizers=_products_only("TensorRT"),
     quantizer="deploy",
+    refuses=_PRODUCTS_ONLY.format("TensorRT"),
     symmetric=True,
     symmetric_attention=True,
     signed_attention=True,
@@ -103,8 +100,8 @@ OPENVINO = Target(
     "openvino",
     opsets=LATER,
     opset=20,
-    quantizers=_products_only("OpenVINO"),
     quantizer="deploy",
+    refuses=_PRODUCTS_ONLY.format("OpenVINO"),
     symmetric_attention=True,
     signed_stored="int8",
     convolutions=True,
@@ -113,8 +110,8 @@ OPENVINO = Target(
 )
 INTEGER = Target(
     "integer",
-    quantizers=dict.fromkeys(("vanilla", "channelwise", "deploy"), _NO_INTEGERS),
     quantizer="fqvit",
+    refuses=_NO_INTEGERS,
     patches_as_linear=False,
     keep_rank=False,
 )

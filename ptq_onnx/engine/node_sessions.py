@@ -20,6 +20,7 @@ from ptq_onnx.blocks.channels import Factor, rows_of
 from ptq_onnx.blocks.walking import is_constant, is_layout, name_of
 from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.graph.expansions import standardise
+from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.qdq.lowering import lower
 
@@ -96,7 +97,7 @@ class NodeKernels:
         # The product that reads a centred V quantizes it: it needs the mean of the float V.
         made = {v.name for v in node.outputs}
         specs = {t: self._specs[t] for t in active}
-        specs = {t: s for t, s in specs.items() if not (s.rule.centred and t in made)}
+        specs = {t: s for t, s in specs.items() if not (TokenMean() in s.rule.around and t in made)}
         return standardise(lower(model, specs))
 
     def _build(self, name: str, active: frozenset[str]) -> ort.InferenceSession:

@@ -31,6 +31,9 @@ from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.engine.torch_ops import HANDLERS, fake_quantize
 from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.around.token_mean import TokenMean
+from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 
 
@@ -196,7 +199,7 @@ def config_for(rule: Rule) -> TensorQuantizationConfig:
     """PPQ's description of a rule, not calibrated yet. Log2 codes have no policy of their
     own in PPQ: they are marked by their spec, which ``quantize_function`` obeys."""
     low, high = rule.limits
-    channelwise = rule.granularity in ("channel", "ptf")
+    channelwise = rule.grain.per_channel
     policy = QuantizationPolicy(
         QuantizationProperty.LINEAR
         + (
@@ -231,7 +234,7 @@ def calibrate_config(config: TensorQuantizationConfig, spec: TensorSpec) -> None
     if spec.factor is not None and spec.axis is None and spec.factor.ndim == 1:
         scale = scale * torch.from_numpy(spec.factor)
         offset = offset.expand_as(scale).clone()
-    if spec.rule.granularity in ("tensor", "row"):
+    if not spec.rule.grain.per_channel:
         scale, offset = scale.reshape(()), offset.reshape(())
     config.scale, config.offset = scale, offset
     if spec.axis is not None:
@@ -390,16 +393,15 @@ class Executor(TorchExecutor):  # type: ignore[misc]
         if not QuantizationStates.is_activated(config.state):
             return tensor
         spec: TensorSpec | None = config.detail.get(SPEC)
-        if spec is not None and (
-            spec.factor is not None
-            or spec.rule.code != "uniform"
-            or spec.rule.granularity == "row"
-            or spec.rule.centred
-            or spec.rule.block_size
-        ):
+        if spec is not None and not (spec.factor is None and _known_to_ppq(spec.rule)):
             return fake_quantize(tensor, spec)
         quantized: torch.Tensor = super().quantize_function(tensor, config)
         return quantized
+
+
+def _known_to_ppq(rule: Rule) -> bool:
+    """PPQ rounds to uniform codes with scales per tensor or channel, and nothing around."""
+    return rule.code == Uniform() and not rule.around and not rule.grain.block_size
 
 
 def _exact(op: Operation, values: list[torch.Tensor], ctx: Any = None, **_: Any) -> Any:
@@ -468,16 +470,18 @@ class Simulator:
         return {op.type for op in self.graph.operations.values()}
 
     def _normalize_rows(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Mark the products that divide by the row sums of log2 levels, and those whose V is
+        """Mark the products that divide by the row sums of decoded values, and those whose V is
         without its mean (torch mode)."""
         for operation in self.graph.operations.values():
             first = operation.inputs[0].name if operation.inputs else ""
             spec = specs.get(first)
-            active = spec is not None and spec.rule.code == "log2" and spec.rule.renormalize
             if operation.type == "MatMul":
-                operation.attributes["normalize_rows"] = int(active)
                 value = specs.get(operation.inputs[1].name)
-                operation.attributes["centred"] = int(value is not None and value.rule.centred)
+                for key, one, around in (
+                    ("normalize_rows", spec, RowSums()),
+                    ("centred", value, TokenMean()),
+                ):
+                    operation.attributes[key] = int(one is not None and around in one.rule.around)
 
     def _run(self, operation: Operation, values: list[torch.Tensor]) -> list[torch.Tensor]:
         override = self._overrides.get(operation.name)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ptq_onnx.calibration.mean_centred import TOKENS
-from ptq_onnx.numerics.log2 import THRESHOLD, top_code
+from ptq_onnx.numerics.around.token_mean import TOKENS
+from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.fake_quantize import fake_quantize as in_numpy
 from ptq_onnx.numerics.spec import TensorSpec
 
 Tensor = torch.Tensor
@@ -27,62 +28,21 @@ TYPES = {
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
-    """Quantize and dequantize ``x`` by a spec with a factor, rows of their own or log2
-    codes."""
-    if spec.rule.code == "log2":
-        return log2_fake_quantize(x, spec.rule.bits)
-    if spec.rule.centred:
-        # Of values rounded to the step, as in the file (qdq/lowering.py).
-        step = torch.as_tensor(spec.scale, device=x.device)
-        whole = torch.round(x * (1 / step)).sum(dim=TOKENS, keepdim=True)
-        mean = whole * (step / x.shape[TOKENS])
-        return dequantize(quantize(x - mean, spec), spec) + mean
-    if spec.rule.granularity == "row":
-        top = x.amax(dim=-1, keepdim=True)
-        return dequantize(quantize(x / top, spec), spec) * top
-    return dequantize(quantize(x, spec), spec)
-
-
-def _parts(spec: TensorSpec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, zero point and factor as tensors that broadcast against ``x``."""
-    shape = [1] * x.ndim
-    if spec.axis is not None:
-        shape[spec.axis] = -1
-    scale = torch.as_tensor(spec.scale, device=x.device)
-    zero = torch.as_tensor(spec.zero_point, device=x.device)
-    if spec.rule.block_size:
-        size = spec.rule.block_size
-        scale, zero = (v.repeat_interleave(size, 0)[: x.shape[0]] for v in (scale, zero))
-    elif spec.axis is not None:
-        scale, zero = scale.reshape(shape), zero.reshape(shape)
-    factor = torch.ones((), device=x.device)
+    """Quantized and dequantized values. Of plain uniform codes in torch, where a gradient passes
+    straight through the rounding and is zero where values are clipped; of all others as NumPy
+    computes them."""
+    rule = spec.rule
+    if not isinstance(rule.code, Uniform) or rule.around:
+        found = in_numpy(x.detach().cpu().numpy(), spec)
+        return torch.from_numpy(found).to(x.device)
+    numbers = spec.numbers(tuple(x.shape))
+    scale, zero = (torch.as_tensor(v, device=x.device) for v in (numbers.scale, numbers.zero_point))
     if spec.factor is not None:
-        factor = torch.as_tensor(spec.factor, device=x.device)
-    return scale, zero, factor
-
-
-def quantize(x: Tensor, spec: TensorSpec) -> Tensor:
-    """Codes (float tensor that holds integers, shape of ``x``)."""
-    scale, zero, factor = _parts(spec, x)
-    low, high = spec.rule.limits
-    if spec.rule.code == "e4m3":
-        held = torch.clamp(x / factor / scale, low, high)
-        return held.to(torch.float8_e4m3fn).to(x.dtype)
-    return torch.clamp(torch.round(x / factor / scale) + zero, low, high)
-
-
-def dequantize(codes: Tensor, spec: TensorSpec) -> Tensor:
-    """Values of codes: (code - zero_point) · scale · factor."""
-    scale, zero, factor = _parts(spec, codes)
-    return (codes - zero) * scale * factor
-
-
-def log2_fake_quantize(attention: Tensor, bits: int) -> Tensor:
-    """2^-code of attention values (see quantizers/log2.py)."""
-    top = top_code(bits)
-    t = torch.round(1 / attention)
-    code = torch.floor(torch.log2(t.double() * THRESHOLD)).clamp(0, top)
-    return torch.where(code >= top, torch.zeros_like(code), torch.exp2(-code)).to(attention.dtype)
+        x = x / torch.as_tensor(spec.factor, device=x.device)
+    units = x / scale
+    rounded = units + (torch.round(units) - units).detach()
+    values = (torch.clamp(rounded + zero, *rule.limits) - zero) * scale
+    return values if spec.factor is None else values * torch.as_tensor(spec.factor, device=x.device)
 
 
 def _axes(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> list[int] | None:

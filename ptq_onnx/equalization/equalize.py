@@ -57,9 +57,10 @@ from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.pixels import image_in_pixels
 from ptq_onnx.equalization.restructure import reads_only_products, restructure, with_own_reads
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.codes.by_name import code_named
+from ptq_onnx.numerics.codes.uniform import asymmetric_scale
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.spec import Site
-from ptq_onnx.numerics.uniform import asymmetric_scale
 from ptq_onnx.quantizers.base import Plan
 
 Double = NDArray[np.float64]
@@ -365,7 +366,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
-    moves = plan.config.code == "uniform"  # see the module's text
+    moves = not code_named(plan.config.code).floating  # see the module's text
     if plan.pixels is not None and moves:
         roles, fixed = image_in_pixels(
             model,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.numerics.uniform import TINY
+from ptq_onnx.numerics.codes.code import TINY
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ptq_onnx.config.targets import Stored
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.text_file import read_text
-from ptq_onnx.numerics.spec import Code, Granularity, Site, TensorSpec
+from ptq_onnx.numerics.spec import Site, TensorSpec
 
 LARGEST_REPORT = 64 << 20
 """Bytes; the report of a ViT-L has three million."""
@@ -47,14 +47,17 @@ class Factors(_Strict, Generic[Number]):
 
 
 class Entry(_Strict):
-    """What ``report.json`` says of a tensor, as :meth:`TensorSpec.to_json` writes it."""
+    """What ``report.json`` says of a tensor, as :meth:`TensorSpec.to_json` writes it; a code's own
+    numbers are left for it to check."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     tensor: Text
     bits: Annotated[int, Field(ge=2, le=8)]
     signed: bool
     symmetric: bool
-    granularity: Granularity
-    code: Code
+    granularity: Text
+    code: Text
     method: Text
     renormalize: bool
     stored: Stored = "uint8"
@@ -118,18 +121,17 @@ def _spec(entry: Entry) -> TensorSpec:
 
 def _misfit(spec: TensorSpec, shape: tuple[int | str, ...]) -> str | None:
     scale, rule = spec.scale, spec.rule
-    if rule.code == "uniform":
-        low, high = rule.limits
-        if (spec.zero_point < min(low, 0)).any() or (spec.zero_point > high).any():
-            return f"a zero point is not from {min(low, 0)} to {high}"
+    problem = rule.code.misfit(spec.numbers(None))
+    if problem is not None:
+        return problem
     if spec.clip[0] > spec.clip[1]:
         return f"its range {list(spec.clip)} runs backwards"
     if spec.axis is not None and spec.axis >= len(shape):
         return f"it has no axis {spec.axis}"
-    if rule.block_size:
+    if rule.grain.block_size:
         expected: tuple[int | str, ...] = ()
         if len(shape) == 2 and isinstance(shape[0], int):
-            expected = (-(-shape[0] // rule.block_size), shape[1])
+            expected = (-(-shape[0] // rule.grain.block_size), shape[1])
         if scale.shape != expected:
             return f"scales {list(scale.shape)}, expected {list(expected)}"
     elif scale.ndim == 1 and spec.axis is not None:
@@ -142,7 +144,7 @@ def _misfit(spec: TensorSpec, shape: tuple[int | str, ...]) -> str | None:
         fits = all(s == 1 or _equal(s, d) for s, d in zip(sides[::-1], shape[::-1], strict=False))
         if len(sides) > len(shape) or not fits:
             return f"its factors have the shape {list(sides)}"
-    if rule.granularity in ("tensor", "row") and spec.axis is not None:
+    if not rule.grain.per_channel and spec.axis is not None:
         return f"it has one scale, and an axis {spec.axis} of several"
     return None
 

@@ -9,19 +9,23 @@ export all read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.config.targets import Stored
+from ptq_onnx.numerics.around.around import Around, ClipOf
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.around.token_mean import TokenMean
+from ptq_onnx.numerics.codes.by_name import code_named
+from ptq_onnx.numerics.codes.code import Code, Numbers
+from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.grain import Grain, PerTensor, PowersOfTwo, grain_named
 
-LARGEST_EXPONENT = 126
-"""2^-126 is the smallest normal float32: no log2 code means a smaller value."""
-
-Granularity = Literal["tensor", "channel", "ptf", "row"]
-Code = Literal["uniform", "log2", "e4m3"]
+PER_TENSOR, UNIFORM = PerTensor(), Uniform()
 
 
 @dataclass(frozen=True)
@@ -50,51 +54,61 @@ class Site:
 
 @dataclass(frozen=True)
 class Rule:
-    """What numbers a site is to hold: bits, sign, symmetry, granularity and code.
+    """What numbers a site is to hold: a code, its grain, what is done around it, and how its
+    range is found.
 
-    ``granularity``: one scale per ``tensor``, one per ``channel``, or ``ptf``: one scale
-    and a power-of-two factor per channel (FQ-ViT), or ``row``: one scale, on every row (last
-    axis) divided by its largest value, which is found at run time. ``code``: ``uniform``;
-    ``log2`` for attention maps; ``e4m3``: 8-bit floats, whose limits are -448 and 448.
-    ``renormalize`` divides A V by the sum of the row's codes' values. ``stored``: the type of an
-    activation's integer codes in the file; weights are int8, or int4 where ``block_size``, the
-    number of rows that share a scale and zero point of a column, is not 0. ``centred``: the mean
-    over tokens, of the tensor in whole steps of its scale, is taken out before, and added to A V
-    (see ``calibration/mean_centred.py``).
+    ``symmetric``: zero points are zero. ``stored``: the type of an activation's integer codes in
+    the file; that of a weight's is its grain's.
     """
 
     bits: int = 8
     signed: bool = True
     symmetric: bool = True
-    granularity: Granularity = "tensor"
-    code: Code = "uniform"
+    grain: Grain = PER_TENSOR
+    code: Code = UNIFORM
     method: str = "minmax"
-    renormalize: bool = False
+    around: tuple[Around, ...] = ()
     stored: Stored = "uint8"
-    centred: bool = False
-    block_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.grain.per_channel and RowMaximum() in self.around:
+            raise ValueError("rows with a maximum of their own have one step")
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest code, in units of the scale; of log2 the last one means zero."""
-        if self.code == "e4m3":
-            return -448, 448
-        if self.code == "log2":
-            return 0, min((1 << self.bits) - 1, LARGEST_EXPONENT)
-        if self.signed:
-            return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
-        return 0, (1 << self.bits) - 1
+        """Smallest and largest code."""
+        return self.code.limits(self.bits, self.signed)
+
+    @property
+    def per_tensor(self) -> bool:
+        """All elements share one step."""
+        return not self.grain.per_channel and RowMaximum() not in self.around
+
+    @property
+    def granularity(self) -> str:
+        """``tensor``, ``channel``, ``ptf`` or ``row``: in reports."""
+        return RowMaximum.name if RowMaximum() in self.around else self.grain.name
+
+    @property
+    def per_row(self) -> tuple[Around, ...]:
+        """What is done around each row by itself."""
+        return tuple(around for around in self.around if around.per_row)
+
+    @property
+    def clip_of(self) -> ClipOf:
+        """What the range of the codes is of: ``values``, ``row`` or ``centred``."""
+        found = [around.clip_of for around in self.around if around.clip_of != "values"]
+        return found[0] if found else "values"
 
 
 @dataclass(frozen=True, eq=False)
 class TensorSpec:
     """The calibrated numbers of one tensor.
 
-    Dequantized value = (code - zero_point) * scale * factor. ``scale`` and ``zero_point``
-    are scalars, or vectors along ``axis`` (weights), or [B, N] of B blocks of rows. ``factor``
-    broadcasts against the tensor: powers of two for PTF, free ratios for ``channel``, ``None``
-    where all are one. For ``e4m3`` the codes are bits, whose value takes the place of the code.
-    For ``log2`` codes the value is 2**-code, and the top code stands for zero.
+    Dequantized value = (what the code makes of it and its numbers) * factor. ``scale`` and
+    ``zero_point`` are scalars, or vectors along ``axis`` (weights), or [B, N] of B blocks of rows.
+    ``factor`` broadcasts against the tensor: powers of two for PTF, free ratios per channel,
+    ``None`` where all are one. ``details``: the code's own whole numbers, by name.
     """
 
     tensor: str
@@ -104,12 +118,20 @@ class TensorSpec:
     axis: int | None = None
     factor: NDArray[np.float32] | None = None
     clip: tuple[float, float] = (0.0, 0.0)
+    details: Mapping[str, int] = field(default_factory=dict)
+
+    def numbers(self, shape: tuple[int, ...] | None) -> Numbers:
+        """The code's numbers, against a tensor of ``shape``; None: as they are."""
+        rule, scale, zero = self.rule, self.scale, self.zero_point
+        if shape is not None:
+            scale, zero = (rule.grain.spread(v, self.axis, shape) for v in (scale, zero))
+        return Numbers(rule.bits, rule.signed, scale, zero, self.details, rule.stored)
 
     @property
     def alpha(self) -> NDArray[np.int32] | None:
         """PTF's exponents: log2 of the factor (int32, shape of ``factor``); None for any other
         factor than powers of two."""
-        if self.factor is None or self.rule.granularity != "ptf":
+        if self.factor is None or self.rule.grain != PowersOfTwo():
             return None
         exponents = np.round(np.log2(self.factor)).astype(np.int32)
         return exponents if np.array_equal(np.exp2(exponents), self.factor) else None
@@ -125,17 +147,18 @@ class TensorSpec:
             "signed": self.rule.signed,
             "symmetric": self.rule.symmetric,
             "granularity": self.rule.granularity,
-            "code": self.rule.code,
+            "code": self.rule.code.name,
             "method": self.rule.method,
-            "renormalize": self.rule.renormalize,
+            "renormalize": RowSums() in self.rule.around,
             "stored": self.rule.stored,
-            "centred": self.rule.centred,
-            "block_size": self.rule.block_size,
+            "centred": TokenMean() in self.rule.around,
+            "block_size": self.rule.grain.block_size,
             "limits": list(self.rule.limits),
             "scale": self.scale.astype(float).tolist(),
             "zero_point": self.zero_point.tolist(),
             "axis": self.axis,
             "clip": list(self.clip),
+            **self.details,
         }
         if self.factor is not None:
             exponents = self.alpha
@@ -147,17 +170,23 @@ class TensorSpec:
     @classmethod
     def from_json(cls, tensor: str, data: Mapping[str, Any]) -> TensorSpec:
         """The inverse of :meth:`to_json`. Raises KeyError or ValueError on wrong data."""
+        code = code_named(data["code"])
+        rows = data["granularity"] == RowMaximum.name
+        grain = "tensor" if rows else data["granularity"]
+        around = (
+            (RowMaximum(), rows),
+            (TokenMean(), bool(data.get("centred", False))),
+            (RowSums(), bool(data["renormalize"])),
+        )
         rule = Rule(
             bits=int(data["bits"]),
             signed=bool(data["signed"]),
             symmetric=bool(data["symmetric"]),
-            granularity=data["granularity"],
-            code=data["code"],
+            grain=grain_named(grain, int(data.get("block_size", 0))),
+            code=code,
             method=data["method"],
-            renormalize=bool(data["renormalize"]),
+            around=tuple(one for one, there in around if there),
             stored=data.get("stored", "uint8"),
-            centred=bool(data.get("centred", False)),
-            block_size=int(data.get("block_size", 0)),
         )
         factor = None
         if "alpha" in data:
@@ -175,4 +204,5 @@ class TensorSpec:
             axis=data["axis"],
             factor=factor,
             clip=(float(low), float(high)),
+            details=code.read_details(data),
         )

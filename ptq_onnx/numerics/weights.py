@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.numerics.uniform import TINY
+from ptq_onnx.numerics.codes.code import TINY
 
 Array = NDArray[np.float32]
 SHRINK = np.linspace(1.0, 0.4, 25)

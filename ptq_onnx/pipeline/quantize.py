@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"]
 
+
 def quantize(
     model: str | Path,
     *,

@@ -246,7 +246,7 @@ class _Planner:
             return None
         spec = self.specs.get(str(weight.name))
         if spec is not None and (
-            spec.axis != (1 if is_linear(node) else 0) or spec.rule.block_size
+            spec.axis != (1 if is_linear(node) else 0) or spec.rule.grain.block_size
         ):
             return None
         axis = -1 if is_linear(node) else 1

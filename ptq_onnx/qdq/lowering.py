@@ -14,32 +14,26 @@ decides before the first node is put in.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import Factor, is_convolution
 from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
-from ptq_onnx.calibration.mean_centred import TOKENS, static_tokens
-from ptq_onnx.numerics.log2 import THRESHOLD, log2_values, top_code
+from ptq_onnx.numerics.around.around import Around, Restore
+from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import quantize
 from ptq_onnx.qdq.factors import FactorPlan, Place, leaves, plan_factors, quantized_values, way
+from ptq_onnx.qdq.nodes import Behind, Nodes
 
 
 @dataclass
-class _Lowering:
+class _Lowering(Nodes):
     """The state of lowering one graph, changed in place."""
 
-    graph: ir.Graph
     specs: Mapping[str, TensorSpec]
-    names: set[str] = field(default_factory=set)
     renormalized: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """A·V outputs that are divided by row sums: the quotient, by the product's output."""
     factors: FactorPlan = field(default_factory=lambda: FactorPlan({}))
@@ -47,80 +41,39 @@ class _Lowering:
     columns: dict[ir.Node, Factor] = field(default_factory=dict)
     """What the output channels of linears and convolutions are divided by."""
 
-    # --- small builders -----------------------------------------------------------------
-
-    def unique(self, name: str) -> str:
-        candidate, n = name, 1
-        while candidate in self.names:
-            candidate, n = f"{name}_{n}", n + 1
-        self.names.add(candidate)
-        return candidate
-
-    def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
-        name = self.unique(name)
-        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
-        value = ir.Value(
-            name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
-        )
-        self.graph.register_initializer(value)
-        return value
-
-    def add(
-        self,
-        anchor: ir.Node | None,
-        op: str,
-        inputs: list[ir.Value | None],
-        like: ir.Value,
-        suffix: str,
-        dtype: ir.DataType | None = None,
-        attributes: Mapping[str, int | float] | None = None,
-    ) -> ir.Value:
-        """A node behind ``anchor`` (first in the graph for None); returns its output."""
-        name = self.unique(f"{like.name}_{suffix}")
-        node = ir.node(op, inputs, attributes or {}, name=f"{name}_node", num_outputs=1)
-        output = node.outputs[0]
-        output.name, output.shape = name, like.shape
-        output.type = like.type if dtype is None else ir.TensorType(dtype)
-        if anchor is None:
-            first = next(iter(self.graph), None)
-            if first is None:
-                self.graph.append(node)
-            else:
-                self.graph.insert_before(first, node)
-        else:
-            self.graph.insert_after(anchor, node)
-        return output
-
-    def chain(
-        self,
-        start: ir.Value,
-        steps: Iterable[tuple[str, list[ir.Value | None], str, ir.DataType | None]],
-        like: ir.Value,
-    ) -> ir.Value:
-        """Nodes one behind the other; each takes the value so far as its first input."""
-        value = start
-        for op, others, suffix, dtype in steps:
-            value = self.add(value.producer(), op, [value, *others], like, suffix, dtype)
-        return value
-
     # --- activations --------------------------------------------------------------------
 
     def activation(self, value: ir.Value, spec: TensorSpec, place: Place | None) -> None:
         """Quantize and dequantize one activation; point its readers at the result."""
         uses = [(node, i) for node, i in consumers(value) if node.op_type != "Shape"]
-        if spec.rule.code == "log2":
-            out = self.log2(value, spec)
-            self.redirect(value, uses, out)
-            if spec.rule.renormalize:
-                self.renormalize(out)
-            return
-        if spec.rule.granularity == "row":
-            self.rows(value, spec, uses)
-            return
-        if spec.rule.centred:
-            self.centred(value, spec, uses)
-            return
-        out = self.uniform(value, spec, place)
+        builder, numbers = Behind(self, value, value.producer()), spec.numbers(None)
+        current, restores = value, []
+        for around in spec.rule.around:
+            made = around.before(builder, current, numbers)
+            if made is not None:
+                current, restore = made
+                restores.append(restore)
+        if spec.factor is not None and place is not None and place.before == "mul":
+            inverse = builder.constant("inverse_factor", 1 / spec.factor)
+            current = builder.op("Mul", [current, inverse], "scaled")
+        out = spec.rule.code.emit(builder, current, numbers)
+        for restore in restores:
+            self.behind_product(value, out, uses, restore)
+        if not restores:
+            self.give(value, spec, out, uses, place)
+        for around in spec.rule.around:
+            self.behind_values(out, around)
+
+    def give(
+        self,
+        value: ir.Value,
+        spec: TensorSpec,
+        out: ir.Value,
+        uses: list[tuple[ir.Node, int]],
+        place: Place | None,
+    ) -> None:
+        """Point the tensor's readers at its values, still divided by the factor where they take
+        them so."""
         producer = value.producer()
         if producer is not None and producer.op_type == "Conv":
             # ONNX Runtime fuses a Conv whose output nothing but QuantizeLinear reads.
@@ -139,53 +92,16 @@ class _Lowering:
             real = self.add(out.producer(), "Mul", [out, shape], value, "rescaled")
             self.redirect(value, plain, real)
 
-    def rows(self, value: ir.Value, spec: TensorSpec, uses: list[tuple[ir.Node, int]]) -> None:
-        """Every row divided by its largest value, quantized; A·V is multiplied by it."""
-        axes = self.constant(f"{value.name}_row", np.array([-1], np.int64))
-        top = self.add(value.producer(), "ReduceMax", [value, axes], value, "row_max")
-        if value.shape is not None:
-            top.shape = ir.Shape([*list(value.shape)[:-1], 1])
-        part = self.add(top.producer(), "Div", [value, top], value, "row_scaled")
-        out = self.codes(self.clipped(part, value, spec), value, spec)
-        self.behind_product(value, out, uses, 0, ("Mul", top, "row_rescaled"))
-
-    def centred(self, value: ir.Value, spec: TensorSpec, uses: list[tuple[ir.Node, int]]) -> None:
-        """V without its mean over the tokens, quantized; A·V gets it back."""
-        # Any constant will do. The sum is one of whole numbers, so that it does not depend on its
-        # order, which ONNX Runtime's optimizer changes with the layout: a last bit moves codes.
-        # So does the division of its ReduceMean.
-        step, tokens = np.float32(spec.scale), static_tokens(value)
-        inverse = self.constant(f"{value.name}_mean_inverse_step", np.float32(1) / step)
-        axes = self.constant(f"{value.name}_tokens", np.array([TOKENS], np.int64))
-        whole = self.chain(
-            value,
-            [("Mul", [inverse], "mean_scaled", None), ("Round", [], "mean_rounded", None)],
-            value,
-        )
-        mean = self.add(whole.producer(), "ReduceSum", [whole, axes], value, "sum")
-        if value.shape is not None:
-            sizes = list(value.shape)
-            sizes[TOKENS] = 1
-            mean.shape = ir.Shape(sizes)
-        by = self.constant(f"{value.name}_mean_step", step / np.float32(tokens))
-        mean = self.add(mean.producer(), "Mul", [mean, by], value, "mean")
-        if value.shape is not None:
-            mean.shape = ir.Shape(sizes)
-        part = self.add(mean.producer(), "Sub", [value, mean], value, "centred")
-        out = self.codes(self.clipped(part, value, spec), value, spec)
-        self.behind_product(value, out, uses, 1, ("Add", mean, "mean_restored"))
-
     def behind_product(
         self,
         value: ir.Value,
         out: ir.Value,
         uses: list[tuple[ir.Node, int]],
-        index: int,
-        restore: tuple[str, ir.Value, str],
+        restore: Restore[ir.Value],
     ) -> None:
-        """Let products that read ``value`` as input ``index`` read ``out``, and restore behind
-        them (an op, its other input, a suffix); other readers get ``out`` with that done."""
-        op, other, suffix = restore
+        """Let products that read ``value`` as the given input read ``out``, and restore behind
+        them; other readers get ``out`` with that done."""
+        op, other, suffix, index = restore.op_type, restore.other, restore.suffix, restore.index
         products = [use for use in uses if is_product(use[0]) and use[1] == index]
         plain = [use for use in uses if use not in products]
         for node, _ in products:
@@ -214,88 +130,6 @@ class _Lowering:
             old = value.name
             value.name = self.unique(f"{old}_float")
             new.name = old
-
-    def uniform(self, value: ir.Value, spec: TensorSpec, place: Place | None) -> ir.Value:
-        """[Mul 1/f] → [Clip] → QuantizeLinear → DequantizeLinear; still divided by f."""
-        current = value
-        if spec.factor is not None and place is not None and place.before == "mul":
-            inverse = self.constant(f"{value.name}_inverse_factor", 1 / spec.factor)
-            current = self.add(value.producer(), "Mul", [value, inverse], value, "scaled")
-        current = self.clipped(current, value, spec)
-        return self.codes(current, value, spec)
-
-    def clipped(self, current: ir.Value, value: ir.Value, spec: TensorSpec) -> ir.Value:
-        """A Clip to the codes' range where they have less bits than their type."""
-        low, high = spec.rule.limits
-        if spec.rule.bits < 8:
-            zero, step = int(spec.zero_point), float(spec.scale)
-            bounds: list[ir.Value | None] = [
-                self.constant(f"{value.name}_clip", np.float32((edge - zero) * step))
-                for edge in (low, high)
-            ]
-            anchor = current.producer()
-            current = self.add(anchor, "Clip", [current, *bounds], value, "clipped")
-        return current
-
-    def codes(self, current: ir.Value, value: ir.Value, spec: TensorSpec) -> ir.Value:
-        """QuantizeLinear → DequantizeLinear behind ``current``, named after ``value``."""
-        scale = self.constant(f"{value.name}_scale", np.asarray(spec.scale, np.float32))
-        point = stored_zero_point(spec)
-        zero_point = self.constant(f"{value.name}_zero_point", point)
-        dtype = ir.DataType.from_numpy(point.dtype)
-        return self.chain(
-            current,
-            [
-                ("QuantizeLinear", [scale, zero_point], "quantized", dtype),
-                ("DequantizeLinear", [scale, zero_point], "dequantized", None),
-            ],
-            value,
-        )
-
-    def log2(self, value: ir.Value, spec: TensorSpec) -> ir.Value:
-        """LIS codes by division, rounding and logarithm, then their values from a table."""
-        bits = spec.rule.bits
-        top = top_code(bits)
-        one = self.constant(f"{value.name}_one", np.float32(1))
-        t = self.add(value.producer(), "Div", [one, value], value, "reciprocal")
-        threshold = self.constant(f"{value.name}_threshold", np.float32(THRESHOLD))
-        to_log2 = self.constant(f"{value.name}_log2e", np.float32(1 / math.log(2)))
-        zero = self.constant(f"{value.name}_zero", np.float32(0))
-        last = self.constant(f"{value.name}_top", np.float32(top))
-        level = self.chain(
-            t,
-            [
-                ("Round", [], "rounded", None),
-                ("Mul", [threshold], "threshold_scaled", None),
-                ("Log", [], "log", None),
-                ("Mul", [to_log2], "log2", None),
-                ("Floor", [], "floor", None),
-                ("Clip", [zero, last], "level", None),
-            ],
-            value,
-        )
-        codes = self.add(
-            level.producer(),
-            "Cast",
-            [level],
-            value,
-            "quantized",
-            ir.DataType.UINT8,
-            {"to": int(ir.DataType.UINT8)},
-        )
-        index = self.add(
-            codes.producer(),
-            "Cast",
-            [codes],
-            value,
-            "index",
-            ir.DataType.INT32,
-            {"to": int(ir.DataType.INT32)},
-        )
-        table = self.constant(
-            f"{value.name}_levels", log2_values(np.arange(top + 1, dtype=np.int32), bits)
-        )
-        return self.add(index.producer(), "Gather", [table, index], value, "dequantized")
 
     # --- factors ------------------------------------------------------------------------
 
@@ -360,7 +194,7 @@ class _Lowering:
                 node.replace_input_with(1, self.constant(f"{weight.name}_scaled", scaled))
             return
         self.keep_from_gemm(node)
-        if spec.rule.block_size:
+        if spec.rule.grain.block_size:
             node.replace_input_with(1, self.weight(node, weight, spec))
             return
         scale = np.asarray(spec.scale if columns is None else spec.scale / columns, np.float32)
@@ -456,20 +290,19 @@ class _Lowering:
             return weight
         codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)
         scale = np.asarray(spec.scale, np.float32) if scale is None else scale
-        rule, zero = spec.rule, np.zeros(scale.shape, np.int8)
-        if rule.code == "e4m3":
-            zero = zero.view(ml_dtypes.float8_e4m3fn)
-        elif rule.block_size:
-            zero = np.asarray(spec.zero_point, ir.DataType.UINT4.numpy())
-        stored = codes.astype(np.uint8 if rule.code == "e4m3" else zero.dtype).view(zero.dtype)
+        rule, same = spec.rule, scale.shape == spec.zero_point.shape
+        zero = spec.zero_point if same else np.zeros(scale.shape, np.int32)
+        stored, point = (
+            rule.code.stored(v, rule.grain.storage, rule.signed) for v in (codes, zero)
+        )
         inputs: list[ir.Value | None] = [
             self.constant(f"{weight.name}_quantized", stored),
             self.constant(f"{weight.name}_scale", scale),
-            self.constant(f"{weight.name}_zero_point", zero),
+            self.constant(f"{weight.name}_zero_point", point),
         ]
         attributes = {} if scale.ndim == 0 or spec.axis is None else {"axis": spec.axis}
-        if spec.rule.block_size:
-            attributes["block_size"] = spec.rule.block_size
+        if rule.grain.block_size:
+            attributes["block_size"] = rule.grain.block_size
         previous = ir.node(
             "DequantizeLinear",
             inputs,
@@ -483,19 +316,17 @@ class _Lowering:
         self.graph.insert_before(node, previous)
         return output
 
-    def renormalize(self, attention: ir.Value) -> None:
-        """Divide A·V by the row sums of the log2 levels, which do not sum to one."""
-        for node, index in list(consumers(attention)):
+    def behind_values(self, values: ir.Value, around: Around) -> None:
+        """What is done behind the products that read the values first."""
+        for node, index in list(consumers(values)):
             if not is_product(node) or index != 0:
                 continue
             out = node.outputs[0]
             uses = list(consumers(out))
-            axes = self.constant(f"{out.name}_last_axis", np.array([-1], np.int64))
-            total = self.add(node, "ReduceSum", [attention, axes], out, "row_sum")
-            total.shape = None
-            quotient = self.add(total.producer(), "Div", [out, total], out, "renormalized")
-            self.renormalized[out] = quotient
-            self.redirect(out, uses, quotient)
+            made = around.emit_behind(Behind(self, out, node), out, values)
+            if made is not None:
+                self.renormalized[out] = made
+                self.redirect(out, uses, made)
 
     def run(self) -> None:
         nodes = list(self.graph)
@@ -531,22 +362,6 @@ class _Lowering:
                 factor = self.constant(f"{value.name}_factor", spec.factor)
                 real = self.add(real.producer(), "Mul", [real, factor], value, "rescaled")
             node.replace_input_with(index, real)
-
-
-def stored_zero_point(spec: TensorSpec) -> NDArray[Any]:
-    """The zero point of an activation in the file, in the type of the stored codes.
-
-    Where that is uint8, signed codes are stored 128 higher, zero point included: the same
-    numbers, in the type that ONNX Runtime's x86 kernels want. It would convert int8 by itself, but
-    then rejects its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it
-    moves over a Transpose keeps output_dtype INT8).
-    """
-    if spec.rule.code == "e4m3":
-        return np.zeros(spec.zero_point.shape, ml_dtypes.float8_e4m3fn)
-    if spec.rule.stored == "int8":
-        return np.asarray(spec.zero_point).astype(np.int8)
-    shift = 128 if spec.rule.signed else 0
-    return np.asarray(spec.zero_point + shift).astype(np.uint8)
 
 
 def reads_codes(value: ir.Value | None) -> bool:

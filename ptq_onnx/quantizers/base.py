@@ -31,11 +31,11 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import ALL, Selector
 from ptq_onnx.engine.simulator import VitQuantizer
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.numerics.fake_quantize import reach
+from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.numerics.uniform import asymmetric_scale, symmetric_scale
-from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.progress import Report
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 
@@ -116,14 +116,23 @@ class SiteQuantizer(VitQuantizer):
                 self.floats[site.tensor] = rule
                 continue
             wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
-            if wide and site.channel_axes and rule.granularity == "tensor":
-                rule = replace(rule, granularity="channel")
+            if wide and site.channel_axes and rule.per_tensor:
+                rule = self._by_channels(site, rule)
             if any(self._concerns(s, site) for s in wider):
                 rule = replace(rule, bits=MOST_BITS)
             if rule.method in FROM_PRODUCTS and not self._only_products_read(site):
                 rule = replace(rule, method=FALLBACK)
             rules[site.tensor] = rule
         return rules
+
+    def _by_channels(self, site: Site, rule: Rule) -> Rule:
+        """The rule with a step per channel, where its codes can have one."""
+        if rule.code.per_channel:
+            return replace(rule, grain=PerChannel())
+        note = f"{site.label}: one step for all channels, '{rule.code.name}' codes have no more."
+        if note not in self.notes:
+            self.notes.append(note)
+        return rule
 
     def _only_products_read(self, site: Site) -> bool:
         readers = [self.nodes[name] for name in site.consumers]
@@ -226,9 +235,7 @@ class SiteQuantizer(VitQuantizer):
             if self.rules[s.tensor].method in FROM_HISTOGRAM and s.tensor not in stats.histograms
         ]
         if rows:
-            wide = {
-                s.tensor for s in rows if self.rules[s.tensor].granularity not in ("tensor", "row")
-            }
+            wide = {s.tensor for s in rows if self.rules[s.tensor].grain.per_channel}
             add_histograms(
                 plan.model,
                 stats,
@@ -268,7 +275,7 @@ class SiteQuantizer(VitQuantizer):
             rule.method,
             rule.limits,
             symmetric=rule.symmetric,
-            per_channel=rule.granularity != "tensor",
+            per_channel=not rule.per_tensor,
         )
         if site.role == "softmax":
             return np.maximum(low, 0), np.minimum(high, 1)
@@ -276,12 +283,12 @@ class SiteQuantizer(VitQuantizer):
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""
-        if rule.granularity == "row" or rule.method == "fixed":
+        if rule.method == "fixed":
             return tensor_spec(site, rule, 0.0, 1.0)
         if site.tensor in self.plan.fixed:
             return tensor_spec(site, rule, *self.plan.fixed[site.tensor])
         low, high = self.bounds(site, rule, stats)
-        if rule.granularity == "tensor":
+        if rule.per_tensor:
             return tensor_spec(site, rule, float(low.min()), float(high.max()))
         return channel_spec(site, rule, low, high, stats.channels[site.tensor].shape)
 
@@ -290,9 +297,8 @@ class SiteQuantizer(VitQuantizer):
         weight = self.constant(site.tensor)
         if factor is not None:
             weight = weight / factor
-        axis = site.channel_axes[0] if rule.granularity != "tensor" else None
-        largest = rule.limits[1] if rule.code == "e4m3" else None
-        scale = weight_scale(weight, axis, rule.bits, largest)
+        axis = site.channel_axes[0] if rule.grain.per_channel else None
+        scale = rule.code.weight_scale(weight, axis, rule.bits)
         return TensorSpec(
             tensor=site.tensor,
             rule=rule,
@@ -333,18 +339,16 @@ def tensor_spec(
 ) -> TensorSpec:
     """One scale and zero point that cover [low, high] (of the tensor divided by ``factor``)."""
     lows, highs = np.array([low], np.float32), np.array([high], np.float32)
-    if rule.symmetric:
-        scale, zero = symmetric_scale(lows, highs, rule.limits), np.zeros(1, np.int32)
-    else:
-        scale, zero = asymmetric_scale(lows, highs, rule.limits)
-    return TensorSpec(
+    found = rule.code.solve(lows, highs, rule.bits, rule.signed, rule.symmetric)
+    spec = TensorSpec(
         tensor=site.tensor,
         rule=rule,
-        scale=np.asarray(scale[0]),
-        zero_point=np.asarray(zero[0]),
+        scale=np.asarray(found.scale[0]),
+        zero_point=np.asarray(found.zero_point[0]),
         factor=factor,
-        clip=clip_range(float(scale[0]), int(zero[0]), rule),
+        details=found.details,
     )
+    return replace(spec, clip=reach(spec.with_factor(None)))
 
 
 def clip_range(scale: float, zero: int, rule: Rule) -> tuple[float, float]:

@@ -17,8 +17,8 @@ from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.calibration.methods import ChannelStatistics, Statistics
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.numerics.spec import Site, TensorSpec
-from ptq_onnx.numerics.uniform import dequantize, quantize
 from ptq_onnx.quantizers.base import trim
 
 Double = NDArray[np.float64]

@@ -25,7 +25,11 @@ from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Stat
 from ptq_onnx.calibration.robust import shared_range
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
-from ptq_onnx.numerics.spec import Granularity, Rule, Site, TensorSpec
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.around.token_mean import TokenMean
+from ptq_onnx.numerics.codes.by_name import code_named
+from ptq_onnx.numerics.grain import PerChannel
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
@@ -48,27 +52,27 @@ class Deploy(SiteQuantizer):
     def rule(self, site: Site) -> Rule | str:
         if self._skips(site):
             target, bits = self.plan.config.runtime, self.plan.config.widths.activations
-            code, method = self.plan.config.code, self.plan.config.effective_method
+            code, method = code_named(self.plan.config.code), self.plan.config.effective_method
             return Rule(bits, code=code, method=method, stored=target.stored(True))
         if site.role == "pos_embed":
             return FLOAT
         if not site.is_parameter and not self._read_by_product(site):
             return FLOAT
         widths = self.plan.config.widths
-        code = self.plan.config.code
+        code = code_named(self.plan.config.code)
         if site.is_parameter:
             if not self._read_by_product(site):
                 return FLOAT
-            return Rule(widths.weights, True, True, "channel", code=code, method="minmax")
+            return Rule(widths.weights, True, True, PerChannel(), code=code, method="minmax")
         method = self.plan.config.effective_method
         target = self.plan.config.runtime
         if site.role == "softmax":
             sign = target.signed_attention
-            grain: Granularity = "row" if target.rows else "tensor"
+            rows = (RowMaximum(),) if target.rows else ()
             stored = target.stored(sign)
-            method = "fixed" if target.rows or code == "e4m3" else SEARCHED
+            method = "fixed" if target.rows or code.floating else SEARCHED
             return Rule(
-                widths.attention, sign, sign, grain, code=code, method=method, stored=stored
+                widths.attention, sign, sign, code=code, method=method, around=rows, stored=stored
             )
         products = [self.nodes[name].op_type for name in site.consumers]
         sign = target.symmetric
@@ -85,7 +89,7 @@ class Deploy(SiteQuantizer):
             code=code,
             method=method,
             stored=stored,
-            centred=centred,
+            around=(TokenMean(),) if centred else (),
         )
 
     def _dispatch(self) -> dict[str, Rule]:
@@ -118,10 +122,10 @@ class Deploy(SiteQuantizer):
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
         # A floating grid has the same relative precision everywhere: its range need not be small.
-        if rule.method != "robust" or rule.granularity != "tensor" or rule.code == "e4m3":
-            name = site.tensor + SUFFIX if rule.centred else site.tensor
+        if rule.method != "robust" or not rule.per_tensor or rule.code.floating:
+            name = site.tensor + SUFFIX if TokenMean() in rule.around else site.tensor
             return super().bounds(replace(site, tensor=name), rule, stats)
-        found = stats.channels[site.tensor + SUFFIX if rule.centred else site.tensor]
+        found = stats.channels[site.tensor + SUFFIX if TokenMean() in rule.around else site.tensor]
         power = self._row_power(site, found)
         smallest, largest = rule.limits
         low, high = shared_range(
@@ -156,7 +160,7 @@ class Deploy(SiteQuantizer):
     def collect(
         self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
     ) -> Statistics:
-        centred = [s for s in sites if self.rules[s.tensor].centred]
+        centred = [s for s in sites if TokenMean() in self.rules[s.tensor].around]
         threads = self.plan.config.threads
         return collect_centred(
             self.plan.model, sites, centred, batches, threads=threads, progress=advance

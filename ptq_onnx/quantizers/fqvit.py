@@ -27,8 +27,13 @@ from ptq_onnx.blocks.channels import is_convolution, rows_in_weight
 from ptq_onnx.blocks.walking import is_layout, is_linear
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.config.names import INTEGER
+from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.codes.code import Code
+from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.grain import Grain, PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.ptf import MAX_K, Factors, Reader, find_factors, needed_step
-from ptq_onnx.numerics.spec import Code, Granularity, Rule, Site, TensorSpec
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
 
 PER_TENSOR = frozenset(
@@ -57,25 +62,18 @@ class FqVit(SiteQuantizer):
         if site.is_parameter:
             if site.role == "pos_embed":
                 wide = config.ptf and bool(site.channel_axes)
-                grain: Granularity = "ptf" if wide else "tensor"
+                grain: Grain = PowersOfTwo() if wide else PerTensor()
             else:
-                grain = "channel"
+                grain = PerChannel()
             return Rule(widths.weights, True, True, grain, method="minmax")
         if site.role == "softmax":
             lis = config.lis and self._weighs_values(site)
-            code: Code = "log2" if lis else "uniform"
-            return Rule(
-                widths.attention,
-                False,
-                False,
-                "tensor",
-                code,
-                FIXED,
-                renormalize=lis,
-            )
+            code: Code = Log2() if lis else Uniform()
+            around = (RowSums(),) if lis else ()
+            return Rule(widths.attention, False, False, code=code, method=FIXED, around=around)
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
         wide = wide and not (config.target == INTEGER and self._stays_in_product(site))
-        grain = "ptf" if wide else "tensor"
+        grain = PowersOfTwo() if wide else PerTensor()
         return Rule(widths.activations, False, False, grain, method=method)
 
     def _weighs_values(self, site: Site) -> bool:
@@ -108,8 +106,8 @@ class FqVit(SiteQuantizer):
             if site.is_parameter:
                 specs[site.tensor] = self._parameter(site, rule, rows.get(site.tensor))
             elif rule.method == FIXED:
-                specs[site.tensor] = attention_spec(site, rule)
-            elif rule.granularity != "ptf":
+                specs[site.tensor] = tensor_spec(site, rule, 0.0, 1.0)
+            elif rule.grain != PowersOfTwo():
                 specs[site.tensor] = self.activation(site, rule, stats)
             elif site.role in ("q", "k"):
                 pair = places.get(("q", site.block)), places.get(("k", site.block))
@@ -122,7 +120,7 @@ class FqVit(SiteQuantizer):
         return specs
 
     def _parameter(self, site: Site, rule: Rule, rows: Array | None) -> TensorSpec:
-        if rule.granularity == "ptf":
+        if rule.grain == PowersOfTwo():
             value = self.constant(site.tensor)
             others = tuple(a for a in range(value.ndim) if a != site.channel_axes[0])
             low, high = value.min(axis=others), value.max(axis=others)
@@ -300,15 +298,6 @@ class FqVit(SiteQuantizer):
             low, high = self.bounds(site, rule, stats)
             return tensor_spec(site, rule, float(low.min()), float(high.max()))
         return self._ptf(site, rule, stats, rows if site.role == "av" else {})
-
-
-def attention_spec(site: Site, rule: Rule) -> TensorSpec:
-    """The fixed range of a softmax: log2 codes, or 2^b - 1 levels on [0, 1]."""
-    if rule.code == "log2":
-        return TensorSpec(
-            site.tensor, rule, np.array(1, np.float32), np.array(0, np.int32), clip=(0.0, 1.0)
-        )
-    return tensor_spec(site, rule, 0.0, 1.0)
 
 
 def ptf_spec(site: Site, rule: Rule, found: Factors, shape: tuple[int, ...]) -> TensorSpec:

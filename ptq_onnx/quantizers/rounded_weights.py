@@ -18,9 +18,9 @@ from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.calibration.moments import collect_moments, groups
 from ptq_onnx.config import stages
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.rounding import adaround, gptq, shrunk
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import dequantize, over
 from ptq_onnx.progress import silent
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import corrected_mean
@@ -76,8 +76,9 @@ def rounded_weights(
             power = moments.covariance if centred else moments.second_moment
             spec = specs[linear.name]
             shape = linear.weight.shape
-            if spec.rule.block_size:
-                scale, zero = (over(v, spec, shape) for v in (spec.scale, spec.zero_point))
+            if spec.rule.grain.block_size:
+                numbers = spec.numbers(shape)
+                scale, zero = numbers.scale, numbers.zero_point
             else:
                 scale, zero = np.broadcast_to(spec.scale, shape[1:]), None
             width = spec.rule.bits

@@ -14,18 +14,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_linear, is_product, name_of
 from ptq_onnx.calibration.methods import FROM_PRODUCTS, Score
 from ptq_onnx.calibration.product_samples import Wanted, collect_samples
 from ptq_onnx.engine.node_sessions import carried_specs
-from ptq_onnx.engine.torch_ops import log2_fake_quantize
 from ptq_onnx.fusion.patch_embed import is_patch_embed
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.fake_quantize import relative
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import along, dequantize, quantize
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -53,22 +51,19 @@ class Operand:
         spec, value = self.spec, self.value
         if spec is None:
             return value[None]
-        if spec.rule.code == "log2":
-            levels = log2_fake_quantize(torch.from_numpy(value), spec.rule.bits).numpy()
-            total = levels.sum(axis=-1, keepdims=True) if spec.rule.renormalize else 1
-            return np.asarray(levels / np.where(total == 0, 1, total), np.float32)[None]
-        if spec.rule.granularity == "row":
-            top = value.max(axis=-1, keepdims=True)
-            top = np.where(top > 0, top, np.float32(1))
-            codes = quantize(np.asarray(value / top, np.float32), spec)
-            return np.asarray(dequantize(codes, spec) * top, np.float32)[None]
-        low, high = spec.rule.limits
-        step = along(spec.scale, spec.axis, value.ndim)
-        step = step * shares.reshape(-1, *[1] * value.ndim).astype(np.float32)
-        zero = along(spec.zero_point, spec.axis, value.ndim)
-        divided = value if spec.factor is None else value / spec.factor
-        real = (np.clip(np.rint(divided / step) + zero, low, high) - zero) * step
-        return np.asarray(real if spec.factor is None else real * spec.factor, np.float32)
+        # A mean over tokens is not the sample's to take out: it has single rows and columns.
+        rows = replace(spec, rule=replace(spec.rule, around=spec.rule.per_row))
+        found, numbers = relative(value, rows), spec.numbers(value.shape)
+        numbers = replace(
+            numbers, scale=numbers.scale * shares.reshape(-1, *[1] * value.ndim).astype(np.float32)
+        )
+        part = found.part if spec.factor is None else found.part / spec.factor
+        real = spec.rule.code.values(spec.rule.code.codes(part[None], numbers), numbers)
+        real = real if spec.factor is None else real * spec.factor
+        real = np.asarray(real * found.factor, np.float32)
+        for around in rows.rule.around:
+            real = around.behind(real, real)
+        return real
 
 
 @dataclass(frozen=True)

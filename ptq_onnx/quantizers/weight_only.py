@@ -18,6 +18,7 @@ from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.methods import Statistics, collect
 from ptq_onnx.config import stages
 from ptq_onnx.numerics.blockwise import BLOCK, block_grid
+from ptq_onnx.numerics.grain import Blocks
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_mean, input_power
@@ -33,7 +34,7 @@ class WeightOnly(Deploy):
         if not site.is_parameter or not all(is_linear(self.nodes[n]) for n in site.consumers):
             return FLOAT
         bits = self.plan.config.weights
-        return Rule(bits, False, False, "channel", method="mse", block_size=BLOCK)
+        return Rule(bits, False, False, Blocks(BLOCK), method="mse")
 
     def _dispatch(self) -> dict[str, Rule]:
         return SiteQuantizer._dispatch(self)
@@ -56,7 +57,9 @@ class WeightOnly(Deploy):
         specs = {}
         for tensor, rule in self.rules.items():
             site, weight = self.plan.sites[tensor], self.constant(tensor)
-            scale, zero = block_grid(weight, rule.bits, self._power(site, stats), rule.block_size)
+            scale, zero = block_grid(
+                weight, rule.bits, self._power(site, stats), rule.grain.block_size
+            )
             clip = float(weight.min(initial=0)), float(weight.max(initial=0))
             specs[tensor] = TensorSpec(tensor, rule, scale, zero, axis=0, clip=clip)
         return specs

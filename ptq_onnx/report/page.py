@@ -21,6 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ptq_onnx.files.file_names import for_page
+from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.report.attention_page import Sheet
 from ptq_onnx.report.page_text import cell, counts, decibel_text, number, size
 from ptq_onnx.report.reproduce import command, in_python, typed
@@ -179,15 +180,15 @@ def _tensor(entry: Entry) -> dict[str, Any]:
         channels = " ".join(f"{a}:{n}" for a, n in sorted(counts.items()))
     elif factor is not None:
         channels = f"factor {_spread(factor['values'])}"
-    log2 = entry.get("code") == "log2"
+    fixed = code_named(entry.get("code", "uniform")).fixed
     return {
         **entry,
         "numbers": f"{'int' if entry.get('signed') else 'uint'}"
         f" {'sym.' if entry.get('symmetric') else 'asym.'}",
-        "scale_text": "2^−code" if log2 else _spread(entry.get("scale")),
-        "scale_value": None if log2 else _largest(entry.get("scale")),
-        "zero_text": "" if log2 else _spread(entry.get("zero_point")),
-        "zero_value": None if log2 else _largest(entry.get("zero_point")),
+        "scale_text": _spread(entry.get("scale")) if fixed is None else fixed,
+        "scale_value": None if fixed else _largest(entry.get("scale")),
+        "zero_text": "" if fixed else _spread(entry.get("zero_point")),
+        "zero_value": None if fixed else _largest(entry.get("zero_point")),
         "k": max(values, default=None),
         "channels": channels,
     }

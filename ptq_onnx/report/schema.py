@@ -28,7 +28,9 @@ from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.equalize import Move
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity
-from ptq_onnx.numerics.spec import Code, Granularity
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.codes.by_name import CODES, CodeName
+from ptq_onnx.numerics.grain import GRAINS
 from ptq_onnx.report.reproduce import Invocation
 
 Schema = dict[str, Any]
@@ -41,6 +43,7 @@ PLAIN: dict[Any, Schema] = {
     int: COUNT,
     str: STRING,
     bool: {"type": "boolean"},
+    CodeName: {"enum": [code.name for code in CODES]},
     type(None): {"type": "null"},
 }
 
@@ -121,10 +124,11 @@ def report_schema() -> Schema:
         "advice": _list(STRING),
     }
     analysis["required"] = list(analysis["properties"])
+    granularities = [*(grain.name for grain in GRAINS), RowMaximum.name]
     spec = {
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
-        "symmetric": {"type": "boolean"}, "granularity": {"enum": [*get_args(Granularity)]},
-        "code": {"enum": [*get_args(Code)]}, "method": STRING,
+        "symmetric": {"type": "boolean"}, "granularity": {"enum": granularities},
+        "code": schema_of(CodeName), "method": STRING,
         "renormalize": {"type": "boolean"}, "stored": {"enum": [*get_args(Stored)]},
         "centred": {"type": "boolean"},
         "block_size": COUNT,
@@ -133,6 +137,9 @@ def report_schema() -> Schema:
         "zero_point": {"type": ["integer", "array"]}, "axis": _or_null(COUNT),
         "clip": {**_list(NUMBER), "minItems": 2, "maxItems": 2},
     }  # fmt: skip
+    own = {name: COUNT for code in CODES for name in code.details}
+    tensor = _object(spec)
+    tensor["properties"] |= own
     whole = _object(
         {
             "ptq_onnx": STRING,
@@ -155,7 +162,7 @@ def report_schema() -> Schema:
                 {"source": STRING, "images": COUNT, "skipped": _list(STRING), "method": STRING}
             ),
             "arithmetic": {"enum": ["float", "integer"]},
-            "tensors": _list(_object(spec)),
+            "tensors": _list(tensor),
             "formed": {
                 "enum": ["formed.onnx", "fused.onnx"],
                 "description": "The file of the float model that was quantized, whose tensors the"

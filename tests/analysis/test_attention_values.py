@@ -9,7 +9,9 @@ import pytest
 from prepared_models import DIGITS, images, prepared, quantized
 
 from ptq_onnx.analysis.attention_values import (
+    LOG2,
     LOWEST,
+    UNIFORM,
     attention_values,
     discordant,
     levels,
@@ -19,6 +21,7 @@ from ptq_onnx.analysis.attention_values import (
     round_attention,
 )
 from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.numerics.codes.code import Code
 
 
 def softmax(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -27,16 +30,16 @@ def softmax(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def test_levels() -> None:
-    np.testing.assert_allclose(levels("uniform", 4), np.arange(16) / 15)
-    np.testing.assert_allclose(levels("log2", 4), [0, *(2.0**-k for k in range(14, -1, -1))])
-    assert len(levels("uniform", 8)) == 256
+    np.testing.assert_allclose(levels(UNIFORM, 4), np.arange(16) / 15)
+    np.testing.assert_allclose(levels(LOG2, 4), [0, *(2.0**-k for k in range(14, -1, -1))])
+    assert len(levels(UNIFORM, 8)) == 256
 
 
-@pytest.mark.parametrize(("code", "bits"), [("uniform", 4), ("uniform", 8), ("log2", 4)])
-def test_rounding_gives_levels(code: str, bits: int) -> None:
+@pytest.mark.parametrize(("code", "bits"), [(UNIFORM, 4), (UNIFORM, 8), (LOG2, 4)])
+def test_rounding_gives_levels(code: Code, bits: int) -> None:
     maps = softmax((2, 3, 20, 20))
-    found = np.unique(round_attention(maps, code, bits))  # type: ignore[arg-type]
-    known = levels(code, bits)  # type: ignore[arg-type]
+    found = np.unique(round_attention(maps, code, bits))
+    known = levels(code, bits)
     assert all(np.isclose(known, v, rtol=1e-6, atol=1e-9).any() for v in found)
 
 
@@ -95,7 +98,7 @@ def test_analysis_of_the_embedded_model() -> None:
     expected = np.histogram(maps, [0, *edges[1:], 2])[0]
     assert np.abs(np.array(first.counts) - expected).sum() <= 0.001 * maps.size
     by_code = {(c.code, c.bits): c for c in first.codes}
-    rounded = round_attention(maps, "log2", 4)
+    rounded = round_attention(maps, LOG2, 4)
     got = by_code["log2", 4]
     snr = -10 * np.log10(((rounded - maps) ** 2).sum() / (maps.astype(float) ** 2).sum())
     assert got.snr_db == pytest.approx(snr, abs=0.01)

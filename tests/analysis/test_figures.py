@@ -27,6 +27,8 @@ from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.numerics.around.token_mean import TokenMean
+from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
@@ -130,7 +132,7 @@ def varied(quantizer: SiteQuantizer, size: int, fill: bool = False) -> Variation
 def rounded(v: np.ndarray, quantizer: SiteQuantizer, tensor: str) -> tuple[np.ndarray, np.ndarray]:
     """A tensor's values rounded by its spec, and which are outside, by the definitions."""
     spec = quantizer.specs[tensor]
-    if spec.rule.code == "log2":
+    if spec.rule.code == Log2():
         t = np.rint(1 / v)
         code = np.floor(np.log2(t)) + (t >= 1.5 * 2.0 ** np.floor(np.log2(t)))
         held = np.where(code >= min(2**spec.rule.bits - 1, 126), 0, 2.0**-code)
@@ -142,7 +144,7 @@ def rounded(v: np.ndarray, quantizer: SiteQuantizer, tensor: str) -> tuple[np.nd
     factor = 1 if spec.factor is None else spec.factor
     mean: Any = 0
     top: Any = 1
-    if spec.rule.centred:
+    if TokenMean() in spec.rule.around:
         mean = np.rint(v / step).mean(axis=-2, keepdims=True) * step
     if spec.rule.granularity == "row":
         top = v.max(axis=-1, keepdims=True)

@@ -20,6 +20,9 @@ from ptq_onnx.blocks.walking import is_layout, is_linear, name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ModelError
 from ptq_onnx.graph.expansions import to_standard
+from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
@@ -69,7 +72,7 @@ def test_every_quantized_op_is_counted(name: str) -> None:
 
 def rounded(x: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """FQ-ViT's formulas, written anew; in float32, as pixels lie just between two codes."""
-    if spec.rule.code == "log2":
+    if spec.rule.code == Log2():
         top = min((1 << spec.rule.bits) - 1, 126)
         with np.errstate(divide="ignore"):
             t = np.rint(np.float32(1) / x).astype(np.float64)
@@ -126,7 +129,7 @@ def interpret(
         elif node.op_type == "MatMul":
             outputs = [(inputs[0].astype(np.float64) @ inputs[1]).astype(np.float32)]
             spec = specs.get(str(node.inputs[0].name)) if node.inputs[0] is not None else None
-            if spec is not None and spec.rule.code == "log2" and spec.rule.renormalize:
+            if spec is not None and spec.rule.code == Log2() and (RowSums() in spec.rule.around):
                 outputs[0] /= inputs[0].sum(axis=-1, keepdims=True)
         else:
             outputs = alone(node, inputs, opset)
@@ -227,7 +230,7 @@ def test_snr_of_ten_ops_on_a_real_model(shared: Path, name: str) -> None:
 def tapped(model: onnx.ModelProto, tensor: str, spec: TensorSpec | None) -> tuple[str, bool]:
     """The tensor of a file that stands for one of the fused graph; whether it holds codes."""
     made = {name for node in model.graph.node for name in node.output}
-    if spec is not None and spec.rule.code == "uniform":
+    if spec is not None and spec.rule.code == Uniform():
         for name in (f"{tensor}_renormalized_quantized", f"{tensor}_quantized"):
             if name in made:
                 return name, True

@@ -20,7 +20,7 @@ from ptq_onnx.analysis.results import (
     Variation,
 )
 from ptq_onnx.analysis.variation import BINS, kurtosis, ratio_to_median, sdam, variation
-from ptq_onnx.numerics.uniform import dequantize, quantize
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.quantizers.base import SiteQuantizer
 

@@ -86,7 +86,7 @@ CASES = (
     Case(R, "inputs-quantized", "av", q.other_table),
     Case(R, "inputs-quantized", "av", q.wide_table_index),
     Case(R, "inputs-quantized", "av", q.one_level),
-    Case(R, "log2-codes", "av", q.log2_map, WARNING),
+    Case(R, "table-codes", "av", q.log2_map, WARNING),
     Case(R, "float-product", "av", q.log2_map_of_floats, WARNING),
     Case(R, "activation-unsigned", "o_dq", q.signed_activation, WARNING),
     Case(R, "weight-signed", "fc2_w_dq", q.unsigned_weight, WARNING),

@@ -41,6 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fqvit partly float/onnxruntime": {"quantizer": "fqvit", "keep_float": PARTLY},
     "fqvit/integer": {"quantizer": "fqvit", "target": "integer"},
     "fqvit uniform/integer": {"quantizer": "fqvit", "target": "integer", "lis": False},
+    "ptq4vit/onnxruntime": {"quantizer": "ptq4vit"},
     "deploy/onnxruntime": {"quantizer": "deploy"},
     "deploy as it is/onnxruntime": {
         "quantizer": "deploy",

@@ -6,7 +6,9 @@
 
 ``log2`` codes of an attention weight a: t = round(1 / a), c = ⌊log2 t⌋, one more from 1.5 · 2^c on;
 value 2^-c, of the last code (``limits``) zero. ``e4m3``: u is rounded to one sign, four exponent
-and three mantissa bits, up to 448. ``row``: x is divided by the largest of its last axis before,
+and three mantissa bits, up to 448. ``twin``: two steps, scale and 2^ratio · scale; with a sign the
+first below zero, the other above; else codes 0 … H - 1 of the first and H … 2H - 1 of the other,
+whichever is nearer. ``row``: x is divided by the largest of its last axis before,
 multiplied behind. ``centred``: the mean over the tokens of x, in whole steps, is taken out before;
 a product with it adds the mean to its result.
 """
@@ -61,6 +63,8 @@ class Format:
     scale: Array
     zero: Array
     factor: Array
+    ratio: int = 0
+    """Of ``twin`` codes."""
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Format:
@@ -88,6 +92,7 @@ class Format:
             scale=np.array(entry["scale"], np.float64),
             zero=np.array(entry["zero_point"], np.float64),
             factor=np.asarray(factor),
+            ratio=entry.get("ratio", 0),
         )
 
     def spread(self, numbers: Array, shape: tuple[int, ...]) -> Array:
@@ -107,6 +112,9 @@ class Format:
             codes = log2_codes(x, self.limits[1])
             values = np.where(codes == self.limits[1], 0, np.exp2(-codes))
             return Coded(x, x, codes, values)
+        if self.code == "twin":
+            codes, values = self.twin(x)
+            return Coded(x, x / self.scale, codes, values)
         scale, zero = self.spread(self.scale, x.shape), self.spread(self.zero, x.shape)
         part, top, mean = x, np.float64(1), None
         if self.granularity == "row":
@@ -123,6 +131,26 @@ class Format:
         values = (codes - zero) * scale * self.factor * top
         return Coded(part, units, codes, values, mean)
 
+    def twin(self, x: Array) -> tuple[Array, Array]:
+        """The nearest of all levels, of two that are as near the one of the finer step."""
+        every = np.arange(self.limits[0], self.limits[1] + 1)
+        levels = self.twin_values(every)
+        order = np.argsort(levels, kind="stable")
+        levels, first = np.unique(levels[order], return_index=True)
+        every = every[order][first]
+        place = np.clip(np.searchsorted(levels, x), 1, len(levels) - 1)
+        down, up = x - levels[place - 1], levels[place] - x
+        even = every[place] % 2 == 0
+        chosen = np.where((up < down) | ((up == down) & even), place, place - 1)
+        return every[chosen], levels[chosen]
+
+    def twin_values(self, codes: Array) -> Array:
+        """What twin codes stand for."""
+        coarse, half = self.scale * 2.0**self.ratio, (self.limits[1] + 1) // 2
+        if self.signed:
+            return np.where(codes < 0, codes * self.scale, codes * coarse)
+        return np.where(codes < half, codes * self.scale, (codes - half) * coarse)
+
     def beyond(self, coded: Coded, codes: Array) -> Array:
         """How far other codes are from the tensor, in steps, but for what rounding explains."""
         if self.code == "log2":
@@ -132,6 +160,9 @@ class Format:
             held = np.clip(coded.units, -448, 448)
             step = e4m3_step(np.maximum(np.abs(held), np.abs(codes)))
             return np.maximum(np.abs(codes - held) - step / 2, 0)
+        if self.code == "twin":
+            least = np.abs(coded.part - self.twin(coded.part)[1])
+            return np.maximum(np.abs(coded.part - self.twin_values(codes)) - least, 0) / self.scale
         low, high = self.limits
         off = np.abs(codes - np.clip(coded.units, low, high))
         return np.maximum(off - 0.5, 0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ptq_onnx.numerics.log2 import LARGEST_EXPONENT, log2_codes, log2_values, top_code
+from ptq_onnx.numerics.codes.log2 import LARGEST_EXPONENT, log2_codes, log2_values, top_code
 
 EXACT_BELOW = 1 << 16
 

@@ -7,6 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
+from ptq_onnx.numerics.codes.code import TINY
+from ptq_onnx.numerics.codes.uniform import symmetric_scale
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
+from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.numerics.ptf import (
     MAX_K,
     Factors,
@@ -18,11 +22,10 @@ from ptq_onnx.numerics.ptf import (
     zero_points,
 )
 from ptq_onnx.numerics.spec import Rule, TensorSpec
-from ptq_onnx.numerics.uniform import TINY, dequantize, quantize, symmetric_scale
 
 Array = NDArray[np.float32]
-UINT8 = Rule(8, signed=False, symmetric=False, granularity="ptf")
-INT8 = Rule(8, granularity="ptf")
+UINT8 = Rule(8, signed=False, symmetric=False, grain=PowersOfTwo())
+INT8 = Rule(8, grain=PowersOfTwo())
 
 
 @st.composite

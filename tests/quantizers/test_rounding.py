@@ -16,9 +16,9 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.numerics.rounding import adaround, gptq, limits, loss, nearest, shrunk
 from ptq_onnx.numerics.spec import Rule, TensorSpec
-from ptq_onnx.numerics.uniform import dequantize, quantize
 from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.preparation.model_files import to_standard
 from ptq_onnx.qdq.lowering import lower

@@ -17,8 +17,9 @@ from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.pearson import correlation
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
+from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, TensorSpec
-from ptq_onnx.numerics.uniform import dequantize, quantize
 from ptq_onnx.preparation.model_files import to_standard
 from ptq_onnx.quantizers import scale_search as search
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
@@ -45,7 +46,7 @@ def spec(scale: float, zero: int = 0, **rule: Any) -> TensorSpec:
 RULES = [
     spec(0.1, bits=4),
     spec(0.2, 3, bits=4, signed=False, symmetric=False),
-    spec(0.1, bits=4, granularity="channel").with_factor(np.linspace(0.5, 2, 6, dtype=np.float32)),
+    spec(0.1, bits=4, grain=PerChannel()).with_factor(np.linspace(0.5, 2, 6, dtype=np.float32)),
 ]
 
 

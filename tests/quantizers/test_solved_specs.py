@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ptq_onnx.numerics.uniform import dequantize
 
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.numerics.uniform import dequantize
 from ptq_onnx.quantizers.base import channel_spec, tensor_spec
 
 SITE = Site("x", "fc1", 0, (2,), ("batch", 5, 4), "n", ("m",))

@@ -7,15 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
+from ptq_onnx.numerics.codes.code import TINY
+from ptq_onnx.numerics.codes.uniform import asymmetric_scale, symmetric_scale
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
+from ptq_onnx.numerics.grain import PowersOfTwo, along
 from ptq_onnx.numerics.spec import Rule, TensorSpec
-from ptq_onnx.numerics.uniform import (
-    TINY,
-    along,
-    asymmetric_scale,
-    dequantize,
-    quantize,
-    symmetric_scale,
-)
 
 Array = NDArray[np.float32]
 HUGE = 2e38
@@ -157,7 +153,7 @@ def test_per_axis_is_each_slice_alone(x: Array) -> None:
 def test_a_power_of_two_factor_is_exact(x: Array, alpha: list[int]) -> None:
     """x / 2^α / s has the bits of x / (2^α s)."""
     factor = np.exp2(np.resize(np.array(alpha, np.float32), x.shape[1]))
-    rule = Rule(granularity="ptf")
+    rule = Rule(grain=PowersOfTwo())
     scale = np.array(max(float(np.abs(x).max()), 1.0) / 127, np.float32)
     spec = TensorSpec("x", rule, scale, np.array(0, np.int32), factor=factor)
     direct = np.clip(np.rint(x / (scale * factor)), -128, 127)

@@ -17,9 +17,10 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.blockwise import block_grid
+from ptq_onnx.numerics.fake_quantize import dequantize, quantize
+from ptq_onnx.numerics.grain import Blocks
 from ptq_onnx.numerics.rounding import adaround, gptq, loss, nearest
 from ptq_onnx.numerics.spec import Rule, TensorSpec
-from ptq_onnx.numerics.uniform import dequantize, over, quantize
 from ptq_onnx.pipeline.quantize import quantize as run_pipeline
 from ptq_onnx.pipeline.quantize import read_scales
 from ptq_onnx.preparation import model_files as graphs
@@ -29,7 +30,7 @@ from ptq_onnx.targets.checking.optimised import optimised_histogram
 
 
 def spec_of(weight: np.ndarray, power: np.ndarray | None = None, size: int = 32) -> TensorSpec:
-    rule = Rule(4, False, False, "channel", block_size=size)
+    rule = Rule(4, False, False, Blocks(size))
     return TensorSpec("w", rule, *block_grid(weight, 4, power, size), axis=0)
 
 
@@ -87,7 +88,9 @@ def test_rounding_on_blocks(method: object) -> None:
     weight = sample(70, 12, seed=3) * np.repeat([1, 5, 0.2], [32, 32, 6])[:, None]
     weight = weight.astype(np.float32)
     spec = spec_of(weight, np.diag(moments))
-    scale, zero = (over(v, spec, weight.shape) for v in (spec.scale, spec.zero_point))
+    scale, zero = (
+        spec.rule.grain.spread(v, spec.axis, weight.shape) for v in (spec.scale, spec.zero_point)
+    )
     codes = method(weight, scale, moments, 4, zero)  # type: ignore[operator]
     plain = nearest(weight, scale, 4, zero)
     np.testing.assert_array_equal(plain + zero, quantize(weight, spec))
@@ -177,4 +180,4 @@ def test_file_and_simulator_agree(made: Path) -> None:
 def test_report_and_scales_hold_the_blocks(made: Path) -> None:
     specs = read_scales(made / "report.json")
     assert specs
-    assert all(s.rule.block_size == 32 and s.scale.ndim == 2 for s in specs.values())
+    assert all(s.rule.grain.block_size == 32 and s.scale.ndim == 2 for s in specs.values())

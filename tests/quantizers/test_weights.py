@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from ptq_onnx.numerics.uniform import TINY, along
+from ptq_onnx.numerics.codes.code import TINY
+from ptq_onnx.numerics.grain import along
 from ptq_onnx.numerics.weights import weight_scale
 
 Array = NDArray[np.float32]

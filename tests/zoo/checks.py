@@ -17,9 +17,9 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.equalization.restructure import in_form
-from ptq_onnx.numerics.log2 import top_code
+from ptq_onnx.numerics.codes.log2 import Log2, top_code
+from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import quantize
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import Prepared
 from ptq_onnx.qdq.lowering import lower
@@ -154,7 +154,7 @@ def _simulated(
 
 def _stored(values: Array, spec: TensorSpec) -> Array:
     """Codes as the file stores them (uint8)."""
-    if spec.rule.code == "log2":
+    if spec.rule.code == Log2():
         with np.errstate(divide="ignore"):
             levels = -np.log2(values.astype(np.float64))
         top = top_code(spec.rule.bits)

@@ -189,7 +189,7 @@ def stray_pairs(model: QuantizedModel) -> Iterator[Finding]:
 def float_products(model: QuantizedModel, severity: Severity = "warning") -> Iterator[Finding]:
     """Products without any Q/DQ."""
     for product in model.products:
-        if not product.touched:
+        if not product.touched and not product.table:
             kind = "linear" if product.linear else "product of activations"
             yield Finding(
                 product.name,

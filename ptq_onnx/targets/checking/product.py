@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.numerics.codes import by_name
+from ptq_onnx.numerics.codes.code import Code
 from ptq_onnx.targets.checking.coding import (
     DEQUANTIZE,
     EIGHT_BITS,
@@ -51,8 +52,10 @@ class Operand:
     """None for codes that are stored in the file."""
     weight: bool
     """The factor is a constant of the file."""
-    log2: bool = False
-    """The factor is looked up in a table of powers of two, by 8-bit codes."""
+    table: Code | None = None
+    """The factor is looked up in a table by 8-bit codes of this kind, which has no kernel."""
+    scaled: bool = False
+    """A weight's codes, whose scale a Mul behind DequantizeLinear gives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,8 @@ class Product:
     @property
     def linear(self) -> bool:
         """One factor is a weight."""
-        return any(operand.weight for operand in self.operands)
+        scaled = self.table is not None and any(operand.scaled for operand in self.operands)
+        return scaled or any(operand.weight for operand in self.operands)
 
     @property
     def touched(self) -> bool:
@@ -77,10 +81,12 @@ class Product:
         return any(operand.dequantize for operand in self.operands)
 
     @property
-    def log2(self) -> bool:
-        """One factor is in log2 codes, the other quantized."""
+    def table(self) -> Code | None:
+        """The codes of one factor that come from a table, the other being quantized."""
         first, second = self.operands
-        return bool((first.log2 and second.dequantize) or (second.log2 and first.dequantize))
+        if first.table and (second.dequantize or second.scaled):
+            return first.table
+        return second.table if first.dequantize else None
 
     @property
     def quantized(self) -> bool:
@@ -132,7 +138,7 @@ def _operand(index: int, value: ir.Value) -> Operand:
     node = behind.producer()
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None:
         stored = constant(behind) is not None
-        return Operand(index, value, moves, None, None, stored, _is_log2_table(node))
+        return Operand(index, value, moves, None, None, stored, _table_of(node), _is_scaled(node))
     codes, _ = back_through_moves(node.inputs[0])
     source = codes.producer()
     if source is None or source.op_type != QUANTIZE or source.inputs[0] is None:
@@ -142,28 +148,33 @@ def _operand(index: int, value: ir.Value) -> Operand:
     return Operand(index, value, moves, Coding(node), Coding(source), weight)
 
 
-def _is_log2_table(node: ir.Node | None) -> bool:
-    """True for a Gather of numbers that are powers of two, or zero, by codes of 8 bits.
+def _is_scaled(node: ir.Node | None) -> bool:
+    """True for a Mul of DequantizeLinear's output, of stored codes, by a constant."""
+    if node is None or node.op_type != "Mul" or constant(node.inputs[1]) is None:
+        return False
+    maker = None if node.inputs[0] is None else node.inputs[0].producer()
+    stored = None if maker is None or maker.op_type != DEQUANTIZE else constant(maker.inputs[0])
+    return stored is not None
 
-    What DequantizeLinear is to uniform codes, this is to log2 codes.
+
+def _table_of(node: ir.Node | None) -> Code | None:
+    """The code whose values a Gather looks up by codes of 8 bits; None for anything else.
+
+    What DequantizeLinear is to uniform codes, this is to those.
     """
     if node is None or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
-        return False
+        return None
     table, index = constant(node.inputs[0]), node.inputs[1]
     if table is None or index is None or table.ndim != 1 or table.dtype.kind != "f":
-        return False
-    levels = table[table != 0].astype(np.float64)
-    mantissas, _ = np.frexp(levels)
-    if len(np.unique(levels)) < 2 or not np.all(mantissas == 0.5):
-        return False
+        return None
     while type_of(index) not in CODES:
         cast = index.producer()
         if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
-            return False
+            return None
         if cast.attributes.get_int("to", 0) in CODES:
-            return True
+            break
         index = cast.inputs[0]
-    return True
+    return next((code for code in by_name.CODES if code.recognise(table)), None)
 
 
 def _axes(product: Product, operand: Operand) -> tuple[int, int] | None:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import TensorSpec
 
 Ints = NDArray[np.int64]
@@ -38,7 +40,13 @@ class Grid:
 
     @classmethod
     def of(cls, spec: TensorSpec) -> Grid:
-        """The grid of a tensor's codes. Signed codes are stored as they are."""
+        """The grid of a tensor's uniform codes. Signed codes are stored as they are. Raises
+        ModelError for other codes."""
+        if spec.rule.code != Uniform():
+            raise ModelError(
+                f"Tensor '{spec.tensor}': the target integer has no grid for"
+                f" '{spec.rule.code.name}' codes here; use --target onnxruntime."
+            )
         step, low, high = float(spec.scale), *spec.rule.limits
         factor = np.ones((), np.float64)
         alpha: Ints | None = np.zeros((), np.int64)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import quantize
 from ptq_onnx.targets.integer.builder import FLOAT, U8, Builder
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS
 from ptq_onnx.targets.integer.nodes import make_plan

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, is_product, name_of
 from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.targets.integer.attention import QUOTIENT_BITS, AttentionStep
 from ptq_onnx.targets.integer.elementwise import FUNCTIONS, MeanStep, SumStep, table_step
@@ -263,13 +264,12 @@ def plan_softmax(plan: Plan, node: ir.Node) -> Planned:
     spec = plan.specs.get(name)
     if spec is None or read.accumulator:
         raise refusal(node, "its input or output has no scale")
-    log2 = spec.rule.code == "log2"
+    log2 = spec.rule.code == Log2()
     step = SoftmaxStep(read.step, tokens, spec.rule.bits, log2, read.high - read.low)
-    made: Grid = Grid.of(spec)
-    if log2:
-        plan.log_grids[name] = LogGrid.codes(step.last)
-        made = plan.log_grids[name]
-    return plan.planned(node, step, (0,), made)
+    if not log2:
+        return plan.planned(node, step, (0,), Grid.of(spec))
+    plan.log_grids[name] = LogGrid.codes(step.last)
+    return plan.planned(node, step, (0,), plan.log_grids[name])
 
 
 def plan_activation(plan: Plan, node: ir.Node) -> Planned:

@@ -21,8 +21,8 @@ from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, name_of
 from ptq_onnx.engine.node_sessions import carried_specs
 from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import quantize
 from ptq_onnx.targets.integer.elementwise import Term
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
 from ptq_onnx.targets.integer.grid import Double, Grid, Ints, LogGrid

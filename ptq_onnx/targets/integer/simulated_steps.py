@@ -17,8 +17,8 @@ import torch
 
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.uniform import quantize
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS
 from ptq_onnx.targets.integer.nodes import make_plan
 from ptq_onnx.targets.integer.plan import Planned

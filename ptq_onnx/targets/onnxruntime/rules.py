@@ -134,22 +134,22 @@ def inputs_quantized(model: QuantizedModel) -> Iterator[Finding]:
     for product in model.products:
         if not product.touched or all(o.dequantize is not None for o in product.operands):
             continue
-        if product.log2 or (product.weight_only and product.four_bits):
+        if product.table or (product.weight_only and product.four_bits):
             continue
         only_weight = product.weight_only and product.name in narrow
         text = common.half_quantized(product)
         yield Finding(product.name, text, "warning" if only_weight else "error")
 
 
-def log2_codes(model: QuantizedModel) -> Iterator[Finding]:
-    """Codes of powers of two have no integer kernel: their values come from a table, and the
-    product is computed in float (the CPU provider's list of kernels; measured, 1.31)."""
+def table_codes(model: QuantizedModel) -> Iterator[Finding]:
+    """Codes whose values come from a table (log2) have no integer kernel, and the product is
+    computed in float (the CPU provider's list of kernels; measured, 1.31)."""
     for product in model.products:
-        if product.log2:
+        if product.table:
             yield Finding(
                 product.name,
-                "log2 codes: no int8 kernel, computed in float; quantize the map uniformly "
-                "(--no-lis) where speed counts.",
+                f"{product.table.name} codes: no int8 kernel, computed in float; where speed "
+                f"counts, {product.table.instead}.",
                 "warning",
             )
 
@@ -272,7 +272,7 @@ def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
         if product is None:
             text = f"found {found}, which is no product of the file; see its inputs."
             yield Finding(left.name, text, "warning")
-        elif product.touched and not product.log2 and not explained & common.names(product):
+        elif product.touched and not product.table and not explained & common.names(product):
             advice = "put Q/DQ with one scale directly on both inputs"
             if left.op_type == "Gemm" and product.node.op_type == "MatMul":
                 advice = (
@@ -336,7 +336,7 @@ STATIC: tuple[Rule, ...] = (
     weight_axis,
     weight_blocks,
     inputs_quantized,
-    log2_codes,
+    table_codes,
     activation_unsigned,
     weight_signed,
     conv_output,
