@@ -25,7 +25,7 @@ from ptq_onnx.preparation.model_input import Model, model_file
 from ptq_onnx.runtime.installed import require_runtime
 
 if TYPE_CHECKING:
-    from ptq_onnx.analysis.results import Comparison
+    from ptq_onnx.analysis.comparison_results import Comparison
     from ptq_onnx.evaluation.evaluate import Evaluation
     from ptq_onnx.preparation.inspection import Inspection
     from ptq_onnx.targets.checking.check import Report

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from recorded_progress import Recorded
 
-from ptq_onnx.analysis.results import Closeness
+from ptq_onnx.analysis.comparison_results import Closeness
 from ptq_onnx.cli import app as cli
 from ptq_onnx.cli import options as cli_options
 from ptq_onnx.cli.curve import calibration_curve, table

@@ -18,16 +18,10 @@ from small_graph import SmallGraph, run, sample
 from small_transformer import Choices, transformer
 
 from ptq_onnx.blocks.walking import is_linear, name_of
-from ptq_onnx.engine.simulator import (
-    FAKE,
-    ORIGIN,
-    Mode,
-    Simulator,
-    build_graph,
-    calibrate_config,
-    config_for,
-    is_active,
-)
+from ptq_onnx.engine.executor import Mode
+from ptq_onnx.engine.ppq_graph import FAKE, ORIGIN, build_graph
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.engine.vit_quantizer import calibrate_config, config_for, is_active
 from ptq_onnx.errors import ModelError
 from ptq_onnx.evaluation.network import session
 from ptq_onnx.numerics.codes.log2 import Log2, log2_codes
@@ -80,7 +74,7 @@ def test_only_the_engine_imports_ppq() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.strip().startswith(("import ppq", "from ppq"))
     }
-    assert found == {"engine/simulator.py"}
+    assert found == {"engine/ppq_import.py"}
 
 
 def test_the_graph_keeps_names_and_kinds() -> None:
@@ -239,7 +233,8 @@ def test_ops(op: str, mode: Mode) -> None:
 
 
 def test_missing_ops_fall_back() -> None:
-    from ptq_onnx.engine.simulator import EXACT, OPERATION_FORWARD_TABLE
+    from ptq_onnx.engine.ppq_graph import EXACT
+    from ptq_onnx.engine.ppq_import import OPERATION_FORWARD_TABLE
 
     for kind in ("Einsum", "Trilu", "Mish"):
         assert kind not in OPERATION_FORWARD_TABLE[FAKE]

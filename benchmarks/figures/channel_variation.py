@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
-from ptq_onnx.analysis.results import ChannelRanges
 from ptq_onnx.analysis.variation import variation
+from ptq_onnx.analysis.variation_results import ChannelRanges
 from ptq_onnx.report.plots import GREY, STYLE, save_png
 
 SHOWN = 4

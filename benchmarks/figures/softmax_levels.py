@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from subject import batches, load, options, table
 
+from ptq_onnx.analysis.attention_results import BlockAttention
 from ptq_onnx.analysis.attention_values import LOG2, UNIFORM, attention_values, levels
-from ptq_onnx.analysis.results import BlockAttention
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.report.plots import STYLE, save_png
 

@@ -6,14 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from ptq_onnx.analysis.results import (
-    AttentionAnalysis,
-    Outlier,
-    Sensitivity,
-    Switched,
-    TensorVariation,
-    Variation,
-)
+from ptq_onnx.analysis.attention_results import AttentionAnalysis
+from ptq_onnx.analysis.results import Sensitivity, Switched
+from ptq_onnx.analysis.variation_results import Outlier, TensorVariation, Variation
 from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import Site, TensorSpec

@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.attention_results import AttentionMap
 from ptq_onnx.analysis.attention_values import CODES, LOG2, UNIFORM, round_attention
+from ptq_onnx.analysis.decibels import decibels
 from ptq_onnx.analysis.errors import Sums
-from ptq_onnx.analysis.results import AttentionMap, decibels
 from ptq_onnx.analysis.tokens import patch_layout
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of

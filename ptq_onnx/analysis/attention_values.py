@@ -15,14 +15,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.errors import Sums
-from ptq_onnx.analysis.results import (
+from ptq_onnx.analysis.attention_results import (
     AttentionAnalysis,
     AttentionCode,
     BlockAttention,
     Rollout,
-    decibels,
 )
+from ptq_onnx.analysis.decibels import decibels
+from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of

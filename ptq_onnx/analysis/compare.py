@@ -12,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.comparison_results import BlockMatch, Comparison, Contender
+from ptq_onnx.analysis.decibels import decibels
 from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.matching import Tapped, match
-from ptq_onnx.analysis.results import BlockMatch, Comparison, Contender, decibels
 from ptq_onnx.analysis.same_model import check_same_model, preprocess_notes
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.class_output import features_of

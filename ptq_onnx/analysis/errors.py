@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.results import Error, decibels
+from ptq_onnx.analysis.decibels import decibels
+from ptq_onnx.analysis.results import Error
 from ptq_onnx.evaluation.outputs import classes_of, top_classes
 
 Array = NDArray[np.float32]

@@ -16,13 +16,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.decibels import decibels
 from ptq_onnx.analysis.errors import Sums, logits_error
-from ptq_onnx.analysis.results import BlockError, Error, Graphwise, OpError, OutputError, decibels
+from ptq_onnx.analysis.results import BlockError, Error, Graphwise, OpError, OutputError
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.roles import Blocks, Role
 from ptq_onnx.blocks.walking import is_layout, is_product, name_of, through_layout
 from ptq_onnx.calibration.class_output import feature_outputs
-from ptq_onnx.engine.simulator import Simulator, VitQuantizer
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import Site
 

@@ -19,10 +19,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.decibels import decibels, difference
 from ptq_onnx.analysis.errors import Sums, outputs_error
 from ptq_onnx.analysis.graphwise import float_outputs
 from ptq_onnx.analysis.modules import Module, find_modules
-from ptq_onnx.analysis.results import Error, Sensitivity, Switched, decibels, difference
+from ptq_onnx.analysis.results import Error, Sensitivity, Switched
 from ptq_onnx.analysis.segments import Segments, Specs
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of

@@ -20,17 +20,17 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.decibels import decibels
 from ptq_onnx.analysis.errors import Sums
-from ptq_onnx.analysis.results import (
+from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
+from ptq_onnx.analysis.variation_results import (
     ChannelRanges,
     KindVariation,
     Outlier,
     TensorHistogram,
     TensorVariation,
     Variation,
-    decibels,
 )
-from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.element_map import channel_map
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.results import Closeness
+from ptq_onnx.analysis.comparison_results import Closeness
 from ptq_onnx.evaluation.evaluate import Progress
 from ptq_onnx.evaluation.network import Network
 from ptq_onnx.evaluation.outputs import Tallies, Values, decibels, pairs, percent, top_classes

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from ptq_onnx.analysis.results import Automatic, Closeness, Decision
+from ptq_onnx.analysis.comparison_results import Automatic, Closeness, Decision
 from ptq_onnx.auto.candidates import Candidate, with_decisions
 from ptq_onnx.auto.search import Outcome, Stage, State, search
 from ptq_onnx.auto.trials import Evidence, Trials

@@ -10,8 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ptq_onnx.analysis.comparison_results import Closeness
 from ptq_onnx.analysis.modules import Module
-from ptq_onnx.analysis.results import Closeness, Error
+from ptq_onnx.analysis.results import Error
 from ptq_onnx.analysis.segments import Specs
 from ptq_onnx.analysis.sensitivity import Images, layerwise_errors
 from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions

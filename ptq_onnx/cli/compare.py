@@ -59,7 +59,7 @@ def compare(
     folder = Output.of_reports(paths["output"]).folder if "output" in paths else None
     with progress_bars() as progress:
         from ptq_onnx.analysis import compare as comparison
-        from ptq_onnx.analysis.results import plain
+        from ptq_onnx.analysis.decibels import plain
         from ptq_onnx.images.labels import labels_for
         from ptq_onnx.images.opening import open_images
         from ptq_onnx.pipeline.preprocessing import resolve_preprocess

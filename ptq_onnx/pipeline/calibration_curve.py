@@ -21,7 +21,7 @@ from ptq_onnx.progress import Planned, Progress, Stages
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ptq_onnx.analysis.results import Closeness
+    from ptq_onnx.analysis.comparison_results import Closeness
 
 SIZES = (1, 4, 16, 64, 256)
 QUANTIZING = "Quantizing and measuring"

@@ -21,7 +21,7 @@ from ptq_onnx.pipeline.job import Job
 from ptq_onnx.preparation.model_sessions import open_plain
 
 if TYPE_CHECKING:
-    from ptq_onnx.analysis.results import Automatic
+    from ptq_onnx.analysis.comparison_results import Automatic
     from ptq_onnx.quantizers.base import Plan
 
 log = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from ptq_onnx.report.reproduce import Invocation, named
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from ptq_onnx.analysis.results import Automatic
+    from ptq_onnx.analysis.comparison_results import Automatic
     from ptq_onnx.quantizers.base import Plan, SiteQuantizer
     from ptq_onnx.report.attention_page import Sheet
 
@@ -166,7 +166,7 @@ def run_stages(
     job: Job, tested: ImageSource | None, truth: Any, scales: str | Path | None
 ) -> dict[str, Any]:
     """Every stage in turn; returns what ``report.json`` says."""
-    from ptq_onnx.analysis.results import plain
+    from ptq_onnx.analysis.decibels import plain
 
     checked = None if scales is not None else check_normalisation(job)
     config = resolve_auto(job)

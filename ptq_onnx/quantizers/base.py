@@ -29,7 +29,7 @@ from ptq_onnx.config import stages
 from ptq_onnx.config.bits import MOST_BITS
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import ALL, Selector
-from ptq_onnx.engine.simulator import VitQuantizer
+from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.fake_quantize import reach
 from ptq_onnx.numerics.grain import PerChannel

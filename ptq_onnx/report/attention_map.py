@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from ptq_onnx.analysis.results import AttentionMap, decibels
+from ptq_onnx.analysis.attention_results import AttentionMap
+from ptq_onnx.analysis.decibels import decibels
 from ptq_onnx.files.file_names import printable
 from ptq_onnx.report.plots import STYLE, save_png
 from ptq_onnx.report.svg import MAP_SHARE, map_limit

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ptq_onnx.analysis.results import AttentionMap
+from ptq_onnx.analysis.attention_results import AttentionMap
 from ptq_onnx.report.attention_map import COLORS, enlarged, overlay, told
 from ptq_onnx.report.svg import MAP_SHARE, map_limit
 

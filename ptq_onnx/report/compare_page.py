@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from ptq_onnx.analysis.results import Comparison, Contender
+from ptq_onnx.analysis.comparison_results import Comparison, Contender
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.files.file_names import for_page
 from ptq_onnx.report.page_text import EXACT

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ptq_onnx.analysis.results import OpError, decibels
+from ptq_onnx.analysis.decibels import decibels
+from ptq_onnx.analysis.results import OpError
 from ptq_onnx.files.held_folder import replacing
 
 LINES: dict[str, tuple[str, str, str]] = {

@@ -15,15 +15,12 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ptq_onnx.analysis.attention_results import AttentionAnalysis
+from ptq_onnx.analysis.comparison_results import Automatic
 from ptq_onnx.analysis.coverage import Coverage
-from ptq_onnx.analysis.results import (
-    AttentionAnalysis,
-    Automatic,
-    Decibels,
-    Graphwise,
-    Sensitivity,
-    Variation,
-)
+from ptq_onnx.analysis.decibels import Decibels
+from ptq_onnx.analysis.results import Graphwise, Sensitivity
+from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.equalize import Move
 from ptq_onnx.evaluation.outputs import OutputFigures

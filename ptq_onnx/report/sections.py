@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ptq_onnx.analysis.attention_results import BlockAttention
 from ptq_onnx.analysis.modules import KINDS
-from ptq_onnx.analysis.results import BlockAttention, ChannelRanges
+from ptq_onnx.analysis.variation_results import ChannelRanges
 from ptq_onnx.files.file_names import printable
 from ptq_onnx.report.svg import (
     MAP_SHARE,

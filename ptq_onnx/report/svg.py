@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.results import BlockAttention, ChannelRanges
+from ptq_onnx.analysis.attention_results import BlockAttention
+from ptq_onnx.analysis.variation_results import ChannelRanges
 from ptq_onnx.files.file_names import in_html
 
 WIDTH = 460

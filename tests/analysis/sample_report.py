@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ptq_onnx.analysis.results import AttentionMap, BlockError, OpError, decibels, plain
+from ptq_onnx.analysis.attention_results import AttentionMap
+from ptq_onnx.analysis.decibels import decibels, plain
+from ptq_onnx.analysis.results import BlockError, OpError
 from ptq_onnx.config.quantize_config import QuantizeConfig
 
 BASE = {

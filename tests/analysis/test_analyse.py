@@ -17,7 +17,8 @@ from prepared_models import DIGITS, ROOT
 from typer.testing import CliRunner
 
 import ptq_onnx
-from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity, Variation
+from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity
+from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.cli.app import app
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sample_report import make_attention
 
-from ptq_onnx.analysis.results import AttentionMap
+from ptq_onnx.analysis.attention_results import AttentionMap
 from ptq_onnx.report.attention_map import LARGEST_FILE, _Sheet, draw_attention, overlay
 
 

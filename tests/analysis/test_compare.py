@@ -20,8 +20,8 @@ from ptq_onnx.analysis.compare import (
     find_reference,
     quantized_file,
 )
+from ptq_onnx.analysis.comparison_results import Comparison
 from ptq_onnx.analysis.matching import Tapped, in_order, match
-from ptq_onnx.analysis.results import Comparison
 from ptq_onnx.cli.app import app
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sample_report import make_attention, make_ops, make_report
 
-from ptq_onnx.analysis.results import ChannelRanges
+from ptq_onnx.analysis.variation_results import ChannelRanges
 from ptq_onnx.report.attention_page import sheet
 from ptq_onnx.report.page import render
 from ptq_onnx.report.plots import LINES, snr_over_blocks, worst_point

@@ -235,7 +235,7 @@ def test_the_error_of_a_drop_is_its_deviation() -> None:
 
 
 def test_notes_say_what_went_short() -> None:
-    from ptq_onnx.analysis.results import Automatic, Closeness
+    from ptq_onnx.analysis.comparison_results import Automatic, Closeness
 
     close = Closeness(0.4, 12.0, 97.0)
     found = Automatic(
