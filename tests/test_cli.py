@@ -30,6 +30,7 @@ from ptq_onnx.cli import options as cli_options
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import PtqError
 from ptq_onnx.pipeline import quantize as pipeline
+from ptq_onnx.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "digits_vit.onnx"
@@ -654,6 +655,32 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         advance(4)
     assert "Calibrating" in stream.getvalue()
     assert "4/4" in stream.getvalue()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_termination_at_the_very_end_is_no_failure(tmp_path: Path) -> None:
+    """While Python takes itself apart it has put the default handlers back."""
+    code = (
+        "import os, signal, sys\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGTERM):\n"
+        "        kill(me, number)\n"
+        "late = Late()\n"
+        "from ptq_onnx.cli.app import main\n"
+        "sys.argv = ['ptq-onnx', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+
+
+def test_a_termination_is_the_callers_own_again() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with console.one_line_errors():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -30,6 +30,7 @@ from ptq_onnx.cli.console import (
     progress_bars,
     show,
     simple_table,
+    stay_done,
 )
 from ptq_onnx.cli.curve import calibration_curve
 from ptq_onnx.cli.given import settings
@@ -218,6 +219,7 @@ def main() -> NoReturn:
             fail(cli_help.told(error))
         if code == INTERRUPTED:  # typer's word for it
             raise KeyboardInterrupt
+    stay_done()
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -56,8 +56,8 @@ def one_line_errors() -> Iterator[None]:
         asked.append(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if mine else None
     try:
         yield
     except PtqError as error:
@@ -76,6 +76,15 @@ def one_line_errors() -> Iterator[None]:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         fail(f"{where}{error.strerror}.")
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def stay_done() -> None:
+    """The work is done and written: a termination while Python takes itself apart, where no handler
+    is called any more, makes no failure of it."""
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
 def _exit_interrupted(code: int) -> None:
