@@ -12,7 +12,8 @@ from small_graph import SmallGraph, run, sample
 from small_image_model import image_model, pictures
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.equalization import equalize as equalization
+from ptq_onnx.equalization import equalize, restructure
+from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.errors import ModelError
 from ptq_onnx.evaluation.network import Classifier
 from ptq_onnx.evaluation.parity import BOUND, LARGEST, WRONG, Reference
@@ -53,7 +54,7 @@ def test_a_broken_equalisation_is_undone(
 ) -> None:
     """The numbers are those of --no-equalize, and a note says how far it was off."""
     model = image_model(tmp_path / "m.onnx")
-    real = equalization.forms.move_rows
+    real = move_rows
 
     def broken(graph, linear, factor, shift):  # type: ignore[no-untyped-def]
         real(graph, linear, factor, shift * 0)
@@ -76,7 +77,7 @@ def test_a_broken_form_leaves_the_fused_model(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = image_model(tmp_path / "m.onnx")
-    real = equalization.restructure
+    real = restructure.restructure
 
     def broken(model: ir.Model, *args: object, **kw: object) -> dict[str, int]:
         counts = real(model, *args, **kw)  # type: ignore[arg-type]
@@ -86,7 +87,8 @@ def test_a_broken_form_leaves_the_fused_model(
         value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
         return {**counts, "Broken": 1}
 
-    monkeypatch.setattr(equalization, "restructure", broken)
+    for place in (equalize, restructure):
+        monkeypatch.setattr(place, "restructure", broken)
     found = job(model, folder, tmp_path / "out")
     assert found.report["parity"]["undone"] == ["equalisation", "bringing it into form"]
     assert found.report["parity"]["rewritten"] == found.report["parity"]["fused"] < 1e-5

@@ -317,7 +317,7 @@ def test_attention(kind: str) -> None:
         spec = quantizer.specs[softmax[block.block]]
         own = block.own
         assert own is not None
-        assert (own.code, own.bits) == (spec.rule.code, spec.rule.bits)
+        assert (own.code, own.bits) == (spec.rule.code.name, spec.rule.bits)
         assert own.row == (spec.rule.granularity == "row")
         held, _ = rounded(f, quantizer, softmax[block.block])
         assert own.snr == pytest.approx(ratio(f, held), rel=2e-2)

@@ -175,8 +175,8 @@ def test_statistics_serve_every_dispatch(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("ptq_onnx.quantizers.by_name.base.collect", refuse)
-    monkeypatch.setattr("ptq_onnx.quantizers.by_name.base.add_histograms", refuse)
+    monkeypatch.setattr("ptq_onnx.quantizers.base.collect", refuse)
+    monkeypatch.setattr("ptq_onnx.quantizers.base.add_histograms", refuse)
     again = make_quantizer(plan).calibrate(batches())
     assert again.keys() < specs.keys()
     for tensor, spec in again.items():

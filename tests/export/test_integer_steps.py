@@ -57,6 +57,9 @@ def identity(limit: int = 255) -> FixedPoint:
     st.sampled_from([8, 16, 24, 31]),
     st.booleans(),
 )
+@example(0.99999, 0.0, 129, 8, False)  # 255.997 is 256 in whole numbers, one bit more
+@example(0.99999, 0.0, -128, 8, False)
+@example(float(np.nextafter(0.5, 0)), 0.0, 2**31 - 1, 31, True)
 def test_requantization_is_exact_scaling_and_rounding(
     ratio: float, constant: float, value: int, bits: int, negative: bool
 ) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ptq_onnx.numerics.uniform import dequantize
 
+from ptq_onnx.numerics.fake_quantize import dequantize
+from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import channel_spec, tensor_spec
 
@@ -38,7 +39,7 @@ def test_the_clip_range_is_what_the_codes_reach(
 @given(st.lists(st.tuples(ENDS, ENDS), min_size=4, max_size=4), st.booleans())
 def test_of_channels_too(pairs: list[tuple[float, float]], symmetric: bool) -> None:
     ends = np.sort(np.array(pairs, np.float32), axis=1)
-    rule = Rule(signed=symmetric, symmetric=symmetric, granularity="channel")
+    rule = Rule(signed=symmetric, symmetric=symmetric, grain=PerChannel())
     spec = channel_spec(SITE, rule, ends[:, 0], ends[:, 1], (1, 1, 4))
     np.testing.assert_allclose(spec.clip, edges(spec), rtol=1e-5, atol=1e-6)
     assert spec.factor is not None

@@ -84,7 +84,9 @@ def fixed_point(
     for ratio in ratios:
         largest = np.maximum(largest, np.abs(ratio))
     _, exponent = np.frexp(largest)
-    n = np.clip(bits - exponent.astype(np.int64), 0, MAX_SHIFT)
+    # A ratio just below a power of two is rounded up to it, which takes a bit more.
+    carried = np.rint(np.ldexp(largest, bits - exponent)) >= 2.0**bits
+    n = np.clip(bits - exponent.astype(np.int64) - carried, 0, MAX_SHIFT)
     # Room for the sum below 2^61: a shift less, the same for all, where the terms are wide.
     most = sum(
         int(bound) * float(np.max(np.abs(ratio) * np.exp2(n.astype(np.float64)), initial=0))
