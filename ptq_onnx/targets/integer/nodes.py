@@ -28,7 +28,7 @@ from ptq_onnx.targets.integer.products import (
     largest_sum,
     scale_of,
 )
-from ptq_onnx.targets.integer.reasons import of_weight, without_form
+from ptq_onnx.targets.integer.reasons import INSTEAD, of_weight, without_form
 from ptq_onnx.targets.integer.softmax import SoftmaxStep
 
 Planner = Callable[[Plan, ir.Node], Planned]
@@ -243,11 +243,22 @@ def plan_layer_norm(plan: Plan, node: ir.Node) -> Planned:
     channels = shape[-1]
     if not isinstance(channels, int):
         raise refusal(node, "the number of channels is not known")
-    gamma = np.broadcast_to(plan.constant(node, 1, 1.0), (channels,))
-    beta = np.broadcast_to(plan.constant(node, 2), (channels,))
+    gamma = _per_channel(node, plan.constant(node, 1, 1.0), channels)
+    beta = _per_channel(node, plan.constant(node, 2), channels)
     epsilon = float(node.attributes.get_float("epsilon", 1e-5))
     step = layer_norm_step(name_of(node), term, read, made, gamma, beta, epsilon, plan.bits)
     return plan.planned(node, step, (0,), made)
+
+
+def _per_channel(node: ir.Node, array: Double, channels: int) -> Double:
+    """A constant of a norm as one number per channel [C]."""
+    if array.size != 1 and not (array.size == channels == array.shape[-1]):
+        raise refusal(
+            node,
+            f"its scale or bias {list(array.shape)} is not one number for each of the {channels}"
+            f" channels; {INSTEAD}",
+        )
+    return np.broadcast_to(array.ravel(), (channels,))
 
 
 def plan_softmax(plan: Plan, node: ir.Node) -> Planned:

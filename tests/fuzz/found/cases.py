@@ -187,6 +187,26 @@ def factors_behind_an_integer_output(folder: Path) -> Case:
     return _saved(model, folder, (*words, "--target", "integer", "--no-pictures"), 0)
 
 
+def a_norm_with_a_scale_for_each_token(folder: Path) -> Case:
+    """The integer target took every scale for one of channels."""
+    model = vit()
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    tensor = next(t for t in model.graph.initializer if t.name == norm.input[1])
+    gamma = np.broadcast_to(numpy_helper.to_array(tensor), (6, 8)).copy()
+    model.graph.initializer.append(numpy_helper.from_array(gamma, "gamma of tokens"))
+    norm.input[1] = "gamma of tokens"
+    words = tuple(word for word in SHORT if word not in ("--quantizer", "vanilla"))
+    return _saved(model, folder, (*words, "--target", "integer"), 2)
+
+
+def a_norm_with_a_scale_of_more_axes(folder: Path) -> Case:
+    model = vit()
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    next(t for t in model.graph.initializer if t.name == norm.input[1]).dims[:] = [1, 1, 8]
+    words = tuple(word for word in SHORT if word not in ("--quantizer", "vanilla"))
+    return _saved(model, folder, (*words, "--target", "integer"), 0)
+
+
 def _saved(model: onnx.ModelProto, folder: Path, words: tuple[str, ...], code: int) -> Case:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     return words, code
@@ -227,4 +247,6 @@ CASES: tuple[Callable[[Path], Case], ...] = (
     no_class,
     scales_of_a_tensor_with_an_axis,
     factors_behind_an_integer_output,
+    a_norm_with_a_scale_for_each_token,
+    a_norm_with_a_scale_of_more_axes,
 )
