@@ -25,7 +25,8 @@ from ptq_onnx.evaluation.evaluate import evaluate, no_classes, since
 from ptq_onnx.evaluation.network import Network, session
 from ptq_onnx.evaluation.outputs import decibels as in_json
 from ptq_onnx.files.model_size import model_bytes
-from ptq_onnx.files.output_paths import FLOAT, REPORT, find_output
+from ptq_onnx.files.output_paths import find_output
+from ptq_onnx.files.result_names import FLOAT, REPORT
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.scales_file import read_scales
 from ptq_onnx.numerics.spec import TensorSpec

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.network import Network
 from ptq_onnx.evaluation.parity import powers
-from ptq_onnx.files.output_paths import FLOAT, find_output
+from ptq_onnx.files.output_paths import find_output
+from ptq_onnx.files.result_names import FLOAT
 from ptq_onnx.images.preprocess import METADATA_KEY, Preprocess
 from ptq_onnx.images.source import ImageSource
 

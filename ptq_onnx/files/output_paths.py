@@ -14,10 +14,8 @@ from pathlib import Path
 
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.publishing import ours, publish
+from ptq_onnx.files.result_names import QUANTIZED, REPORT
 
-QUANTIZED = "quantized.onnx"
-FLOAT = "fused.onnx"
-REPORT = "report.json"
 SUFFIX = ".onnx"
 OUTPUT = "output"
 ANALYSIS = "analysis"

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.held_folder import ASIDE, LOCK, held_folder, hidden, locked, remove, unlock
+from ptq_onnx.files.result_names import CONFIG, FLOAT, FORMED, PAGE, PICTURES, QUANTIZED, REPORT
 from ptq_onnx.files.text_file import read_text
 
 MANIFEST = ".ptq_onnx.json"
@@ -29,9 +30,8 @@ MANIFEST = ".ptq_onnx.json"
 
 BEFORE_MANIFESTS = frozenset(
     (
-        *("quantized.onnx", "quantized.onnx.data", "fused.onnx", "fused.onnx.data"),
-        *("formed.onnx", "formed.onnx.data"),
-        *("config.yaml", "report.json", "report.html"),
+        *(QUANTIZED, FLOAT, FORMED, CONFIG, REPORT, PAGE),
+        *(f"{model}.data" for model in (QUANTIZED, FLOAT, FORMED)),
     )
 )
 """What is ours in a folder that has no manifest, beside the pictures in ``attention``."""
@@ -86,7 +86,7 @@ def ours(folder: Path) -> set[Path]:
         listed = json.loads(read_text(folder / MANIFEST))["files"]
         return {Path(name) for name in listed} | {Path(MANIFEST), Path(LOCK)}
     except (OSError, ValueError, KeyError, TypeError):
-        pictures = {name for name in _files(folder) if name.parts[0] == "attention"}
+        pictures = {name for name in _files(folder) if name.parts[0] == PICTURES}
         pictures = {name for name in pictures if name.suffix == ".png" and len(name.parts) == 2}
         return {Path(name) for name in BEFORE_MANIFESTS} | pictures | {Path(MANIFEST), Path(LOCK)}
 

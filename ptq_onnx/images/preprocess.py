@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from ptq_onnx.errors import ConfigError, ImageError
+from ptq_onnx.errors import ConfigError, ImageError, one_line
 
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos"]
 FloatArray = NDArray[np.float32]
@@ -199,7 +199,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path, formats=FORMATS) as image:
             yield image
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ImageError(f"Image '{path}' cannot be read: {reason}.") from error
 
 

@@ -11,6 +11,7 @@ from ptq_onnx.config import stages
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.files.file_names import short_stem
+from ptq_onnx.files.result_names import FLOAT, PICTURES, QUANTIZED
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.job import Job
 
@@ -86,7 +87,6 @@ def draw_attention_pictures(
     source: ImageSource,
 ) -> list[Sheet]:
     """Attention pictures of the last block: float, vanilla and the chosen quantizer."""
-    import torch
     from PIL import Image
 
     from ptq_onnx.analysis.attention import attention_maps, code_runs
@@ -104,10 +104,7 @@ def draw_attention_pictures(
         whole = job.original or prepared
         plan = Plan(whole.model, whole.blocks, whole.sites, plain)
         vanilla = make_quantizer(plan)
-        few = job.images.reopened(min(32, config.images))
-        channels, height, width = job.preprocess.shape
-        example = torch.zeros(job.fixed or 1, channels, height, width)
-        vanilla.run(example, job.batches(few))
+        job.calibrate(vanilla, job.images.reopened(min(32, config.images)))
         simulators["vanilla"] = Simulator(whole.model, vanilla, threads=config.threads)
     advance(1)
     simulators[config.quantizer] = simulator
@@ -119,7 +116,7 @@ def draw_attention_pictures(
     if not maps:
         job.notes.append("No attention pictures: no attention over all patches of an image.")
         return []
-    folder = job.work / "attention"
+    folder = job.work / PICTURES
     folder.mkdir()
     job.picture = folder / f"picture_{short_stem(maps[0].image_name)}.png"
     Image.fromarray(maps[0].image).save(job.picture)
@@ -145,8 +142,8 @@ def measure(job: Job, tested: ImageSource | None, truth: Any) -> dict[str, Any]:
         source, apart = job.held_apart(None)
         kind = "held apart" if apart else "calibration"
     found, notes = measured(
-        job.work / "quantized.onnx",
-        job.work / "fused.onnx",
+        job.work / QUANTIZED,
+        job.work / FLOAT,
         source,
         truth,
         kind,

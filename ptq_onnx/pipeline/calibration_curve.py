@@ -15,6 +15,7 @@ from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation.outputs import MOST_DB
 from ptq_onnx.files.file_names import printable
 from ptq_onnx.files.held_folder import scratch_folder
+from ptq_onnx.files.result_names import QUANTIZED
 from ptq_onnx.images.source import NOISE, ImageSource
 from ptq_onnx.progress import Planned, Progress, Stages
 
@@ -132,7 +133,7 @@ def measure_curve(
                 output=folder / f"{source}_{n}",
                 calib=NOISE if source == NOISE else calib,
             )
-            file = result.output / "quantized.onnx"
+            file = result.output / QUANTIZED
             points.append(measure_point(source, n, reference.measure(file)[0], float_top1))
             tell(1)
     begin.done()

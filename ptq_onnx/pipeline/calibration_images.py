@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.images.opening import FolderSource, Images, Preprocess, open_images
 from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
-
-if TYPE_CHECKING:
-    pass
-
 
 FEW = 8
 """Calibration images below which a note says so."""

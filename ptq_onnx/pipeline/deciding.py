@@ -14,6 +14,7 @@ from ptq_onnx.config import stages
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import AUTO
 from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.files.result_names import FLOAT
 from ptq_onnx.images.opening import FolderSource
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline import embedded
@@ -97,7 +98,7 @@ def decide_floats(
     few, apart = job.held_apart(tested)
     images = few if tested is None else tested
     evidence = Evidence(
-        reference=job.work / "fused.onnx",
+        reference=job.work / FLOAT,
         images=images,
         labels_of=(lambda n: labels_for(images, job.labels, n)) if labelled else None,
         held_apart=apart or tested is not None,

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.files.model_size import model_bytes
+from ptq_onnx.files.result_names import FLOAT, QUANTIZED
 from ptq_onnx.images.items import PictureSource
 from ptq_onnx.images.opening import FolderSource, Preprocess
 from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
@@ -87,8 +88,8 @@ def describe(
         ],
         "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
         "sizes": {
-            "float": model_bytes(work / "fused.onnx"),
-            "quantized": model_bytes(work / "quantized.onnx"),
+            "float": model_bytes(work / FLOAT),
+            "quantized": model_bytes(work / QUANTIZED),
         },
     }
 

@@ -21,6 +21,7 @@ from ptq_onnx.report.reproduce import Invocation
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis
+    from ptq_onnx.quantizers.base import SiteQuantizer
 
 
 @dataclass
@@ -60,6 +61,12 @@ class Job:
     def batches(self, source: ImageSource, size: int | None = None) -> Batches:
         """Batches of the size that config or model ask for."""
         return Batches(source, size or self.config.batch, self.fixed)
+
+    def calibrate(self, quantizer: SiteQuantizer, images: ImageSource) -> None:
+        """Give a quantizer its numbers, from these images or from those that it has."""
+        import torch
+
+        quantizer.run(torch.zeros(self.fixed or 1, *self.preprocess.shape), self.batches(images))
 
     def stage(self, name: str, total: int | None = None, runs: int = 1) -> Advance:
         """Begin a stage: of the calibration images, run so many times, where no total is given."""

@@ -30,7 +30,8 @@ def find_model(path: str | Path, *, written: bool = False) -> Path:
 
 def _in_folder(folder: Path, written: bool) -> Path:
     """The model that quantize wrote to, or beside, a folder; else the folder, to be refused."""
-    from ptq_onnx.files.output_paths import FLOAT, REPORT, find_output
+    from ptq_onnx.files.output_paths import find_output
+    from ptq_onnx.files.result_names import FLOAT, REPORT
 
     if written and (folder / REPORT).is_file():
         return find_output(folder).model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +16,6 @@ from ptq_onnx.images.opening import METADATA_KEY, Preprocess
 from ptq_onnx.pipeline.preprocess_input import Given, from_files
 from ptq_onnx.preparation.prepare import Prepared, read_input
 from ptq_onnx.preparation.signature import as_pixels, pixels, signature
-
-if TYPE_CHECKING:
-    pass
 
 
 def preprocess_notes(prepared: Prepared, config: QuantizeConfig, given: Given) -> list[str]:

@@ -14,8 +14,9 @@ from ptq_onnx.config import stages
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, PtqError
-from ptq_onnx.files.output_paths import FLOAT, QUANTIZED, Output
+from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.publishing import workshop
+from ptq_onnx.files.result_names import CONFIG, FLOAT, QUANTIZED
 from ptq_onnx.images.opening import METADATA_KEY, Images, open_images
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.scales_file import read_scales
@@ -178,7 +179,7 @@ def run_stages(
     lowered = quantized_model(job, quantizer, config)
     quantized = job.work / QUANTIZED
     graphs.save(job.as_taken(lowered), quantized)
-    (job.work / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (job.work / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     report = describe(
         job.prepared, quantizer, config, job.preprocess, job.images, job.work,
         reused=scales is not None,
@@ -235,17 +236,13 @@ def planned(
 
 def calibrated(job: Job, plan: Plan, scales: str | Path | None) -> SiteQuantizer:
     """The quantizer of the plan, its numbers from the images or from an earlier run's report."""
-    import torch
-
     from ptq_onnx.equalization.experts import left_in_float
     from ptq_onnx.quantizers.by_name import make_quantizer
 
     quantizer = make_quantizer(plan)
     if scales is not None:
         quantizer.reuse(read_scales(scales), str(scales))
-    channels, height, width = job.preprocess.shape
-    example = torch.zeros(job.fixed or 1, channels, height, width)
-    quantizer.run(example, job.batches(job.images))
+    job.calibrate(quantizer, job.images)
     job.notes.extend(quantizer.notes)
     stacks = [f"'{value.name}' {reason}" for value, _, reason in left_in_float(plan.model)]
     if stacks:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.pipeline.description import shown
 from ptq_onnx.preparation.prepare import Prepared
-
-if TYPE_CHECKING:
-    pass
 
 
 def without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:

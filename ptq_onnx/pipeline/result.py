@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq_onnx.files.file_names import in_html
+from ptq_onnx.files.result_names import PAGE
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis
 
-PAGE = "report.html"
 COLOURS = {"good": "#2e7d32", "fair": "#b26a00", "bad": "#c62828"}
 """Of the line beside the verdict, by its grade."""
 

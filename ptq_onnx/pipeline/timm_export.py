@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 import torch
 
-from ptq_onnx.errors import ConfigError
+from ptq_onnx.errors import ConfigError, one_line
 from ptq_onnx.files.held_folder import held_folder
 from ptq_onnx.images.preprocess import METADATA_KEY, Preprocess
 
@@ -116,7 +116,7 @@ def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> A
     try:
         return timm.create_model(stem, **options).eval().float()
     except Exception as error:  # hub, cache, weights and shapes: each its own class of error
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         if pretrained and _is_download(error):
             raise ConfigError(
                 f"The weights of '{name}' cannot be downloaded ({reason[:160]}): check the network "

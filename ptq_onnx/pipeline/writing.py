@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ModelError
+from ptq_onnx.files.result_names import FLOAT, FORMED, PAGE, QUANTIZED, REPORT
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.preparation import model_files as graphs
 
@@ -42,9 +43,9 @@ def formed(job: Job, plan: Plan, quantizer: SiteQuantizer) -> str:
     form, its weights rounded and biases corrected. Not written where nothing was changed."""
     changed = job.config.equalizes or any(plan.forms.values())
     if not changed and quantizer.model is plan.model:
-        return "fused.onnx"
-    graphs.save(job.as_taken(quantizer.model), job.work / "formed.onnx")
-    return "formed.onnx"
+        return FLOAT
+    graphs.save(job.as_taken(quantizer.model), job.work / FORMED)
+    return FORMED
 
 
 def integer_file(job: Job, quantizer: SiteQuantizer) -> ir.Model:
@@ -79,7 +80,7 @@ def coverage(job: Job, quantizer: SiteQuantizer) -> dict[str, Any]:
         return whole_coverage(job.prepared.model).to_json()
     consumers = {tensor: site.consumers for tensor, site in sites.items()}
     reasons = float_reasons(quantizer.floats, consumers)
-    found = measure_coverage(job.work / "quantized.onnx", config.target, reasons)
+    found = measure_coverage(job.work / QUANTIZED, config.target, reasons)
     if found.warning is not None:
         job.notes.insert(0, found.warning)
     return found.to_json()
@@ -87,7 +88,7 @@ def coverage(job: Job, quantizer: SiteQuantizer) -> dict[str, Any]:
 
 def write_report(job: Job, report: dict[str, Any], pictures: list[Sheet]) -> None:
     text = json.dumps(report, indent=1, allow_nan=False, default=float)
-    (job.work / "report.json").write_text(text, encoding="utf-8")
+    (job.work / REPORT).write_text(text, encoding="utf-8")
     if not job.config.report:
         return
     from ptq_onnx.analysis.results import OpError
@@ -97,4 +98,4 @@ def write_report(job: Job, report: dict[str, Any], pictures: list[Sheet]) -> Non
     ops = [OpError(**op) for op in report["analysis"]["ops"]]
     narrow = snr_over_blocks(ops, narrow=True)
     page = render(report, snr_over_blocks(ops), [], job.picture, narrow=narrow, sheets=pictures)
-    (job.work / "report.html").write_text(page, encoding="utf-8")
+    (job.work / PAGE).write_text(page, encoding="utf-8")

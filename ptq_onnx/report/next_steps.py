@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FLOATS = ("fused.onnx", "formed.onnx")
+from ptq_onnx.files.result_names import FLOAT, FORMED
+
+FLOATS = (FLOAT, FORMED)
 """Float models among the files of a run."""
 
 

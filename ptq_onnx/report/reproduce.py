@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ptq_onnx.files.result_names import CONFIG, FLOAT, QUANTIZED, REPORT
 from ptq_onnx.report.next_steps import next_steps
 
 Entry = Mapping[str, Any]
@@ -55,7 +56,7 @@ def command(report: Entry, *more: str, name: str | None = None) -> list[str]:
     run = report.get("invocation") or _by_names(report)
     folder = run["folder"]
     words = ["ptq-onnx", name or run["command"], run["model"]]
-    words += ["--config", os.path.join(folder, "config.yaml")]
+    words += ["--config", os.path.join(folder, CONFIG)]
     if run["scales"] is not None:
         words += ["--scales", run["scales"]]
     elif in_python(report):
@@ -78,7 +79,7 @@ def following(report: Entry) -> dict[str, str]:
     run = report.get("invocation") or _by_names(report)
     if run["written"] is None:
         return {}
-    files = [Path(run["folder"], "fused.onnx"), Path(run["written"])]
+    files = [Path(run["folder"], FLOAT), Path(run["written"])]
     return dict(next_steps(report, files))
 
 
@@ -93,9 +94,9 @@ def _by_names(report: Entry) -> dict[str, Any]:
         "calib": None if reused or source in IN_PYTHON else str(source or "calib"),
         "val": str(measured["source"]) if tested else None,
         "labels": str(measured["labels"]) if tested and measured.get("labels") else None,
-        "scales": "report.json" if reused else None,
+        "scales": REPORT if reused else None,
         "folder": "",
-        "written": "quantized.onnx",
+        "written": QUANTIZED,
     }
 
 

@@ -25,6 +25,7 @@ from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.equalize import Move
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity
+from ptq_onnx.files.result_names import FLOAT, FORMED
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.codes.by_name import CODES, CodeName
 from ptq_onnx.numerics.grain import GRAINS
@@ -161,7 +162,7 @@ def report_schema() -> Schema:
             "arithmetic": {"enum": ["float", "integer"]},
             "tensors": _list(tensor),
             "formed": {
-                "enum": ["formed.onnx", "fused.onnx"],
+                "enum": [FORMED, FLOAT],
                 "description": "The file of the float model that was quantized, whose tensors the"
                 " report names: equalised, in the target's form, weights rounded, biases"
                 " corrected.",

@@ -1,0 +1,11 @@
+"""The names of the files that a run writes."""
+
+QUANTIZED = "quantized.onnx"
+FLOAT = "fused.onnx"
+FORMED = "formed.onnx"
+"""The float model in the form that was quantized, where that is another one."""
+CONFIG = "config.yaml"
+REPORT = "report.json"
+PAGE = "report.html"
+PICTURES = "attention"
+"""The folder of the pictures."""
