@@ -15,7 +15,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import name_of
-from ptq_onnx.graph.formula import constant, is_private, new_constant, unique_name
+from ptq_onnx.equalization.writer import Writer, take_over
+from ptq_onnx.graph.formula import constant, is_private, new_constant
 
 MOST = 64
 """Experts of one product; a graph of more would have too many nodes."""
@@ -67,16 +68,19 @@ def _split(graph: ir.Graph, product: ir.Node) -> bool:
     shape, wide = list(data.shape), list(output.shape)
     if len(shape) < 3 or len(shape) != len(wide) or shape[-3] not in (1, experts):
         return False
-    bias, output, end = _bias_behind(output, experts, weight.shape[-1])
-    add = _Emitter(graph, product)
+    write, like = Writer(graph, product), output
+    bias, output = _bias_behind(output, experts, weight.shape[-1])
     axis = new_constant(graph, f"{stack.name}_axis", np.array([-3], np.int64))
     parts = [data] * experts
     flat = [*shape[:-3], *shape[-2:]]
     if shape[-3] == experts and experts > 1:
         sizes = new_constant(graph, f"{stack.name}_split", np.ones(experts, np.int64))
         one = [*shape[:-3], 1, *shape[-2:]]
-        parts = add("Split", [data, sizes], one, "part", experts, axis=len(shape) - 3)
-    read = [add("Squeeze", [part, axis], flat, "expert")[0] for part in dict.fromkeys(parts)]
+        place = len(shape) - 3
+        parts = write.nodes("Split", [data, sizes], one, like, "part", experts, axis=place)
+    read = [
+        write.node("Squeeze", [part, axis], flat, like, "expert") for part in dict.fromkeys(parts)
+    ]
     read = read if len(read) == experts else read * experts
     results = []
     matrices = weight.reshape(experts, *weight.shape[-2:])
@@ -84,59 +88,29 @@ def _split(graph: ir.Graph, product: ir.Node) -> bool:
         inputs = [value, new_constant(graph, f"{stack.name}_{number}", matrix.copy())]
         if bias is not None:
             inputs.append(new_constant(graph, f"{stack.name}_bias_{number}", bias[number]))
-        made = add("Linear", inputs, [*flat[:-1], weight.shape[-1]], "linear", domain="ptq_onnx")[0]
+        columns = [*flat[:-1], weight.shape[-1]]
+        made = write.node("Linear", inputs, columns, like, "linear", domain="ptq_onnx")
         joined = [*flat[:-2], 1, flat[-2], weight.shape[-1]]
-        results.append(add("Unsqueeze", [made, axis], joined, "joined")[0])
+        results.append(write.node("Unsqueeze", [made, axis], joined, like, "joined"))
     whole = results[0]
     if len(results) > 1:
-        whole = add("Concat", results, list(wide), "experts", axis=-3)[0]
+        whole = write.node("Concat", results, wide, like, "experts", axis=-3)
     whole.shape, whole.type = ir.Shape(wide), output.type
     name = output.name
-    output.replace_all_uses_with(whole, replace_graph_outputs=True)
-    for node in end:
-        graph.remove(node, safe=True)
+    take_over(graph, output, whole)
     whole.name = name
     return True
 
 
 def _bias_behind(
     output: ir.Value, experts: int, width: int
-) -> tuple[NDArray[np.generic] | None, ir.Value, list[ir.Node]]:
-    """The constant [E, 1, N] that is added behind, what it makes, and the nodes that go."""
-    product = output.producer()
-    assert product is not None
+) -> tuple[NDArray[np.generic] | None, ir.Value]:
+    """The constant [E, 1, N] that is added behind, and what that makes."""
     node = next(iter(output.uses())).node if is_private(output) else None
     if node is not None and node.op_type == "Add":
         other = next((v for v in node.inputs if v is not output), None)
         found = constant(other)
         fits = found is not None and found.ndim >= 3 and found.shape[-3:] == (experts, 1, width)
         if fits and found is not None and found.size == experts * width:
-            return found.reshape(experts, width), node.outputs[0], [node, product]
-    return None, output, [product]
-
-
-class _Emitter:
-    """Puts nodes in front of the product; they take over its metadata."""
-
-    def __init__(self, graph: ir.Graph, product: ir.Node) -> None:
-        self.graph, self.product = graph, product
-
-    def __call__(
-        self,
-        op: str,
-        inputs: list[ir.Value],
-        shape: list[int | ir.SymbolicDim],
-        suffix: str,
-        count: int = 1,
-        domain: str = "",
-        **attributes: int,
-    ) -> list[ir.Value]:
-        stem = unique_name(self.graph, f"{self.product.outputs[0].name}_{suffix}")
-        node = ir.node(op, inputs, attributes, domain=domain, num_outputs=count)
-        node.name = f"{stem}_node"
-        node.metadata_props.update(self.product.metadata_props)
-        for number, value in enumerate(node.outputs):
-            value.name = stem if count == 1 else unique_name(self.graph, f"{stem}_{number}")
-            value.type, value.shape = self.product.outputs[0].type, ir.Shape(shape)
-        self.graph.insert_before(self.product, node)
-        return list(node.outputs)
+            return found.reshape(experts, width), node.outputs[0]
+    return None, output

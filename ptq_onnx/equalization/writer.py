@@ -27,13 +27,30 @@ class Writer:
         domain: str = "",
         **attributes: int | tuple[int, ...],
     ) -> ir.Value:
+        """One node; returns its output, of the type of ``like``."""
+        return self.nodes(op, inputs, shape, like, suffix, 1, domain, **attributes)[0]
+
+    def nodes(
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        shape: Sequence[int | ir.SymbolicDim],
+        like: ir.Value,
+        suffix: str,
+        count: int,
+        domain: str = "",
+        **attributes: int | tuple[int, ...],
+    ) -> list[ir.Value]:
+        """One node with ``count`` outputs of the same shape."""
         name = unique_name(self.graph, f"{like.name}_{suffix}")
-        made = ir.node(op, inputs, attributes, domain=domain, name=f"{name}_node")
-        output = made.outputs[0]
-        output.name, output.type, output.shape = name, like.type, ir.Shape(shape)
+        made = ir.node(op, inputs, attributes, domain=domain, num_outputs=count)
+        made.name = f"{name}_node"
+        for number, output in enumerate(made.outputs):
+            output.name = name if count == 1 else unique_name(self.graph, f"{name}_{number}")
+            output.type, output.shape = like.type, ir.Shape(shape)
         made.metadata_props.update(self.anchor.metadata_props)
         self.graph.insert_before(self.anchor, made)
-        return output
+        return list(made.outputs)
 
     def reshape(
         self,
