@@ -85,6 +85,15 @@ def bad_scales(model: QuantizedModel) -> Iterator[Finding]:
         )
 
 
+def other_codings(model: QuantizedModel, codes: Container[ir.DataType | None]) -> Iterator[Coding]:
+    """Those whose codes are of another type than these, or int32, which is a bias."""
+    return (
+        coding
+        for coding in first_codings(model)
+        if coding.dtype not in codes and coding.dtype != ir.DataType.INT32
+    )
+
+
 def unlike_zero_points(model: QuantizedModel) -> Iterator[Finding]:
     """Zero points of another type than the codes."""
     for coding in model.codings:

@@ -50,13 +50,12 @@ def known_domain(model: QuantizedModel) -> Iterator[Finding]:
 def code_type(model: QuantizedModel) -> Iterator[Finding]:
     """The integer kernels multiply 8-bit codes; 4-bit codes are for weights, int32 for biases
     (Quantize ONNX Models, "Data type selection")."""
-    for coding in common.first_codings(model):
-        if coding.dtype not in (*CODES, INT32):
-            yield Finding(
-                coding.name,
-                f"expected uint8 or int8 codes, found {common.dtype_name(coding)}; the CPU "
-                "provider has no product for these: quantize to 8 bits.",
-            )
+    for coding in common.other_codings(model, CODES):
+        yield Finding(
+            coding.name,
+            f"expected uint8 or int8 codes, found {common.dtype_name(coding)}; the CPU "
+            "provider has no product for these: quantize to 8 bits.",
+        )
 
 
 def zero_point_type(model: QuantizedModel) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.targets.checking import common
-from ptq_onnx.targets.checking.coding import FOUR_BITS, INT8, INT32, UINT8
+from ptq_onnx.targets.checking.coding import FOUR_BITS, INT8, UINT8
 from ptq_onnx.targets.checking.precisions import CompiledGraph, CompiledProduct, compile_graph
 from ptq_onnx.targets.checking.product import Product
 from ptq_onnx.targets.checking.quantized_model import QuantizedModel
@@ -33,13 +33,11 @@ def opset_in_range(model: QuantizedModel) -> Iterator[Finding]:
 def code_type(model: QuantizedModel) -> Iterator[Finding]:
     """Low-precision products multiply int8 or uint8 codes; int4 is for weights (Low Precision
     Transformations, "Input model requirements")."""
-    for coding in common.first_codings(model):
-        if coding.dtype not in (*CODES, INT32):
-            yield Finding(
-                coding.name,
-                f"expected uint8 or int8 codes, found {common.dtype_name(coding)}; quantize to "
-                "8 bits.",
-            )
+    for coding in common.other_codings(model, CODES):
+        yield Finding(
+            coding.name,
+            f"expected uint8 or int8 codes, found {common.dtype_name(coding)}; quantize to 8 bits.",
+        )
 
 
 def bias_float(model: QuantizedModel) -> Iterator[Finding]:

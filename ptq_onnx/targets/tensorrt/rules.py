@@ -20,7 +20,6 @@ from ptq_onnx.targets.checking.coding import (
     FOUR_BITS,
     FP8,
     INT8,
-    INT32,
     QUANTIZE,
     Coding,
     back_through_moves,
@@ -76,13 +75,12 @@ def no_integer_ops(model: QuantizedModel) -> Iterator[Finding]:
 def code_type(model: QuantizedModel) -> Iterator[Finding]:
     """Codes are INT8, FP8 E4M3 or, for weights, INT4; UINT8 exists on DLA only (Quantization
     Schemes; the parser's check of the quantization type)."""
-    for coding in common.first_codings(model):
-        if coding.dtype not in (*CODES, INT32):
-            yield Finding(
-                coding.name,
-                f"expected int8, float8e4m3fn or int4 codes, found {common.dtype_name(coding)}; "
-                "quantize symmetrically to int8 (without a zero point the type is uint8).",
-            )
+    for coding in common.other_codings(model, CODES):
+        yield Finding(
+            coding.name,
+            f"expected int8, float8e4m3fn or int4 codes, found {common.dtype_name(coding)}; "
+            "quantize symmetrically to int8 (without a zero point the type is uint8).",
+        )
 
 
 def bias_float(model: QuantizedModel) -> Iterator[Finding]:
