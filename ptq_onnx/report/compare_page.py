@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ptq_onnx.analysis.comparison_results import Comparison, Contender
 from ptq_onnx.evaluation.outputs import OutputFigures
-from ptq_onnx.files.file_names import for_page
 from ptq_onnx.report.page_text import EXACT
 from ptq_onnx.report.svg import line_chart
+from ptq_onnx.report.templates import template
 
 COLUMNS: tuple[tuple[str, Callable[[Contender], float | None], str, bool], ...] = (
     ("Top-1, %", lambda c: c.top1, "{:.2f}", True),
@@ -29,13 +27,6 @@ COLUMNS: tuple[tuple[str, Callable[[Contender], float | None], str, bool], ...] 
 
 def render_comparison(found: Comparison) -> str:
     """The HTML page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=for_page,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     quantized = found.contenders[1:]
     numbers = sorted({b.block for c in quantized for b in c.blocks})
     by_block = [{b.block: b for b in c.blocks} for c in quantized]
@@ -46,7 +37,7 @@ def render_comparison(found: Comparison) -> str:
         }
         for c in quantized
     }
-    return environment.get_template("compare.html").render(
+    return template("compare.html").render(
         found=found,
         columns=[title for title, *_ in COLUMNS],
         rows=_rows(found),

@@ -11,23 +11,21 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 from PIL import Image
 
-from ptq_onnx.files.file_names import for_page
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.report.attention_page import Sheet
-from ptq_onnx.report.page_text import cell, counts, decibel_text, number, size
+from ptq_onnx.report.page_text import number, size
 from ptq_onnx.report.reproduce import command, in_python, typed
 from ptq_onnx.report.sections import by_place, sections
 from ptq_onnx.report.suggestions import place, suggestions
 from ptq_onnx.report.summary import arithmetic_of, cards, two_figures, verdict, warning
+from ptq_onnx.report.templates import template
 
 __all__ = ["number", "render", "size", "verdict"]
 
@@ -79,7 +77,7 @@ def render(
     ops = [{**op, "link": links.get(op.get("tensor", ""))} for op in ops]
     by_itself = {t["tensor"]: t for t in (parts["variation"] or {}).get("tensors") or []}
     worst = sorted((op for op in ops if op["rank"]), key=lambda op: op["rank"])
-    return _page().render(
+    return template("report.html").render(
         report=report,
         model=report.get("model") or {},
         config=report.get("config") or {},
@@ -121,22 +119,6 @@ def _links(tensors: Sequence[Entry], variation: Entry | None) -> dict[str, dict[
     for index, one in enumerate(tensors):
         found[one["tensor"]] = {**found.get(one["tensor"], {}), "row": f"tensor-{index}"}
     return found
-
-
-@cache
-def _page() -> Template:
-    """The template, read once in a process."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=for_page,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number, size=size, cell=cell, counts=counts, decibels=decibel_text
-    )
-    return environment.get_template("report.html")
 
 
 def _outputs(fidelity: Entry | None) -> list[Entry]:
