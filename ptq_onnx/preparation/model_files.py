@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from ptq_onnx.errors import ModelError, one_line
-from ptq_onnx.files.external_data import relocate
+from ptq_onnx.files.held_folder import held_folder
 from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.graph.onnxruntime_ops import refile
 from ptq_onnx.graph.ordering import sort_nodes
@@ -107,33 +107,31 @@ def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
         raise ModelError(f"Cannot write {path}: it is a folder; give the name of a file.")
     standard = to_standard(model)
     put_back(standard)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    weights = path.with_name(f".{path.name}.{os.getpid()}.data.tmp")
+    size = sizes.serialized_size(standard)
     try:
-        if sizes.serialized_size(standard) <= min(sizes.SHARED_LIMIT, sizes.EXTERNAL_LIMIT):
-            content = _to_bytes(standard)
-            if check:
-                onnx.checker.check_model(content, full_check=True)
-            temporary.write_bytes(content)
-        elif sizes.serialized_size(standard) <= sizes.EXTERNAL_LIMIT:
-            if check:
-                onnx.checker.check_model(skeleton(standard), full_check=True)
-            write_streamed(standard, temporary)
-        else:
-            if check:
-                onnx.checker.check_model(skeleton(standard), full_check=True)
-            _write_external(standard, temporary, weights, f"{path.name}.data")
-            os.replace(weights, path.with_name(f"{path.name}.data"))
-        os.replace(temporary, path)
+        with held_folder(path) as folder:
+            new = folder / path.name
+            if size <= min(sizes.SHARED_LIMIT, sizes.EXTERNAL_LIMIT):
+                content = _to_bytes(standard)
+                if check:
+                    onnx.checker.check_model(content, full_check=True)
+                new.write_bytes(content)
+            else:
+                if check:
+                    onnx.checker.check_model(skeleton(standard), full_check=True)
+                if size <= sizes.EXTERNAL_LIMIT:
+                    write_streamed(standard, new)
+                else:
+                    weights = f"{path.name}.data"
+                    ir.save(standard, new, format="protobuf", external_data=weights)
+                    os.replace(folder / weights, path.with_name(weights))
+            os.replace(new, path)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"Cannot write {path}: not valid ONNX: {one_line(error)}.") from error
     except onnx.shape_inference.InferenceError as error:
         raise ModelError(f"Cannot write {path}: shapes disagree: {one_line(error)}.") from error
     except OSError as error:
         raise ModelError(f"Cannot write {path}: {error.strerror or one_line(error)}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-        weights.unlink(missing_ok=True)
 
 
 def serialize(model: ir.Model) -> bytes:
@@ -148,12 +146,6 @@ def _to_bytes(standard: ir.Model) -> bytes:
             " more than fits one protobuf; save it to a file instead."
         )
     return bytes(ir.to_proto(standard).SerializeToString())
-
-
-def _write_external(model: ir.Model, path: Path, weights: Path, location: str) -> None:
-    """Write graph and weights to two files; the graph calls the second ``location``."""
-    ir.save(model, path, format="protobuf", external_data=weights.name)
-    relocate(path, location)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
