@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ptq_onnx.blocks.selectors import check_selectors, known_roles
 from ptq_onnx.blocks.sites import image_input
-from ptq_onnx.calibration.class_output import class_outputs
 from ptq_onnx.config import stages
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -22,13 +21,13 @@ from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.scales_file import read_scales
 from ptq_onnx.pipeline import embedded
 from ptq_onnx.pipeline.analysing import analyse, measure
-from ptq_onnx.pipeline.calibration_images import calibration_images, has_class_folders
+from ptq_onnx.pipeline.calibration_images import calibration_images
 from ptq_onnx.pipeline.deciding import check_normalisation, decide_floats, resolve_auto
 from ptq_onnx.pipeline.description import describe, validation
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.preprocess_input import Given
 from ptq_onnx.pipeline.preprocessing import preprocess_notes, resolve_preprocess
-from ptq_onnx.pipeline.request_checks import check_attention_blocks, check_blocks, without_classes
+from ptq_onnx.pipeline.request_checks import check_attention_blocks, check_blocks, labels_of
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.pipeline.rewriting import rewrite, tell_copies
 from ptq_onnx.pipeline.writing import coverage, formed, integer_costs, quantized_model, write_report
@@ -111,17 +110,10 @@ def quantize(
     name = image_input(prepared.model).name if own is None else own.name
     how: dict[str, Any] = {"transform": given.transform, "name": name}
     images = calibration_images(calib, preprocess, config, notes, how)
-    tested = None if val is None else open_images(val, preprocess, **how)
     if labels is not None and val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
-    truth = None
-    labelled = tested is not None and (labels is not None or has_class_folders(tested))
-    if labelled and not class_outputs(prepared.model):
-        labelled = without_classes(prepared, labels, notes)
-    if tested is not None and labelled:
-        from ptq_onnx.images.labels import labels_for
-
-        truth = labels_for(tested, labels)
+    tested = None if val is None else open_images(val, preprocess, **how)
+    truth = None if tested is None else labels_of(tested, labels, prepared, notes)
     if config.max_drop is not None and truth is None:
         raise ConfigError(
             "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_onnx.calibration.class_output import class_outputs
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.pipeline.calibration_images import has_class_folders
 from ptq_onnx.pipeline.description import shown
 from ptq_onnx.preparation.prepare import Prepared
 
 
-def without_classes(prepared: Prepared, labels: str | Path | None, notes: list[str]) -> bool:
-    """False, with a note, for class folders that are of no use to the model. Raises ModelError for
-    labels that were asked for."""
+def labels_of(
+    tested: ImageSource, labels: str | Path | None, prepared: Prepared, notes: list[str]
+) -> NDArray[np.int64] | None:
+    """The classes of images [N], from a file or from their folders; None where there are none, or,
+    with a note, where they are of no use to the model. Raises ImageError, and ModelError for labels
+    of a model without classes that were asked for."""
+    if labels is None and not has_class_folders(tested):
+        return None
+    if class_outputs(prepared.model):
+        return labels_for(tested, labels)
     made = ", ".join(f"{v['name']} {v['shape']}" for v in map(shown, prepared.model.graph.outputs))
     where = f"Model {prepared.path} has no output [batch, classes], only {made}"
     if labels is not None:
         raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
     notes.append(f"{where}: the class folders of --val are no labels here.")
-    return False
+    return None
 
 
 def check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
