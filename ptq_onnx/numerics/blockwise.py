@@ -48,7 +48,7 @@ def block_grid(
         own = np.sum(shares * codes**2, axis=1, keepdims=True)
         shared = np.sum(shares * codes * blocks, axis=1, keepdims=True)
         fitted = np.where((own > 0) & (shared > 0), shared / np.where(own > 0, own, 1), scale)
-        fitted = np.maximum(fitted, TINY)
+        fitted = _stored(np.maximum(fitted, TINY))
         best = _better(best, (_error(blocks, shares, fitted, zero, bits), fitted, zero))
     _, scale, zero = best
     return np.asarray(scale[:, 0], np.float32), np.asarray(zero[:, 0], np.int32)
@@ -60,9 +60,14 @@ Found = tuple[Double, Double, Double]
 
 def _found(blocks: Double, shares: Double, low: Double, high: Double, bits: int) -> Found:
     top = (1 << bits) - 1
-    scale = np.maximum((high - low) / top, TINY)
+    scale = _stored(np.maximum((high - low) / top, TINY))
     zero = np.clip(np.rint(-low / scale), 0, top)
     return _error(blocks, shares, scale, zero, bits), scale, zero
+
+
+def _stored(scale: Double) -> Double:
+    """As the file holds it: another one would be judged by an error that nobody gets."""
+    return scale.astype(np.float32).astype(np.float64)
 
 
 def _error(blocks: Double, shares: Double, scale: Double, zero: Double, bits: int) -> Double:

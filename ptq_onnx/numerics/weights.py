@@ -23,13 +23,15 @@ def weight_scale(weight: Array, axis: int | None, bits: int, largest: int | None
     rows = rows.reshape(len(rows), -1).astype(np.float64)
     largest = (1 << (bits - 1)) - 1 if largest is None else largest
     full = np.maximum(np.abs(rows).max(axis=1, initial=0) / largest, TINY)
-    scale = full
+    scale = full.astype(np.float32)
     if bits < SEARCHED_BELOW:
         least = np.full(len(rows), np.inf)
         for shrink in SHRINK:
-            step = (full * shrink)[:, None]
+            # Judged as it is stored: a float64 scale may win by less than its rounding loses
+            tried = (full * shrink).astype(np.float32)
+            step = tried[:, None].astype(np.float64)
             codes = np.clip(np.rint(rows / step), -largest - 1, largest)
             error = ((codes * step - rows) ** 2).sum(axis=1)
-            scale = np.where(error < least, full * shrink, scale)
+            scale = np.where(error < least, tried, scale)
             least = np.minimum(error, least)
     return np.asarray(scale[0] if axis is None else scale, np.float32)
