@@ -110,7 +110,9 @@ def main() -> None:
         if room not in records:
             records[room] = recorded(ROOT, ROOMS[room], LIMIT)
         if time.monotonic() > until:
-            print(f"{len(chosen) - len(outcomes)} mutants were left out: {given.minutes:g} minutes.")
+            print(
+                f"{len(chosen) - len(outcomes)} mutants were left out: {given.minutes:g} minutes."
+            )
             break
         outcome = judged(mutant, records[room], given.budget)
         outcomes.append(outcome)

@@ -18,7 +18,7 @@ _INTEGER = (
 )
 
 ROOMS: dict[str, tuple[str, ...]] = {
-    "numerics": (*_NUMBERS, "tests/calibration/test_methods.py"),
+    "numerics": (*_NUMBERS, "tests/calibration/test_methods.py", "tests/test_centring.py"),
     "calibration": (
         "tests/calibration",
         "tests/quantizers/test_scale_search.py",
