@@ -93,9 +93,7 @@ def reduced_axes(node: ir.Node, rank: int) -> frozenset[int] | None:
     return None if found is None else frozenset(a % rank for a in found)
 
 
-def _reshaped(
-    before: list[int | str], after: list[int | str], axis: int, width: int
-) -> int | None:
+def _reshaped(before: list[int | str], after: list[int | str], axis: int, width: int) -> int | None:
     """The axis whose blocks of ``width`` are those of ``axis``: as much lies inside of both."""
     inner = _inner(before, axis)
     for place, size in enumerate(after):
