@@ -139,8 +139,8 @@ class Fields:
     )
     rotate: bool = option(
         False, NUMBERS, None,
-        "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal in"
-        " float and free at run time, where that lowers the expected error of one scale per tensor.",
+        "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
+        " in float and free at run time, where one scale per tensor is then expected to lose less.",
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
