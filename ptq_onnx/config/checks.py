@@ -112,7 +112,7 @@ def _check_owners(config: Fields) -> None:
         raise ConfigError(
             f"--gelu {config.gelu} belongs to integer arithmetic: add --target integer."
         )
-    if config.rotate and config.precision == "fp8":
+    if config.rotates and config.precision == "fp8":
         raise ConfigError(
             "--rotate with --precision fp8: its steps grow with the values, so that massive"
             " channels cost it nothing; leave one out."
