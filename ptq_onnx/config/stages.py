@@ -14,6 +14,7 @@ READING = "Reading the model"
 LOADING = "Loading PyTorch and PPQ"
 CHECKING = "Checking the preprocessing"
 CHANNELS = "Measuring channel ranges"
+TURNING = "Turning the residual stream"
 EQUALISING = "Equalising channels"
 RUNNING_FLOAT = "Running the float model"
 EXPECTING = "Auto: module by module"
@@ -42,6 +43,8 @@ def planned(config: QuantizeConfig, tested: int, labelled: bool) -> list[Planned
     plan = [Planned(LOADING, LOADING_COST), Planned(CHECKING, 64 if config.check_preprocess else 0)]
     if AUTO in config.per_channel:
         plan.append(Planned(CHANNELS, images))
+    if config.rotates:
+        plan.append(Planned(TURNING, 2 * images))
     if config.equalizes:
         plan.append(Planned(EQUALISING, 2 * images))
     if config.auto:

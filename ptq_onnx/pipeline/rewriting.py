@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir.passes.common as common
 
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.pipeline.job import Job
@@ -24,11 +27,16 @@ def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
     """The plan for the model equalised, or in the target's form, or as it is: the first that
     computes what the original does (see ``parity.py``)."""
     reference = original_run(job)
+    keep_for_pictures(job)
+    if job.config.rotates:
+        plan = rotated(job, plan, reference, scales)
     ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
     if job.config.equalizes:
         ways.insert(0, (EQUALISATION, lambda plan: equalise(job, plan, scales)))
     undone: list[str] = []
     off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
+    if plan.turns is not None and plan.turns.turned:
+        off = reference.off(plan.model)
     for what, way in ways:
         found = way(plan)
         measured = off if found.model is plan.model and not found.forms else None
@@ -87,15 +95,61 @@ def restored(job: Job, plan: Plan) -> Plan:
     prepared = job.again()
     prepared.model.metadata_props.update(job.prepared.model.metadata_props)
     job.prepared, job.original = prepared, None
+    if plan.turns is not None:
+        from ptq_onnx.equalization.rotation_choice import turn_again
+
+        turn_again(prepared.model, plan.turns.matrices)
+        prepared = replace(prepared, sites=find_sites(prepared.model, prepared.blocks))
     return replace(
         plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
     )
 
 
+def rotated(job: Job, plan: Plan, reference: Reference, scales: str | Path | None) -> Plan:
+    """The plan for the model with its residual streams turned, in place; see ``rotation.py``.
+
+    Undone where the turned model computes something else. Raises ConfigError for ``scales``.
+    """
+    from ptq_onnx.equalization.rotation_choice import PLAIN, turn_streams
+
+    if scales is not None:
+        raise ConfigError(
+            f"--scales {scales}: the rotation is chosen on the images, so that the scales of"
+            " another run do not fit; calibrate anew, or use --no-rotate."
+        )
+    config = plan.config
+    turns = turn_streams(
+        plan.model,
+        job.batches(job.images),
+        1 << config.widths.activations,
+        symmetric=config.quantizer == "vanilla" or config.runtime.symmetric,
+        threads=config.threads,
+        progress=job.stage(stages.TURNING),
+    )
+    job.notes.extend(
+        f"Rotation: the stream at '{r.norm}' stays as it is: {r.reason}." for r in turns.refused
+    )
+    done = [t for t in turns.turned if t.by != PLAIN]
+    if not done:
+        job.notes.append("Rotation: no residual stream was turned; see the notes before.")
+        return replace(plan, turns=turns)
+    common.RemoveUnusedNodesPass()(plan.model)
+    measured = reference.off(plan.model)
+    if not reference.accepts(measured):
+        job.notes.append(
+            f"Undone: the rotation. The rewritten model was {measured} against the original on"
+            f" {reference.count} calibration images; at most {reference.bound:.0e} is"
+            " explained by rounding. Please report it with the model."
+        )
+        return restored(job, plan)
+    sites = find_sites(plan.model, plan.blocks)
+    return replace(plan, sites=sites, turns=turns, fixed={**plan.fixed, **turns.ranges})
+
+
 def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
     """The plan for the equalised model.
 
-    The model as it was is in its file by now, and kept beside it for pictures alone.
+    The model as it was is in its file by now.
     """
     from ptq_onnx.equalization.equalize import equalise_in_place
 
@@ -106,11 +160,27 @@ def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
         )
     mean, std = job.preprocess.mean, job.preprocess.std
     pictures = job.images.pictures
-    if job.config.report and job.config.pictures:  # drawn beside, by vanilla
-        job.original = replace(job.prepared, model=job.prepared.model.clone())
     return equalise_in_place(
         replace(plan, pixels=(mean, std) if pictures else None), job.batches(job.images)
     )
+
+
+def keep_for_pictures(job: Job) -> None:
+    """The model as it is, where it is drawn beside by vanilla and about to be changed."""
+    changed = job.config.equalizes or job.config.rotates
+    if changed and job.config.report and job.config.pictures:
+        job.original = replace(job.prepared, model=job.prepared.model.clone())
+
+
+def copies_of_turned(plan: Plan) -> dict[str, tuple[float, float]]:
+    """The ranges of turned tensors, for the copies of them that are quantized instead."""
+    found: dict[str, tuple[float, float]] = {}
+    ranges = {} if plan.turns is None else plan.turns.ranges
+    for node in plan.model.graph:
+        read = node.inputs[0] if node.op_type == "Identity" else None
+        if read is not None and read.name in ranges:
+            found[str(node.outputs[0].name)] = ranges[str(read.name)]
+    return found
 
 
 def bring_into_form(plan: Plan) -> Plan:
@@ -122,7 +192,7 @@ def bring_into_form(plan: Plan) -> Plan:
 
 def adopt(job: Job, plan: Plan) -> Plan:
     """The plan, whose model from here on is the prepared one."""
-    plan = replace(plan, fixed={**pixel_range(job, plan), **plan.fixed})
+    plan = replace(plan, fixed={**pixel_range(job, plan), **copies_of_turned(plan), **plan.fixed})
     job.prepared = replace(job.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
     return plan
 

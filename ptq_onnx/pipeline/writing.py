@@ -41,7 +41,8 @@ def quantized_model(job: Job, quantizer: SiteQuantizer, config: QuantizeConfig) 
 def formed(job: Job, plan: Plan, quantizer: SiteQuantizer) -> str:
     """The file of the float model whose tensors the report names: equalised, in the target's
     form, its weights rounded and biases corrected. Not written where nothing was changed."""
-    changed = job.config.equalizes or any(plan.forms.values())
+    turned = plan.turns is not None and any(m is not None for m in plan.turns.matrices)
+    changed = turned or job.config.equalizes or any(plan.forms.values())
     if not changed and quantizer.model is plan.model:
         return FLOAT
     graphs.save(job.as_taken(quantizer.model), job.work / FORMED)

@@ -61,6 +61,8 @@ class Plan:
     """Weights that were rounded before, by name and bits."""
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that are known and not to be calibrated, by tensor."""
+    turns: Any = None
+    """What rotation turned (``equalization.rotation_choice.Turns``)."""
     moves: tuple[Any, ...] = ()
     """What equalisation moved (``equalization.Move``)."""
     exponents: Mapping[str, float] = field(default_factory=dict)

@@ -23,6 +23,8 @@ from ptq_onnx.analysis.results import Graphwise, Sensitivity
 from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.equalize import Move
+from ptq_onnx.equalization.rotation_choice import Turned
+from ptq_onnx.equalization.streams import Refused
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity
 from ptq_onnx.files.result_names import FLOAT, FORMED
@@ -192,6 +194,9 @@ def report_schema() -> Schema:
         "equalization": _object(
             {"forms": {"type": "object", "additionalProperties": COUNT},
              "moves": _list(schema_of(Move))}
+        ),
+        "rotation": _or_null(
+            _object({"turned": _list(schema_of(Turned)), "refused": _list(schema_of(Refused))})
         ),
         "parity": _or_null(schema_of(Parity)),
         "optimised": {"type": "object", "additionalProperties": COUNT,

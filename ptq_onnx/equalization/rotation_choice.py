@@ -1,0 +1,266 @@
+"""Chooses the matrix that turns each residual stream, from one run of the calibration images.
+
+Of every tensor that norms read, and of what each makes without γ and β, the rows with the largest
+values and some of all others are kept (``calibration/product_samples.py``). A candidate is judged
+by the error that one scale for the whole tensor leaves in them, its range searched too: of a
+tensor of the stream as parts of each row's own variance, which the norm behind it divides by.
+So massive tokens, which few rows are, may be clipped where all others gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.calibration.product_samples import RowSample, Wanted, collect_samples
+from ptq_onnx.equalization.rotation import turn
+from ptq_onnx.equalization.streams import Refused, Stream, find_streams
+from ptq_onnx.numerics.rotations import flattened, spreading
+
+Double = NDArray[np.float64]
+
+SEEDS = 16
+"""Spreading matrices that are tried."""
+CLIPS = np.linspace(1.0, 0.3, 15)
+"""Parts of the range seen that are tried."""
+LEAST_VARIANCE = 1e-6
+"""Of a row, beside the mean of all rows: what a norm adds to it is about as small."""
+PLAIN, SPREAD, FLATTENED = "none", "spread", "spread, then flattened"
+
+
+@dataclass(frozen=True)
+class Turned:
+    """One stream, and what was done to it."""
+
+    stream: str
+    """Its first norm."""
+    width: int
+    tensors: int
+    """How many of its tensors norms read."""
+    by: str
+    """How the matrix is made; "none" where the stream stays as it is."""
+    seed: int
+    largest_before: float
+    largest_after: float
+    stream_db: float
+    """Expected noise of one scale for each of its tensors, against that before (more: better)."""
+    norm_db: float
+    """The same of what its norms make."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What :func:`turn_streams` did: found, refused, and ranges for tensors of streams."""
+
+    turned: tuple[Turned, ...]
+    refused: tuple[Refused, ...]
+    ranges: Mapping[str, tuple[float, float]]
+    matrices: tuple[Double | None, ...]
+    """Of every stream in graph order; None where it stays."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``report.json`` says."""
+        return {
+            "turned": [asdict(one) for one in self.turned],
+            "refused": [asdict(one) for one in self.refused],
+        }
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows [R, D] of a tensor of a stream, and of what its norm makes, [R, D]; how many rows of all
+    each stands for, [R]."""
+
+    tensor: str
+    stream: Double
+    normed: Double
+    counts: Double
+
+    @property
+    def power(self) -> Double:
+        """1 over each row's variance, times its count, [R]; the sum is one."""
+        variance = self.stream.var(axis=1)
+        found = self.counts / (variance + LEAST_VARIANCE * max(float(variance.mean()), 1e-30))
+        return np.asarray(found / self.counts.sum(), np.float64)
+
+    @property
+    def share(self) -> Double:
+        return np.asarray(self.counts / self.counts.sum(), np.float64)
+
+
+def turn_streams(
+    model: ir.Model,
+    batches: Iterable[Any],
+    levels: int,
+    *,
+    symmetric: bool,
+    threads: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Turns:
+    """Turn every stream of the model, in place, where it lowers the expected error of one scale of
+    ``levels`` codes per tensor. ``batches`` [B, C, H, W] are run once."""
+    streams, refused = find_streams(model.graph)
+    if not streams:
+        return Turns((), tuple(refused), {}, ())
+    rows = _collect(model, streams, batches, threads, progress)
+    turned: list[Turned] = []
+    ranges: dict[str, tuple[float, float]] = {}
+    matrices: list[Double | None] = []
+    for stream in streams:
+        found, matrix = _choose(stream, rows, levels, symmetric)
+        turned.append(found)
+        matrices.append(matrix)
+        if matrix is None:
+            continue
+        turn(model.graph, stream, matrix)
+        for one in _of(stream, rows):
+            _, low, high = _searched(one.stream @ matrix, one.power, levels, symmetric)
+            ranges[one.tensor] = float(low), float(high)
+    return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices))
+
+
+def turn_again(model: ir.Model, matrices: Iterable[Double | None]) -> None:
+    """Turn the streams of the same model, prepared anew, by the matrices found before."""
+    for stream, matrix in zip(find_streams(model.graph)[0], matrices, strict=True):
+        if matrix is not None:
+            turn(model.graph, stream, matrix)
+
+
+def _collect(
+    model: ir.Model,
+    streams: Iterable[Stream],
+    batches: Iterable[Any],
+    threads: int,
+    progress: Callable[[int], None] | None,
+) -> dict[str, RowSample]:
+    def by_width(width: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        return lambda array: array.reshape(-1, width)
+
+    wanted: dict[str, Any] = {}
+    for stream in streams:
+        for norm in stream.norms:
+            value = norm.inputs[0]
+            assert value is not None
+            wanted[str(value.name)] = (by_width(stream.width), None)
+    found, _ = collect_samples(
+        model, Wanted(wanted, {}), batches, threads=threads, progress=progress
+    )
+    return found
+
+
+def _of(stream: Stream, samples: Mapping[str, RowSample]) -> Iterator[_Rows]:
+    """The rows of each tensor of a stream that norms read."""
+    for name in dict.fromkeys(str(norm.inputs[0].name) for norm in stream.norms if norm.inputs[0]):
+        sample = samples[name]
+        rows = sample.rows.astype(np.float64)
+        centred = rows - rows.mean(axis=1, keepdims=True)
+        spread = np.sqrt((centred**2).mean(axis=1, keepdims=True))
+        yield _Rows(name, rows, centred / np.maximum(spread, 1e-12), sample.weight)
+
+
+def _choose(
+    stream: Stream, samples: Mapping[str, RowSample], levels: int, symmetric: bool
+) -> tuple[Turned, Double | None]:
+    """The matrix with the least expected error; None where none is better than the stream is."""
+    rows = list(_of(stream, samples))
+
+    def cost(matrix: Double | None) -> tuple[Double, Double]:
+        """Of the stream's tensors and of what norms make, [T] each."""
+        pairs = []
+        for one in rows:
+            outer, inner = (
+                (one.stream, one.normed)
+                if matrix is None
+                else (one.stream @ matrix, one.normed @ matrix)
+            )
+            pairs.append(
+                (
+                    _searched(outer, one.power, levels, symmetric)[0],
+                    _searched(inner, one.share, levels, symmetric)[0],
+                )
+            )
+        found = np.array(pairs)
+        return found[:, 0], found[:, 1]
+
+    direction = _massive(rows)
+    plain = cost(None)
+    best = _Tried(PLAIN, 0, None, plain)
+    for seed in range(SEEDS):
+        spread = spreading(stream.width, seed)
+        for how, matrix in ((SPREAD, spread), (FLATTENED, flattened(spread, direction))):
+            tried = _Tried(how, seed, matrix, cost(matrix))
+            best = min(best, tried, key=lambda one: one.score)
+
+    def largest(matrix: Double | None) -> float:
+        return max(
+            float(np.abs(r.stream if matrix is None else r.stream @ matrix).max()) for r in rows
+        )
+
+    found = Turned(
+        stream=str(stream.norms[0].name),
+        width=stream.width,
+        tensors=len(rows),
+        by=best.how,
+        seed=best.seed,
+        largest_before=largest(None),
+        largest_after=largest(best.matrix),
+        stream_db=_decibels(plain[0], best.costs[0]),
+        norm_db=_decibels(plain[1], best.costs[1]),
+    )
+    return found, best.matrix
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate, and the expected errors of the stream's tensors and of what norms make."""
+
+    how: str
+    seed: int
+    matrix: Double | None
+    costs: tuple[Double, Double]
+
+    @property
+    def score(self) -> float:
+        return float(self.costs[0].sum() + self.costs[1].sum())
+
+
+def _massive(rows: list[_Rows]) -> Double:
+    """The direction [D] with the most energy, of the tensor with the most, without the mean."""
+    most = max(rows, key=lambda one: float(one.counts @ (one.stream**2).sum(axis=1)))
+    centred = most.stream - most.stream.mean(axis=1, keepdims=True)
+    moment = (centred * most.counts[:, None]).T @ centred
+    return np.asarray(np.linalg.eigh(moment)[1][:, -1], np.float64)
+
+
+def _decibels(before: Double, after: Double) -> float:
+    return float(10 * np.log10(max(before.sum(), 1e-300) / max(after.sum(), 1e-300)))
+
+
+def _searched(
+    rows: Double, power: Double, levels: int, symmetric: bool
+) -> tuple[float, float, float]:
+    """Least expected error Σ power · mean (x - x̂)² of one range for rows [R, D], and the range.
+
+    Rounding is step² / 12 wherever a value is inside, clipping what is outside.
+    """
+    low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
+    if symmetric:
+        high = max(high, -low)
+        low = -high
+    total = float(power.sum())
+    outer = np.abs(rows) > CLIPS[-1] * min(-low or high, high or -low)
+    picked, share = rows[outer], np.broadcast_to(power[:, None], rows.shape)[outer] / rows.shape[1]
+    best = (np.inf, low, high)
+    for clip in CLIPS:
+        below, above = low * clip, high * clip
+        beyond = picked - np.clip(picked, below, above)
+        step = (above - below) / (levels - 1)
+        error = total * step**2 / 12 + float(share @ beyond**2)
+        if error < best[0]:
+            best = (error, below, above)
+    return best
