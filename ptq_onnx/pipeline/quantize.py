@@ -119,7 +119,7 @@ def quantize(
             "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
             " bound the logits with --min-sqnr."
         )
-    begin.plan(stages.planned(config, 0 if tested is None else len(tested), truth is not None))
+    begin.plan(stages.planned(config, 0 if tested is None else len(tested)))
     begin(stages.LOADING, 1)
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine.simulator")
