@@ -82,8 +82,8 @@ def quantize(
     output = place.folder
     if not keep_models and place.model.exists():
         raise ConfigError(
-            f"--output {output} holds a quantized model, which the analysis would take the place"
-            " of; name another folder."
+            f"--output {output} holds a quantized model, which the analysis would replace;"
+            " name another folder."
         )
     asked = calib
     if calib is None:
