@@ -112,10 +112,10 @@ def _check_owners(config: Fields) -> None:
         raise ConfigError(
             f"--gelu {config.gelu} belongs to integer arithmetic: add --target integer."
         )
-    if config.rotate and config.precision == "fp8":
+    if config.rotates and config.precision == "fp8":
         raise ConfigError(
-            "--rotate with --precision fp8: its steps grow with the values, so that massive channels"
-            " cost it nothing; leave one out."
+            "--rotate with --precision fp8: its steps grow with the values, so that massive"
+            " channels cost it nothing; leave one out."
         )
     if not config.ptf and config.ptf_k:
         raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")

@@ -137,10 +137,11 @@ class Fields:
         True, NUMBERS, None,
         "deploy: move shifts and factors per channel between ops, equal in float.",
     )
-    rotate: bool = option(
-        False, NUMBERS, None,
-        "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal in"
-        " float and free at run time, where that lowers the expected error of one scale per tensor.",
+    rotate: bool | None = option(
+        None, NUMBERS, None,
+        "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
+        " in float and free at run time, where one scale per tensor is then expected to lose less.",
+        shown="on with --quantize-residual",
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
@@ -227,6 +228,12 @@ class Fields:
     def equalizes(self) -> bool:
         """True where the quantizer works on an equalised copy of the model."""
         return self.quantizer == "deploy" and self.equalize
+
+    @property
+    def rotates(self) -> bool:
+        """True where residual streams are turned if that lowers the expected error."""
+        unset = self.quantize_residual and self.precision != "fp8"
+        return unset if self.rotate is None else self.rotate
 
     @property
     def effective_method(self) -> str:

@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     ptf_k: int | None
     lis: bool
     equalize: bool
-    rotate: bool
+    rotate: bool | None
     bias_correction: bool
     rounding: str
     quantize_residual: bool

@@ -42,7 +42,7 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
     plan = [Planned(LOADING, LOADING_COST), Planned(CHECKING, 64 if config.check_preprocess else 0)]
     if AUTO in config.per_channel:
         plan.append(Planned(CHANNELS, images))
-    if config.rotate:
+    if config.rotates:
         plan.append(Planned(TURNING, 2 * images))
     if config.equalizes:
         plan.append(Planned(EQUALISING, 2 * images))

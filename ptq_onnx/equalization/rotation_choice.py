@@ -1,9 +1,9 @@
 """Chooses the matrix that turns each residual stream, from one run of the calibration images.
 
 Of every tensor that norms read, and of what each makes without γ and β, the rows with the largest
-values and some of all others are kept (``calibration/product_samples.py``). A candidate is judged by
-the error that one scale for the whole tensor leaves in them, its range searched too: of a tensor
-of the stream as parts of each row's own variance, which is what the norm behind it divides by.
+values and some of all others are kept (``calibration/product_samples.py``). A candidate is judged
+by the error that one scale for the whole tensor leaves in them, its range searched too: of a
+tensor of the stream as parts of each row's own variance, which the norm behind it divides by.
 So massive tokens, which few rows are, may be clipped where all others gain.
 """
 
@@ -187,20 +187,14 @@ def _choose(
         found = np.array(pairs)
         return found[:, 0], found[:, 1]
 
-    def score(costs: tuple[Double, Double]) -> float:
-        return float(costs[0].sum() + costs[1].sum())
-
     direction = _massive(rows)
     plain = cost(None)
-    best: tuple[float, str, int, tuple[Double, Double], Double | None]
-    best = (score(plain), PLAIN, 0, plain, None)
+    best = _Tried(PLAIN, 0, None, plain)
     for seed in range(SEEDS):
         spread = spreading(stream.width, seed)
         for how, matrix in ((SPREAD, spread), (FLATTENED, flattened(spread, direction))):
-            costs = cost(matrix)
-            if score(costs) < best[0]:
-                best = score(costs), how, seed, costs, matrix
-    _, how, seed, costs, matrix = best
+            tried = _Tried(how, seed, matrix, cost(matrix))
+            best = min(best, tried, key=lambda one: one.score)
 
     def largest(matrix: Double | None) -> float:
         return max(
@@ -211,14 +205,28 @@ def _choose(
         stream=str(stream.norms[0].name),
         width=stream.width,
         tensors=len(rows),
-        by=how,
-        seed=seed,
+        by=best.how,
+        seed=best.seed,
         largest_before=largest(None),
-        largest_after=largest(matrix),
-        stream_db=_decibels(plain[0], costs[0]),
-        norm_db=_decibels(plain[1], costs[1]),
+        largest_after=largest(best.matrix),
+        stream_db=_decibels(plain[0], best.costs[0]),
+        norm_db=_decibels(plain[1], best.costs[1]),
     )
-    return found, matrix
+    return found, best.matrix
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate, and the expected errors of the stream's tensors and of what norms make."""
+
+    how: str
+    seed: int
+    matrix: Double | None
+    costs: tuple[Double, Double]
+
+    @property
+    def score(self) -> float:
+        return float(self.costs[0].sum() + self.costs[1].sum())
 
 
 def _massive(rows: list[_Rows]) -> Double:

@@ -109,6 +109,7 @@ class _Flood:
         self.stream = stream
         self.reason = ""
         self.pending: list[ir.Value] = []
+        self.done: set[ir.Value] = set()
         self.joined: list[tuple[ir.Node, ir.Node]] = []
 
     def run(self, start: ir.Value) -> None:
@@ -138,10 +139,6 @@ class _Flood:
         if value not in self.done:
             self.done.add(value)
             self.pending.append(value)
-
-    @property
-    def done(self) -> set[ir.Value]:
-        return self.__dict__.setdefault("_done", set())
 
     # --- backwards ----------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ def spreading(width: int, seed: int) -> Double:
     B is a Hadamard matrix over √D whose first column is 1/√D, with random signs of the others,
     and Q the reflection that takes 1/√D to the first unit vector: R = B Q, so that
     R·1 = √D B e₁ = 1. Q differs from the identity by one column and by 1/√D elsewhere: but for
-    one column, the entries of R stay at ± 1/√D within O(1/D). A conjugated H diag(± 1) Hᵀ / D, which
-    keeps the mean too, has entries like Gaussian ones, up to three times as large. Widths
+    one column, the entries of R stay at ± 1/√D within O(1/D). A conjugated H diag(± 1) Hᵀ / D,
+    which keeps the mean too, has entries like Gaussian ones, up to three times as large. Widths
     without a Hadamard matrix take a random orthogonal one.
     """
     random = np.random.default_rng((width, seed))
@@ -67,10 +67,10 @@ def _even(width: int, random: np.random.Generator) -> Double:
     """An orthogonal matrix [D, D] whose first column is 1/√D, entries as alike as there are."""
     found = hadamard(width)
     if found is None:
-        found = random.standard_normal((width, width))
-        found[:, 0] = 1
-        found, upper = np.linalg.qr(found)
-        return np.asarray(found * np.sign(np.diag(upper)), np.float64)
+        drawn = random.standard_normal((width, width))
+        drawn[:, 0] = 1
+        basis, upper = np.linalg.qr(drawn)
+        return np.asarray(basis * np.sign(np.diag(upper)), np.float64)
     signs = np.where(random.random(width) < 0.5, -1.0, 1.0)
     signs[0] = 1
     return np.asarray(found * signs / np.sqrt(width), np.float64)
@@ -80,14 +80,15 @@ def _even(width: int, random: np.random.Generator) -> Double:
 def hadamard(width: int) -> Double | None:
     """A matrix [D, D] of ± 1 with orthogonal rows, its first column all ones; None where neither
     Sylvester's doubling nor Paley's constructions (1933) give one."""
-    doubled, found = 0, _paley(width)
-    while found is None and width % 2 == 0:
+    doubled, core = 0, _paley(width)
+    while core is None and width % 2 == 0:
         width, doubled = width // 2, doubled + 1
-        found = _paley(width)
-    if found is None:
+        core = _paley(width)
+    if core is None:
         return None
+    found: Double = core
     for _ in range(doubled):
-        found = np.kron(found, [[1.0, 1.0], [1.0, -1.0]])
+        found = np.asarray(np.kron(found, [[1.0, 1.0], [1.0, -1.0]]), np.float64)
     return np.asarray(found * found[:, :1], np.float64)
 
 

@@ -28,7 +28,7 @@ def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
     computes what the original does (see ``parity.py``)."""
     reference = original_run(job)
     keep_for_pictures(job)
-    if job.config.rotate:
+    if job.config.rotates:
         plan = rotated(job, plan, reference, scales)
     ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
     if job.config.equalizes:
@@ -115,7 +115,7 @@ def rotated(job: Job, plan: Plan, reference: Reference, scales: str | Path | Non
     if scales is not None:
         raise ConfigError(
             f"--scales {scales}: the rotation is chosen on the images, so that the scales of"
-            " another run do not fit; calibrate anew, or leave out --rotate."
+            " another run do not fit; calibrate anew, or use --no-rotate."
         )
     config = plan.config
     turns = turn_streams(
@@ -127,11 +127,11 @@ def rotated(job: Job, plan: Plan, reference: Reference, scales: str | Path | Non
         progress=job.stage(stages.TURNING),
     )
     job.notes.extend(
-        f"--rotate: the stream at '{r.norm}' stays as it is: {r.reason}." for r in turns.refused
+        f"Rotation: the stream at '{r.norm}' stays as it is: {r.reason}." for r in turns.refused
     )
     done = [t for t in turns.turned if t.by != PLAIN]
     if not done:
-        job.notes.append("--rotate: no residual stream was turned; see the notes before.")
+        job.notes.append("Rotation: no residual stream was turned; see the notes before.")
         return replace(plan, turns=turns)
     common.RemoveUnusedNodesPass()(plan.model)
     measured = reference.off(plan.model)
@@ -167,7 +167,7 @@ def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
 
 def keep_for_pictures(job: Job) -> None:
     """The model as it is, where it is drawn beside by vanilla and about to be changed."""
-    changed = job.config.equalizes or job.config.rotate
+    changed = job.config.equalizes or job.config.rotates
     if changed and job.config.report and job.config.pictures:
         job.original = replace(job.prepared, model=job.prepared.model.clone())
 
