@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: example test lint docs fuzz
+.PHONY: example test lint docs fuzz mutants
 
 example: $(INSTALLED)
 	$(BIN)/python example.py
@@ -17,6 +17,14 @@ MINUTES ?= 5
 FIRST ?= 1000
 fuzz: $(INSTALLED)
 	cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m fuzz --minutes $(MINUTES) --first $(FIRST)
+
+# MUTANTS small faults of the package, drawn by SEED, for at most LONGEST minutes, on one thread
+MUTANTS ?= 200
+SEED ?= 1
+LONGEST ?= 60
+mutants: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint requirements.txt --requirement benchmarks/mutants/requirements.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants --mutants $(MUTANTS) --seed $(SEED) --minutes $(LONGEST)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -1,0 +1,50 @@
+"""Which tests are asked about which room: the quick ones, which run in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_NUMBERS = ("tests/numerics", "tests/quantizers", "tests/test_spec.py", "tests/test_scales_file.py")
+_INTEGER = (
+    "tests/export/test_integer_steps.py",
+    "tests/export/test_integer_lowering.py",
+    "tests/export/test_integer_reasons.py",
+    "tests/conformance/test_conformance_integer.py",
+    "tests/test_integer_interpreter.py",
+    "tests/test_integer_ops.py",
+    "tests/test_integer_ranges.py",
+)
+
+ROOMS: dict[str, tuple[str, ...]] = {
+    "numerics": (*_NUMBERS, "tests/calibration/test_methods.py", "tests/test_centring.py"),
+    "calibration": (
+        "tests/calibration",
+        "tests/quantizers/test_scale_search.py",
+        "tests/quantizers/test_uniform.py",
+        "tests/test_calibration_notes.py",
+        "tests/test_centring.py",
+    ),
+    "equalization": (
+        "tests/equalization",
+        "tests/export/test_convolution.py",
+        "tests/test_grouped_heads.py",
+    ),
+    "qdq": (
+        "tests/export/test_convolution.py",
+        "tests/export/test_factors.py",
+        "tests/export/test_half.py",
+        "tests/test_lowering.py",
+        "tests/quantizers/test_weight_only.py",
+        "tests/quantizers/test_e4m3.py",
+        "tests/quantizers/test_ptq4vit.py",
+    ),
+    "targets/integer": _INTEGER,
+}
+
+
+def files_of(room: str) -> list[Path]:
+    """The room's modules, as paths from the root."""
+    found = (ROOT / "ptq_onnx" / room).rglob("*.py")
+    return sorted(path.relative_to(ROOT) for path in found if path.name != "__init__.py")
