@@ -7,7 +7,7 @@ what to do; the command line prints it and exits with code 2.
 
 
 class PtqError(Exception):
-    """Bad input, told in one line."""
+    """Bad input, reported in one line."""
 
 
 class ModelError(PtqError):

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ptq_onnx.errors import ImageError, ModelError, PtqError
 from ptq_onnx.evaluation.evaluate import cuda_works, evaluate, logits, session
+from ptq_onnx.evaluation.network import Network
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import ImageSource, Preprocess, open_images
 
@@ -95,6 +96,29 @@ class TestEvaluate:
         assert result.agreement == pytest.approx(100 * (WANT.argmax(1) == q.argmax(1)).mean())
         assert result.agreement < 100
         assert result.top1 is result.top5 is None
+
+    def test_baseline_is_the_references_own_accuracy(
+        self, images: ImageSource, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same figures as evaluating it by itself, from one run of each model."""
+        calls: list[str] = []
+        real = Network.__call__
+
+        def counted(self: Network, batch: np.ndarray) -> dict[str, np.ndarray]:
+            calls.append(self.name)
+            return real(self, batch)
+
+        noisy = WEIGHT + 2 * np.random.default_rng(1).normal(size=WEIGHT.shape).astype("f4")
+        labels = WANT.argmax(axis=1)
+        labels[:3] = (labels[:3] + 1) % 6
+        alone = evaluate(classifier(), images, labels, batch_size=4)
+        both = {"reference": classifier(), "names": ("q", "f"), "batch_size": 4}
+        monkeypatch.setattr(Network, "__call__", counted)
+        result = evaluate(classifier(noisy), images, labels, baseline=True, **both)  # type: ignore[arg-type]
+        assert result.baseline == alone
+        assert result.top1 != alone.top1
+        assert calls == ["q", "f"] * 3
+        assert evaluate(classifier(noisy), images, labels, **both).baseline is None  # type: ignore[arg-type]
 
     @settings(max_examples=15, deadline=None)
     @given(batch_size=st.integers(1, 12), gain=st.floats(0.5, 2).filter(lambda g: g != 1))

@@ -26,7 +26,8 @@ from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.numerics.grain import PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.preparation.model_files import serialize, to_standard
-from ptq_onnx.qdq.lowering import lower, reads_codes
+from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.qdq.weights import reads_codes
 from ptq_onnx.quantizers.base import SiteQuantizer
 
 Array = NDArray[np.float32]

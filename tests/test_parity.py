@@ -69,6 +69,7 @@ def test_a_broken_equalisation_is_undone(
     assert found.report["parity"]["rewritten"] < 1e-5
     first, second = ({t["tensor"]: t["scale"] for t in r.report["tensors"]} for r in (found, plain))
     assert first == second
+    assert found.report["formed"] == plain.report["formed"]
     assert decibels(model, found, folder) == pytest.approx(decibels(model, plain, folder))
     assert decibels(model, found, folder) > 25
 
@@ -93,6 +94,10 @@ def test_a_broken_form_leaves_the_fused_model(
     assert found.report["parity"]["undone"] == ["equalisation", "bringing it into form"]
     assert found.report["parity"]["rewritten"] == found.report["parity"]["fused"] < 1e-5
     assert sum(n.startswith("Undone") for n in found.report["notes"]) == 2
+    bare = job(model, folder, tmp_path / "bare", bias_correction=False)
+    assert bare.report["parity"]["undone"] == found.report["parity"]["undone"]
+    assert bare.report["formed"] == "fused.onnx"
+    assert not (bare.output / "formed.onnx").exists()
     assert decibels(model, found, folder) > 25
 
 

@@ -111,7 +111,7 @@ def run(tmp_path: Path, model: Path = MODEL, **options: Any) -> Recorded:
         ({"method": "pearson", "report": False}, [stages.SCALES]),
         ({"weights": 4, "report": False}, [stages.CALIBRATING]),
         ({"report": False, "val": VAL, "labels": ROOT / "img/digits/val.txt"},
-         [stages.MEASURING, stages.MEASURING_FLOAT]),
+         [stages.MEASURING]),
     ],
 )  # fmt: skip
 def test_quantize(

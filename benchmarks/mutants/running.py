@@ -75,10 +75,11 @@ def preload() -> None:
     """What every test imports and no mutant changes. The package's own modules are forgotten: each
     process reads them for itself."""
     importlib.import_module("ptq_onnx.telemetry").switch_off()
-    for name in ("torch", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "hypothesis",
-                 "ptq_onnx.engine.ppq_import",
-                 "hypothesis.extra.numpy", "scipy.stats", "PIL.Image", "pydantic", "typer",
-                 "rich.console", "jinja2", "matplotlib.pyplot"):  # fmt: skip
+    for name in (
+        "torch", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "ptq_onnx.engine.ppq_import",
+        "hypothesis", "hypothesis.extra.numpy", "scipy.stats", "PIL.Image", "pydantic", "typer",
+        "rich.console", "jinja2", "matplotlib.pyplot",
+    ):  # fmt: skip
         with (
             open(os.devnull, "w") as nowhere,
             contextlib.redirect_stdout(nowhere),

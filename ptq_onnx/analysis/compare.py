@@ -59,7 +59,7 @@ def find_reference(paths: Sequence[str | Path], reference: str | Path | None) ->
     beside = (find_output(path).beside(FLOAT) for path in paths)
     found = next((path for path in beside if path is not None), None)
     if found is None:
-        raise ConfigError("Files alone do not tell the float model: name it with --reference.")
+        raise ConfigError("Files alone do not identify the float model: name it with --reference.")
     return found
 
 

@@ -14,69 +14,39 @@ activation (``dwconv``). Projections are linears, or convolutions of one pixel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import onnx_ir as ir
 
 from ptq_onnx.blocks.masks import is_mask
+from ptq_onnx.blocks.outside import Outside
+from ptq_onnx.blocks.role_map import Blocks, Role
 from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
     ARITHMETIC,
     NORMS,
-    POOLS,
     ahead_to,
     back_to,
     behind,
     data_inputs,
     is_constant,
     is_depthwise,
-    is_layout,
-    is_linear,
     is_product,
     is_projection,
-    kernel_size,
     name_of,
     source,
     through_layout,
 )
 
+__all__ = ["RESIDUALS", "Blocks", "Role", "find_blocks"]
+
 RESIDUALS = ("residual1", "residual2")
 """Adds of a branch to the stream that passes it by."""
 
 
-@dataclass(frozen=True)
-class Role:
-    """Block index (None outside the blocks) and role of one node."""
-
-    block: int | None
-    name: str
-
-    @property
-    def label(self) -> str:
-        """``blocks.3.fc2`` or ``head``."""
-        return self.name if self.block is None else f"blocks.{self.block}.{self.name}"
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Roles of all nodes, by node name, and the number of transformer blocks."""
-
-    roles: dict[str, Role]
-    count: int
-    unrecognised: tuple[str, ...] = field(default=())
-
-    def nodes(self, role: str) -> list[str]:
-        """Names of the nodes with that role, in graph order."""
-        return [name for name, found in self.roles.items() if found.name == role]
-
-
-class _Finder:
+class _Finder(Outside):
     """Walks one graph; collects the role of each node."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.order = {node: i for i, node in enumerate(graph)}
-        self.roles: dict[ir.Node, Role] = {}
+        super().__init__(graph)
         self.units = 0
 
     def run(self) -> Blocks:
@@ -105,10 +75,6 @@ class _Finder:
         for node, role in self.roles.items():
             if role.block is not None:
                 self.roles[node] = Role(new[role.block], role.name)
-
-    def set(self, node: ir.Node | None, block: int | None, role: str) -> None:
-        if node is not None and node not in self.roles:
-            self.roles[node] = Role(block, role)
 
     # --- attention ----------------------------------------------------------------------
 
@@ -293,68 +259,6 @@ class _Finder:
             if above is not None and is_depthwise(above):
                 self.set(above, index, "dwconv")
         self.branch(found, fc1, index, "post_norm")
-
-    # --- outside ------------------------------------------------------------------------
-
-    def outside(self) -> None:
-        """Patch embedding, position embedding, what lies between the blocks, norm and head."""
-        inside = [self.order[n] for n, role in self.roles.items() if role.block is not None]
-        first = min(inside, default=len(self.order))
-        last = max(inside, default=-1)
-        seen_norm = False
-        for node in self.graph:
-            if node in self.roles or is_layout(node):
-                continue
-            at = self.order[node]
-            before, between = at < first, at < last
-            two = node.op_type in ARITHMETIC and len(data_inputs(node)) == 2
-            if is_linear(node) or node.op_type == "Conv":
-                self.set(node, None, self.projection_outside(node, before, between))
-            elif node.op_type in NORMS:
-                name = "pre_norm" if before else ("merge_norm" if between else "norm")
-                self.set(node, None, name)
-                seen_norm = True
-            elif node.op_type == "Add" and before:
-                self.set(node, None, "embed")
-            elif node.op_type in POOLS and (inside or seen_norm):
-                self.set(node, None, "pool")
-            elif inside and node.op_type in ACTIVATIONS:
-                self.set(node, None, "activation")
-            elif inside and node.op_type == "Resize":
-                self.set(node, None, "resize")
-            elif inside and self.behind_head(node):
-                self.set(node, None, "head_mean")
-            elif inside and two and node.op_type == "Add":
-                self.set(node, None, "residual")
-            elif inside and two and node.op_type == "Mul":
-                self.set(node, None, "gate")
-            elif inside and node.op_type == "Mul" and not before:
-                self.set(node, None, "layer_scale")
-
-    def projection_outside(self, node: ir.Node, before: bool, between: bool) -> str:
-        if before:
-            return "patch_embed"
-        if between:
-            return "merge" if is_linear(node) else "conv"
-        return "head" if is_linear(node) or kernel_size(node) == 1 else "conv"
-
-    def behind_head(self, node: ir.Node) -> bool:
-        """True for arithmetic on the outputs of heads (the mean of two)."""
-        if node.op_type not in ARITHMETIC:
-            return False
-        sources = [source(v) for v in data_inputs(node)]
-        roles = [None if n is None else self.roles.get(n) for n in sources]
-        return bool(roles) and all(r is not None and r.name in ("head", "head_mean") for r in roles)
-
-    def layout(self) -> None:
-        """Layout ops take the block of the compute node they read from."""
-        for node in self.graph:
-            if node in self.roles or not is_layout(node):
-                continue
-            data = next((v for v in node.inputs if v is not None and not is_constant(v)), None)
-            behind = None if data is None else source(data)
-            role = None if behind is None else self.roles.get(behind)
-            self.set(node, None if role is None else role.block, "layout")
 
 
 def _projection_names(nodes: list[ir.Node | None]) -> tuple[str, str, str]:

@@ -134,7 +134,7 @@ def _warning(name: str, own: Array, ahead: dict[str, Array], norms: dict[str, No
     mean, std = (",".join(f"{v:.4g}" for v in values) for values in norms[best])
     option = f"--preprocess {best}" if best in OPTIONS else f"--mean {mean} --std {std}"
     return (
-        f"The preprocessing looks wrong: the float model is surer of its answers with the"
+        f"The preprocessing looks wrong: the float model is more confident with the"
         f" normalisation {best} than with {name}, which is in force (mean top-1 confidence"
         f" {better[best].mean():.2f} against {own.mean():.2f} on {len(own)} images). If it was"
         f" trained with that, give {option}; --no-check-preprocess leaves this test out."

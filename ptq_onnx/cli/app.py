@@ -10,7 +10,7 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -41,6 +41,10 @@ from ptq_onnx.evaluation.outputs import decibels as in_json
 from ptq_onnx.files.output_paths import OUTPUT, Output
 from ptq_onnx.pipeline.model_path import find_model
 from ptq_onnx.version import __version__
+
+if TYPE_CHECKING:
+    from ptq_onnx.evaluation.evaluate import Evaluation
+    from ptq_onnx.images.source import ImageSource
 
 app = typer.Typer(
     name="ptq-onnx",
@@ -143,38 +147,9 @@ def evaluate(
             else evaluation.since(progress("Measuring the model", len(source))),
         )
     if as_json:
-        numbers = {
-            "count": found.count,
-            "skipped": len(source.skipped),
-            "top1": found.top1,
-            "top5": found.top5,
-            "sqnr_db": in_json(found.sqnr_db),
-            "agreement": found.agreement,
-        }
-        text = {"model": str(path), **{k: _finite(v) for k, v in numbers.items()}}
-        print(json.dumps({**text, "outputs": [asdict(one) for one in found.outputs]}))
-        return
-    rows = [
-        ("preprocessing", source.preprocess.described),
-        ("images", str(found.count)),
-        ("unreadable, skipped", str(len(source.skipped))),
-    ]
-    several = len(found.outputs) > 1
-    for one in found.outputs:
-        if one.top1 is not None:
-            where = f" of '{one.name}'" if several else ""
-            rows += [(f"top-1{where}", percent(one.top1)), (f"top-5{where}", percent(one.top5))]
-    if other is not None:
-        worst = " of the worst output" if several else ""
-        rows.append((f"SQNR against the reference{worst}", decibels(found.sqnr_db)))
-        if found.agreement is not None:
-            where = f" in '{found.main}'" if several else ""
-            rows.append((f"same top class as the reference{where}", percent(found.agreement)))
-    stdout().print(simple_table((path.name, ""), rows))
-    if several and other is not None:
-        stdout().print(outputs_table([asdict(one) for one in found.outputs]))
-    for note in found.notes:
-        stdout().say(f"note: {note}")
+        _print_json(path, source, found)
+    else:
+        _print_table(path, source, found, compared=other is not None)
 
 
 @app.command(cls=cli_help.Command, short_help="Write a timm model as ONNX.")
@@ -221,6 +196,44 @@ def main() -> NoReturn:
             raise KeyboardInterrupt
     stay_done()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_json(path: Path, source: ImageSource, found: Evaluation) -> None:
+    numbers = {
+        "count": found.count,
+        "skipped": len(source.skipped),
+        "top1": found.top1,
+        "top5": found.top5,
+        "sqnr_db": in_json(found.sqnr_db),
+        "agreement": found.agreement,
+    }
+    text = {"model": str(path), **{k: _finite(v) for k, v in numbers.items()}}
+    print(json.dumps({**text, "outputs": [asdict(one) for one in found.outputs]}))
+
+
+def _print_table(path: Path, source: ImageSource, found: Evaluation, *, compared: bool) -> None:
+    """What was measured, row by row; ``compared``: with a reference."""
+    rows = [
+        ("preprocessing", source.preprocess.described),
+        ("images", str(found.count)),
+        ("unreadable, skipped", str(len(source.skipped))),
+    ]
+    several = len(found.outputs) > 1
+    for one in found.outputs:
+        if one.top1 is not None:
+            where = f" of '{one.name}'" if several else ""
+            rows += [(f"top-1{where}", percent(one.top1)), (f"top-5{where}", percent(one.top5))]
+    if compared:
+        worst = " of the worst output" if several else ""
+        rows.append((f"SQNR against the reference{worst}", decibels(found.sqnr_db)))
+        if found.agreement is not None:
+            where = f" in '{found.main}'" if several else ""
+            rows.append((f"same top class as the reference{where}", percent(found.agreement)))
+    stdout().print(simple_table((path.name, ""), rows))
+    if several and compared:
+        stdout().print(outputs_table([asdict(one) for one in found.outputs]))
+    for note in found.notes:
+        stdout().say(f"note: {note}")
 
 
 def _truth(source: Any, labels: str | None, needed: bool) -> Any:

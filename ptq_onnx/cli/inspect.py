@@ -59,7 +59,7 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
     rows = [
         *(("input", _line(t)) for t in found.inputs),
         *(("output", _line(t)) for t in found.outputs),
-        ("producer", found.producer or "not told"),
+        ("producer", found.producer or "not stated"),
         ("opset", str(found.opset)),
         ("size", f"{found.bytes / 1e6:.2f} MB, {found.parameters / 1e6:.2f} M parameters"),
     ]

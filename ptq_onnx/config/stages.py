@@ -30,14 +30,13 @@ ATTENTION = "Measuring attention"
 MODULES = "Measuring module by module"
 DRAWING = "Drawing attention"
 MEASURING = "Measuring the quantized file"
-MEASURING_FLOAT = "Measuring the float file"
 REPORTING = "Writing the report"
 
 LOADING_COST = 40.0
 WRITING_COST = 20.0
 
 
-def planned(config: QuantizeConfig, tested: int, labelled: bool) -> list[Planned]:
+def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
     """The stages behind reading the model. ``tested``: images of ``--val``, 0 without."""
     images, apart = config.images, config.analysis_images
     plan = [Planned(LOADING, LOADING_COST), Planned(CHECKING, 64 if config.check_preprocess else 0)]
@@ -72,5 +71,5 @@ def planned(config: QuantizeConfig, tested: int, labelled: bool) -> list[Planned
             Planned(MODULES, 150 * apart if config.sensitivity else 0),
             Planned(DRAWING, 120 if config.pictures else 0),
         ]
-    plan += [Planned(MEASURING, 2 * (tested or apart)), Planned(MEASURING_FLOAT, tested * labelled)]
-    return [p for p in [*plan, Planned(REPORTING, 10)] if p.weight]
+    plan += [Planned(MEASURING, 2 * (tested or apart)), Planned(REPORTING, 10)]
+    return [p for p in plan if p.weight]

@@ -1,7 +1,9 @@
 """How good a model is: accuracy on labelled images, and closeness to a reference model."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation.network import Classifier, Model, Network, cuda_works, session
-from ptq_onnx.evaluation.outputs import OutputFigures, Tallies, Tally, notes_on, pairs
+from ptq_onnx.evaluation.outputs import OutputFigures, Tallies, Tally, Values, notes_on, pairs
 from ptq_onnx.images.preprocess import FloatArray
 from ptq_onnx.images.source import ImageSource
 
@@ -28,6 +30,7 @@ class Evaluation:
     where no output is that. ``sqnr_db`` is in dB (higher is better), that of the worst output.
     ``count`` is the number of images. ``outputs``: each by itself; ``left_out``: those without
     figures, with the reason. ``whole``: outputs whose first dimension is not the batch.
+    ``baseline``: the reference's own accuracy on the same images, where it was asked for.
     """
 
     count: int
@@ -39,6 +42,7 @@ class Evaluation:
     main: str | None = None
     left_out: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    baseline: Evaluation | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -63,6 +67,7 @@ def evaluate(
     progress: Progress | None = None,
     names: tuple[str | None, str | None] = (None, None),
     features: Collection[str] = (),
+    baseline: bool = False,
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
 
@@ -70,7 +75,8 @@ def evaluate(
     output, 10·log10(Σ fp² / Σ (fp − q)²) with the sums over all images and values, and the share
     of images with the same top class where the output is [batch, classes]. ``names``: what errors
     call the two models. ``features``: outputs that look like [batch, classes] and are none; not
-    asked where there are labels. Raises ImageError, ModelError.
+    asked where there are labels. ``baseline``: count the reference's right answers too, of the
+    same run. Raises ImageError, ModelError.
     """
     tested = Network(model, threads, name=names[0])
     trusted = None if reference is None else Network(reference, threads, name=names[1])
@@ -87,8 +93,11 @@ def evaluate(
             " are not the same network."
         )
     tallies = Tallies(list(shared), features if classes is None else ())
+    counting = None if classes is None else _Counting(tallies, classes, tested)
+    own = None
+    if baseline and trusted is not None and classes is not None:
+        own = _Counting(Tallies(trusted.names), classes, trusted)
     count = 0
-    counted: list[Tally] | None = None
     for names_, batch in images.named_batches(batch_size):
         found = tested(batch)
         floats = None if trusted is None else trusted(batch)
@@ -98,17 +107,40 @@ def evaluate(
             None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats},
             tested.loose,
         )
-        if classes is not None:
-            if counted is None:
-                counted = _wide_enough(tallies.classes, classes, tested)
-            known = np.array([name in classes for name in names_])
-            truth = np.array([classes.get(name, 0) for name in names_], dtype=np.int64)
-            for tally in counted:
-                tally.count(found[tally.name], truth, known)
+        if counting is not None:
+            counting.add(names_, found)
+        if own is not None and trusted is not None and floats is not None:
+            own.tallies.add(floats, trusted.whole)
+            own.add(names_, floats)
         count += len(batch)
         if progress is not None:
             progress(count, len(images))
-    return _evaluation(tallies, counted or [], count, [tested, trusted], shared)
+    counted = [] if counting is None else counting.counted or []
+    result = _evaluation(tallies, counted, count, [tested, trusted], shared)
+    if own is None:
+        return result
+    same = {n: n for n in own.network.names}
+    plain = _evaluation(own.tallies, own.counted or [], count, [own.network, None], same)
+    return replace(result, baseline=plain)
+
+
+@dataclass
+class _Counting:
+    """Counts a network's right answers; which outputs answer is known after the first batch."""
+
+    tallies: Tallies
+    classes: Mapping[str, int]
+    network: Network
+    counted: list[Tally] | None = None
+
+    def add(self, names: Sequence[str], found: Mapping[str, Values]) -> None:
+        """Count a batch that ``tallies`` have seen. Raises ImageError, ModelError."""
+        if self.counted is None:
+            self.counted = _wide_enough(self.tallies.classes, self.classes, self.network)
+        known = np.array([name in self.classes for name in names])
+        truth = np.array([self.classes.get(name, 0) for name in names], dtype=np.int64)
+        for tally in self.counted:
+            tally.count(found[tally.name], truth, known)
 
 
 def _evaluation(

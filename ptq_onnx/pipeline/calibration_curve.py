@@ -1,4 +1,4 @@
-"""What calibration data is worth: quantized with few and many images, and with noise."""
+"""What calibration images contribute: quantized with few and many images, and with noise."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def measure_curve(
     preprocess = resolve_preprocess(model, config)
     available = len(open_images(calib, preprocess))
     tested = open_images(val, preprocess)
-    labelled = _labelled(model, tested, labels)  # wrong labels are told before the work
+    labelled = _labelled(model, tested, labels)  # wrong labels are reported before the work
     usable = [n for n in sizes if n <= available]
     notes = []
     if len(usable) < len(sizes):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.config.stages import MEASURING, MEASURING_FLOAT
+from ptq_onnx.config.stages import MEASURING
 from ptq_onnx.evaluation.evaluate import Evaluation, evaluate, since
 from ptq_onnx.evaluation.outputs import OutputFigures, decibels
 from ptq_onnx.images.source import ImageSource
@@ -45,6 +45,7 @@ def measured(
         progress=since(stage(MEASURING, len(images))),
         names=NAMES,
         features=features,
+        baseline=True,
     )
     fidelity: dict[str, Any] = {
         "images": found.count,
@@ -53,16 +54,9 @@ def measured(
         "agreement": found.agreement,
         "outputs": [_closeness(one) for one in found.outputs],
     }
-    if truth is None:
+    plain = found.baseline
+    if plain is None:
         return {"accuracy": None, "fidelity": fidelity}, found.notes
-    plain = evaluate(
-        reference,
-        images,
-        truth,
-        threads=threads,
-        names=(NAMES[1], None),
-        progress=since(stage(MEASURING_FLOAT, len(images))),
-    )
     by_name = {one.name: one for one in found.outputs}
     answers = [one for one in plain.outputs if one.top1 is not None and one.name in by_name]
     fidelity["agreement"] = by_name[str(plain.main)].agreement

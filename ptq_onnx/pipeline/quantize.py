@@ -82,8 +82,8 @@ def quantize(
     output = place.folder
     if not keep_models and place.model.exists():
         raise ConfigError(
-            f"--output {output} holds a quantized model, which the analysis would take the place"
-            " of; name another folder."
+            f"--output {output} holds a quantized model, which the analysis would replace;"
+            " name another folder."
         )
     asked = calib
     if calib is None:
@@ -119,7 +119,7 @@ def quantize(
             "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
             " bound the logits with --min-sqnr."
         )
-    begin.plan(stages.planned(config, 0 if tested is None else len(tested), truth is not None))
+    begin.plan(stages.planned(config, 0 if tested is None else len(tested)))
     begin(stages.LOADING, 1)
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine.simulator")

@@ -12,6 +12,7 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ModelError
 from ptq_onnx.files.result_names import FLOAT, FORMED, PAGE, QUANTIZED, REPORT
 from ptq_onnx.pipeline.job import Job
+from ptq_onnx.pipeline.rewriting import EQUALISATION
 from ptq_onnx.preparation import model_files as graphs
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def formed(job: Job, plan: Plan, quantizer: SiteQuantizer) -> str:
     """The file of the float model whose tensors the report names: equalised, in the target's
     form, its weights rounded and biases corrected. Not written where nothing was changed."""
     turned = plan.turns is not None and any(m is not None for m in plan.turns.matrices)
-    changed = turned or job.config.equalizes or any(plan.forms.values())
+    undone = () if job.parity is None else job.parity.undone
+    equalised = job.config.equalizes and EQUALISATION not in undone
+    changed = turned or equalised or any(plan.forms.values())
     if not changed and quantizer.model is plan.model:
         return FLOAT
     graphs.save(job.as_taken(quantizer.model), job.work / FORMED)

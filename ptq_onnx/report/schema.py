@@ -111,19 +111,8 @@ def _closeness() -> Schema:
     return found
 
 
-def report_schema() -> Schema:
-    """The schema of the whole report. Keys that it does not name may be added later."""
-    place = {"tensor": STRING, "role": STRING, "block": _or_null(COUNT)}
-    accuracy = {"top1": _or_null(NUMBER), "top5": _or_null(NUMBER)}
-    closeness = {"sqnr_db": schema_of(Decibels), "agreement": _or_null(NUMBER)}
-    analysis = schema_of(Graphwise)
-    analysis["properties"] |= {
-        "sensitivity": _or_null(schema_of(Sensitivity)),
-        "variation": _or_null(schema_of(Variation)),
-        "attention": _or_null(schema_of(AttentionAnalysis)),
-        "advice": _list(STRING),
-    }
-    analysis["required"] = list(analysis["properties"])
+def _tensor(place: dict[str, Schema]) -> Schema:
+    """The numbers of one quantized tensor, and what its code adds to them."""
     granularities = [*(grain.name for grain in GRAINS), RowMaximum.name]
     spec = {
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
@@ -140,6 +129,50 @@ def report_schema() -> Schema:
     own = {name: COUNT for code in CODES for name in code.details}
     tensor = _object(spec)
     tensor["properties"] |= own
+    return tensor
+
+
+def _of_some_runs() -> dict[str, Schema]:
+    """Keys that a report need not have."""
+    return {
+        "equalization": _object(
+            {"forms": {"type": "object", "additionalProperties": COUNT},
+             "moves": _list(schema_of(Move))}
+        ),
+        "rotation": _or_null(
+            _object({"turned": _list(schema_of(Turned)), "refused": _list(schema_of(Refused))})
+        ),
+        "parity": _or_null(schema_of(Parity)),
+        "optimised": {"type": "object", "additionalProperties": COUNT,
+                      "description": "Ops of the graph that ONNX Runtime runs."},
+        "integer": _object(
+            {"ops": {"type": "object", "additionalProperties": COUNT},
+             "widest": {"type": "object", "additionalProperties": _object(
+                 {"tensor": STRING, "bits": COUNT, "of": COUNT, "seen_bits": _or_null(COUNT)})},
+             "operations": {"type": "object", "additionalProperties": COUNT},
+             "traffic": {"type": "object", "additionalProperties": NUMBER},
+             "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
+        ),
+        "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
+        "invocation": _or_null(schema_of(Invocation)),
+        "auto": _or_null(schema_of(Automatic)),
+        "coverage": _coverage(),
+    }  # fmt: skip
+
+
+def report_schema() -> Schema:
+    """The schema of the whole report. Keys that it does not name may be added later."""
+    place = {"tensor": STRING, "role": STRING, "block": _or_null(COUNT)}
+    accuracy = {"top1": _or_null(NUMBER), "top5": _or_null(NUMBER)}
+    closeness = {"sqnr_db": schema_of(Decibels), "agreement": _or_null(NUMBER)}
+    analysis = schema_of(Graphwise)
+    analysis["properties"] |= {
+        "sensitivity": _or_null(schema_of(Sensitivity)),
+        "variation": _or_null(schema_of(Variation)),
+        "attention": _or_null(schema_of(AttentionAnalysis)),
+        "advice": _list(STRING),
+    }
+    analysis["required"] = list(analysis["properties"])
     whole = _object(
         {
             "ptq_onnx": STRING,
@@ -162,7 +195,7 @@ def report_schema() -> Schema:
                 {"source": STRING, "images": COUNT, "skipped": _list(STRING), "method": STRING}
             ),
             "arithmetic": {"enum": ["float", "integer"]},
-            "tensors": _list(tensor),
+            "tensors": _list(_tensor(place)),
             "formed": {
                 "enum": [FORMED, FLOAT],
                 "description": "The file of the float model that was quantized, whose tensors the"
@@ -190,30 +223,7 @@ def report_schema() -> Schema:
             "notes": _list(STRING),
         }
     )  # fmt: skip
-    whole["properties"] |= {  # of some runs only
-        "equalization": _object(
-            {"forms": {"type": "object", "additionalProperties": COUNT},
-             "moves": _list(schema_of(Move))}
-        ),
-        "rotation": _or_null(
-            _object({"turned": _list(schema_of(Turned)), "refused": _list(schema_of(Refused))})
-        ),
-        "parity": _or_null(schema_of(Parity)),
-        "optimised": {"type": "object", "additionalProperties": COUNT,
-                      "description": "Ops of the graph that ONNX Runtime runs."},
-        "integer": _object(
-            {"ops": {"type": "object", "additionalProperties": COUNT},
-             "widest": {"type": "object", "additionalProperties": _object(
-                 {"tensor": STRING, "bits": COUNT, "of": COUNT, "seen_bits": _or_null(COUNT)})},
-             "operations": {"type": "object", "additionalProperties": COUNT},
-             "traffic": {"type": "object", "additionalProperties": NUMBER},
-             "ranges": _object({"columns": _list(STRING), "rows": _list(_list({}))})}
-        ),
-        "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
-        "invocation": _or_null(schema_of(Invocation)),
-        "auto": _or_null(schema_of(Automatic)),
-        "coverage": _coverage(),
-    }  # fmt: skip
+    whole["properties"] |= _of_some_runs()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "report.json of ptq_onnx",

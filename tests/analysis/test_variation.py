@@ -12,7 +12,8 @@ from prepared_models import DIGITS, images, prepared, quantized
 
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.results import Error, Sensitivity, Switched
-from ptq_onnx.analysis.variation import BINS, kurtosis, ratio_to_median, sdam, variation
+from ptq_onnx.analysis.tensor_sums import BINS, kurtosis, ratio_to_median, sdam
+from ptq_onnx.analysis.variation import variation
 from ptq_onnx.analysis.variation_results import Outlier, TensorVariation, Variation
 from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.preparation import model_files as graphs

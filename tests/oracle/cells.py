@@ -54,10 +54,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "deploy fp8/tensorrt": {"target": "tensorrt", "precision": "fp8"},
     "deploy/openvino": {"target": "openvino"},
     "deploy weights 4/onnxruntime": {"weights": 4},
+    "vanilla rotated/onnxruntime": {"quantizer": "vanilla", "rotate": True},
+    "fqvit rotated/onnxruntime": {"quantizer": "fqvit", "rotate": True},
+    "deploy rotated/onnxruntime": {"quantizer": "deploy", "rotate": True},
+    "fqvit rotated/integer": {"target": "integer", "rotate": True},
 }
 """Options by quantizer and target."""
-ONE_WIDTH = ("deploy fp8/tensorrt", "deploy weights 4/onnxruntime")
-"""These have one format: 8-bit floats; 4-bit weights alone."""
+ONE_WIDTH = (
+    "deploy fp8/tensorrt", "deploy weights 4/onnxruntime", "vanilla rotated/onnxruntime",
+    "fqvit rotated/onnxruntime", "deploy rotated/onnxruntime", "fqvit rotated/integer",
+)  # fmt: skip
+"""These have one format, 8-bit floats or 4-bit weights alone, or the bits change nothing else."""
 DIGITS = "digits"
 ROOT = Path(__file__).resolve().parents[2]
 EQUAL = 400.0
