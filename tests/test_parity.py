@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from small_image_model import image_model, pictures
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization import equalize, restructure
 from ptq_onnx.equalization.linear_weights import move_rows
+from ptq_onnx.equalization.rotation import turn
 from ptq_onnx.errors import ModelError
 from ptq_onnx.evaluation.network import Classifier
 from ptq_onnx.evaluation.parity import BOUND, LARGEST, WRONG, Reference
@@ -72,6 +74,48 @@ def test_a_broken_equalisation_is_undone(
     assert found.report["formed"] == plain.report["formed"]
     assert decibels(model, found, folder) == pytest.approx(decibels(model, plain, folder))
     assert decibels(model, found, folder) > 25
+
+
+def test_a_broken_rotation_is_undone(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are those of --no-rotate."""
+    model = image_model(tmp_path / "m.onnx")
+
+    def broken(graph, stream, matrix):  # type: ignore[no-untyped-def]
+        turn(graph, stream, 1.1 * matrix)
+
+    monkeypatch.setattr("ptq_onnx.equalization.rotation_choice.turn", broken)
+    options: dict[str, Any] = {"target": "tensorrt", "quantize_residual": True}
+    found = job(model, folder, tmp_path / "broken", **options)
+    plain = job(model, folder, tmp_path / "plain", **options, rotate=False)
+    (note,) = (n for n in found.report["notes"] if n.startswith("Undone"))
+    assert note.startswith("Undone: rotation. The rewritten model was off by ")
+    assert found.report["parity"]["undone"] == ["rotation"]
+    assert found.report["rotation"] is None
+    first, second = ({t["tensor"]: t["scale"] for t in r.report["tensors"]} for r in (found, plain))
+    assert first == second
+
+
+def test_an_undone_equalisation_leaves_the_rotation(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is prepared anew, and turned by the same matrix."""
+    model = image_model(tmp_path / "m.onnx")
+    real = move_rows
+
+    def broken(graph, linear, factor, shift):  # type: ignore[no-untyped-def]
+        real(graph, linear, factor, shift * 0)
+
+    plain = job(model, folder, tmp_path / "plain", equalize=False, rotate=True)
+    monkeypatch.setattr("ptq_onnx.equalization.foldings.move_rows", broken)
+    found = job(model, folder, tmp_path / "broken", rotate=True)
+    assert found.report["parity"]["undone"] == ["equalisation"]
+    assert found.report["rotation"] == plain.report["rotation"]
+    assert found.report["rotation"]["turned"][0]["by"] != "none"
+    assert found.report["parity"]["rewritten"] < 1e-5
+    first, second = ({t["tensor"]: t["scale"] for t in r.report["tensors"]} for r in (found, plain))
+    assert first == second
 
 
 def test_a_broken_form_leaves_the_fused_model(

@@ -28,12 +28,12 @@ def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
     computes what the original does (see ``parity.py``)."""
     reference = original_run(job)
     keep_for_pictures(job)
+    undone: list[str] = []
     if job.config.rotates:
-        plan = rotated(job, plan, reference, scales)
+        plan = rotated(job, plan, reference, scales, undone)
     ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
     if job.config.equalizes:
         ways.insert(0, (EQUALISATION, lambda plan: equalise(job, plan, scales)))
-    undone: list[str] = []
     off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
     if plan.turns is not None and plan.turns.turned:
         off = reference.off(plan.model)
@@ -105,10 +105,17 @@ def restored(job: Job, plan: Plan) -> Plan:
     )
 
 
-def rotated(job: Job, plan: Plan, reference: Reference, scales: str | Path | None) -> Plan:
+def rotated(
+    job: Job,
+    plan: Plan,
+    reference: Reference,
+    scales: str | Path | None,
+    undone: list[str],
+) -> Plan:
     """The plan for the model with its residual streams turned, in place; see ``rotation.py``.
 
-    Undone where the turned model computes something else. Raises ConfigError for ``scales``.
+    Undone, and named in ``undone``, where the turned model computes something else. Raises
+    ConfigError for ``scales``.
     """
     from ptq_onnx.equalization.rotation_choice import PLAIN, turn_streams
 
@@ -136,12 +143,20 @@ def rotated(job: Job, plan: Plan, reference: Reference, scales: str | Path | Non
     common.RemoveUnusedNodesPass()(plan.model)
     measured = reference.off(plan.model)
     if not reference.accepts(measured):
+        undone.append("rotation")
         job.notes.append(
-            f"Undone: the rotation. The rewritten model was {measured} against the original on"
+            f"Undone: rotation. The rewritten model was {measured} against the original on"
             f" {reference.count} calibration images; at most {reference.bound:.0e} is"
             " explained by rounding. Please report it with the model."
         )
         return restored(job, plan)
+    job.notes.extend(
+        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by});"
+        f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
+        f" expected of one scale per tensor by {t.stream_db:.1f} dB, behind norms by"
+        f" {t.norm_db:.1f} dB."
+        for t in done
+    )
     sites = find_sites(plan.model, plan.blocks)
     return replace(plan, sites=sites, turns=turns, fixed={**plan.fixed, **turns.ranges})
 
