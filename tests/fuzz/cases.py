@@ -67,9 +67,9 @@ def quantize_words(rng: random.Random) -> tuple[object, ...]:
     words += ["--target", target]
     if target == "onnxruntime":
         words += ["--quantizer", rng.choice(QUANTIZERS)]
-    if rng.random() < 0.3:
-        return (*words, "--analysis-images", "2")
-    return (*words, "--no-report")
+    report = ["--analysis-images", "2"] if rng.random() < 0.3 else ["--no-report"]
+    words += ["--rotate"] if rng.random() < 0.3 else []
+    return (*words, *report)
 
 
 def run_model(folder: Path, words: tuple[object, ...]) -> None:
