@@ -40,7 +40,7 @@ def _fold_scale(graph: ir.Graph, mul: ir.Node) -> bool:
     data, number = mul.inputs
     factor = scalar(number)
     product = None if data is None else data.producer()
-    if factor is None or product is None or data is None or not is_product(product):
+    if not factor or product is None or data is None or not is_product(product):
         return False
     if len(data.uses()) != 1 or data.is_graph_output():
         return False

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from ptq_onnx.errors import ModelError, one_line
@@ -169,7 +170,29 @@ def _parse(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.HasField("graph") or not proto.graph.node:
         raise ModelError(f"Model {path} is not an ONNX model: it holds no graph.")
+    wrong = _no_text(proto)
+    if wrong is not None:
+        raise ModelError(
+            f"Model {path} is not valid ONNX: the name {wrong!r} is not UTF-8; export or copy it"
+            " again."
+        )
     return proto
+
+
+def _no_text(message: Message) -> bytes | None:
+    """The first string in a protobuf that is not UTF-8, which Python gets as bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            texts = [value] if isinstance(value, str | bytes) else value
+            wrong = next((t for t in texts if isinstance(t, bytes)), None)
+        elif field.type == field.TYPE_MESSAGE:
+            parts = [value] if isinstance(value, Message) else value
+            wrong = next((w for w in map(_no_text, parts) if w is not None), None)
+        else:
+            continue
+        if wrong is not None:
+            return wrong
+    return None
 
 
 def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:

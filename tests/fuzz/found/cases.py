@@ -28,6 +28,27 @@ def constant_if(folder: Path) -> Case:
     return _saved(branched(), folder, SHORT, 0)
 
 
+def scale_of_zero(folder: Path) -> Case:
+    """A scale of QKᵀ that is zero went into the weight of q as one over it."""
+    model = vit()
+    multiplied = {name for n in model.graph.node if n.op_type == "Mul" for name in n.input}
+    scales = [t for t in model.graph.initializer if t.name in multiplied and not t.dims]
+    assert scales
+    for scale in scales:
+        scale.CopyFrom(numpy_helper.from_array(np.array(0, np.float32), scale.name))
+    words = tuple("deploy" if word == "vanilla" else word for word in SHORT)
+    return _saved(model, folder, words, 0)
+
+
+def name_that_is_no_text(folder: Path) -> Case:
+    """protobuf gives names that are not UTF-8 as bytes, and onnx_ir could not write them."""
+    content = vit().SerializeToString()
+    name = vit().graph.node[3].name.encode()
+    assert name
+    (folder / "model.onnx").write_bytes(content.replace(name, name[:-1] + b"\xb1"))
+    return ("inspect", "model.onnx"), 2
+
+
 def dims_of_other_data(folder: Path) -> Case:
     """Weights whose dims and data disagree ended in NumPy's reshape."""
     model = vit()
@@ -227,6 +248,8 @@ def _with_images(folder: Path, *names: str) -> Case:
 
 CASES: tuple[Callable[[Path], Case], ...] = (
     constant_if,
+    scale_of_zero,
+    name_that_is_no_text,
     dims_of_other_data,
     negative_dim_of_a_weight,
     empty_weight,
