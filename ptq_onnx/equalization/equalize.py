@@ -365,16 +365,15 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     counts = restructure(model, target)
     common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
-    fixed: dict[str, tuple[float, float]] = dict(plan.fixed)
+    fixed: dict[str, tuple[float, float]] = {}
     moves = not code_named(plan.config.code).floating  # see the module's text
     if plan.pixels is not None and moves:
-        roles, known = image_in_pixels(
+        roles, fixed = image_in_pixels(
             model,
             *plan.pixels,
             centred=target.symmetric,
             convolutions=target.convolutions,
         )
-        fixed.update(known)
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     blocks = with_own_reads(plan, model, blocks)
     sites = find_sites(model, blocks)

@@ -9,8 +9,8 @@ So massive tokens, which few rows are, may be clipped where all others gain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class Turns:
     matrices: tuple[Double | None, ...]
     """Of every stream in graph order; None where it stays."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether any stream was turned."""
+        return any(matrix is not None for matrix in self.matrices)
+
     def to_json(self) -> dict[str, Any]:
         """What ``report.json`` says."""
         return {
@@ -73,24 +78,34 @@ class Turns:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows [R, D] of a tensor of a stream, and of what its norm makes, [R, D]; how many rows of all
-    each stands for, [R]."""
+    """Rows [R, D] of a tensor of a stream, and of what its norm makes, [R, D].
+
+    ``counts`` [R]: how many rows of all each stands for, the sum is one; ``power`` [R]: that over
+    each row's variance.
+    """
 
     tensor: str
     stream: Double
     normed: Double
     counts: Double
+    power: Double
 
-    @property
-    def power(self) -> Double:
-        """1 over each row's variance, times its count, [R]; the sum is one."""
-        variance = self.stream.var(axis=1)
-        found = self.counts / (variance + LEAST_VARIANCE * max(float(variance.mean()), 1e-30))
-        return np.asarray(found / self.counts.sum(), np.float64)
+    @classmethod
+    def of(cls, tensor: str, sample: RowSample) -> _Rows:
+        """The rows of a sample, and their weights."""
+        rows = sample.rows.astype(np.float64)
+        counts = sample.weight / sample.weight.sum()
+        variance = rows.var(axis=1)
+        centred = rows - rows.mean(axis=1, keepdims=True)
+        normed = centred / np.maximum(np.sqrt(variance)[:, None], 1e-12)
+        power = counts / (variance + LEAST_VARIANCE * max(float(variance.mean()), 1e-30))
+        return cls(tensor, rows, normed, counts, power)
 
-    @property
-    def share(self) -> Double:
-        return np.asarray(self.counts / self.counts.sum(), np.float64)
+    def turned(self, matrix: Double | None) -> _Rows:
+        """The rows of the turned stream."""
+        if matrix is None:
+            return self
+        return replace(self, stream=self.stream @ matrix, normed=self.normed @ matrix)
 
 
 def turn_streams(
@@ -112,15 +127,12 @@ def turn_streams(
     ranges: dict[str, tuple[float, float]] = {}
     matrices: list[Double | None] = []
     for stream in streams:
-        found, matrix = _choose(stream, rows, levels, symmetric)
+        found, best = _choose(stream, rows, levels, symmetric)
         turned.append(found)
-        matrices.append(matrix)
-        if matrix is None:
-            continue
-        turn(model.graph, stream, matrix)
-        for one in _of(stream, rows):
-            _, low, high = _searched(one.stream @ matrix, one.power, levels, symmetric)
-            ranges[one.tensor] = float(low), float(high)
+        matrices.append(best.matrix)
+        if best.matrix is not None:
+            turn(model.graph, stream, best.matrix)
+            ranges.update(best.ranges)
     return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices))
 
 
@@ -153,80 +165,63 @@ def _collect(
     return found
 
 
-def _of(stream: Stream, samples: Mapping[str, RowSample]) -> Iterator[_Rows]:
-    """The rows of each tensor of a stream that norms read."""
-    for name in dict.fromkeys(str(norm.inputs[0].name) for norm in stream.norms if norm.inputs[0]):
-        sample = samples[name]
-        rows = sample.rows.astype(np.float64)
-        centred = rows - rows.mean(axis=1, keepdims=True)
-        spread = np.sqrt((centred**2).mean(axis=1, keepdims=True))
-        yield _Rows(name, rows, centred / np.maximum(spread, 1e-12), sample.weight)
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate, the expected errors of the stream's tensors and of what norms make, [T] each,
+    and the ranges of the stream's tensors."""
+
+    how: str
+    seed: int
+    matrix: Double | None
+    stream: Double
+    normed: Double
+    ranges: dict[str, tuple[float, float]]
+    largest: float
+
+    @property
+    def score(self) -> float:
+        return float(self.stream.sum() + self.normed.sum())
 
 
 def _choose(
     stream: Stream, samples: Mapping[str, RowSample], levels: int, symmetric: bool
-) -> tuple[Turned, Double | None]:
-    """The matrix with the least expected error; None where none is better than the stream is."""
-    rows = list(_of(stream, samples))
+) -> tuple[Turned, _Tried]:
+    """The candidate with the least expected error: the stream as it is where none is better."""
+    names = dict.fromkeys(str(n.inputs[0].name) for n in stream.norms if n.inputs[0] is not None)
+    rows = [_Rows.of(name, samples[name]) for name in names]
 
-    def cost(matrix: Double | None) -> tuple[Double, Double]:
-        """Of the stream's tensors and of what norms make, [T] each."""
-        pairs = []
-        for one in rows:
-            outer, inner = (
-                (one.stream, one.normed)
-                if matrix is None
-                else (one.stream @ matrix, one.normed @ matrix)
-            )
-            pairs.append(
-                (
-                    _searched(outer, one.power, levels, symmetric)[0],
-                    _searched(inner, one.share, levels, symmetric)[0],
-                )
-            )
-        found = np.array(pairs)
-        return found[:, 0], found[:, 1]
+    def tried(how: str, seed: int, matrix: Double | None) -> _Tried:
+        turned = [one.turned(matrix) for one in rows]
+        outer = [_searched(r.stream, r.power, levels, symmetric) for r in turned]
+        inner = [_searched(r.normed, r.counts, levels, symmetric) for r in turned]
+        return _Tried(
+            how,
+            seed,
+            matrix,
+            np.array([error for error, _, _ in outer]),
+            np.array([error for error, _, _ in inner]),
+            {r.tensor: (low, high) for r, (_, low, high) in zip(turned, outer, strict=True)},
+            max(float(np.abs(r.stream).max()) for r in turned),
+        )
 
     direction = _massive(rows)
-    plain = cost(None)
-    best = _Tried(PLAIN, 0, None, plain)
+    best = plain = tried(PLAIN, 0, None)
     for seed in range(SEEDS):
         spread = spreading(stream.width, seed)
         for how, matrix in ((SPREAD, spread), (FLATTENED, flattened(spread, direction))):
-            tried = _Tried(how, seed, matrix, cost(matrix))
-            best = min(best, tried, key=lambda one: one.score)
-
-    def largest(matrix: Double | None) -> float:
-        return max(
-            float(np.abs(r.stream if matrix is None else r.stream @ matrix).max()) for r in rows
-        )
-
+            best = min(best, tried(how, seed, matrix), key=lambda one: one.score)
     found = Turned(
         stream=str(stream.norms[0].name),
         width=stream.width,
         tensors=len(rows),
         by=best.how,
         seed=best.seed,
-        largest_before=largest(None),
-        largest_after=largest(best.matrix),
-        stream_db=_decibels(plain[0], best.costs[0]),
-        norm_db=_decibels(plain[1], best.costs[1]),
+        largest_before=plain.largest,
+        largest_after=best.largest,
+        stream_db=_decibels(plain.stream, best.stream),
+        norm_db=_decibels(plain.normed, best.normed),
     )
-    return found, best.matrix
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """A candidate, and the expected errors of the stream's tensors and of what norms make."""
-
-    how: str
-    seed: int
-    matrix: Double | None
-    costs: tuple[Double, Double]
-
-    @property
-    def score(self) -> float:
-        return float(self.costs[0].sum() + self.costs[1].sum())
+    return found, best
 
 
 def _massive(rows: list[_Rows]) -> Double:
@@ -255,12 +250,12 @@ def _searched(
     total = float(power.sum())
     outer = np.abs(rows) > CLIPS[-1] * min(-low or high, high or -low)
     picked, share = rows[outer], np.broadcast_to(power[:, None], rows.shape)[outer] / rows.shape[1]
-    best = (np.inf, low, high)
+    best = (float("inf"), low, high)
     for clip in CLIPS:
         below, above = low * clip, high * clip
         beyond = picked - np.clip(picked, below, above)
         step = (above - below) / (levels - 1)
         error = total * step**2 / 12 + float(share @ beyond**2)
         if error < best[0]:
-            best = (error, below, above)
+            best = (error, float(below), float(above))
     return best

@@ -17,7 +17,6 @@ from ptq_onnx.blocks.channels import is_convolution
 from ptq_onnx.blocks.walking import is_constant, is_linear, name_of
 from ptq_onnx.equalization.channel_axis import (
     LINEAR_IN_CHANNELS,
-    REDUCTIONS,
     axis_before,
     axis_behind,
     channels_of,
@@ -185,22 +184,24 @@ class _Flood:
         if value is None:
             return
         before = axis_before(node, index, axis, self.stream.width)
-        size = None if before is None else channels_of(value, before)
-        if is_constant(value):
-            array = constant(value)
-            if array is None:
-                raise Stays(f"'{value.name}' cannot be read")
-            if before is None or array.ndim == 0 or array.shape[before] == 1:
-                return  # the same for all channels: R·1 = 1
-            if array.shape[before] % self.stream.width:
-                raise Stays(f"'{value.name}' has {array.shape[before]} channels")
-            place = (node, index, before)
-            if place not in self.stream.constants:
-                self.stream.constants.append(place)
+        if node.op_type in ("Add", "Sub") and self._alike(value, axis, node):
+            return  # the same for all channels: R·1 = 1
+        if not is_constant(value):
+            self.take(value, before, node)
             return
-        if size == 1 and node.op_type in ("Add", "Sub"):
-            return
-        self.take(value, before, node)
+        array = constant(value)
+        if array is None or before is None or array.shape[before] % self.stream.width:
+            raise Stays(f"the constant '{value.name}' has other channels")
+        self.stream.constants.append((node, index, before))
+
+    @staticmethod
+    def _alike(value: ir.Value, axis: int, node: ir.Node) -> bool:
+        """True for an operand that is broadcast along the channels."""
+        shape, whole = sizes(value), sizes(node.outputs[0])
+        if shape is None or whole is None:
+            return False
+        own = axis - (len(whole) - len(shape))
+        return own < 0 or shape[own] == 1
 
     def factor(self, node: ir.Node, axis: int) -> None:
         """A Mul or Div by one number, or by a factor per channel right behind a linear."""
@@ -215,13 +216,17 @@ class _Flood:
         linear = value.producer()
         last = len(sizes(value) or []) - 1
         array = constant(other)
-        plain = linear is not None and is_linear(linear) and axis == last
-        if not plain or array is None or array.size != channels_of(value, last):
+        if (
+            linear is None
+            or not is_linear(linear)
+            or axis != last
+            or array is None
+            or array.size != channels_of(value, last)
+            or len(value.uses()) != 1
+            or node.op_type != "Mul"
+        ):
             raise Stays(f"'{name_of(node)}' multiplies each channel by another factor")
-        if len(value.uses()) != 1 or node.op_type != "Mul" or linear is None:
-            raise Stays(f"'{name_of(node)}' multiplies each channel by another factor")
-        if (linear, node) not in self.stream.scaled:
-            self.stream.scaled.append((linear, node))
+        self.stream.scaled.append((linear, node))
 
     @staticmethod
     def _along(node: ir.Node, axis: int) -> bool:
@@ -265,8 +270,8 @@ class _Flood:
         over = node.attributes.get_int("axis", -1) % rank
         if over != axis or axis != rank - 1:
             raise Stays(f"the norm '{name_of(node)}' is over other axes than the channels")
-        if not all(v is None or is_constant(v) for v in node.inputs[1:]):
-            raise Stays(f"γ or β of '{name_of(node)}' is no constant")
+        if not all(v is None or _of_channels(v, norm_width(node)) for v in node.inputs[1:]):
+            raise Stays(f"γ or β of '{name_of(node)}' is not a constant for each channel")
         self.stream.norms.append(node)
         for reader in self.linears_behind(node.outputs[0], axis, node):
             self.stream.readers.append((reader, node))
@@ -294,7 +299,7 @@ class _Flood:
             after = axis_behind(node, use.idx, axis, self.stream.width) if moves else None
             if after is None or (node.op_type == "Pad" and has_shift(norm)):
                 raise Stays(f"'{name_of(node)}' ({node.op_type}) reads the norm '{name_of(norm)}'")
-            if node.op_type == "ReduceSum" and node.op_type in REDUCTIONS and has_shift(norm):
+            if node.op_type == "ReduceSum" and has_shift(norm):
                 raise Stays(f"'{name_of(node)}' adds up what '{name_of(norm)}' makes")
             for output in node.outputs:
                 if output not in self.stream.behind:
@@ -304,6 +309,12 @@ class _Flood:
 def norm_width(norm: ir.Node) -> int | None:
     """How many channels a norm takes together."""
     return channels_of(norm.inputs[0], len(sizes(norm.inputs[0]) or []) - 1)
+
+
+def _of_channels(value: ir.Value, width: int | None) -> bool:
+    """True for a constant [D], or one with only ones in front of D."""
+    array = constant(value)
+    return array is not None and array.ndim > 0 and array.size == array.shape[-1] == width
 
 
 def has_shift(norm: ir.Node) -> bool:

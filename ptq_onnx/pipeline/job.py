@@ -21,6 +21,7 @@ from ptq_onnx.report.reproduce import Invocation
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis
+    from ptq_onnx.equalization.rotation_choice import Turns
     from ptq_onnx.quantizers.base import SiteQuantizer
 
 
@@ -49,6 +50,8 @@ class Job:
     """Images of the analysis, once they were chosen, and whether calibration did not see them."""
     again: Callable[[], Prepared] | None = None
     """Prepares the model anew: equalisation changes it in place."""
+    turns: Turns | None = None
+    """What rotation turned, and by what."""
     parity: Parity | None = None
     """How far the rewritten model is off the original."""
 

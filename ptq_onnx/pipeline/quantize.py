@@ -180,7 +180,7 @@ def run_stages(
         "forms": dict(plan.forms),
         "moves": [asdict(move) for move in plan.moves],
     }
-    report["rotation"] = None if plan.turns is None else plan.turns.to_json()
+    report["rotation"] = None if job.turns is None else job.turns.to_json()
     report["parity"] = _as_dict(job.parity)
     report["formed"] = formed(job, plan, quantizer)
     report["validation"] = job.validation

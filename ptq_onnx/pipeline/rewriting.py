@@ -11,15 +11,17 @@ import numpy as np
 import onnx_ir.passes.common as common
 
 from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import NORMS, name_of
 from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.pipeline.job import Job
 
 if TYPE_CHECKING:
+    from ptq_onnx.equalization.rotation_choice import Turns
     from ptq_onnx.quantizers.base import Plan
 
-EQUALISATION, FORM = "equalisation", "bringing it into form"
+ROTATION, EQUALISATION, FORM = "rotation", "equalisation", "bringing it into form"
 """What is done to the float model, in the words of notes."""
 
 
@@ -29,14 +31,27 @@ def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
     reference = original_run(job)
     keep_for_pictures(job)
     undone: list[str] = []
-    if job.config.rotates:
-        plan = rotated(job, plan, reference, scales, undone)
+
+    def undo(what: str, measured: Off) -> None:
+        undone.append(what)
+        job.notes.append(
+            f"Undone: {what}. The rewritten model was {measured} against the original on"
+            f" {reference.count} calibration images; at most {reference.bound:.0e} is"
+            " explained by rounding. Please report it with the model."
+        )
+
+    off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
+    if job.config.rotates and turn(job, plan, scales):
+        after = reference.off(plan.model)
+        if reference.accepts(after):
+            plan, off = turned(job, plan), after
+        else:
+            undo(ROTATION, after)
+            job.turns = None
+            plan = restored(job, plan)
     ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
     if job.config.equalizes:
         ways.insert(0, (EQUALISATION, lambda plan: equalise(job, plan, scales)))
-    off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
-    if plan.turns is not None and plan.turns.turned:
-        off = reference.off(plan.model)
     for what, way in ways:
         found = way(plan)
         measured = off if found.model is plan.model and not found.forms else None
@@ -44,12 +59,7 @@ def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
         if reference.accepts(measured) or measured is off:
             plan, off = found, measured
             break
-        undone.append(what)
-        job.notes.append(
-            f"Undone: {what}. The rewritten model was {measured} against the original on"
-            f" {reference.count} calibration images; at most {reference.bound:.0e} is"
-            " explained by rounding. Please report it with the model."
-        )
+        undo(what, measured)
         if what != FORM:
             plan = restored(job, plan)
     job.notes.extend(reference.notes)
@@ -90,34 +100,27 @@ def original_run(job: Job) -> Reference:
 
 
 def restored(job: Job, plan: Plan) -> Plan:
-    """The plan for the model as it was before it was changed in place."""
+    """The plan for the model as it was before it was changed in place, but for the rotation."""
     assert job.again is not None
     prepared = job.again()
     prepared.model.metadata_props.update(job.prepared.model.metadata_props)
-    job.prepared, job.original = prepared, None
-    if plan.turns is not None:
-        from ptq_onnx.equalization.rotation_choice import turn_again
-
-        turn_again(prepared.model, plan.turns.matrices)
-        prepared = replace(prepared, sites=find_sites(prepared.model, prepared.blocks))
-    return replace(
+    job.prepared = prepared
+    plan = replace(
         plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
     )
+    if job.turns is None:
+        job.original = None
+        return plan
+    from ptq_onnx.equalization.rotation_choice import turn_again
+
+    turn_again(prepared.model, job.turns.matrices)
+    return turned(job, plan)
 
 
-def rotated(
-    job: Job,
-    plan: Plan,
-    reference: Reference,
-    scales: str | Path | None,
-    undone: list[str],
-) -> Plan:
-    """The plan for the model with its residual streams turned, in place; see ``rotation.py``.
-
-    Undone, and named in ``undone``, where the turned model computes something else. Raises
-    ConfigError for ``scales``.
-    """
-    from ptq_onnx.equalization.rotation_choice import PLAIN, turn_streams
+def turn(job: Job, plan: Plan, scales: str | Path | None) -> bool:
+    """Turn the residual streams of the plan's model, in place, where that lowers the expected
+    error; whether any was (see ``equalization/rotation_choice.py``). Raises ConfigError."""
+    from ptq_onnx.equalization.rotation_choice import turn_streams
 
     if scales is not None:
         raise ConfigError(
@@ -125,40 +128,53 @@ def rotated(
             " another run do not fit; calibrate anew, or use --no-rotate."
         )
     config = plan.config
-    turns = turn_streams(
+    job.turns = turn_streams(
         plan.model,
         job.batches(job.images),
         1 << config.widths.activations,
-        symmetric=config.quantizer == "vanilla" or config.runtime.symmetric,
+        symmetric=norms_are_symmetric(plan),
         threads=config.threads,
         progress=job.stage(stages.TURNING),
     )
-    job.notes.extend(
-        f"Rotation: the stream at '{r.norm}' stays as it is: {r.reason}." for r in turns.refused
-    )
-    done = [t for t in turns.turned if t.by != PLAIN]
-    if not done:
-        job.notes.append("Rotation: no residual stream was turned; see the notes before.")
-        return replace(plan, turns=turns)
-    common.RemoveUnusedNodesPass()(plan.model)
-    measured = reference.off(plan.model)
-    if not reference.accepts(measured):
-        undone.append("rotation")
-        job.notes.append(
-            f"Undone: rotation. The rewritten model was {measured} against the original on"
-            f" {reference.count} calibration images; at most {reference.bound:.0e} is"
-            " explained by rounding. Please report it with the model."
-        )
-        return restored(job, plan)
-    job.notes.extend(
+    job.notes.extend(notes_on(job.turns))
+    return job.turns.changed
+
+
+def notes_on(turns: Turns) -> list[str]:
+    """What was turned and what that is expected to win; of what stays, the first reason."""
+    notes = [
         f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by});"
         f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
         f" expected of one scale per tensor by {t.stream_db:.1f} dB, behind norms by"
         f" {t.norm_db:.1f} dB."
-        for t in done
-    )
-    sites = find_sites(plan.model, plan.blocks)
-    return replace(plan, sites=sites, turns=turns, fixed={**plan.fixed, **turns.ranges})
+        for t, matrix in zip(turns.turned, turns.matrices, strict=True)
+        if matrix is not None
+    ]
+    if turns.refused:
+        first, more = turns.refused[0], len(turns.refused) - 1
+        others = f" ({more} more stay too: report.json, rotation)" if more else ""
+        notes.append(
+            f"Rotation: the stream at '{first.norm}' stays as it is: {first.reason}{others}."
+        )
+    if not turns.changed:
+        notes.append("Rotation: no residual stream was turned.")
+    return notes
+
+
+def norms_are_symmetric(plan: Plan) -> bool:
+    """Whether the codes of what norms make have zero in their middle."""
+    from ptq_onnx.quantizers.by_name import make_quantizer
+
+    made = {name_of(node) for node in plan.model.graph if node.op_type in NORMS}
+    rules = make_quantizer(plan).rules
+    return any(rule.symmetric for name, rule in rules.items() if plan.sites[name].producer in made)
+
+
+def turned(job: Job, plan: Plan) -> Plan:
+    """The plan for its model once the streams were turned."""
+    assert job.turns is not None
+    common.RemoveUnusedNodesPass()(plan.model)
+    return replace(plan, sites=find_sites(plan.model, plan.blocks), searched=dict(job.turns.ranges))
 
 
 def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
@@ -187,14 +203,13 @@ def keep_for_pictures(job: Job) -> None:
         job.original = replace(job.prepared, model=job.prepared.model.clone())
 
 
-def copies_of_turned(plan: Plan) -> dict[str, tuple[float, float]]:
-    """The ranges of turned tensors, for the copies of them that are quantized instead."""
+def of_copies(plan: Plan) -> dict[str, tuple[float, float]]:
+    """The ranges searched, for the copies of their tensors that are quantized instead."""
     found: dict[str, tuple[float, float]] = {}
-    ranges = {} if plan.turns is None else plan.turns.ranges
     for node in plan.model.graph:
         read = node.inputs[0] if node.op_type == "Identity" else None
-        if read is not None and read.name in ranges:
-            found[str(node.outputs[0].name)] = ranges[str(read.name)]
+        if read is not None and read.name in plan.searched:
+            found[str(node.outputs[0].name)] = plan.searched[str(read.name)]
     return found
 
 
@@ -207,7 +222,11 @@ def bring_into_form(plan: Plan) -> Plan:
 
 def adopt(job: Job, plan: Plan) -> Plan:
     """The plan, whose model from here on is the prepared one."""
-    plan = replace(plan, fixed={**pixel_range(job, plan), **copies_of_turned(plan), **plan.fixed})
+    plan = replace(
+        plan,
+        fixed={**pixel_range(job, plan), **plan.fixed},
+        searched={**plan.searched, **of_copies(plan)},
+    )
     job.prepared = replace(job.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
     return plan
 

@@ -42,7 +42,7 @@ def quantized_model(job: Job, quantizer: SiteQuantizer, config: QuantizeConfig) 
 def formed(job: Job, plan: Plan, quantizer: SiteQuantizer) -> str:
     """The file of the float model whose tensors the report names: equalised, in the target's
     form, its weights rounded and biases corrected. Not written where nothing was changed."""
-    turned = plan.turns is not None and any(m is not None for m in plan.turns.matrices)
+    turned = job.turns is not None and job.turns.changed
     undone = () if job.parity is None else job.parity.undone
     equalised = job.config.equalizes and EQUALISATION not in undone
     changed = turned or equalised or any(plan.forms.values())

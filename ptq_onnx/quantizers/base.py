@@ -61,8 +61,8 @@ class Plan:
     """Weights that were rounded before, by name and bits."""
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that are known and not to be calibrated, by tensor."""
-    turns: Any = None
-    """What rotation turned (``equalization.rotation_choice.Turns``)."""
+    searched: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Ranges that were searched for one scale, by tensor, all of whose channels are alike."""
     moves: tuple[Any, ...] = ()
     """What equalisation moved (``equalization.Move``)."""
     exponents: Mapping[str, float] = field(default_factory=dict)
@@ -289,6 +289,8 @@ class SiteQuantizer(VitQuantizer):
             return tensor_spec(site, rule, 0.0, 1.0)
         if site.tensor in self.plan.fixed:
             return tensor_spec(site, rule, *self.plan.fixed[site.tensor])
+        if site.tensor in self.plan.searched and rule.per_tensor:
+            return tensor_spec(site, rule, *self.plan.searched[site.tensor])
         low, high = self.bounds(site, rule, stats)
         if rule.per_tensor:
             return tensor_spec(site, rule, float(low.min()), float(high.max()))

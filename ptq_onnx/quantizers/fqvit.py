@@ -73,7 +73,7 @@ class FqVit(SiteQuantizer):
             return Rule(widths.attention, False, False, code=code, method=FIXED, around=around)
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
         wide = wide and not (config.target == INTEGER and self._stays_in_product(site))
-        wide = wide and site.tensor not in self.plan.fixed  # turned: all channels are alike
+        wide = wide and site.tensor not in self.plan.searched
         grain = PowersOfTwo() if wide else PerTensor()
         return Rule(widths.activations, False, False, grain, method=method)
 

@@ -109,6 +109,17 @@ def test_refused_with_the_reason(change: dict[str, object], reason: str) -> None
     assert reason in refused[0].reason
 
 
+def test_a_norm_with_other_factors_for_each_token_is_refused() -> None:
+    model = image_network()
+    (stream,), _ = find_streams(model.graph)
+    scale = stream.norms[1].inputs[1]
+    assert scale is not None
+    scale.const_value = ir.tensor(sample(8, D, seed=30), name=scale.name)
+    streams, refused = find_streams(model.graph)
+    assert not streams
+    assert "is not a constant for each channel" in refused[0].reason
+
+
 def massive(model: ir.Model) -> ir.Model:
     """One channel of the stream a hundred times as large as the others."""
     for node in model.graph:
