@@ -116,28 +116,11 @@ class Plan:
             return None
         if output.shape is None or not isinstance(output.shape[axis], int):
             raise ModelError(f"Tensor '{output.name}': the number of channels is not known.")
-        rank = len(output.shape)
         shape = [d if isinstance(d, int) else 1 for d in output.shape]
-        channels = shape[axis]
-        low, high = places[0][1].rule.limits
-        scale, zero = np.zeros(channels), np.zeros(channels, np.int64)
+        scale, zero = np.zeros(shape[axis]), np.zeros(shape[axis], np.int64)
         found: list[tuple[Ints, Grid]] = []
         for place, spec in places:
-            indices = layout_indices(output, place)
-            if indices is None:
-                raise refusal(
-                    producer(output),
-                    of_padding(output)
-                    or f"its output is reshaped before '{place.name}', or joined there with other"
-                    " values or by sizes that are not fixed",
-                )
-            if indices.size and int(indices.max()) >= math.prod(shape[1:]):
-                raise refusal(
-                    producer(output),
-                    of_batch(image_input(self.model)) or WINDOWS,
-                )
-            channel = np.unravel_index(indices, [1, *shape[1:]])[axis]
-            grid = Grid.of(spec)
+            channel, grid = self._channels(output, place, shape, axis), Grid.of(spec)
             if not fits(grid.scale.shape, channel.shape):
                 raise refusal(
                     producer(output),
@@ -146,6 +129,7 @@ class Plan:
             scale[channel] = np.broadcast_to(grid.scale, channel.shape)
             zero[channel] = np.broadcast_to(grid.zero, channel.shape)
             found.append((channel, grid))
+        low, high = places[0][1].rule.limits
         for channel, grid in found:
             same = (grid.low, grid.high) == (low, high)
             if (
@@ -161,8 +145,22 @@ class Plan:
                 )
         if not bool(np.all(scale > 0)):
             raise ModelError(f"Tensor '{output.name}': some of its channels stay in float.")
-        form = (-1,) + (1,) * (rank - 1 - axis % rank)
+        form = (-1,) + (1,) * (len(shape) - 1 - axis % len(shape))
         return Grid(scale.reshape(form), zero.reshape(form), low, high)
+
+    def _channels(self, output: ir.Value, place: ir.Value, shape: list[int], axis: int) -> Ints:
+        """Which channel of ``output`` each element of ``place`` is, behind layout ops."""
+        indices = layout_indices(output, place)
+        if indices is None:
+            raise refusal(
+                producer(output),
+                of_padding(output)
+                or f"its output is reshaped before '{place.name}', or joined there with other"
+                " values or by sizes that are not fixed",
+            )
+        if indices.size and int(indices.max()) >= math.prod(shape[1:]):
+            raise refusal(producer(output), of_batch(image_input(self.model)) or WINDOWS)
+        return np.unravel_index(indices, [1, *shape[1:]])[axis]
 
     def places(self, value: ir.Value) -> Iterator[tuple[ir.Value, TensorSpec]]:
         """Where layout ops bring a value to a quantized place. A Concat's place counts at its
