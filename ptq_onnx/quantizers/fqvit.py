@@ -52,6 +52,8 @@ class FqVit(SiteQuantizer):
     name: ClassVar[str] = "fqvit"
 
     def rule(self, site: Site) -> Rule | str:
+        """Codes for every tensor that has a rounding of its own, powers of two per channel for the
+        residual stream, log2 for attention maps."""
         config = self.plan.config
         widths, method = config.widths, config.effective_method
         if site.role in BRANCHES and self._only_added(site):
@@ -96,6 +98,8 @@ class FqVit(SiteQuantizer):
         return any(linear) and len(linear) > 1
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
+        """Specs from statistics; the factor of an input is divided out of the weight that reads it
+        before that is solved."""
         specs: dict[str, TensorSpec] = {}
         rows: dict[str, Array] = {}
         """Factor of the input per weight, in a shape to divide the weight by."""
