@@ -26,7 +26,10 @@ def check_selectors(config: QuantizeConfig, blocks: Blocks, sites: Mapping[str, 
     known = known_roles(blocks, sites)
     wider = [MoreBits.parse(text).selector for text in config.more_bits]
     check_roles(wider, "--more-bits", known, blocks.count)
-    for option, texts in (("--keep-float", config.keep_float), ("--per-channel", config.per_channel)):
+    for option, texts in (
+        ("--keep-float", config.keep_float),
+        ("--per-channel", config.per_channel),
+    ):
         selectors = [Selector.parse(text) for text in texts if text != AUTO]
         check_roles(selectors, option, known, blocks.count)
 

@@ -80,9 +80,7 @@ LATER = range(20, 24)
 """From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
 such a file is no worse for its own runtime, but cannot be compared in ONNX Runtime."""
 
-ONNXRUNTIME = Target(
-    "onnxruntime", quantizer="deploy", widest=WIDEST, codes_of_convolutions=True
-)
+ONNXRUNTIME = Target("onnxruntime", quantizer="deploy", widest=WIDEST, codes_of_convolutions=True)
 TENSORRT = Target(
     "tensorrt",
     opsets=LATER,
