@@ -9,7 +9,7 @@ from ptq_onnx.config.bits import Bits
 from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.names import INTEGER, WEIGHTS
 from ptq_onnx.config.option_types import no_such
-from ptq_onnx.config.selector import AUTO, Selector
+from ptq_onnx.config.selector import AUTO, MoreBits, Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.images.preprocess import PREPROCESS_NAMES
 
@@ -40,6 +40,7 @@ def check_together(config: Fields) -> None:
     if config.precision == "fp8":
         _check_fp8(config)
     _check_target(config)
+    _check_widths(config)
     if config.weight_only:
         _check_weight_only(config)
     _check_owners(config)
@@ -61,6 +62,21 @@ def _check_target(config: Fields) -> None:
         if used and not taken:
             raise ConfigError(
                 f"{option} with --target {config.target}: {why}; use --target tensorrt."
+            )
+
+
+def _check_widths(config: Fields) -> None:
+    """Activations of no more bits than the target holds."""
+    widths, most = config.widths, config.runtime.widest
+    asked = [
+        (f"--bits {config.bits}", max(widths.activations, widths.attention)),
+        *((f"--more-bits {t}", MoreBits.parse(t).bits) for t in config.more_bits if t != AUTO),
+    ]
+    for option, bits in asked:
+        if bits > most:
+            raise ConfigError(
+                f"{option}: files for {config.target} hold activations of at most {most} bits;"
+                " --target onnxruntime takes 16."
             )
 
 
@@ -92,9 +108,11 @@ def _check_owners(config: Fields) -> None:
 
 
 def _check_selectors(config: Fields) -> None:
-    for text in (*config.keep_float, *config.more_bits, *config.per_channel):
+    for text in (*config.keep_float, *config.per_channel):
         if text != AUTO:
             Selector.parse(text)
+    for text in config.more_bits:
+        MoreBits.parse(text)
     for option, given in (("--keep-float", config.keep_float), ("--more-bits", config.more_bits)):
         if AUTO in given:
             raise ConfigError(f"{option} takes roles; 'auto' is known to --per-channel only.")

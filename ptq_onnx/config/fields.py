@@ -40,7 +40,8 @@ class Fields:
     nothing else. ``attention_blocks`` are drawn; none: the last; of them
     ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
     which None means: the model's own, else imagenet. The target ``integer`` makes
-    ``arithmetic`` integer too. ``more_bits``: selectors of what gets 8 bits whatever ``bits`` say.
+    ``arithmetic`` integer too. ``more_bits``: selectors of what gets 8 bits, or
+    those behind ``=``, where ``bits`` has fewer.
     ``auto`` adds to it and to ``keep_float`` what brings the loss of top-1 down to ``max_drop``
     points, or the SQNR of the logits up to ``min_sqnr`` dB.
     """
@@ -52,7 +53,8 @@ class Fields:
         shown=ONNXRUNTIME.quantizer, choices=QUANTIZER_NAMES,
     )
     bits: str = option(
-        "8/8/8", NUMBERS, "W/A/ATTN", "Of weights/activations/attention, 2 to 8 each."
+        "8/8/8", NUMBERS, "W/A/ATTN",
+        "Of weights/activations/attention; 2 to 8, of the last two 2 to 16.",
     )
     precision: str = option(
         "int8", TARGET, "NAME",
@@ -105,8 +107,9 @@ class Fields:
         shown="none",
     )
     more_bits: tuple[str, ...] = option(
-        (), NUMBERS, "ROLE[@BLOCKS]",
-        "8 bits for a role where --bits has fewer, as in fc2 or fc2@5,6; repeatable.",
+        (), NUMBERS, "ROLE[@BLOCKS][=BITS]",
+        "8 bits for a role where --bits has fewer, as in fc2 or fc2@5,6; or as many as"
+        " residual1=16 says, of activations; repeatable.",
         shown="none",
     )
     per_channel: tuple[str, ...] = option(

@@ -26,9 +26,9 @@ from ptq_onnx.calibration.methods import (
 )
 from ptq_onnx.calibration.range_growth import find_growth
 from ptq_onnx.config import stages
-from ptq_onnx.config.bits import MOST_BITS
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.config.selector import ALL, Selector
+from ptq_onnx.config.selector import ALL, MoreBits, Selector
 from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.fake_quantize import reach
@@ -106,7 +106,11 @@ class SiteQuantizer(VitQuantizer):
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
         floats = self._checked(map(Selector.parse, config.keep_float), "--keep-float")
-        wider = self._checked(map(Selector.parse, config.more_bits), "--more-bits")
+        wider = [
+            (selector, one.bits)
+            for one in map(MoreBits.parse, config.more_bits)
+            for selector in self._checked([one.selector], "--more-bits")
+        ]
         channels = self._checked(self.per_channel(), "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
@@ -120,8 +124,15 @@ class SiteQuantizer(VitQuantizer):
             wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
             if wide and site.channel_axes and rule.per_tensor:
                 rule = self._by_channels(site, rule)
-            if any(self._concerns(s, site) for s in wider):
-                rule = replace(rule, bits=MOST_BITS)
+            bits = [number for s, number in wider if self._concerns(s, site)]
+            if bits:
+                rule = replace(rule, bits=max(rule.bits, BYTE if site.is_parameter else max(bits)))
+            if rule.bits > rule.code.widest:
+                raise ConfigError(
+                    f"{site.label}: '{rule.code.name}' codes have at most {rule.code.widest} bits,"
+                    f" not {rule.bits}; give it fewer with --bits or --more-bits"
+                    f"{f', or {rule.code.wider}' if rule.code.wider else ''}."
+                )
             if rule.method in FROM_PRODUCTS and not self._only_products_read(site):
                 rule = replace(rule, method=FALLBACK)
             rules[site.tensor] = rule

@@ -52,6 +52,7 @@ class Log2(Code):
 
     name: ClassVar[str] = "log2"
     fixed: ClassVar[str | None] = "2^−code"
+    wider: ClassVar[str] = "--no-lis"
     instead: ClassVar[str] = "--no-lis gives uniform ones"
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:

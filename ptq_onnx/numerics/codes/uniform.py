@@ -16,16 +16,23 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.config.bits import WIDEST
 from ptq_onnx.numerics.builder import Builder, V
 from ptq_onnx.numerics.codes.code import TINY, Array, Code, Codes, Numbers, Solved, Storage
 from ptq_onnx.numerics.weights import weight_scale
 
-HIGHER = 128
+HIGHER = {"uint8": 128, "uint16": 32768}
 """Signed codes that are stored in uint8 are stored this much higher, zero point included: the same
 numbers, in the type that ONNX Runtime's x86 kernels want. It would convert int8 by itself, but
 then rejects its own graph from opset 21 on (measured with 1.31: the QuantizeLinear that it
 moves over a Transpose keeps output_dtype INT8)."""
-TYPES = {"uint8": np.uint8, "int8": np.int8, "uint4": ml_dtypes.uint4}
+TYPES = {
+    "uint8": np.uint8,
+    "int8": np.int8,
+    "uint4": ml_dtypes.uint4,
+    "uint16": np.uint16,
+    "int16": np.int16,
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Uniform(Code):
     """value = (code - zero point) · scale."""
 
     name: ClassVar[str] = "uniform"
+    widest: ClassVar[int] = WIDEST
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
         """Signed −2^(b−1) … 2^(b−1) − 1, unsigned 0 … 2^b − 1."""
@@ -74,7 +82,7 @@ class Uniform(Code):
 
     def emit(self, builder: Builder[V], value: V, numbers: Numbers) -> V:
         """A Clip to the codes' range where they have less bits than their type; Q, DQ."""
-        if numbers.bits < 8:
+        if numbers.bits < 8 * np.dtype(TYPES[numbers.stored]).itemsize:
             zero, step = int(numbers.zero_point), float(numbers.scale)
             edges = self.limits(numbers.bits, numbers.signed)
             ends = [builder.constant("clip", np.float32((edge - zero) * step)) for edge in edges]
@@ -96,8 +104,8 @@ class Uniform(Code):
         return weight_scale(weight, axis, bits)
 
     def stored(self, codes: Codes, storage: Storage, signed: bool) -> NDArray[Any]:
-        """In the storage's type; signed codes that are stored as uint8 lie 128 higher."""
-        higher = HIGHER if signed and storage == "uint8" else 0
+        """In the storage's type; signed codes stored without a sign lie half their range higher."""
+        higher = HIGHER.get(storage, 0) if signed else 0
         return np.asarray(codes + higher).astype(TYPES[storage])
 
 
