@@ -34,7 +34,8 @@ from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.grain import Grain, PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
+from ptq_onnx.quantizers.base import Array, SiteQuantizer
+from ptq_onnx.quantizers.solved_specs import clip_range, tensor_spec, trim
 
 PER_TENSOR = frozenset(
     {"input", "qk", "bias", "mask", "head_mix", "softmax", "head", "head_mean", "other"}
