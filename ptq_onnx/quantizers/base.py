@@ -35,6 +35,7 @@ from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
+from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.solved_specs import channel_spec, tensor_spec
 
@@ -85,6 +86,11 @@ class SiteQuantizer(VitQuantizer):
         self._given: dict[str, TensorSpec] | None = None
         self.rules = self._dispatch()
         super().__init__(plan.model)
+
+    @property
+    def decided(self) -> Decided:
+        """The rules by tensor, and the reasons for what stays in float."""
+        return Decided(self.plan.sites, self.rules, self.floats)
 
     # --- dispatch -----------------------------------------------------------------------
 

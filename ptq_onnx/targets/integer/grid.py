@@ -38,6 +38,11 @@ class Grid:
     offset: Double = field(default_factory=no_offset)
     accumulator: bool = False
 
+    def __str__(self) -> str:
+        kind = "accumulator" if self.accumulator else "codes"
+        per = " per channel" if np.size(self.scale) > 1 else ""
+        return f"{kind} {self.low}…{self.high}{per}"
+
     @classmethod
     def of(cls, spec: TensorSpec) -> Grid:
         """The grid of a tensor's uniform codes. Signed codes are stored as they are. Raises
