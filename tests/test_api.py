@@ -199,9 +199,9 @@ def test_wrong_types_are_told(
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (3, "builtins.int is no model: a model is the path of an .onnx file"),
+        (3, "builtins.int is not a model: a model is the path of an .onnx file"),
         (torch.nn.Linear(2, 2), "is a PyTorch module: export it to ONNX first"),
-        (b"", "builtins.bytes is no model"),
+        (b"", "builtins.bytes is not a model"),
         ("nix.onnx", "nix.onnx does not exist"),
         (onnx.ModelProto(), "The model "),
     ],

@@ -155,7 +155,7 @@ def test_no_regular_file(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "a.npz")
-    assert "no regular file" in refusal(tmp_path / "a.npz")
+    assert "not a regular file" in refusal(tmp_path / "a.npz")
 
 
 def test_a_picture_too_narrow(tmp_path: Path) -> None:

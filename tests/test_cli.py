@@ -366,7 +366,7 @@ def test_defaults_are_those_of_the_config(command: Command, given_options: dict[
         (("--nix",), "--nix"),
         (("--output", MODEL), "is the model itself"),
         (("-o", MODEL.with_name("train_digits.py")), "is a file; name a folder, or a file that"),
-        (("images",), "takes MODEL.onnx alone, so that 'images' is too much"),
+        (("images",), "takes only MODEL.onnx, so 'images' is one too many"),
         (("--quantiser", "fqvit"), "See ptq-onnx quantize --help"),
     ],
 )
@@ -640,7 +640,7 @@ def test_quiet_in_a_pipe(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert "of the logits on 32 images held apart from calibration" in done.stdout
+    assert "of the logits on 32 images held out from calibration" in done.stdout
     assert "next, accuracy on labelled images: ptq-onnx evaluate" in done.stdout
 
 

@@ -238,7 +238,7 @@ def test_yaml_round_trip(config: QuantizeConfig, tmp_path: Path) -> None:
         ("a: [1", "is not YAML"),
         ("bits: 8/8/99", "attention must be"),
         ("images: many", "--images must be at least 1"),
-        ("keep_float: [FC2]", "is no role"),
+        ("keep_float: [FC2]", "is not a role"),
     ],
 )
 def test_wrong_files(content: str, message: str, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_pipe_or_socket_is_no_image(tmp_path: Path) -> None:
         listening.bind(str(tmp_path / "c.png"))
         assert open_images(tmp_path, AT_32).names == ["a.png"]
     for name in ("b.png", "c.png", "d.png"):
-        with pytest.raises(ImageError, match="no regular file"):
+        with pytest.raises(ImageError, match="not a regular file"):
             load_image(tmp_path / name, AT_32)
 
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_prepared_is_shown(
     path = g.save(tmp_path / "text.onnx", g("Tanh", g("Tanh", g("Gather", table, "x"))))
     found = inspect(path)
     assert found.refused is not None
-    assert "'x' (int64 [batch, 77]), no image" in found.refused
+    assert "'x' (int64 [batch, 77]), not an image" in found.refused
     assert found.ops == {"Tanh": 2, "Gather": 1}
     assert (found.inputs[0].dtype, found.inputs[0].shape) == ("int64", ("batch", 77))
     assert (found.parameters, found.nodes, found.blocks) == (800, 3, 0)

@@ -35,7 +35,7 @@ from ptq_onnx.images.preprocess import Preprocess
         ({"std": (58.4, 57.1, 57.4)}, "--std 58.4: must be from 1e-06 to 10; it is for pixels"),
         ({"std": (0.2, -0.2, 0.2)}, "--std -0.2: must be from 1e-06 to 10; it is for pixels"),
         ({"mean": (float("nan"),) * 3}, "--mean a tuple: must be a list, each a number"),
-        ({"keep_float": ("fc2@0-99999999",)}, "no model has so many blocks"),
+        ({"keep_float": ("fc2@0-99999999",)}, "no model has that many blocks"),
         ({"keep_float": {"fc2": 1}}, "--keep-float a dict: must be a list, each text"),
         ({"attention_heads": (10**9,)}, "--attention-heads 1000000000: must be from 0 to 9999"),
     ],

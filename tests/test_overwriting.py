@@ -77,5 +77,5 @@ def test_folders_that_are_read(tmp_path: Path) -> None:
     (tmp_path / "out/attention/block_00_a.png").write_bytes(b"")
     place = Output.at(tmp_path / "out")
     place.keep(calib=tmp_path / "out/mine", val=tmp_path, model=None, labels=b"bytes")
-    with pytest.raises(ConfigError, match=r"--calib .* would be written over"):
+    with pytest.raises(ConfigError, match=r"--calib .* would be overwritten"):
         place.keep(calib=tmp_path / "out/attention")

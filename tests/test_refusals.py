@@ -38,7 +38,7 @@ def two_images() -> onnx.ModelProto:
 def test_a_batch_is_no_window(tmp_path: Path) -> None:
     found = call(two_images(), tmp_path, "quantize", "--target", "integer")
     assert found.code == 2
-    assert "holds its batch size of 2 in a way that cannot be taken out" in found.text
+    assert "depends on its batch size of 2 in a way that cannot be undone" in found.text
     assert "Swin" not in found.text
 
 

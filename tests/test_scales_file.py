@@ -51,14 +51,14 @@ def test_a_good_one(tmp_path: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="is no report") as raised:
+    with pytest.raises(ConfigError, match="is not a report") as raised:
         read_scales(write(tmp_path, ENTRY | change))
     assert len(str(raised.value)) < 500
 
 
 def test_missing_and_twice(tmp_path: Path) -> None:
     for key in ENTRY.keys() - {"role"}:
-        with pytest.raises(ConfigError, match="is no report"):
+        with pytest.raises(ConfigError, match="is not a report"):
             read_scales(write(tmp_path, {k: v for k, v in ENTRY.items() if k != key}))
     with pytest.raises(ConfigError, match="has a tensor twice"):
         read_scales(write(tmp_path, ENTRY, ENTRY))
@@ -70,7 +70,7 @@ def test_missing_and_twice(tmp_path: Path) -> None:
 )
 def test_no_report(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text)
-    with pytest.raises(ConfigError, match="is no report"):
+    with pytest.raises(ConfigError, match="is not a report"):
         read_scales(tmp_path / "report.json")
 
 

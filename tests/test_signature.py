@@ -269,13 +269,13 @@ def test_the_benchmark_feeds_bytes(tmp_path: Path) -> None:
 
 
 TEXT = {
-    "text": (["ids: 7 b s"], ["'ids' (int64 [b, s]), no image"]),
+    "text": (["ids: 7 b s"], ["'ids' (int64 [b, s]), not an image"]),
     "image and text": (
         ["x: 1 b 3 8 8", "ids: 7 b s"],
         ["2 inputs", "the part that reads 'x' alone"],
     ),
     "two images": (["x: 1 b 3 8 8", "y: 1 b 3 8 8"], ["2 inputs", "Only models with one image"]),
-    "signal": (["x: 1 b 80 3000"], ["'x' (float [b, 80, 3000]), no image"]),
+    "signal": (["x: 1 b 80 3000"], ["'x' (float [b, 80, 3000]), not an image"]),
 }
 
 

@@ -30,7 +30,7 @@ def test_a_mark_in_front_is_no_text(tmp_path: Path) -> None:
 @READERS
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
 def test_a_device(read: Callable[[Path], object]) -> None:
-    with pytest.raises(PtqError, match=r"/dev/zero'? cannot be read: it is no regular file"):
+    with pytest.raises(PtqError, match=r"/dev/zero'? cannot be read: it is not a regular file"):
         read(Path("/dev/zero"))
 
 

@@ -106,7 +106,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "required; models/digits_vit.onnx alone has its own",
+        "required; only models/digits_vit.onnx brings its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]
@@ -136,7 +136,7 @@ AnalysisFolder = Annotated[
 ]
 Scales = Annotated[
     str | None,
-    option("--scales", "FILE", "none", "report.json of an earlier run, whose scales to re-use."),
+    option("--scales", "FILE", "none", "report.json of an earlier run, to use its scales."),
 ]
 Reference = Annotated[
     str | None,

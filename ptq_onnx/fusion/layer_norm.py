@@ -140,7 +140,9 @@ class LayerNormAffine(_LayerNorm):
             return result
         for value, name in ((gamma, "Gamma"), (beta, "Beta")):
             if not is_per_channel(value, x, self.size):
-                return result.fail(f"{name} must be a constant, one number a channel.", value)
+                return result.fail(
+                    f"{name} must be a constant, one number for each channel.", value
+                )
         return result
 
     def rewrite(  # type: ignore[override]

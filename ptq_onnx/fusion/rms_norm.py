@@ -52,7 +52,7 @@ class _RmsNorm(Rule):
         if scale is None or not is_per_channel(gamma, x, dims[-1]):
             return result.fail("Gamma must be a constant, one number for each channel.", gamma)
         if _is_centred(x):
-            return result.fail("x has its mean taken off: part of a LayerNorm.", x)
+            return result.fail("The mean of x was subtracted: part of a LayerNorm.", x)
         self.epsilon = found
         return result
 

@@ -80,7 +80,7 @@ def own_faults(path: Path, done: str) -> Iterator[None]:
             raise  # the system's word on a file; others, as PermissionError of PPQ, are no such
         refuse_what_does_not_run(path)
         raise ModelError(
-            f"Model {path} cannot be {done}; a bug here, which its file would help to mend"
+            f"Model {path} cannot be {done}; a bug here, which its file would help to fix"
             f" ({type(error).__name__}: {one_line(error)})."
         ) from error
 
