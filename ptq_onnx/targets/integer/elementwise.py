@@ -33,9 +33,11 @@ class Term:
     """Codes as uint8; None for an input."""
 
     def __call__(self, x: Ints) -> Ints:
+        """(x − z) ≪ α, or the accumulator as it is."""
         return (x - self.zero) << self.alpha if self.widen else x
 
     def emit(self, b: Builder, x: ir.Value) -> ir.Value:
+        """The same in ONNX; int64 where codes are widened."""
         return b.wide(x, self.zero, self.alpha) if self.widen else x
 
 
@@ -47,11 +49,13 @@ class SumStep:
     finish: FixedPoint
 
     def __call__(self, *inputs: Ints) -> Ints:
+        """Codes of the sum; one input for each term that is not constant, in their order."""
         given = iter(inputs)
         terms = [t(t.constant if t.constant is not None else next(given)) for t in self.terms]
         return self.finish(*terms)
 
     def emit(self, b: Builder, *inputs_and_name: Any) -> ir.Value:
+        """The same in ONNX; the last argument is the output's name."""
         *inputs, name = inputs_and_name
         given = iter(inputs)
         values = []
@@ -74,9 +78,11 @@ class MeanStep:
     finish: FixedPoint
 
     def __call__(self, x: Ints) -> Ints:
+        """Codes of the mean over ``axis``: the sum, its division in the multiplier."""
         return self.finish(self.term(x).sum(axis=self.axis, keepdims=self.keepdims))
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX; uint8 codes."""
         keep = int(self.keepdims)
         total = b.reduce("ReduceSum", self.term.emit(b, x), self.axis, keepdims=keep)
         return self.finish.emit(b, total, name=name)
@@ -123,9 +129,11 @@ class TableStep:
     """Pair of every channel, [C]; [] where there is one pair."""
 
     def __call__(self, x: Ints) -> Ints:
+        """The code that the table of its channel holds for each code."""
         return np.asarray(self.tables[self.pair, x], np.int64)
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, one Gather from all tables; uint8 codes."""
         index = b.cast(x, I32)
         if self.pair.ndim:
             index = b.op("Add", [index, b.number(self.pair * 256, I32)], I32)

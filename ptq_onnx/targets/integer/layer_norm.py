@@ -58,6 +58,7 @@ class LayerNormStep:
     finish: FixedPoint
 
     def __call__(self, codes: Ints) -> Ints:
+        """Codes of the norm over the last axis."""
         return self.finish(self.normalised(self.term(codes)))
 
     def normalised(self, x: Ints) -> Ints:
@@ -73,6 +74,7 @@ class LayerNormStep:
         return np.asarray(((self.channels * x - total) * m + half) >> shift, np.int64)
 
     def emit(self, b: Builder, codes: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, the sums in 64 bits; uint8 codes."""
         x = self.term.emit(b, codes)
         total = b.reduce("ReduceSum", x)
         squares = b.reduce("ReduceSum", b.op("Mul", [x, x], I64))

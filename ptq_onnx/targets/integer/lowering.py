@@ -19,7 +19,7 @@ from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.targets.integer.builder import FLOAT, U8, Builder, type_of_codes
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS
 from ptq_onnx.targets.integer.nodes import make_plan
-from ptq_onnx.targets.integer.plan import Plan
+from ptq_onnx.targets.integer.plan import IntegerPlan, places
 
 NAME = "{}_quantized"
 """Names of integer tensors, by the name of the fused graph's tensor."""
@@ -39,7 +39,7 @@ def lower_integer(
 class _Lowering:
     """Writes one graph."""
 
-    def __init__(self, model: ir.Model, plan: Plan) -> None:
+    def __init__(self, model: ir.Model, plan: IntegerPlan) -> None:
         self.model, self.plan = model, plan
         self.b = Builder()
         self.made: dict[ir.Value, ir.Value] = {}
@@ -52,7 +52,8 @@ class _Lowering:
         self.b.unique(str(image.name))
         for output in graph.outputs:
             self.b.unique(str(output.name))
-        self.made[image] = self.quantized(source, self.plan.image_spec())
+        assert self.plan.image is not None
+        self.made[image] = self.quantized(source, self.plan.image)
         self.image, self.source = image, source
         for node in graph:
             self.b.prefix = name_of(node)
@@ -153,4 +154,4 @@ class _Lowering:
         own = self.plan.specs.get(str(node.outputs[0].name))
         if own is not None:
             return own
-        return next((spec for _, spec in self.plan.places(node.outputs[0])), None)
+        return next((spec for _, spec in places(node.outputs[0], self.plan.specs)), None)
