@@ -177,7 +177,6 @@ def test_what_selectors_match() -> None:
         ({"target": "integer", "keep_float": ("fc2",)}, "--keep-float would leave tensors"),
         ({"target": "integer", "per_channel": ("fc2",)}, "--per-channel would leave tensors"),
         ({"target": "integer", "auto": True}, "--auto would leave tensors"),
-        ({"target": "integer", "more_bits": ("fc2",)}, "not --more-bits"),
         ({"more_bits": ("auto",)}, "--more-bits takes roles"),
         ({"more_bits": ("fc2@9-1",)}, "runs backwards"),
         ({"max_drop": 1}, "--max-drop is the bound of --auto"),

@@ -152,8 +152,6 @@ def _check_integer(config: Fields) -> None:
     ):
         if used:
             raise ConfigError(f"--target integer: {option} would leave tensors in float.")
-    if config.more_bits:
-        raise ConfigError("--target integer: its widths are those of --bits, not --more-bits.")
 
 
 def _check_weight_only(config: Fields) -> None:

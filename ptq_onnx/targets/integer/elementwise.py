@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.targets.integer.builder import I32, U8, Builder
+from ptq_onnx.targets.integer.builder import I32, TYPES, Builder, type_of_codes
 from ptq_onnx.targets.integer.fixed_point import FixedPoint
 from ptq_onnx.targets.integer.grid import Double, Grid, Ints
 
@@ -123,7 +123,7 @@ class TableStep:
     """y_q = table[pair_c, x_q]: one table of 256 entries per distinct pair of input and output
     factor, exact to the quantized input."""
 
-    tables: NDArray[np.uint8]
+    tables: NDArray[np.uint8] | NDArray[np.uint16]
     """[pairs, 256]"""
     pair: Ints
     """Pair of every channel, [C]; [] where there is one pair."""
@@ -137,8 +137,8 @@ class TableStep:
         index = b.cast(x, I32)
         if self.pair.ndim:
             index = b.op("Add", [index, b.number(self.pair * 256, I32)], I32)
-        table = b.constant(self.tables.reshape(-1), f"{name}_table")
-        return b.op("Gather", [table, index], U8, name=name)
+        table, table_type = b.constant(self.tables.reshape(-1), f"{name}_table"), self.tables.dtype
+        return b.op("Gather", [table, index], ir.DataType.from_numpy(table_type), name=name)
 
 
 def table_step(node: ir.Node, read: Grid, made: Grid) -> TableStep:
@@ -153,7 +153,7 @@ def table_step(node: ir.Node, read: Grid, made: Grid) -> TableStep:
     codes = np.arange(256)
     x = (np.clip(codes, read.low, read.high) - read.zero) * pairs[:, :1]
     y = np.rint(function(x, node) / pairs[:, 1:]) + made.zero
-    tables = np.clip(y, made.low, made.high).astype(np.uint8)
+    tables = np.clip(y, made.low, made.high).astype(TYPES[type_of_codes(made.high)])
     several = len(pairs) > 1
     pair = np.asarray(index, np.int64).reshape(shape) if several else np.zeros((), np.int64)
     return TableStep(tables, pair)

@@ -16,7 +16,7 @@ from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.targets.integer.builder import FLOAT, U8, Builder
+from ptq_onnx.targets.integer.builder import FLOAT, U8, Builder, type_of_codes
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS
 from ptq_onnx.targets.integer.nodes import make_plan
 from ptq_onnx.targets.integer.plan import IntegerPlan, places
@@ -94,7 +94,7 @@ class _Lowering:
         """The logits: codes times their scale, and their factor where they have one."""
         spec = self.plan.specs[str(value.name)]
         scale = self.b.constant(np.asarray(spec.scale, np.float32), f"{value.name}_scale")
-        zero = self.b.number(spec.zero_point, U8)
+        zero = self.b.number(spec.zero_point, type_of_codes(spec.rule.limits[1]))
         self.b.prefix = str(value.name)
         output = self.b.op("DequantizeLinear", [self.made[value], scale, zero], FLOAT)
         if spec.factor is not None:

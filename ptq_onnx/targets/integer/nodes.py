@@ -85,7 +85,7 @@ def planner_of(node: ir.Node) -> Planner | None:
 
 def plan_linear(plan: Planning, node: ir.Node) -> Planned:
     """x W + b."""
-    x = plan.read(node, 0)
+    x = plan.byte(node, 0)
     weight, spec = plan.weight(node)
     rows = np.ones(()) if spec.factor is None else spec.factor.astype(np.float64).ravel()
     if x.accumulator or not np.allclose(x.scale * rows, x.step, rtol=1e-6, atol=0):
@@ -99,7 +99,7 @@ def plan_linear(plan: Planning, node: ir.Node) -> Planned:
 
 def plan_conv(plan: Planning, node: ir.Node) -> Planned:
     """The patch embedding."""
-    x = plan.read(node, 0)
+    x = plan.byte(node, 0)
     plan.scalar(node, x, 0)
     weight, spec = plan.weight(node)
     kernel = list(weight.shape[2:])
@@ -129,7 +129,7 @@ def plan_conv(plan: Planning, node: ir.Node) -> Planned:
 
 def plan_product(plan: Planning, node: ir.Node) -> Planned:
     """QKᵀ, or A·V from log2 or uniform codes."""
-    x, y = plan.read(node, 0), plan.read(node, 1)
+    x, y = plan.byte(node, 0), plan.byte(node, 1)
     made = plan.target(node.outputs[0], -1)
     depth = shape_of(node)[-1]
     if isinstance(x, LogGrid):
@@ -270,12 +270,14 @@ def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
     tokens = shape[-1]
     if not isinstance(tokens, int) or tokens > 1 << 15:
         raise refusal(node, "the number of tokens is not known, or beyond 32,768")
-    read = plan.read(node, 0)
+    read = plan.byte(node, 0)
     plan.scalar(node, read, 0)
     name = str(node.outputs[0].name)
     spec = plan.specs.get(name)
     if spec is None or read.accumulator:
         raise refusal(node, "its input or output has no scale")
+    if spec.rule.bits > 8:
+        raise refusal(node, "its output has codes of more than 8 bits; give it 8 at most")
     log2 = spec.rule.code == Log2()
     step = SoftmaxStep(read.step, tokens, spec.rule.bits, log2, read.high - read.low)
     if not log2:
@@ -286,7 +288,7 @@ def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
 
 def plan_activation(plan: Planning, node: ir.Node) -> Planned:
     """GELU and its like, by table; GELU by polynomial where asked for."""
-    read, made = plan.read(node, 0), plan.needed(node)
+    read, made = plan.byte(node, 0), plan.needed(node)
     if read.accumulator:
         raise refusal(node, "its input has no scale")
     if node.op_type == "Gelu" and plan.gelu == "polynomial":

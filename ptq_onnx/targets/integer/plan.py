@@ -29,6 +29,7 @@ from ptq_onnx.targets.integer.grid import Double, Grid, Ints, LogGrid
 from ptq_onnx.targets.integer.products import WEIGHT_ZERO
 from ptq_onnx.targets.integer.reasons import WINDOWS, of_batch, of_padding
 
+BYTE = 255
 PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
 """An accumulator as it is."""
 
@@ -121,6 +122,18 @@ class Planning:
         if spec is None:
             raise refusal(node, f"its input '{name}' stays in float")
         return Grid.of(spec)
+
+    def byte(self, node: ir.Node, index: int) -> Grid:
+        """The grid of an input whose codes must be bytes."""
+        grid = self.read(node, index)
+        if not grid.accumulator and grid.high - min(grid.low, 0) > BYTE:
+            raise refusal(
+                node,
+                f"its input '{named(node, index)}' has codes of more than 8 bits, and integer"
+                " kernels and tables take bytes; 16 bits are for the residual stream and what norms"
+                " read, as --more-bits residual1=16 gives them",
+            )
+        return grid
 
     def scalar(self, node: ir.Node, grid: Grid, index: int) -> None:
         """Refuse a per-channel grid where one scale is needed."""
@@ -273,6 +286,12 @@ def fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """True where an array of that shape broadcasts to the other."""
     pairs = zip(reversed(shape), reversed(other), strict=False)
     return len(shape) <= len(other) and all(a in (1, b) for a, b in pairs)
+
+
+def named(node: ir.Node, index: int) -> str:
+    """The name of an input."""
+    value = node.inputs[index]
+    return "" if value is None else str(value.name)
 
 
 def producer(value: ir.Value) -> ir.Node:
