@@ -19,6 +19,7 @@ class _Plain(yaml.SafeLoader):
     """Without aliases, by which a short file can hold endless values."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; raises ComposerError for an alias, which could grow without bound."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "options have no aliases (*name)", None)
         return super().compose_node(parent, index)

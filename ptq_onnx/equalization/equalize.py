@@ -109,6 +109,7 @@ class _Equalizer:
         self.values = {str(v.name): v for n in self.model.graph for v in n.outputs}
 
     def run(self) -> None:
+        """Equalise every site that statistics were collected of; q goes with k, v with A·V."""
         places = {(s.role, s.block): s for s in self.sites.values() if not s.is_parameter}
         for site in self.sites.values():
             if site.tensor not in self.stats.channels:
@@ -123,6 +124,7 @@ class _Equalizer:
     # --- pieces -------------------------------------------------------------------------
 
     def bounds(self, tensor: str) -> tuple[Double, Double]:
+        """Lower and upper bound of each channel [C], by the method robust."""
         low, high = robust_range(self.stats.channels[tensor])
         return low.astype(np.float64), high.astype(np.float64)
 
@@ -134,15 +136,19 @@ class _Equalizer:
         return Records(stats.record_ratio, stats.images, stats.count / stats.images)
 
     def products(self, linears: Iterable[ir.Node]) -> list[Product]:
+        """The magnitudes of the linears' weights, and their bits, for the search."""
         found = [constant(node.inputs[1]) for node in linears]
         return [
             Product(np.abs(w).astype(np.float32), self.weight_bits) for w in found if w is not None
         ]
 
     def move_statistics(self, tensor: str, shift: Double, factor: Double, name: str = "") -> None:
+        """Let the statistics of a tensor, or those of ``name`` after them, be of (x - shift) /
+        factor."""
         self.stats.channels[name or tensor] = self.stats.channels[tensor].moved(shift, factor)
 
     def note(self, site: Site, into: str, choice: Choice) -> None:
+        """Add what was moved at a site to the list of moves."""
         ratio = float(choice.factor.max() / choice.factor.min())
         more = 0 if choice.copies is None else int(choice.copies.sum() - len(choice.copies))
         self.moves.append(

@@ -44,6 +44,8 @@ class _LayerNorm(Rule):
         power: ir.Value | None = None,
         one: ir.Value | None = None,
     ) -> Result:
+        """Fails unless mean and variance are over the last axis, of a known size, and the constants
+        are those of the formula."""
         result = self.begin(context)
         dims = sizes(x)
         if dims is None or not dims or not isinstance(dims[-1], int):
@@ -61,6 +63,7 @@ class _LayerNorm(Rule):
         return result
 
     def rewrite(self, op: Op, x: ir.Value, **_: object) -> ir.Value:
+        """One LayerNormalization with a scale of ones [C]."""
         name = f"{self.root.outputs[0].name}_scale"
         scale = new_constant(self.graph, name, np.ones(self.size, np.float32))
         return self.named(op.LayerNormalization(x, scale, axis=-1, epsilon=self.epsilon))

@@ -37,6 +37,8 @@ class _RmsNorm(Rule):
         power: ir.Value | None = None,
         one: ir.Value | None = None,
     ) -> Result:
+        """Fails unless the mean is over the last axis, of a known size, γ is a constant [C], and x
+        is not centred before."""
         result = self.begin(context)
         dims, scale = sizes(x), constant(gamma)
         if dims is None or not dims or not isinstance(dims[-1], int):
@@ -57,6 +59,7 @@ class _RmsNorm(Rule):
         return result
 
     def rewrite(self, op: Op, x: ir.Value, gamma: ir.Value, **_: object) -> ir.Value:
+        """One RMSNormalization of our own domain."""
         return self.named(
             op.RMSNormalization(x, gamma, epsilon=self.epsilon, _domain=DOMAIN, _version=1)
         )

@@ -129,6 +129,7 @@ class _Planner:
     quantized: Mapping[ir.Value, TensorSpec]
 
     def run(self) -> FactorPlan:
+        """A place for every quantized tensor with a factor."""
         return FactorPlan(
             {
                 value: self.place(value, spec.factor)
@@ -138,10 +139,12 @@ class _Planner:
         )
 
     def factor(self, value: ir.Value | None) -> Factor | None:
+        """The factor of a tensor; None where it has none, or is not quantized."""
         spec = None if value is None else self.quantized.get(value)
         return None if spec is None else spec.factor
 
     def place(self, value: ir.Value, factor: Factor) -> Place:
+        """Where one tensor's factor goes, before its codes and behind them."""
         behind: dict[Reader, Behind] = {}
         rescaled: list[Reader] = []
         scaled: set[Reader] = set()
