@@ -9,14 +9,14 @@ from test_layers import PACKAGE
 
 
 def silent(node: ast.AST, inside: str = "") -> Iterator[str]:
-    """Functions and methods without a docstring; not those inside functions, nor overloads of
-    operators."""
+    """Functions and methods without a docstring; not those inside functions, nor special ones."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):
             yield from silent(child, f"{inside}{child.name}.")
-        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            if not child.name.startswith("_") and not ast.get_docstring(child):
-                yield f"{inside}{child.name}"
+            continue
+        function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        if function and not child.name.startswith("_") and not ast.get_docstring(child):
+            yield f"{inside}{child.name}"
 
 
 def test_every_public_name_has_a_docstring() -> None:
