@@ -251,7 +251,7 @@ class TestPreprocessingFunction:
         result = ptq_onnx.quantize(
             short, calib=folder, preprocess=transform, output=tmp_path / "o", images=4, threads=1
         )
-        assert any("preprocessing function of yours" in note for note in result.report["notes"])
+        assert any("your own preprocessing function" in note for note in result.report["notes"])
         assert result.report["analysis"]["held_apart"]
         stored = {p.key for p in onnx.load(result.model).metadata_props}
         assert not {key for key in stored if "preprocess" in key}
