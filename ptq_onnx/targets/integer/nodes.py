@@ -69,7 +69,7 @@ def make_plan(
         for value in model.graph.outputs:
             if str(value.name) not in specs:
                 raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
-    return IntegerPlan(specs, plan.steps, tuple(plan.left), image)
+    return IntegerPlan(specs, plan.steps, tuple(plan.left), image, plan.log_grids)
 
 
 def planner_of(node: ir.Node) -> Planner | None:
