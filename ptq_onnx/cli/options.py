@@ -1,6 +1,6 @@
 """The options of the command line.
 
-Those that decide a number are fields of the config, which carry all that is told of them; here
+Those that decide a number are fields of the config, which carry all that is said about them; here
 stand the files and folders, and how a field becomes an option of a command.
 """
 

@@ -1,4 +1,4 @@
-"""The options of a quantization run, each a field with all that is told of it."""
+"""The options of a quantization run, each a field with all that is said about it."""
 
 from __future__ import annotations
 

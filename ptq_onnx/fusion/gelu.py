@@ -63,7 +63,7 @@ class GeluMul(_Gelu):
     """The last operation is a product."""
 
     def pattern(self, op: Op, a: Term, b: Term) -> Term:
-        """a · b, of which the polynomial tells what is GELU."""
+        """a · b; its polynomial shows whether it is GELU."""
         return op.Mul(a, b)
 
 

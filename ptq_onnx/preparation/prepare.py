@@ -69,7 +69,7 @@ def prepare(
 
 @contextmanager
 def own_faults(path: Path, done: str) -> Iterator[None]:
-    """What no one thought of as a ModelError of one line, which says so; where ONNX Runtime refuses
+    """Turns an unforeseen error into a ModelError of one line that says so; where ONNX Runtime refuses
     the file too, that is what is wrong."""
     try:
         yield

@@ -103,7 +103,7 @@ class FactorPlan:
 
     @cached_property
     def taken(self) -> frozenset[Reader]:
-        """Who takes his input divided by the factor of the tensor behind it."""
+        """Readers that take their input divided by the factor of the tensor behind it."""
         return frozenset(reader for place in self.places.values() for reader in place.behind)
 
     def __str__(self) -> str:
@@ -157,7 +157,7 @@ class _Planner:
             if found and all(taken.values()) and not _shown(use):
                 scaled.add(use)
             else:
-                # Layout ops are shared: who takes it gets some of his own.
+                # Layout ops are shared: a reader that takes it gets some of its own.
                 apart = is_layout(use[0]) and use[1] == 0
                 for leaf in found:
                     if not apart or way(value, leaf[0].inputs[leaf[1]]) is None:
