@@ -187,7 +187,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     found = g("Gather", g("Shape", g("NonZero", "x")), np.array(1))
     y = g("If", g("Equal", found, np.array(7)),
           then_branch=unary("Relu"), else_branch=unary("Neg"))  # fmt: skip
-    assert "depends on the shape of 'nonzero0', which cannot be told" in refused(g, y, tmp_path)
+    assert "depends on the shape of 'nonzero0', which is not known" in refused(g, y, tmp_path)
 
 
 def test_a_loop_is_refused_when_loaded(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def prepare(
 
 @contextmanager
 def own_faults(path: Path, done: str) -> Iterator[None]:
-    """Turns an unforeseen error into a ModelError of one line that says so; where ONNX Runtime refuses
-    the file too, that is what is wrong."""
+    """Turn an unforeseen error into a ModelError of one line that says so; where ONNX Runtime
+    refuses the file too, that is what is wrong."""
     try:
         yield
     except PtqError:
