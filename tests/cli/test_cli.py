@@ -32,7 +32,7 @@ from ptq_onnx.errors import PtqError
 from ptq_onnx.pipeline import quantize as pipeline
 from ptq_onnx.version import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "digits_vit.onnx"
 DIGITS = ROOT / "img" / "digits"
 QUICK = ("--images", "8", "--no-report", "--threads", "1")

@@ -15,7 +15,7 @@ from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.preparation.prepare import prepare
 
-CASES = Path(__file__).resolve().parents[2] / "shared/cases"
+CASES = Path(__file__).resolve().parents[3] / "shared/cases"
 WIDTH = 8
 
 

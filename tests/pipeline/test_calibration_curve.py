@@ -34,7 +34,7 @@ from ptq_onnx.pipeline.calibration_curve import (
 )
 from ptq_onnx.progress import WHOLE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "digits_vit.onnx"
 DIGITS = ROOT / "img" / "digits"
 OWN = {"images", "check_preprocess", "report", "pictures", "attention_blocks", "analysis_images"}

@@ -14,7 +14,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.graph.ordering import sort_nodes
 from ptq_onnx.preparation.model_files import clean, load, outline
 
-CASE = Path(__file__).resolve().parents[2] / "shared/cases/fp16_converter.onnx"
+CASE = Path(__file__).resolve().parents[3] / "shared/cases/fp16_converter.onnx"
 
 
 def half() -> onnx.ModelProto:

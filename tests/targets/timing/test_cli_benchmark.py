@@ -11,7 +11,7 @@ import pytest
 
 from ptq_onnx.cli import app as cli
 
-MODEL = Path(__file__).resolve().parents[2] / "models" / "digits_vit.onnx"
+MODEL = Path(__file__).resolve().parents[3] / "models" / "digits_vit.onnx"
 
 
 def command(

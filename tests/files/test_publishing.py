@@ -17,7 +17,7 @@ from ptq_onnx.files import publishing
 from ptq_onnx.files.held_folder import LOCK, clear
 from ptq_onnx.files.publishing import MANIFEST, publish, workshop
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on flock and renameat2")
 
 

@@ -15,7 +15,7 @@ from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation.prepare import Prepared, prepare
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROLES = (
     "norm1", "q", "k", "v", "qk", "softmax", "av", "proj", "residual1", "norm2", "fc1", "gelu",
     "fc2", "residual2",

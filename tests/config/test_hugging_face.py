@@ -19,7 +19,7 @@ from ptq_onnx.errors import ConfigError
 from ptq_onnx.images.preprocess import Preprocess, from_image
 from ptq_onnx.pipeline.preprocess_input import taken
 
-MODEL = Path(__file__).resolve().parents[1] / "models" / "digits_vit.onnx"
+MODEL = Path(__file__).resolve().parents[2] / "models" / "digits_vit.onnx"
 HALF, THIRDS = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]
 VIT: dict[str, Any] = {
     "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": HALF,

@@ -27,7 +27,7 @@ from ptq_onnx.preparation.signature import fed
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.timing.timed_model import read_subject
 
-CASE = Path(__file__).resolve().parents[2] / "shared/cases/float255_nhwc.onnx"
+CASE = Path(__file__).resolve().parents[3] / "shared/cases/float255_nhwc.onnx"
 SIDE, WIDTH, CLASSES = 8, 16, 5
 MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 STD = np.array([58.395, 57.12, 57.375], np.float32)

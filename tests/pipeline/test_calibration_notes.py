@@ -15,7 +15,7 @@ from ptq_onnx.images.preprocess import Preprocess
 from ptq_onnx.images.source import NoiseSource
 from ptq_onnx.pipeline.quantize import quantize
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "digits_vit.onnx"
 DIGITS = ROOT / "img" / "digits"
 

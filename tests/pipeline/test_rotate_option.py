@@ -14,7 +14,7 @@ from ptq_onnx.pipeline.rewriting import norms_are_symmetric, notes_on
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.quantizers.base import Plan
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits/calib"
 
 

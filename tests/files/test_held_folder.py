@@ -15,7 +15,7 @@ from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.held_folder import clear, held_folder, replacing, scratch_folder
 from ptq_onnx.files.text_file import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 
 

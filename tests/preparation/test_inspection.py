@@ -13,7 +13,7 @@ from small_graph import SmallGraph, sample
 from ptq_onnx.cli import inspect as cli_inspect
 from ptq_onnx.preparation.inspection import OUTSIDE, Inspection, inspect
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

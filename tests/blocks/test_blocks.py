@@ -21,7 +21,7 @@ from ptq_onnx.blocks.walking import (
 )
 from ptq_onnx.preparation.prepare import Prepared, prepare
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ONCE = {
     "norm1", "qkv", "qk", "qk_scale", "softmax", "av", "proj", "residual1", "norm2", "fc1",
     "gelu", "fc2", "residual2",

@@ -18,7 +18,7 @@ from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.files.output_paths import Found, Output, find_output
 from ptq_onnx.pipeline.model_path import find_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "digits_vit.onnx"
 CALIB = ROOT / "img" / "digits" / "calib"
 QUICK = QuantizeConfig(images=4, report=False, threads=1)

@@ -13,8 +13,8 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.targets.integer.reasons import of_padding, of_weight, without_form
 
-DIGITS = Path(__file__).resolve().parents[2] / "models/digits_vit.onnx"
-CASES = Path(__file__).resolve().parents[3] / "shared/cases"
+DIGITS = Path(__file__).resolve().parents[3] / "models/digits_vit.onnx"
+CASES = Path(__file__).resolve().parents[4] / "shared/cases"
 
 
 def test_a_shared_weight_is_named() -> None:

@@ -17,7 +17,7 @@ from ptq_onnx.pipeline import embedded
 from ptq_onnx.pipeline.calibration_curve import measure_curve
 from ptq_onnx.pipeline.quantize import quantize
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models/digits_vit.onnx"
 
 

@@ -11,7 +11,7 @@ from ptq_onnx.cli.app import main
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.output_paths import Output
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = next((ROOT / "models").glob("*.onnx"))
 CALIB = ROOT / "img/digits/calib"
 QUICK = ("--calib", CALIB, "--images", "8", "--threads", "1", "--no-report")
