@@ -65,7 +65,7 @@ class Outcome:
 def judge(call: Callable[[], object], folder: Path) -> Outcome:
     """Run ``call`` as the command line runs its commands, in ``folder``, and look at the rest.
 
-    Of new files and folders only those in ``folder/output`` may stay, and those only after a success.
+    Of new files and folders only ``folder/output`` and what is in it may stay, after a success.
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
