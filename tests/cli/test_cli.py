@@ -235,7 +235,7 @@ def test_without_words_and_version(command: Command) -> None:
 def test_words_that_are_no_command(command: Command) -> None:
     assert_refused(command("quantise"), "Did you mean 'quantize'? See ptq-onnx --help.")
     assert_refused(command("vit.onnx"), "The command comes first: ptq-onnx quantize vit.onnx.")
-    assert_refused(command("evaluate", MODEL, "val"), "takes MODEL.onnx alone, so that 'val'")
+    assert_refused(command("evaluate", MODEL, "val"), "takes only MODEL.onnx, so 'val'")
 
 
 # Options
