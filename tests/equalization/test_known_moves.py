@@ -195,8 +195,14 @@ def test_hidden_channels(target: str, hidden: int, wide: float) -> None:
     (name,) = [s.tensor for s in seen.sites.values() if s.role == "gelu"]
     low, high = seen.bounds(name)
     stats, products = seen.channels[name], seen.products(name)
-    choice = choose_factor(half_of(low, high, False), stats.variance, products, 256,
-                           extra=(16,) if hidden == 128 else (), records=seen.records(name))  # fmt: skip
+    choice = choose_factor(
+        half_of(low, high, False),
+        stats.variance,
+        products,
+        256,
+        extra=(16,) if hidden == 128 else (),
+        records=seen.records(name),
+    )
     factor = choice.factor
     if choice.copies is not None:
         index = np.repeat(np.arange(hidden), choice.copies)
@@ -215,7 +221,9 @@ def test_hidden_channels(target: str, hidden: int, wide: float) -> None:
         variance = seen.channels[name].variance
         plain = choose_factor(half_of(low, high, True), variance, products, 256).plain
         assert plain > choice.plain
-    made = [n for n in plan.model.graph if n.op_type in ("Mul", "Add") and "equalized" in str(n.name)]
+    made = [
+        n for n in plan.model.graph if n.op_type in ("Mul", "Add") and "equalized" in str(n.name)
+    ]
     assert [n.op_type for n in made] == (["Mul", "Add"] if shift.any() else ["Mul"])
     new = str(made[-1].outputs[0].name)
     check(plan, new, stats, shift, factor)
