@@ -15,6 +15,9 @@ _INTEGER = (
     "tests/test_integer_interpreter.py",
     "tests/test_integer_ops.py",
     "tests/test_integer_ranges.py",
+    "tests/test_integer_known_ranges.py",
+    "tests/test_integer_known_ops.py",
+    "tests/export/test_integer_plans.py",
 )
 
 ROOMS: dict[str, tuple[str, ...]] = {

@@ -167,8 +167,8 @@ def attention(
     factor = np.asarray(scale, np.float32)
     scaled = g("Mul", scores, factor)
     out = g("MatMul", g("Softmax", scaled, axis=-1), v)
-    more = {"": [], "scores": [g("Neg", scores)] if second == "scores" else [],
-            "product": [scores], "q": [g("Neg", q)] if second == "q" else [], "whole": []}[second]  # fmt: skip
+    read = {"scores": scores, "q": q}.get(second)
+    more = [scores] if second == "product" else [g("Neg", read)] if read else []
     model = g.model(out, *more)
     fuse(model)
     return model
