@@ -6,8 +6,8 @@ Places of the rooms' modules are drawn by the seed, and at each one of cosmic-ra
 (another operator or comparison, a number one more or less, a condition turned …). A mutant meets
 the tests of its room that call the function it is in, the quickest first, until one fails or their
 ``--budget`` is over; a mutant of a module's or class's own lines all that call into the module.
-Printed: a table by file, and each survivor with its change. Survivors are read by a person: some
-change nothing that could be seen.
+Printed: a table by file, and each survivor with its change. Survivors are read by a person: those
+that change nothing that could be seen are listed in ``equivalent.py`` and not counted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.mutants.equivalent import reason
 from benchmarks.mutants.mutation import Mutant, sample
 from benchmarks.mutants.rooms import ROOMS, ROOT, files_of
 from benchmarks.mutants.running import Function, Record, passes, preload, recorded
@@ -32,7 +33,7 @@ SLACK = 20.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: killed, survived, timeout, or unreached by any test."""
+    """What became of a mutant: killed, survived, timeout, equivalent, or unreached by any test."""
 
     mutant: Mutant
     text: str
@@ -67,6 +68,8 @@ def tests_of(record: Record, mutant: Mutant, text: str, budget: float) -> list[s
 
 def judged(mutant: Mutant, record: Record, budget: float) -> Outcome:
     text = (ROOT / mutant.path).read_text(encoding="utf-8")
+    if reason(mutant.path, mutant.diff(text)) is not None:
+        return Outcome(mutant, text, "equivalent")
     names = tests_of(record, mutant, text, budget)
     if not names:
         return Outcome(mutant, text, "unreached")
@@ -76,8 +79,8 @@ def judged(mutant: Mutant, record: Record, budget: float) -> Outcome:
 
 
 def table(outcomes: list[Outcome]) -> list[str]:
-    words = ("killed", "timeout", "survived", "unreached")
-    lines = [f"{'file':46}" + "".join(f"{word:>10}" for word in words) + f"{'left':>8}"]
+    words = ("killed", "timeout", "survived", "unreached", "equivalent")
+    lines = [f"{'file':46}" + "".join(f"{word:>11}" for word in words) + f"{'left':>8}"]
     by_file: dict[str, Counter[str]] = {}
     for one in outcomes:
         name = str(one.mutant.path.relative_to("ptq_onnx"))
@@ -85,8 +88,9 @@ def table(outcomes: list[Outcome]) -> list[str]:
             by_file.setdefault(key, Counter())[one.word] += 1
     for name in sorted(by_file, key=lambda n: (n == "all", n)):
         counts = by_file[name]
-        left = (counts["survived"] + counts["unreached"]) / counts.total()
-        lines.append(f"{name:46}" + "".join(f"{counts[w]:10}" for w in words) + f"{left:8.1%}")
+        counted = max(counts.total() - counts["equivalent"], 1)
+        left = (counts["survived"] + counts["unreached"]) / counted
+        lines.append(f"{name:46}" + "".join(f"{counts[w]:11}" for w in words) + f"{left:8.1%}")
     return lines
 
 

@@ -12,6 +12,7 @@ from small_graph import SmallGraph, assert_shapes, ops, run, sample, text
 
 from ptq_onnx.equalization.channel_axis import axis_before, axis_behind
 from ptq_onnx.equalization.experts import experts_as_linears
+from ptq_onnx.equalization.foldings import keys_may_shift, norm_before
 from ptq_onnx.equalization.linear_weights import scale_columns, set_linear
 from ptq_onnx.equalization.padding import pads_of
 from ptq_onnx.equalization.patch_forms import packed_pixels_as_linear, patches_as_linear
@@ -312,6 +313,50 @@ def test_pads_of_a_dilated_kernel() -> None:
     model = g.model(g("Conv", "x", sample(1, 1, 3, 1), strides=[2, 1], dilations=[2, 1],
                       auto_pad="SAME_UPPER"))  # fmt: skip
     assert pads_of(next(iter(model.graph))) == (2, 0, 2, 0)
+
+
+# --- what a move may pass -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [-1, 2, 1, None])
+@pytest.mark.parametrize("used", [False, True])
+def test_norms_of_the_last_axis_move(axis: int | None, used: bool) -> None:
+    """Over another axis, or where its mean is read, a norm takes no factors."""
+    g = SmallGraph((B, T, 8))
+    how = {} if axis is None else {"axis": axis}
+    scale = np.ones((T, 8) if axis == 1 else 8, np.float32)
+    y = g("LayerNormalization", "x", scale, 0 * scale, outputs=3, **how)
+    out = g("Add", g("MatMul", y, sample(8, 3)), sample(3))
+    model = g.model(out, *([g("Neg", f"{y}_1")] if used else []))
+    fuse(model)
+    (norm,) = [n for n in model.graph if n.op_type == "LayerNormalization"]
+    found = norm_before(norm.outputs[0])
+    assert (found is not None) == (axis != 1 and not used)
+    if found is not None:
+        assert (found.node, [n.op_type for n in found.linears]) == (norm, ["Linear"])
+
+
+def logits(*steps: tuple[str, Any], axis: int = -1, twice: bool = False) -> ir.Node:
+    g = SmallGraph((2, T, 8))
+    y = product = g("MatMul", "x", g("Transpose", "x", perm=[0, 2, 1]))
+    for op, other in steps:
+        y = g(op, y, other) if other is not None else g(op, y)
+    model = g.model(g("Softmax", y, axis=axis), *([g("Neg", y)] if twice else []))
+    return next(n for n in model.graph if n.outputs[0].name == product)
+
+
+def test_keys_may_shift_where_a_softmax_takes_it_away() -> None:
+    half, mask = np.array(0.5), np.zeros((T, T))
+    for steps in ([], [("Mul", half)], [("Div", half), ("Add", mask)], [("Add", mask)] * 7):
+        assert keys_may_shift(logits(*steps)), steps
+    assert keys_may_shift(logits(axis=2))
+    for steps in ([("Relu", None)], [("Mul", np.ones(T))], [("Div", np.ones(T))],
+                  [("Add", mask)] * 8, [("Mul", half), ("Tanh", None)]):  # fmt: skip
+        assert not keys_may_shift(logits(*steps)), steps
+    assert not keys_may_shift(logits(axis=1))
+    assert not keys_may_shift(logits(axis=0))
+    assert not keys_may_shift(logits(twice=True))
+    assert not keys_may_shift(logits(("Mul", half), twice=True))
 
 
 # --- channels -----------------------------------------------------------------------------------

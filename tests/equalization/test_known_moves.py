@@ -236,3 +236,36 @@ def test_hidden_channels(target: str, hidden: int, wide: float) -> None:
     assert move.copies == (16 if hidden == 128 else 0)
     assert plan.blocks.roles[made[0].name or ""].name == "gelu"
     assert move.gain_db == pytest.approx(10 * np.log10(plain / choice.noise), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": "tensorrt", "precision": "fp8"}, {"weights": 4}], ids=str
+)
+def test_eight_bit_floats_and_weights_alone_are_only_brought_into_form(
+    options: dict[str, object],
+) -> None:
+    model = transformer(Choices())
+    plan = equalise(plan_of(model, **options), BATCHES)
+    assert (plan.moves, dict(plan.fixed), dict(plan.exponents)) == ((), {}, {})
+    seen = float_model(model, str(options.get("target", "onnxruntime")))
+    assert plan.statistics is not None
+    for name in (seen.of("norm1"), seen.of("q"), seen.of("av")):
+        found = plan.statistics.channels[name]
+        np.testing.assert_allclose(found.highest, seen.channels[name].highest, rtol=1e-5)
+
+
+def test_the_last_norm_s_statistics_move_where_the_head_reads_it() -> None:
+    """Behind a Gather: the tensor that the linear reads, by the norm's shift and factor."""
+    model = transformer(Choices())
+    seen, plan = float_model(model, "onnxruntime"), equalise(plan_of(model), BATCHES)
+    (move,) = [m for m in plan.moves if m.block is None]
+    name = move.tensor
+    low, high = seen.bounds(name)
+    choice = choose_factor(
+        (high - low) / 2,
+        seen.channels[name].variance,
+        seen.products(name),
+        256,
+        records=seen.records(name),
+    )
+    check(plan, name, seen.channels[name], (low + high) / 2, choice.factor)

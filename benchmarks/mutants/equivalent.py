@@ -1,0 +1,51 @@
+"""Mutants that change nothing that could be seen, each with the reason: read by a person, not run.
+
+Of a module a part of a line as it is, and as the mutant has it; spaces do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+ONE_OUTPUT = "the node has one output"
+HALVINGS = "halvings beyond the 53 bits of float64"
+
+EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
+    ("calibration/histogram.py", "clip(place - first, 0,", "clip(place - first, -1,",
+     "what lies outside is taken from the outer bins"),
+    ("calibration/percentile.py", "maximum(total, 1)", "maximum(total, 0)",
+     "a histogram is of one value at least"),
+    ("calibration/product_samples.py", "initial=0)", "initial=-1)",
+     "a maximum of magnitudes of one value at least is not below zero"),
+    ("equalization/equalize.py", "if str(product.outputs[0]", "if str(product.outputs[-1]",
+     ONE_OUTPUT),
+    ("equalization/factor_search.py", "range(60)", "range(61)", HALVINGS),
+    ("equalization/factor_search.py", "range(60)", "range(59)", HALVINGS),
+    ("equalization/writer.py", "**attributes)[0]", "**attributes)[-1]", ONE_OUTPUT),
+    ("qdq/small_scales.py", "if len(reader.inputs) > 2", "if len(reader.inputs) != 2",
+     "a product has two inputs or three"),
+    ("qdq/small_scales.py", "astype(np.float64), 1.0)", "astype(np.float64), 2.0)",
+     "the factor of a scale of zero is 1 either way"),
+    ("qdq/weights.py", "if zero_point is None or", "if zero_point is None and",
+     "every DequantizeLinear that lowering writes has a constant zero point"),
+    ("targets/integer/interpreter.py", '"keepdims", 1)', '"keepdims", 2)',
+     "any number but zero is true"),
+    ("targets/integer/nodes.py", "constant(node, 1, 1.0)", "constant(node, 1, 0.0)",
+     "a LayerNormalization has a scale (ONNX)"),
+    ("targets/integer/nodes.py", "[bound * count]", "[bound / count]",
+     "the sum of less than 2^22 tokens needs no smaller shift"),
+)  # fmt: skip
+
+
+def reason(path: Path, diff: Sequence[str]) -> str | None:
+    """Why a mutant of a module changes nothing; None where that is not known."""
+    old, new = (["".join(x[1:].split()) for x in diff if x[0] == sign] for sign in "-+")
+    if len(old) != 1:
+        return None
+    for name, *parts, why in EQUIVALENT:
+        before, behind = ("".join(part.split()) for part in parts)
+        ours = path.as_posix().endswith(f"ptq_onnx/{name}") and before in old[0]
+        if ours and new == [old[0].replace(before, behind, 1)]:
+            return why
+    return None
