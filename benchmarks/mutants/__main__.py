@@ -73,7 +73,7 @@ def judged(mutant: Mutant, record: Record, budget: float) -> Outcome:
     names = tests_of(record, mutant, text, budget)
     if not names:
         return Outcome(mutant, text, "unreached")
-    usual = sum(record.seconds[name] for name in names)
+    usual = sum(record.clock[name] for name in names)
     passed = passes(mutant.path, mutant.source(text), names, 3 * usual + SLACK)
     return Outcome(mutant, text, {None: "timeout", True: "survived", False: "killed"}[passed])
 

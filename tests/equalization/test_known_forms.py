@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 from small_graph import SmallGraph, assert_shapes, ops, run, sample, text
 
-from ptq_onnx.equalization.channel_axis import axis_before, axis_behind
 from ptq_onnx.equalization.experts import experts_as_linears
 from ptq_onnx.equalization.foldings import keys_may_shift, norm_before
 from ptq_onnx.equalization.linear_weights import scale_columns, set_linear
@@ -66,6 +65,9 @@ def patches(
         y = g("Transpose", y, perm=[0, 2, 3, 1])
     elif how == "turned":  # the channels end up last, but the places are the other way round
         y = g("Transpose", y, perm=[0, 3, 2, 1])
+    elif how == "heads":  # tokens with channels last, but not in one axis
+        y = g("Reshape", y, np.array([rows, 1, 5, count]))
+        y = g("Transpose", g("Reshape", y, np.array([rows, 5, 1, count])), perm=[0, 3, 1, 2])
     elif how == "two":
         first = g("Transpose", y, perm=[0, 2, 3, 1])
         return g.model(g("Neg", first), g("Neg", y))
@@ -95,7 +97,7 @@ def test_patches(batch: int | str, how: str, bias: bool) -> None:
     "options",
     [
         {"size": (9, 12)}, {"size": (8, 13)}, {"how": "two"}, {"how": "output"}, {"how": "none"},
-        {"how": "turned"}, {"how": "concat"},
+        {"how": "turned"}, {"how": "concat"}, {"how": "heads"},
     ],
     ids=str,
 )  # fmt: skip
@@ -178,6 +180,28 @@ def attention(
 X = sample(2, T, H * E, seed=9)
 
 
+def test_packed_keys_and_values() -> None:
+    """Two parts are enough; the queries come from elsewhere."""
+    g, width = SmallGraph((B, T, H * E)), H * E
+    packed = g("Add", g("MatMul", "x", sample(width, 2 * width)), sample(2 * width, seed=1))
+    first = g("Split", packed, np.array([width] * 2), axis=2, outputs=2)
+    q = g("Add", g("MatMul", "x", sample(width, width, seed=2)), sample(width, seed=3))
+    q, k, v = (g("Reshape", part, np.array([0, T, H, E])) for part in (q, first, f"{first}_1"))
+    scores = g("MatMul", g("Transpose", q, perm=[0, 2, 1, 3]), g("Transpose", k, perm=[0, 2, 3, 1]))
+    out = g("MatMul", g("Softmax", scores, axis=-1), g("Transpose", v, perm=[0, 2, 1, 3]))
+    model = g.model(out)
+    fuse(model)
+    fires(unpack_attention, model, X)
+    assert "Split" not in ops(model)
+
+
+def test_64_experts_are_the_most() -> None:
+    for count, expected in ((64, 1), (65, 0)):
+        g = SmallGraph((1, 2, 3))
+        model = g.model(g("MatMul", "x", sample(count, 3, 2)))
+        assert experts_as_linears(model) == expected
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [B, 1])
 def test_packed_attention(bias: bool, batch: int | str) -> None:
@@ -186,6 +210,7 @@ def test_packed_attention(bias: bool, batch: int | str) -> None:
     linears = [n for n in model.graph if n.op_type == "Linear"]
     assert [list(constant(n.inputs[1]).shape) for n in linears] == [[8, 8]] * 3  # type: ignore[union-attr]
     assert "Split" not in ops(model)
+    assert [n.inputs[1].name for n in linears] == ["c0_0", "c0_1", "c0_2"]  # type: ignore[union-attr]
     fires(fold_attention_scales, model, X[:1])
     assert "Mul" not in ops(model)
 
@@ -357,76 +382,3 @@ def test_keys_may_shift_where_a_softmax_takes_it_away() -> None:
     assert not keys_may_shift(logits(axis=0))
     assert not keys_may_shift(logits(twice=True))
     assert not keys_may_shift(logits(("Mul", half), twice=True))
-
-
-# --- channels -----------------------------------------------------------------------------------
-
-AXES: list[tuple[str, tuple[int, ...], list[Any], dict[str, Any]]] = [
-    ("Transpose", (2, 3, 8), [], {"perm": [2, 0, 1]}),
-    ("Transpose", (2, 3, 8), [], {}),
-    ("Add", (3, 8), [np.zeros((2, 3, 8))], {}),
-    ("Add", (2, 3, 8), [np.zeros(8)], {}),
-    ("Mul", (3, 8), [np.ones((2, 1, 1))], {}),
-    ("Reshape", (2, 3, 8), [np.array([6, 8])], {}),
-    ("Reshape", (2, 8, 3), [np.array([2, 8, 3, 1])], {}),
-    ("Reshape", (2, 3, 8), [np.array([2, 3, 2, 4])], {}),
-    ("Reshape", (2, 8, 4, 4), [np.array([2, 8, 16])], {}),
-    ("Flatten", (2, 3, 8), [], {"axis": 2}),
-    ("Squeeze", (2, 1, 8), [np.array([1])], {}),
-    ("Unsqueeze", (2, 8), [np.array([1])], {}),
-    ("Gather", (2, 3, 8), [np.array(1)], {"axis": 1}),
-    ("Gather", (2, 3, 8), [np.array([[0, 1]])], {"axis": 0}),
-    ("Gather", (2, 3, 8), [np.array([1, 0])], {"axis": 2}),
-    ("ReduceMean", (2, 3, 8), [np.array([1])], {"keepdims": 0}),
-    ("ReduceMean", (2, 3, 8), [np.array([-2])], {"keepdims": 1}),
-    ("ReduceSum", (2, 3, 8), [np.array([0, 1])], {"keepdims": 0}),
-    ("GlobalAveragePool", (2, 8, 3, 3), [], {}),
-    ("Slice", (2, 3, 8), [np.array([1]), np.array([3]), np.array([1])], {}),
-    ("Slice", (2, 3, 8), [np.array([0]), np.array([1])], {}),
-    ("Slice", (2, 3, 8), [np.array([0]), np.array([4]), np.array([-1])], {}),
-    ("Tile", (2, 3, 8), [np.array([1, 2, 1])], {}),
-    ("Tile", (2, 3, 8), [np.array([1, 1, 2])], {}),
-    ("Pad", (2, 3, 8), [np.array([0, 1, 0, 0, 0, 0])], {}),
-    ("Expand", (1, 8), [np.array([3, 4, 8])], {}),
-    ("Identity", (2, 3, 8), [], {}),
-    ("Split", (2, 4, 8), [np.array([4])], {"axis": 1}),
-]
-
-
-@pytest.mark.parametrize(("op", "shape", "inputs", "attributes"), AXES, ids=lambda v: str(v)[:24])
-def test_where_channels_go(
-    op: str, shape: tuple[int, ...], inputs: list[Any], attributes: dict[str, Any]
-) -> None:
-    """Numbers along an axis come out along the axis that is found, and no other; where none is,
-    no axis of the result has them. Backwards the same."""
-    g = SmallGraph(shape)
-    model = g.model(g(op, "x", *inputs, **attributes))
-    node = next(iter(model.graph))
-    found = [axis_behind(node, 0, axis, shape[axis]) for axis in range(len(shape))]
-    zeros = op in ("Pad",)
-    made = []
-    for axis, size in enumerate(shape):
-        line = np.arange(1, size + 1, dtype=np.float32)
-        x = np.broadcast_to(line.reshape(-1, *[1] * (len(shape) - 1 - axis)), shape)
-        (y,) = run(model, np.ascontiguousarray(x))
-        if op == "ReduceSum":
-            y = y / np.prod([shape[int(a)] for a in inputs[0]])
-        places = []
-        for place, length in enumerate(y.shape):
-            if length % size or size == 1:
-                continue
-            wanted = np.resize(line, length).reshape(-1, *[1] * (y.ndim - 1 - place))
-            if np.array_equal(
-                np.where((y == 0) & zeros, wanted, y), np.broadcast_to(wanted, y.shape)
-            ):
-                places.append(place)
-        made.append(places)
-        if size == 1:
-            continue
-        if found[axis] is None:
-            assert op in ("Reshape", "Slice", "Gather", "ReduceMean", "ReduceSum", "Split", "Tile",
-                          "GlobalAveragePool", "Pad", "Flatten", "Expand"), places  # fmt: skip
-            assert not places or len(set(line)) == 1 or op in ("Slice", "Tile", "Split", "Gather")
-        else:
-            assert found[axis] in places
-            assert axis_before(node, 0, found[axis], size) == axis

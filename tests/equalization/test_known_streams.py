@@ -141,6 +141,10 @@ def squared(g: SmallGraph, x: str) -> str:
     return g("Mul", x, x)
 
 
+def wider(g: SmallGraph, x: str) -> str:
+    return g("Concat", x, linear(g, "x", 5, 12, 40), axis=2)
+
+
 def normed_again(g: SmallGraph, x: str) -> str:
     return g("Add", x, norm(g, x))
 
@@ -172,6 +176,7 @@ STAYS: list[tuple[Part, Part, dict[str, object], str]] = [
     (chain(), chain(), {"outputs": ("normed",)}, "', is an output"),
     (more("Slice", np.array([0]), np.array([4]), np.array([2])), chain(), {"width": 4},
      "the channels cannot be followed through"),
+    (wider, chain(), {"width": 20}, "has 8 channels, others 20"),
     (more("Pad", np.array([0, 0, 0, 0, 0, 1])), chain(), {"width": 9}, "cannot be followed"),
 ]  # fmt: skip
 

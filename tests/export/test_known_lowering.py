@@ -179,6 +179,17 @@ def test_codes_once_more_behind_a_cut_of_codes_alone() -> None:
         assert count == (2 if name == "relu0" else 0)
 
 
+def test_codes_once_where_nothing_is_cut() -> None:
+    """Straight from a coded tensor, or behind a Reshape of it."""
+    for steps in (0, 1):
+        g = SmallGraph((2, 8, 4, 4))
+        y = g("Relu", "x")
+        y = g("Reshape", y, np.array([2, 8, 2, 8])) if steps else y
+        model = g.model(g("Conv", y, g.const(sample(4, 8, 1, 1), "w")))
+        lowered = exact(model, [weight("w", 4, 0), activation("relu0")], (2, 8, 4, 4))
+        assert sum(n.op_type == "QuantizeLinear" for n in lowered.graph) == 1
+
+
 def test_every_sum_that_is_scaled_is_a_mean() -> None:
     """Whatever stands before: a sum that is not scaled, one of unknown axes."""
     g = SmallGraph((2, 3, 4))
