@@ -99,7 +99,7 @@ def test_softmaxes() -> None:
         )
         (planned,) = plan.steps.values()
         assert (planned.step.tokens, planned.step.log2, planned.step.span) == (4, True, 255)
-        assert plan.log_grids["softmax0"].last == 14
+        assert planned.made.last == 14
     plan_of(one("Softmax", shape=(1, 1 << 15)), "softmax0")
     for shape in ((1, (1 << 15) + 1), (1, "t")):
         with pytest.raises(ModelError, match="not known, or beyond 32,768"):
