@@ -247,3 +247,67 @@ def test_names_are_not_taken_twice() -> None:
     names = [v.name for n in lowered.graph for v in n.outputs] + list(lowered.graph.initializers)
     assert len(names) == len(set(names))
     assert not [n for n, v in lowered.graph.initializers.items() if not v.uses()]
+
+
+def plan_of(model: ir.Model, specs: list[TensorSpec], tensor: str) -> Any:
+    places = plan_factors(model.graph, {s.tensor: s for s in specs}).places
+    return next(p for v, p in places.items() if v.name == tensor)
+
+
+@pytest.mark.parametrize(
+    ("cut", "before"),
+    [((0, 4, 4, 8), "columns"), ((0, 5, 4, 8), "mul"), ((4, 8, 0, 4), "columns")],
+)
+@pytest.mark.parametrize("reader", ["Relu", "output", "coded"])
+def test_columns_that_nothing_else_reads(
+    cut: tuple[int, int, int, int], before: str, reader: str
+) -> None:
+    """Of two parts of a linear's output one has factors; they overlap or not. The other part is
+    read, given out, or has codes of its own."""
+    g = SmallGraph((4, 6, 8))
+    y = g("Add", g("MatMul", "x", g.const(sample(8, 8), "w")), sample(8, seed=1))
+    one, other = (
+        g("Slice", y, np.array([a]), np.array([b]), np.array([2])) for a, b in (cut[:2], cut[2:])
+    )
+    outputs = [g("Relu", one), other if reader == "output" else g("Relu", other)]
+    model = g.model(*outputs)
+    fuse(model)
+    factor = POWERS[: cut[1] - cut[0]]
+    specs = [activation(one, factor), *([activation(other)] if reader == "coded" else [])]
+    exact(model, specs)
+    assert plan_of(model, specs, one).before == before
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_readers_behind_layout_ops(shown: bool, shared: bool) -> None:
+    """A linear takes the tensor divided by f behind a Reshape; where another op reads that, or it
+    is an output, the linear gets a Reshape of its own."""
+    g = SmallGraph((4, 6, 8))
+    y = g("Reshape", g("Relu", "x"), np.array([0, 3, 2, 8]))
+    out = g("Add", g("MatMul", y, g.const(sample(8, 5), "w")), sample(5, seed=1))
+    more = [g("Neg", y)] if shared else []
+    model = g.model(out, *more, *([y] if shown else []))
+    fuse(model)
+    specs = [activation("relu0", POWERS), weight("w", 5, factor=1 / POWERS[:, None])]
+    lowered = exact(model, specs)
+    place = plan_of(model, specs, "relu0")
+    assert list(place.behind.values()) == ["rows"]
+    assert len(place.scaled) == (0 if shared or shown else 1)
+    assert [n.op_type for n, _ in place.rescaled] == (["Neg"] if shared else [])
+    assert sum(n.op_type == "Reshape" for n in lowered.graph) == (2 if shared or shown else 1)
+    assert_shapes(lowered, sample(4, 6, 8))
+
+
+def test_weights_in_blocks_and_rows_that_vary() -> None:
+    """Factors that differ over the tokens stay where they are, on either side."""
+    g = SmallGraph((4, 6, 8))
+    y = g("Add", g("MatMul", "x", g.const(sample(8, 8), "w")), sample(8, seed=1))
+    model = g.model(g("Relu", y))
+    fuse(model)
+    (made,) = [n.outputs[0].name for n in model.graph if is_linear(n)]
+    rows = np.exp2(np.arange(6) % 3).astype(np.float32).reshape(6, 1)
+    specs = [activation(str(made), rows), weight("w", 8), activation("x")]
+    exact(model, specs)
+    assert plan_of(model, specs, str(made)).before == "mul"
+    assert str(plan_of(model, specs, str(made))) == f"{made}: 1/f by a Mul; f by a Mul for /relu2"
