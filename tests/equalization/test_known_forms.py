@@ -265,11 +265,13 @@ def test_shapes_of_experts(shape: tuple[Any, ...], weight: tuple[int, ...], bias
         shape = (1, T, 8)
     g = SmallGraph(shape)
     y = g("MatMul", "x", sample(*weight))
-    y = g("Add", y, sample(weight[-3], 1, 5, seed=1)) if bias else y
+    shape_of_bias = (*weight[:-3], weight[-3], 1, 5)
+    y = g("Add", y, sample(*shape_of_bias, seed=1)) if bias else y
     model = g.model(g("Neg", y))
     sizes = tuple(2 if d == B else d for d in shape)
     fires(experts_as_linears, model, sample(*sizes, seed=2))
-    assert sum(n.op_type == "Linear" for n in model.graph) == weight[-3]
+    linears = [n for n in model.graph if n.op_type == "Linear"]
+    assert [len(n.inputs) for n in linears] == [2 + bias] * weight[-3]
 
 
 # --- weights ------------------------------------------------------------------------------------

@@ -141,6 +141,12 @@ def squared(g: SmallGraph, x: str) -> str:
     return g("Mul", x, x)
 
 
+def mixed_tokens(g: SmallGraph, x: str) -> str:
+    """A factor per token behind a linear over the tokens."""
+    y = linear(g, g("Transpose", x, perm=[0, 2, 1]), T, T, 41)
+    return g("Transpose", g("Mul", y, sample(T, seed=42)), perm=[0, 2, 1])
+
+
 def wider(g: SmallGraph, x: str) -> str:
     return g("Concat", x, linear(g, "x", 5, 12, 40), axis=2)
 
@@ -176,6 +182,7 @@ STAYS: list[tuple[Part, Part, dict[str, object], str]] = [
     (chain(), chain(), {"outputs": ("normed",)}, "', is an output"),
     (more("Slice", np.array([0]), np.array([4]), np.array([2])), chain(), {"width": 4},
      "the channels cannot be followed through"),
+    (mixed_tokens, chain(), {}, "multiplies each channel by another factor"),
     (wider, chain(), {"width": 20}, "has 8 channels, others 20"),
     (more("Pad", np.array([0, 0, 0, 0, 0, 1])), chain(), {"width": 9}, "cannot be followed"),
 ]  # fmt: skip
