@@ -4,8 +4,8 @@
 
 Places of the rooms' modules are drawn by the seed, and at each one of cosmic-ray's operators
 (another operator or comparison, a number one more or less, a condition turned …). A mutant meets
-the tests of its room that call the function it is in, the quickest first, until one fails or their
-``--budget`` is over; a mutant of a module's or class's own lines all that call into the module.
+the tests of its room that call the function it is in, those first that call little else, until one
+fails or their ``--budget`` is over; a mutant of a module's or class's own lines all that call into the module.
 Printed: a table by file, and each survivor with its change. Survivors are read by a person: those
 that change nothing that could be seen are listed in ``equivalent.py`` and not counted.
 """
@@ -51,7 +51,7 @@ def function_of(path: Path, text: str, line: int) -> Function | None:
 
 
 def tests_of(record: Record, mutant: Mutant, text: str, budget: float) -> list[str]:
-    """Who calls the mutant's function, the quickest first, as far as the budget goes."""
+    """Who calls the mutant's function, as far as the budget goes: first who calls little else."""
     whole = str(ROOT / mutant.path)
     function = function_of(Path(whole), text, mutant.span[0][0])
 
@@ -59,7 +59,7 @@ def tests_of(record: Record, mutant: Mutant, text: str, budget: float) -> list[s
         return function in found if function else any(file == whole for file, _ in found)
 
     chosen, spent = [], 0.0
-    for name in sorted(record.seconds, key=lambda n: record.seconds[n]):
+    for name in sorted(record.seconds, key=lambda n: (len(record.calls[n]), record.seconds[n])):
         if calls(record.calls[name]) and spent <= budget:
             chosen.append(name)
             spent += record.seconds[name]
