@@ -5,7 +5,8 @@
 Places of the rooms' modules are drawn by the seed, and at each one of cosmic-ray's operators
 (another operator or comparison, a number one more or less, a condition turned …). A mutant meets
 the tests of its room that call the function it is in, those first that call little else, until one
-fails or their ``--budget`` is over; a mutant of a module's or class's own lines all that call into the module.
+fails or their ``--budget`` is over; a mutant of a module's or class's own lines meets all that call
+into the module.
 Printed: a table by file, and each survivor with its change. Survivors are read by a person: those
 that change nothing that could be seen are listed in ``equivalent.py`` and not counted.
 """
