@@ -169,11 +169,11 @@ def test_values_and_what_attends_to_them(target: str, centre: bool) -> None:
 
 
 def mlp(hidden: int, wide: float) -> ir.Model:
-    """Two hidden channels are ``wide`` times the others."""
+    """Two hidden channels are ``wide`` times the others; one of two."""
     g = SmallGraph(("batch", TOKENS, WIDTH))
     y = g("LayerNormalization", "x", np.full(WIDTH, 1.5), np.full(WIDTH, 0.1), axis=-1)
     weight = sample(WIDTH, hidden, seed=1) * 0.3
-    weight[:, :2] *= wide
+    weight[:, : min(2, hidden // 2)] *= wide
     y = g("Gelu", g("Add", g("MatMul", y, weight), sample(hidden, seed=2)))
     y = g("Add", g("MatMul", y, sample(hidden, WIDTH, seed=3) * 0.3), sample(WIDTH, seed=4))
     model = g.model(g("Add", "x", y))
@@ -182,7 +182,7 @@ def mlp(hidden: int, wide: float) -> ir.Model:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
-@pytest.mark.parametrize(("hidden", "wide"), [(16, 12.0), (128, 40.0)])
+@pytest.mark.parametrize(("hidden", "wide"), [(2, 60.0), (16, 12.0), (128, 40.0)])
 def test_hidden_channels(target: str, hidden: int, wide: float) -> None:
     """A Mul in front of fc2, and copies; where codes have a sign an Add, that puts the range of one
     zero point around zero."""
@@ -269,3 +269,26 @@ def test_the_last_norm_s_statistics_move_where_the_head_reads_it() -> None:
         records=seen.records(name),
     )
     check(plan, name, seen.channels[name], (low + high) / 2, choice.factor)
+
+
+def test_a_norm_that_is_read_twice() -> None:
+    """All tokens by one linear, the first by another: both tensors' statistics are the new ones."""
+    g = SmallGraph(("batch", TOKENS, WIDTH))
+    y = g("LayerNormalization", "x", np.full(WIDTH, 1.5), np.full(WIDTH, 0.1), axis=-1)
+    every = g("Add", g("MatMul", y, sample(WIDTH, 3, seed=1)), sample(3, seed=2))
+    first = g("Gather", y, np.array(0), axis=1)
+    model = g.model(every, g("Add", g("MatMul", first, sample(WIDTH, 3, seed=3)), sample(3)))
+    fuse(model)
+    plan = equalise(plan_of(model), BATCHES)
+    assert plan.statistics is not None
+    found = {s.tensor for s in plan.sites.values()} & plan.statistics.channels.keys()
+    assert len(found) == 2
+    probe = plan.model.clone()
+    values = [v for n in probe.graph for v in n.outputs if v.name in found]
+    probe.graph.outputs.extend(values)
+    seen = [run(probe, batch)[2:] for batch in BATCHES]
+    for index, value in enumerate(values):
+        rows = np.concatenate([s[index].reshape(-1, WIDTH) for s in seen])
+        stats = plan.statistics.channels[str(value.name)]
+        np.testing.assert_allclose(stats.highest[0], rows.max(axis=0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(stats.mean, rows.mean(axis=0), rtol=1e-4, atol=1e-4)

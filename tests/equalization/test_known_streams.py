@@ -79,6 +79,11 @@ def read_plainly(g: SmallGraph, x: str) -> str:
     return g("Add", x, linear(g, g("Tanh", linear(g, x, D, 4, 33)), 4, D, 34))
 
 
+def sized(g: SmallGraph, x: str) -> str:
+    g("Shape", x)
+    return g("Gather", x, np.array(0), axis=1)
+
+
 TOKENS = np.array([1])
 TURNED: dict[str, tuple[Part, Part]] = {
     "nothing": (chain(), chain()),
@@ -106,6 +111,7 @@ TURNED: dict[str, tuple[Part, Part]] = {
     "a plain reader": (read_plainly, chain()),
     "a token behind": (chain(), more("Gather", np.array(0), axis=1)),
     "the mean behind": (chain(), more("ReduceMean", TOKENS, keepdims=0)),
+    "its sizes too": (chain(), sized),
     "padded before": (more("Pad", np.array([0, 1, 0, 0, 0, 0])), chain()),
 }  # fmt: skip
 
