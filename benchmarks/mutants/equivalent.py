@@ -38,6 +38,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("equalization/streams.py", "node.inputs[data[0]], node", "node.inputs[data[-1]], node",
      "there is one"),
     ("equalization/writer.py", "**attributes)[0]", "**attributes)[-1]", ONE_OUTPUT),
+    ("qdq/lowering.py", "if not is_layout(use[0]) or", "if not is_layout(use[0]) and",
+     "an op that takes the scaled tensor itself is no plain reader, and other ways are none"),
     ("qdq/small_scales.py", "astype(np.float64), 1.0)", "astype(np.float64), 2.0)",
      "the factor of a scale of zero is 1 either way"),
     ("qdq/weights.py", "if zero_point is None or", "if zero_point is None and",
