@@ -74,6 +74,18 @@ def test_the_24_products_with_the_smallest_draws() -> None:
     assert pairs.lead == (23, 2)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_every_small_draw_is_kept(seed: int) -> None:
+    """Also one between the last two of those that were kept so far."""
+    pairs = PairSample(seed)
+    pairs.add(sample(80, 2, 1, 1), sample(80, 2, 1, 1))
+    drawn = []
+    for image in range(80):
+        keys = np.random.default_rng((seed, image)).random(2)
+        drawn += [(keys[head], (image, head)) for head in range(2)]
+    assert pairs.places == [place for _, place in sorted(drawn)[:24]]
+
+
 def test_products_without_leading_axes_and_broadcast_ones() -> None:
     pairs = PairSample()
     pairs.add(sample(5, 3), sample(3, 4))
