@@ -184,3 +184,9 @@ def test_what_white_becomes_under_each() -> None:
         (1.0, 1.0, 1.0), (255.0, 255.0, 255.0), (2.2489, 2.4286, 2.64), (1.9303, 2.0749, 2.1459),
     }  # fmt: skip
     assert {tuple(np.round(v, 3)) for v in white} == {tuple(np.round(v, 3)) for v in expected}
+
+
+def test_logits_that_add_up_to_one_are_no_probabilities() -> None:
+    powers = np.exp([2, -0.5, -0.5])
+    found = top_confidence(np.array([[2, -0.5, -0.5]], np.float32))
+    assert found[0] == pytest.approx(powers[0] / powers.sum())

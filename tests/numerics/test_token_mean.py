@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from small_graph import SmallGraph, run, sample
 
+from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.e4m3 import E4m3
 from ptq_onnx.numerics.codes.twin import Twin
+from ptq_onnx.numerics.grain import grain_named
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
@@ -56,3 +59,14 @@ def test_an_endless_table_is_no_twin() -> None:
         assert not twin.recognise(np.float32(other)), other
     assert twin.recognise(np.float32([-2, -1, 0, 8]))
     assert not twin.recognise(np.float32([-2, -1, 0, np.inf]))
+
+
+def test_row_sums_of_nothing_divide_by_one() -> None:
+    values = np.float32([[0, 0], [0.5, 0.5], [2, 2], [0.25, 0.25]])
+    found = RowSums().behind(np.full((4, 1), 3, np.float32), values)
+    np.testing.assert_array_equal(found, [[3], [3], [0.75], [6]])
+
+
+def test_long_names_are_cut_at_40_letters() -> None:
+    with pytest.raises(ValueError, match=f"no granularity '{'x' * 40}'$"):
+        grain_named("x" * 50)
