@@ -124,3 +124,9 @@ def test_a_proof_is_believed_and_marked() -> None:
     node.metadata_props[RANGE_KEY] = "-7 9"
     found = integer_ranges(model).tensors["p"]
     assert (found.low, found.high, found.claimed) == (-7, 9, True)
+
+
+def test_a_divisor_around_zero_is_told() -> None:
+    found = ranges(TO64, LESS, ("Div", [np.int64(5), None]))
+    assert [o.text for o in found.overflows] == ["the divisor can be zero"]
+    assert last(found) == (5, 5)

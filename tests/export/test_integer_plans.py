@@ -14,6 +14,7 @@ from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.targets.integer.elementwise import MeanStep, TableStep
+from ptq_onnx.targets.integer.fixed_point import fixed_point
 from ptq_onnx.targets.integer.nodes import make_plan
 
 UINT8 = Rule(8, signed=False, symmetric=False)
@@ -117,6 +118,9 @@ def test_norms() -> None:
     ).steps.values()
     assert planned.step.channels == 4
     plan_of(one("LayerNormalization", g, axis=2), "layernormalization0")
+    bare = one("LayerNormalization", g, epsilon=0.01)
+    (planned,) = plan_of(bare, "layernormalization0").steps.values()
+    assert planned.step.epsilon == round(4**2 * 0.01 / 0.05**2)
     plan_of(one("LayerNormalization", g.reshape(1, 4), b, axis=2), "layernormalization0")
     bare = one("LayerNormalization", g, axis=2)
     with pytest.raises(ModelError, match="only the last axis can be normalised"):
@@ -191,3 +195,11 @@ def test_a_linear_takes_the_factors_of_its_input() -> None:
         plan_of(g, out, specs={"relu0": spec("relu0", 0.05, 120, rows, ptf)})
     left = plan_of(g, out, specs={"relu0": spec("relu0", 0.05, 120, rows, ptf)}, strict=False)
     assert len(left.left) == 1
+
+
+@pytest.mark.parametrize("bits", [8, 31])
+def test_the_largest_multiplier(bits: int) -> None:
+    """A ratio beyond it is cut to 2^bits - 1."""
+    step = fixed_point([np.array(2.0**40)], np.zeros(()), [1], (0, 255), bits)
+    assert int(step.multipliers[0]) == 2**bits - 1
+    assert int(step.shift) == 0

@@ -194,9 +194,10 @@ def test_every_sum_that_is_scaled_is_a_mean() -> None:
     """Whatever stands before: a sum that is not scaled, one of unknown axes."""
     g = SmallGraph((2, 3, 4))
     plain = g("ReduceSum", "x", np.array([1]))
+    other = g("Mul", g("ReduceSum", "x", np.array([0])), "x")
     halves = g("Mul", g("ReduceSum", "x", np.array([1, 2])), np.array(0.5))
     third = g("Mul", np.array(0.25), g("ReduceSum", "x", np.array([-1]), keepdims=0))
-    model = g.model(g("Neg", plain), halves, third)
+    model = g.model(g("Neg", plain), halves, third, other)
     expected = run(model, sample(2, 3, 4))
     assert sums_to_means(model.graph) == 2
     for found, wanted in zip(run(model, sample(2, 3, 4)), expected, strict=True):
