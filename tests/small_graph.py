@@ -88,6 +88,24 @@ def run(model: ir.Model | onnx.ModelProto | Path, x: NDArray[Any]) -> list[NDArr
     return list(session.run(None, {session.get_inputs()[0].name: x}))
 
 
+def assert_shapes(model: ir.Model, x: NDArray[Any]) -> None:
+    """Every shape that the graph states is that of the tensor; one symbol stands for one size."""
+    copy = model.clone()
+    made = [v for node in copy.graph for v in node.outputs if v.name and v.type is not None]
+    copy.graph.outputs.extend(v for v in made if not v.is_graph_output())
+    values = dict(zip([v.name for v in copy.graph.outputs], run(copy, x), strict=True))
+    symbols: dict[str, int] = {}
+    for value in made:
+        found = values[value.name].shape
+        if value.shape is None:
+            continue
+        assert len(value.shape) == len(found), value
+        for stated, size in zip(value.shape, found, strict=True):
+            known = isinstance(stated, int) or stated.value is None
+            expected = stated if known else symbols.setdefault(str(stated.value), size)
+            assert expected == size or expected == ir.SymbolicDim(None), value
+
+
 def ops(model: ir.Model) -> list[str]:
     """Sorted op types."""
     return sorted(node.op_type for node in model.graph)

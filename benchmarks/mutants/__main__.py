@@ -4,10 +4,11 @@
 
 Places of the rooms' modules are drawn by the seed, and at each one of cosmic-ray's operators
 (another operator or comparison, a number one more or less, a condition turned …). A mutant meets
-the tests of its room that call the function it is in, the quickest first, until one fails or their
-``--budget`` is over; a mutant of a module's or class's own lines all that call into the module.
-Printed: a table by file, and each survivor with its change. Survivors are read by a person: some
-change nothing that could be seen.
+the tests of its room that call the function it is in, those first that call little else, until one
+fails or their ``--budget`` is over; a mutant of a module's or class's own lines meets all that call
+into the module.
+Printed: a table by file, and each survivor with its change. Survivors are read by a person: those
+that change nothing that could be seen are listed in ``equivalent.py`` and not counted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.mutants.equivalent import reason
 from benchmarks.mutants.mutation import Mutant, sample
 from benchmarks.mutants.rooms import ROOMS, ROOT, files_of
 from benchmarks.mutants.running import Function, Record, passes, preload, recorded
@@ -32,7 +34,7 @@ SLACK = 20.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: killed, survived, timeout, or unreached by any test."""
+    """What became of a mutant: killed, survived, timeout, equivalent, or unreached by any test."""
 
     mutant: Mutant
     text: str
@@ -50,7 +52,7 @@ def function_of(path: Path, text: str, line: int) -> Function | None:
 
 
 def tests_of(record: Record, mutant: Mutant, text: str, budget: float) -> list[str]:
-    """Who calls the mutant's function, the quickest first, as far as the budget goes."""
+    """Who calls the mutant's function, as far as the budget goes: first who calls little else."""
     whole = str(ROOT / mutant.path)
     function = function_of(Path(whole), text, mutant.span[0][0])
 
@@ -58,7 +60,7 @@ def tests_of(record: Record, mutant: Mutant, text: str, budget: float) -> list[s
         return function in found if function else any(file == whole for file, _ in found)
 
     chosen, spent = [], 0.0
-    for name in sorted(record.seconds, key=lambda n: record.seconds[n]):
+    for name in sorted(record.seconds, key=lambda n: (len(record.calls[n]), record.seconds[n])):
         if calls(record.calls[name]) and spent <= budget:
             chosen.append(name)
             spent += record.seconds[name]
@@ -67,17 +69,19 @@ def tests_of(record: Record, mutant: Mutant, text: str, budget: float) -> list[s
 
 def judged(mutant: Mutant, record: Record, budget: float) -> Outcome:
     text = (ROOT / mutant.path).read_text(encoding="utf-8")
+    if reason(mutant.path, mutant.diff(text)) is not None:
+        return Outcome(mutant, text, "equivalent")
     names = tests_of(record, mutant, text, budget)
     if not names:
         return Outcome(mutant, text, "unreached")
-    usual = sum(record.seconds[name] for name in names)
+    usual = sum(record.clock[name] for name in names)
     passed = passes(mutant.path, mutant.source(text), names, 3 * usual + SLACK)
     return Outcome(mutant, text, {None: "timeout", True: "survived", False: "killed"}[passed])
 
 
 def table(outcomes: list[Outcome]) -> list[str]:
-    words = ("killed", "timeout", "survived", "unreached")
-    lines = [f"{'file':46}" + "".join(f"{word:>10}" for word in words) + f"{'left':>8}"]
+    words = ("killed", "timeout", "survived", "unreached", "equivalent")
+    lines = [f"{'file':46}" + "".join(f"{word:>11}" for word in words) + f"{'left':>8}"]
     by_file: dict[str, Counter[str]] = {}
     for one in outcomes:
         name = str(one.mutant.path.relative_to("ptq_onnx"))
@@ -85,8 +89,9 @@ def table(outcomes: list[Outcome]) -> list[str]:
             by_file.setdefault(key, Counter())[one.word] += 1
     for name in sorted(by_file, key=lambda n: (n == "all", n)):
         counts = by_file[name]
-        left = (counts["survived"] + counts["unreached"]) / counts.total()
-        lines.append(f"{name:46}" + "".join(f"{counts[w]:10}" for w in words) + f"{left:8.1%}")
+        counted = max(counts.total() - counts["equivalent"], 1)
+        left = (counts["survived"] + counts["unreached"]) / counted
+        lines.append(f"{name:46}" + "".join(f"{counts[w]:11}" for w in words) + f"{left:8.1%}")
     return lines
 
 

@@ -49,10 +49,15 @@ def _inside(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _without_numbers(text: str) -> Iterator[Span]:
-    """Annotations and decorators, whose change no result shows, and what only type checkers run."""
+    """Annotations and decorators, whose change no result shows, what only type checkers run, and
+    what only guards against faults of the package itself (``assert``, ``strict`` of a zip)."""
     for node in ast.walk(ast.parse(text)):
         held = [getattr(node, name, None) for name in ("annotation", "returns")]
         held += getattr(node, "decorator_list", [])
+        if isinstance(node, ast.Assert):
+            held.append(node)
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            held.append(node)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("cast", "TypeVar"):
             held += node.args[:1]
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp | ast.Subscript):

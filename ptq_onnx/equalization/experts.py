@@ -38,9 +38,8 @@ def left_in_float(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Node, str]]:
                 value is None
                 or weight is None
                 or weight.ndim < (3 if node.op_type == "MatMul" else 2)
+                or not np.issubdtype(weight.dtype, np.floating)
             ):
-                continue
-            if not np.issubdtype(weight.dtype, np.floating):
                 continue
             stack = " x ".join(str(d) for d in weight.shape)
             yield (

@@ -103,13 +103,6 @@ class Columns:
     linear: ir.Node
     columns: NDArray[np.int64]
 
-    def pooled(self, values: Double) -> Double:
-        """The largest of the values [C] that share a column, for each of them."""
-        flat = self.columns.ravel()
-        largest = np.full(flat.max() + 1, -np.inf)
-        np.maximum.at(largest, flat, values)
-        return np.asarray(largest[flat], np.float64)
-
     def apply(self, graph: ir.Graph, shift: Double, factor: Double) -> None:
         """Divide the columns; entries [C] that share one must agree."""
         flat, first = np.unique(self.columns.ravel(), return_index=True)

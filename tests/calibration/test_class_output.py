@@ -123,3 +123,24 @@ def test_features_of_a_sample_model_would_raise_a_false_alarm(
     assert found.warning is not None
     assert logits_output(prepare(path).model) is None
     assert logits_output(prepare(real_models["deit"]).model) == "logits"
+
+
+def test_a_bias_that_was_not_fused() -> None:
+    """An Add of a constant behind a product with a constant, either way round; of nothing else."""
+    heads: list[Callable[[SmallGraph], str]] = [
+        lambda g: g("Add", g("MatMul", "x", W), B),
+        lambda g: g("Add", B, g("MatMul", "x", W)),
+        lambda g: g("Sub", g("MatMul", "x", W), B),
+        lambda g: g("Add", g("Gemm", "x", W), B),
+    ]
+    others: list[Callable[[SmallGraph], str]] = [
+        lambda g: g("Add", g("Relu", "x"), sample(8)),
+        lambda g: g("Add", g("MatMul", "x", g("Transpose", "x", perm=[1, 0])), sample(2)),
+        lambda g: g("Mul", g("MatMul", "x", W), B),
+        lambda g: g("Add", "x", sample(8)),
+        lambda g: g("Add", g("MatMul", "x", W), g("MatMul", "x", W)),
+    ]
+    for make in [*heads, *others]:
+        g = SmallGraph((2, 8))
+        out = make(g)
+        assert (logits_output(g.model(out)) == out) is (make in heads), out

@@ -168,3 +168,25 @@ def test_sample_models(
     else:
         assert found.warning is not None
         assert f"--preprocess {better}" in found.warning
+
+
+def test_what_white_becomes_under_each() -> None:
+    """(1 - mean) / std of the published constants of timm, CLIP and plain pixels."""
+    white: dict[tuple[float, ...], int] = {}
+
+    def classify(images: FloatArray) -> FloatArray:
+        assert (images == images[:1, :, :1, :1]).all()
+        white[tuple(round(float(v), 4) for v in images[0, :, 0, 0])] = len(images)
+        return np.zeros((len(images), 10), np.float32)
+
+    check_preprocess(classify, np.ones((8, 3, 2, 2), np.float32), INCEPTION)
+    expected = {
+        (1.0, 1.0, 1.0), (255.0, 255.0, 255.0), (2.2489, 2.4286, 2.64), (1.9303, 2.0749, 2.1459),
+    }  # fmt: skip
+    assert {tuple(np.round(v, 3)) for v in white} == {tuple(np.round(v, 3)) for v in expected}
+
+
+def test_logits_that_add_up_to_one_are_no_probabilities() -> None:
+    powers = np.exp([2, -0.5, -0.5])
+    found = top_confidence(np.array([[2, -0.5, -0.5]], np.float32))
+    assert found[0] == pytest.approx(powers[0] / powers.sum())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from small_graph import SmallGraph, run
+from small_graph import SmallGraph, run, text
 from small_image_model import image_model, random
 
 from ptq_onnx.blocks.element_map import layout_indices
@@ -118,3 +118,30 @@ def test_what_a_pad_fills_in_is_no_element() -> None:
     found = layout_indices(image, values[mirrored])
     assert found is not None
     assert found[0, 0, 0, 0] == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("two readers", {}), ("an output of the image", {}), ("other channels", {}),
+        ("as a weight", {}), ("no weight", {}), ("plain", {"convolutions": False}),
+        ("reshaped", {}),
+    ],
+)  # fmt: skip
+def test_other_images_stay_in_their_units(kind: str, options: dict[str, bool]) -> None:
+    channels = 2 if kind == "other channels" else 3
+    g = SmallGraph((1, channels, 8, 8))
+    weight, read = random(0, 4, channels, 3, 3), "x"
+    if kind == "reshaped":
+        read = g("Reshape", "x", np.array([1, channels, 4, 16]))
+    if kind == "as a weight":
+        out = g("Conv", random(1, 1, 8, 9, 9), g("Reshape", "x", np.array([3, 8, 8, 1])))
+    elif kind == "no weight":
+        out = g("Relu", "x")
+    else:
+        out = g("Conv", read, weight)
+    more = {"two readers": lambda: g("Neg", "x"), "an output of the image": lambda: g("Abs", "x")}
+    model = g.model(out, *([more[kind]()] if kind in more else []))
+    before = text(model)
+    assert image_in_pixels(model, MEAN, STD, **options) == ({}, {})
+    assert text(model) == before

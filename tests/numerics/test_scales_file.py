@@ -94,3 +94,10 @@ def test_misfits(
     with pytest.raises(ConfigError) as raised:
         check_fit(spec, site(*shape), "--scales x")
     assert reason in str(raised.value)
+
+
+def test_a_long_value_is_cut(tmp_path: Path) -> None:
+    for count, said in ((38, repr("y" * 38)), (39, "'" + "y" * 36 + "...")):
+        with pytest.raises(ConfigError) as raised:
+            read_scales(write(tmp_path, ENTRY | {"bits": "y" * count}))
+        assert f"got {said}." in str(raised.value)

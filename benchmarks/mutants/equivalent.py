@@ -1,0 +1,76 @@
+"""Mutants that change nothing that could be seen, each with the reason: read by a person, not run.
+
+Of a module (or of all) a part of a line as it is, and as the mutant has it; spaces do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+ONE_OUTPUT = "the node has one output"
+HALVINGS = "halvings beyond the 53 bits of float64"
+
+EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
+    ("", "inputs) > 2", "inputs) != 2", "an op with a weight has two inputs or three"),
+    ("calibration/histogram.py", "clip(place - first, 0,", "clip(place - first, -1,",
+     "what lies outside is taken from the outer bins"),
+    ("calibration/mean_centred.py", "index == 1 and", "index <= 1 and",
+     "the first input of such a product is made by a softmax, which is no layout op"),
+    ("calibration/percentile.py", "maximum(total, 1)", "maximum(total, 0)",
+     "a histogram is of one value at least"),
+    ("calibration/product_samples.py", "initial=0)", "initial=-1)",
+     "a maximum of magnitudes of one value at least is not below zero"),
+    ("equalization/equalize.py", "if str(product.outputs[0]", "if str(product.outputs[-1]",
+     ONE_OUTPUT),
+    ("equalization/experts.py", "whole = results[0]", "whole = results[-1]",
+     "there is one, or the Concat takes its place"),
+    ("equalization/factor_search.py", "range(60)", "range(61)", HALVINGS),
+    ("equalization/factor_search.py", "range(60)", "range(59)", HALVINGS),
+    ("equalization/patch_forms.py", '("Concat", "Shape") or', '("Concat", "Shape") and',
+     "what a Concat or a part of a Split holds is not the whole, which is looked at below"),
+    ("equalization/patch_forms.py", "isinstance(d, int) else 0 for d in sides[1:]",
+     "isinstance(d, int) else 1 for d in sides[1:]", "all sides are numbers there"),
+    ("equalization/patch_forms.py", "channels, -1)", "channels, -2)",
+     "NumPy leaves open any size below zero"),
+    ("equalization/runtime_forms.py", "found.shape[1] != tokens", "found.shape[1] > tokens",
+     "arrays of other shapes are not equal, which is asked below"),
+    ("equalization/streams.py", "if value is None or axis is None or size",
+     "if value is None and axis is None or size", "the size is None where one of them is"),
+    ("equalization/streams.py", "node.inputs[data[0]], node", "node.inputs[data[-1]], node",
+     "there is one"),
+    ("equalization/writer.py", "**attributes)[0]", "**attributes)[-1]", ONE_OUTPUT),
+    ("numerics/blockwise.py", "keepdims=True) > 0, shares", "keepdims=True) != 0, shares",
+     "no share is below zero"),
+    ("numerics/blockwise.py", "shares, 1.0)", "shares, 2.0)",
+     "any one number for all rows of a block gives the same scales"),
+    ("numerics/blockwise.py", "np.asarray(scale[:, 0]", "np.asarray(scale[:, -1]",
+     "the axis has one entry"),
+    ("numerics/codes/twin.py", "return (last + coarse", "return (last ^ coarse",
+     "the two have no bit in common"),
+    ("qdq/lowering.py", "if not is_layout(use[0]) or", "if not is_layout(use[0]) and",
+     "an op that takes the scaled tensor itself is no plain reader, and other ways are none"),
+    ("qdq/small_scales.py", "astype(np.float64), 1.0)", "astype(np.float64), 2.0)",
+     "the factor of a scale of zero is 1 either way"),
+    ("qdq/weights.py", "if zero_point is None or", "if zero_point is None and",
+     "every DequantizeLinear that lowering writes has a constant zero point"),
+    ("targets/integer/interpreter.py", '"keepdims", 1)', '"keepdims", 2)',
+     "any number but zero is true"),
+    ("targets/integer/nodes.py", "constant(node, 1, 1.0)", "constant(node, 1, 0.0)",
+     "a LayerNormalization has a scale (ONNX)"),
+    ("targets/integer/nodes.py", "[bound * count]", "[bound / count]",
+     "the sum of less than 2^22 tokens needs no smaller shift"),
+)  # fmt: skip
+
+
+def reason(path: Path, diff: Sequence[str]) -> str | None:
+    """Why a mutant of a module changes nothing; None where that is not known."""
+    old, new = (["".join(x[1:].split()) for x in diff if x[0] == sign] for sign in "-+")
+    if len(old) != 1:
+        return None
+    for name, *parts, why in EQUIVALENT:
+        before, behind = ("".join(part.split()) for part in parts)
+        ours = path.as_posix().endswith(f"ptq_onnx/{name}" if name else ".py")
+        if ours and before in old[0] and new == [old[0].replace(before, behind, 1)]:
+            return why
+    return None
