@@ -13,7 +13,7 @@ from small_graph import SmallGraph, run, sample
 from small_image_model import image_model, pictures
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.equalization import equalize, restructure
+from ptq_onnx.equalization import form, restructure
 from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.rotation import turn
 from ptq_onnx.errors import ModelError
@@ -132,7 +132,7 @@ def test_a_broken_form_leaves_the_fused_model(
         value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
         return {**counts, "Broken": 1}
 
-    for place in (equalize, restructure):
+    for place in (form, restructure):
         monkeypatch.setattr(place, "restructure", broken)
     found = job(model, folder, tmp_path / "out")
     assert found.report["parity"]["undone"] == ["equalisation", "bringing it into form"]
