@@ -227,7 +227,12 @@ class Fields:
     @property
     def equalizes(self) -> bool:
         """True where the quantizer works on an equalised copy of the model."""
-        return self.quantizer == "deploy" and self.equalize
+        return self.products_only and self.equalize
+
+    @property
+    def products_only(self) -> bool:
+        """True where nothing but what products read is quantized, in the form of the target."""
+        return self.quantizer in ("deploy", "lowbit")
 
     @property
     def rotates(self) -> bool:

@@ -31,6 +31,7 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import ALL, Selector
 from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.numerics.codes.code import Solved
 from ptq_onnx.numerics.fake_quantize import reach
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.ptf import needed_step, zero_points
@@ -63,6 +64,8 @@ class Plan:
     """Ranges that are known and not to be calibrated, by tensor."""
     searched: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that were searched for one scale, by tensor, all of whose channels are alike."""
+    solved: Mapping[str, Solved] = field(default_factory=dict)
+    """Numbers of tensors that were found while the model was rewritten, each an array of one."""
     moves: tuple[Any, ...] = ()
     """What equalisation moved (``equalization.Move``)."""
     exponents: Mapping[str, float] = field(default_factory=dict)
@@ -285,8 +288,10 @@ class SiteQuantizer(VitQuantizer):
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""
-        if rule.method == "fixed":
+        if rule.method == "fixed" and site.tensor not in self.plan.solved:
             return tensor_spec(site, rule, 0.0, 1.0)
+        if site.tensor in self.plan.solved and not rule.grain.per_channel:
+            return solved_spec(site, rule, self.plan.solved[site.tensor])
         if site.tensor in self.plan.fixed:
             return tensor_spec(site, rule, *self.plan.fixed[site.tensor])
         if site.tensor in self.plan.searched and rule.per_tensor:
@@ -344,6 +349,13 @@ def tensor_spec(
     """One scale and zero point that cover [low, high] (of the tensor divided by ``factor``)."""
     lows, highs = np.array([low], np.float32), np.array([high], np.float32)
     found = rule.code.solve(lows, highs, rule.bits, rule.signed, rule.symmetric)
+    return solved_spec(site, rule, found, factor)
+
+
+def solved_spec(
+    site: Site, rule: Rule, found: Solved, factor: Array | None = None
+) -> TensorSpec:
+    """The spec of numbers that are arrays of one."""
     spec = TensorSpec(
         tensor=site.tensor,
         rule=rule,

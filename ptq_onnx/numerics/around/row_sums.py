@@ -17,6 +17,7 @@ class RowSums(Around):
     """A V / (sum of A over its last axis)."""
 
     name: ClassVar[str] = "renormalize"
+    cancels_row_factors: ClassVar[bool] = True
 
     def behind(self, product: Array, values: Array) -> Array:
         total = ones_for_zeros(values.sum(axis=-1, keepdims=True))

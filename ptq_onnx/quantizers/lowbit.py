@@ -1,0 +1,68 @@
+"""Lowbit: products of few bits, 2 to 6, without training.
+
+What is quantized is what ``deploy`` quantizes. Other than there, every channel has a range of its
+own (``equalization/low_bits.py``); attention maps and what an activation function gives have
+logarithmic codes below 8 bits; weights are rounded on what the linear reads of the quantized model
+(``stream_weights.py``); patch embedding and head have 8 bits, unless ``--no-wide-ends``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from ptq_onnx.blocks.walking import ACTIVATIONS
+from ptq_onnx.calibration.methods import Statistics
+from ptq_onnx.config.bits import MOST_BITS
+from ptq_onnx.config.selector import Selector
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.codes.logarithmic import Logarithmic
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.deploy import Deploy
+from ptq_onnx.quantizers.stream_weights import rounded_on_stream
+
+LOGARITHMIC = Logarithmic()
+ENDS = ("patch_embed", "head")
+"""Roles that have 8 bits."""
+
+
+class LowBit(Deploy):
+    """See the module's text."""
+
+    name: ClassVar[str] = "lowbit"
+
+    def rule(self, site: Site) -> Rule | str:
+        rule = super().rule(site)
+        if isinstance(rule, str):
+            return rule
+        if any(self._concerns(Selector(role), site) for role in ENDS):
+            return replace(rule, bits=MOST_BITS)
+        if site.is_parameter or rule.bits == MOST_BITS:
+            return rule
+        if site.role == "softmax":
+            around = (RowMaximum(), RowSums())
+            return replace(rule, signed=False, symmetric=False, code=LOGARITHMIC, around=around)
+        made = None if site.producer is None else self.nodes[site.producer].op_type
+        if made in ACTIVATIONS:
+            return replace(rule, signed=False, symmetric=False, code=LOGARITHMIC)
+        return rule
+
+    def measure(self, batches: Iterable[Any]) -> Statistics:
+        """Statistics of what was not solved before."""
+        known = {**self.rules}
+        self.rules = {t: r for t, r in known.items() if t not in self.plan.solved}
+        try:
+            return super().measure(batches)
+        finally:
+            self.rules = known
+
+    def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
+        if self._given is not None:
+            return super().calibrate(batches)
+        specs = self.solve(self.measure(batches))
+        constants, specs = rounded_on_stream(self.plan, specs, batches)
+        self.set_constants(constants)
+        return specs

@@ -1,0 +1,151 @@
+"""Weights rounded on the quantized model: each linear on what it really reads.
+
+The model is run node by node on a few images, in ONNX Runtime, as the file will be; every linear's
+weight is rounded when the walk comes to it, so that all before it are rounded already. Memory is
+that of the tensors of those images that are still to be read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, name_of
+from ptq_onnx.calibration.statistics import copies_in
+from ptq_onnx.config import stages
+from ptq_onnx.engine.node_sessions import NodeKernels
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
+from ptq_onnx.numerics.rounding import gptq
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.numerics.weights import weight_scale
+from ptq_onnx.progress import silent
+from ptq_onnx.quantizers.base import Plan
+
+Array = NDArray[np.float32]
+Double = NDArray[np.float64]
+
+IMAGES = 64
+"""Images that are held, at most."""
+
+
+@dataclass
+class _Walk:
+    """The state of one walk."""
+
+    model: ir.Model
+    """A copy whose weights become the rounded ones."""
+    specs: dict[str, TensorSpec]
+    kernels: NodeKernels
+    tensors: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    """Values that are still to be read, in batches."""
+    constants: dict[str, Array] = field(default_factory=dict)
+    moments: dict[str, Double] = field(default_factory=dict)
+    """E[xᵀx] of inputs that other linears read too."""
+
+    def run(self, progress: Any) -> None:
+        nodes = list(self.model.graph)
+        left = Counter(n for node in nodes for n in self.kernels.inputs(name_of(node)))
+        for node in nodes:
+            if is_linear(node):
+                self.round(node)
+            active = self.active(node)
+            names = self.kernels.inputs(name_of(node))
+            made = [
+                self.kernels.run(name_of(node), active, dict(zip(names, values, strict=True)))
+                for values in zip(*(self.tensors[n] for n in names), strict=True)
+            ]
+            outputs = [str(v.name) for v in node.outputs if v.name]
+            for index, name in enumerate(outputs):
+                if left[name]:
+                    self.tensors[name] = [batch[index] for batch in made]
+            for name in names:
+                left[name] -= 1
+                if not left[name]:
+                    del self.tensors[name]
+                    self.moments.pop(name, None)
+            progress(1)
+
+    def active(self, node: ir.Node) -> frozenset[str]:
+        """Tensors around a node that it quantizes: its weight, its output, and inputs that their
+        own node has not quantized."""
+        found = {str(v.name) for v in node.outputs if str(v.name) in self.specs and not self.late(v)}
+        for value in node.inputs:
+            if value is None:
+                continue
+            name = str(value.name)
+            if name in self.kernels.carried or (name in self.specs and self.late(value)):
+                found.add(name)
+        return frozenset(found)
+
+    def late(self, value: ir.Value) -> bool:
+        """True for what its readers quantize: constants, what a layout op makes, the image, and
+        rows that are divided by their sums behind the product."""
+        node = value.producer()
+        if node is None or is_layout(node) or is_constant(value):
+            return True
+        return RowMaximum() in self.specs[str(value.name)].rule.around
+
+    def round(self, node: ir.Node) -> None:
+        """Give the linear its rounded weight, where it has one of its own."""
+        read, weight = node.inputs[0], node.inputs[1]
+        value = constant(weight)
+        spec = None if weight is None else self.specs.get(str(weight.name))
+        if read is None or weight is None or value is None or spec is None:
+            return
+        shared = len(weight.uses()) != 1 or weight.is_graph_output()
+        if shared or spec.factor is not None or weight.name not in self.model.graph.initializers:
+            return
+        exact = np.asarray(value, np.float32)
+        moments = self.moments_of(read)
+        scale = weight_scale(exact, spec.axis, spec.rule.bits, power=np.diag(moments).copy())
+        spec = replace(spec, scale=np.asarray(scale, np.float32))
+        codes = gptq(exact, np.broadcast_to(scale, exact.shape[1:]), moments, spec.rule.bits)
+        rounded = dequantize(codes.astype(np.int32), spec)
+        weight.const_value = ir.tensor(rounded, name=weight.name)
+        self.specs[str(weight.name)] = spec
+        self.kernels.respecify(spec)
+        self.constants[str(weight.name)] = rounded
+
+    def moments_of(self, read: ir.Value) -> Double:
+        """E[xᵀx] of what a linear reads, quantized, [K, K]."""
+        name = str(read.name)
+        if name in self.moments:
+            return self.moments[name]
+        spec = self.specs.get(name)
+        carried = self.kernels.carried.get(name)
+        spec = carried[1] if carried is not None else spec
+        total, rows = 0.0, 0
+        for batch in self.tensors[name]:
+            x = fake_quantize(batch, spec) if spec is not None else batch
+            x = x.reshape(-1, x.shape[-1])
+            total = total + (x.T @ x).astype(np.float64)
+            rows += len(x)
+        self.moments[name] = np.asarray(total / max(rows, 1), np.float64)
+        return self.moments[name]
+
+
+def rounded_on_stream(
+    plan: Plan, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
+) -> tuple[dict[str, Array], dict[str, TensorSpec]]:
+    """Rounded weights by name, and the specs with the scales that they were rounded with."""
+    model = plan.model.clone()
+    threads = plan.config.threads
+    walk = _Walk(model, dict(specs), NodeKernels(model, specs, threads))
+    copies, images = copies_in(batches), []
+    for batch in batches:
+        images.append(batch)
+        if sum(len(b) for b in images) // copies >= IMAGES:
+            break
+    walk.tensors[str(model.graph.inputs[0].name)] = images
+    advance = silent if plan.progress is None else plan.progress(stages.ROUNDING)
+    walk.run(lambda _: None)
+    advance(len(images))
+    return walk.constants, walk.specs
