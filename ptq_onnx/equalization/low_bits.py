@@ -228,18 +228,17 @@ class _Steps:
     def product(self, av: Site) -> None:
         """(A·V - m) / s by a Mul and an Add in front of proj."""
         value = self.values[av.tensor]
-        leaves = [self.form.sites[av.tensor].consumers]
         nodes = {name_of(n): n for n in self.graph}
-        linears = [nodes[name] for name in leaves[0]]
+        linears = [nodes[name] for name in av.consumers]
         if len(linears) != 1 or not is_linear(linears[0]) or linears[0].inputs[0] is None:
             return
         rows = _rows(value, linears[0].inputs[0], av)
         if rows is None:
             return
         shift, factor, solved = self.steps(av)
-        shape = _spread(av)
-        made = self.behind(av, value, shift.reshape(shape), factor.reshape(shape))
-        move_rows(self.graph, linears[0], factor[rows], shift[rows])
+        shift, factor = shift[rows], factor[rows]
+        made = self.behind(av, linears[0].inputs[0], shift, factor)
+        move_rows(self.graph, linears[0], factor, shift)
         self.solved[str(made.name)] = solved
 
     def activated(self, site: Site) -> None:
@@ -302,7 +301,7 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     wanted = [
         s
         for s in form.read_by_products
-        if s.tensor in rules and s.role != "softmax" and s.tensor not in form.fixed
+        if s.tensor in rules and s.role not in ("softmax", "input") and s.tensor not in form.fixed
     ]
     pairs = {
         name_of(node): (str(node.inputs[0].name), str(node.inputs[1].name))
