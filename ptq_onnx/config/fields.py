@@ -151,6 +151,11 @@ class Fields:
         "nearest", NUMBERS, "NAME",
         f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
     )
+    wide_ends: bool = option(
+        True, NUMBERS, None,
+        "lowbit: 8 bits for patch embedding and head. Without, their weights and the head's input"
+        " have those of --bits, the image 8, as most published figures do.",
+    )
     centre_values: bool = option(
         False, TARGET, None,
         "tensorrt: take the mean of the image out of v and add it to A·V: more accurate, but an Add"

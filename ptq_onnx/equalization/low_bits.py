@@ -14,7 +14,7 @@ The ranges are those of the least squared error on a sample of rows (``numerics/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from ptq_onnx.calibration.product_samples import PairSample, Wanted, collect_sam
 from ptq_onnx.calibration.row_samples import collect_rows
 from ptq_onnx.config import stages
 from ptq_onnx.equalization.equalize import Move
+from ptq_onnx.equalization.factor_search import Product, choose_factor, normalized
 from ptq_onnx.equalization.foldings import (
     columns_behind,
     insert_affine,
@@ -63,6 +64,7 @@ class _Steps:
 
     form: Form
     rules: dict[str, Rule]
+    weight_bits: int
     moves: list[Move] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
     solved: dict[str, Solved] = field(default_factory=dict)
@@ -94,16 +96,28 @@ class _Steps:
     def levels(self, site: Site) -> int:
         return 1 << self.rules[site.tensor].bits
 
-    def steps(self, site: Site) -> tuple[Double, Double, Solved]:
-        """Shift m and factor s / s̄ per channel [C], and the one scale s̄ and zero point then."""
+    def steps(
+        self, site: Site, weights: Sequence[Array | None] = ()
+    ) -> tuple[Double, Double, Solved]:
+        """Shift and factor per channel [C], and the one scale and zero point then.
+
+        The factor follows the steps as far as the ``weights`` [C, N] that read the tensor allow,
+        whose rows it multiplies; without any it is the steps.
+        """
         levels = self.levels(site)
-        low, high = channel_bounds(self.samples[site.tensor], levels)
-        step = np.maximum((high - low) / (levels - 1), TINY)
-        step = np.maximum(step, 1e-6 * step.max())  # a channel that never changes
-        scale = float(np.exp(np.mean(np.log(step))))
+        rows = self.samples[site.tensor]
+        low, high = channel_bounds(rows, levels)
+        half = np.maximum((high - low) / 2, TINY)
+        half = np.maximum(half, 1e-6 * half.max())  # a channel that never changes
+        factor = normalized(half)
+        products = [Product(np.abs(w), self.weight_bits) for w in weights if w is not None]
+        if products:
+            factor = choose_factor(half, rows.var(axis=0, dtype=np.float64), products, levels).factor
+        scale = 2 * float((half / factor).max()) / (levels - 1)
         zero = levels // 2
+        shift = (low + high) / 2 + factor * scale * (zero - (levels - 1) / 2)
         self.note(site, low, high)
-        return low + zero * step, step / scale, Solved(np.float32([scale]), np.int32([zero]))
+        return shift, factor, Solved(np.float32([scale]), np.int32([zero]))
 
     def note(self, site: Site, low: Double, high: Double) -> None:
         """How much less noise steps of single channels make than one step for all."""
@@ -132,7 +146,8 @@ class _Steps:
         linears = readers_of(value)
         if len(site.channel_axes) != 1 or (norm is None and linears is None):
             return
-        shift, factor, solved = self.steps(site)
+        readers = norm.linears if norm is not None else linears or ()
+        shift, factor, solved = self.steps(site, [_weight(n) for n in readers])
         if norm is not None:
             norm.apply(self.graph, shift, factor)
             read = {str(n.inputs[0].name) for n in norm.linears if n.inputs[0] is not None}
@@ -235,7 +250,9 @@ class _Steps:
         rows = _rows(value, linears[0].inputs[0], av)
         if rows is None:
             return
-        shift, factor, solved = self.steps(av)
+        weight = _weight(linears[0])
+        ordered = None if weight is None else weight[np.argsort(rows)]
+        shift, factor, solved = self.steps(av, [ordered])
         shift, factor = shift[rows], factor[rows]
         made = self.behind(av, linears[0].inputs[0], shift, factor)
         move_rows(self.graph, linears[0], factor, shift)
@@ -271,6 +288,12 @@ class _Steps:
             )
 
 
+def _weight(linear: ir.Node) -> Array | None:
+    """[K, N]"""
+    value = constant(linear.inputs[1])
+    return None if value is None else np.asarray(value, np.float32)
+
+
 def _spread(site: Site) -> tuple[int, ...]:
     """The shape in which an array per channel broadcasts against the tensor, without the batch."""
     axes = {axis - len(site.shape) for axis in site.channel_axes}
@@ -297,7 +320,7 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     threads = plan.config.threads
     formed = replace(plan, model=form.model, blocks=form.blocks, sites=form.sites, fixed=form.fixed)
     rules = dict(make_quantizer(formed).rules)
-    state = _Steps(form, rules)
+    state = _Steps(form, rules, plan.config.widths.weights)
     wanted = [
         s
         for s in form.read_by_products

@@ -38,7 +38,8 @@ class LowBit(Deploy):
         rule = super().rule(site)
         if isinstance(rule, str):
             return rule
-        if any(self._concerns(Selector(role), site) for role in ENDS):
+        wide = ENDS if self.plan.config.wide_ends else ()
+        if site.role == "input" or any(self._concerns(Selector(role), site) for role in wide):
             return replace(rule, bits=MOST_BITS)
         if site.is_parameter or rule.bits == MOST_BITS:
             return rule

@@ -32,6 +32,7 @@ from ptq_onnx.quantizers.base import Plan
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 
+CENTRED = True
 IMAGES = 64
 """Images that are held, at most."""
 
@@ -47,8 +48,8 @@ class _Walk:
     tensors: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
     """Values that are still to be read, in batches."""
     constants: dict[str, Array] = field(default_factory=dict)
-    moments: dict[str, Double] = field(default_factory=dict)
-    """E[xᵀx] of inputs that other linears read too."""
+    moments: dict[str, tuple[Double, Double]] = field(default_factory=dict)
+    """E[x] and E[xᵀx] of inputs that other linears read too."""
 
     def run(self, progress: Any) -> None:
         nodes = list(self.model.graph)
@@ -104,7 +105,11 @@ class _Walk:
         if shared or spec.factor is not None or weight.name not in self.model.graph.initializers:
             return
         exact = np.asarray(value, np.float32)
-        moments = self.moments_of(read)
+        mean, moments = self.moments_of(read)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        old = constant(bias)
+        if CENTRED and bias is not None and old is not None and len(bias.uses()) == 1:
+            moments = moments - np.outer(mean, mean)
         scale = weight_scale(exact, spec.axis, spec.rule.bits, power=np.diag(moments).copy())
         spec = replace(spec, scale=np.asarray(scale, np.float32))
         codes = gptq(exact, np.broadcast_to(scale, exact.shape[1:]), moments, spec.rule.bits)
@@ -113,22 +118,27 @@ class _Walk:
         self.specs[str(weight.name)] = spec
         self.kernels.respecify(spec)
         self.constants[str(weight.name)] = rounded
+        if CENTRED and bias is not None and old is not None and len(bias.uses()) == 1:
+            new = np.asarray(old - mean @ (rounded.astype(np.float64) - exact), np.float32)
+            bias.const_value = ir.tensor(new, name=bias.name)
+            self.constants[str(bias.name)] = new
 
-    def moments_of(self, read: ir.Value) -> Double:
-        """E[xᵀx] of what a linear reads, quantized, [K, K]."""
+    def moments_of(self, read: ir.Value) -> tuple[Double, Double]:
+        """E[x] and E[xᵀx] of what a linear reads, quantized, [K] and [K, K]."""
         name = str(read.name)
         if name in self.moments:
             return self.moments[name]
         spec = self.specs.get(name)
         carried = self.kernels.carried.get(name)
         spec = carried[1] if carried is not None else spec
-        total, rows = 0.0, 0
+        total, first, rows = 0.0, 0.0, 0
         for batch in self.tensors[name]:
             x = fake_quantize(batch, spec) if spec is not None else batch
             x = x.reshape(-1, x.shape[-1])
             total = total + (x.T @ x).astype(np.float64)
+            first = first + x.sum(axis=0, dtype=np.float64)
             rows += len(x)
-        self.moments[name] = np.asarray(total / max(rows, 1), np.float64)
+        self.moments[name] = np.asarray(first / rows), np.asarray(total / rows)
         return self.moments[name]
 
 

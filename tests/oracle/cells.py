@@ -58,6 +58,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fqvit rotated/onnxruntime": {"quantizer": "fqvit", "rotate": True},
     "deploy rotated/onnxruntime": {"quantizer": "deploy", "rotate": True},
     "fqvit rotated/integer": {"target": "integer", "rotate": True},
+    "lowbit/onnxruntime": {"quantizer": "lowbit"},
+    "lowbit narrow ends/onnxruntime": {"quantizer": "lowbit", "wide_ends": False},
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (
