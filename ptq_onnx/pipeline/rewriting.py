@@ -182,8 +182,7 @@ def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
 
     The model as it was is in its file by now.
     """
-    from ptq_onnx.equalization.equalize import equalise_in_place
-    from ptq_onnx.equalization.low_bits import step_in_place
+    from ptq_onnx.equalization.by_quantizer import rewrite_in_place
 
     if scales is not None:
         raise ConfigError(
@@ -192,8 +191,9 @@ def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
         )
     mean, std = job.preprocess.mean, job.preprocess.std
     pictures = job.images.pictures
-    way = step_in_place if job.config.quantizer == "lowbit" else equalise_in_place
-    return way(replace(plan, pixels=(mean, std) if pictures else None), job.batches(job.images))
+    return rewrite_in_place(
+        replace(plan, pixels=(mean, std) if pictures else None), job.batches(job.images)
+    )
 
 
 def keep_for_pictures(job: Job) -> None:
