@@ -6,9 +6,11 @@ With s_c and m_c moved into what makes the tensor and what reads it, all channel
 The ranges are those of the least squared error on a sample of rows (``numerics/range_search.py``).
 
 * a norm's output → γ, β and the linears behind it; the input of proj: a Mul and an Add;
-* v → proj, which the rows of A pass on because they sum to one;
-* q → k by √(max|k| / max|q|) per channel, each head with a scale of its own, the product of both
-  a Mul on QKᵀ, and the mean of every key channel, which no softmax sees;
+* v R, with the same R, and its ranges → proj, which the rows of A pass on: they sum to one;
+* q R and k R, R being orthogonal and even, so that QKᵀ is the same and no channel of a head stands
+  out (in late blocks of ViT-Ti the channels that stand out in q do so in k too, and a factor from
+  one to the other helps neither); each head with a scale of its own, the product of both a Mul on
+  QKᵀ; and k without the mean of its channels, which no softmax sees;
 * what an activation function gives, and attention maps: only the numbers of their codes are found.
 """
 
@@ -40,12 +42,13 @@ from ptq_onnx.equalization.foldings import (
     value_path,
 )
 from ptq_onnx.equalization.form import Form, take_form
-from ptq_onnx.equalization.linear_weights import move_rows
+from ptq_onnx.equalization.linear_weights import move_rows, turn_rows
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import TINY, Solved
 from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.range_search import channel_bounds, logarithmic_range, share_rate
+from ptq_onnx.numerics.rotations import even
 from ptq_onnx.numerics.spec import Rule, Site
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
@@ -159,7 +162,7 @@ class _Steps:
             self.solved[str(made.name)] = solved
 
     def queries(self, q: Site, k: Site | None) -> None:
-        """q / f and (k - t) f, and a scale for each head."""
+        """q R and k R - t, and a scale for each head."""
         if k is None or k.tensor not in self.samples:
             return
         rows_q, rows_k = self.samples[q.tensor], self.samples[k.tensor]
@@ -174,21 +177,20 @@ class _Steps:
         apart = all(len(np.unique(side.columns)) == side.columns.size for side in (left, right))
         if not is_product(product) or not apart:
             return
-        shift = np.zeros(rows_k.shape[1])
+        heads = shape_q[0] if len(shape_q) == 2 else 1
+        width = rows_q.shape[1] // heads
+        rotation = even(width)
+        rows_q, rows_k = (_turned(rows, rotation) for rows in (rows_q, rows_k))
+        shift, zero = np.zeros(rows_k.shape[1]), np.zeros(rows_k.shape[1])
         if keys_may_shift(product):
             shift = rows_k.mean(axis=0, dtype=np.float64)
         rows_k = np.asarray(rows_k - shift, np.float32)
-        largest_q, largest_k = (
-            np.maximum(np.abs(rows).max(axis=0).astype(np.float64), TINY) for rows in (rows_q, rows_k)
-        )
-        balance = np.sqrt(largest_k / largest_q)  # q · balance and k / balance are as large
-        heads = shape_q[0] if len(shape_q) == 2 else 1
-        head_q, solved_q = self.heads(q, rows_q * balance, heads)
-        head_k, solved_k = self.heads(k, rows_k / balance, heads)
-        zero = np.zeros(len(shift))
-        width = len(shift) // heads
-        left.apply(self.graph, zero, np.repeat(head_q, width) / balance)
-        right.apply(self.graph, shift, np.repeat(head_k, width) * balance)
+        head_q, solved_q = self.heads(q, rows_q, heads)
+        head_k, solved_k = self.heads(k, rows_k, heads)
+        for side in (left, right):
+            side.turn(self.graph, rotation)
+        left.apply(self.graph, zero, np.repeat(head_q, width))
+        right.apply(self.graph, shift, np.repeat(head_k, width))
         if heads > 1:
             self.scores(q, product, head_q * head_k)
         self.solved[q.tensor], self.solved[k.tensor] = solved_q, solved_k
@@ -231,10 +233,16 @@ class _Steps:
         rows = _rows(product.outputs[0], read, v)
         if rows is None:
             return
+        av = str(product.outputs[0].name)
+        width = int(v.shape[v.channel_axes[-1]])  # type: ignore[arg-type]
+        rotation = even(width)
+        columns.turn(self.graph, rotation)
+        turn_rows(self.graph, linear, np.argsort(rows).reshape(-1, width), rotation)
+        for tensor in {v.tensor, av} & {*self.samples}:
+            self.samples[tensor] = _turned(self.samples[tensor], rotation)
         shift, factor, solved = self.steps(v)
         columns.apply(self.graph, shift, factor)
         move_rows(self.graph, linear, factor[rows], shift[rows])
-        av = str(product.outputs[0].name)
         if av in self.samples:
             moved = (self.samples[av] - shift) / factor
             self.samples[av] = np.asarray(moved, np.float32)
@@ -286,6 +294,12 @@ class _Steps:
             self.solved[tensor] = Solved(
                 np.float32([1]), np.int32([(1 << bits) - 1]), {"eighths": rate}
             )
+
+
+def _turned(rows: Array, rotation: Double) -> Array:
+    """Rows [n, H d] with the channels of every head times R [d, d]."""
+    turned = rows.reshape(len(rows), -1, len(rotation)) @ rotation.astype(np.float32)
+    return np.asarray(turned.reshape(rows.shape), np.float32)
 
 
 def _weight(linear: ir.Node) -> Array | None:

@@ -111,7 +111,7 @@ def _candidates(depth: float, largest: float, bits: int) -> Iterator[tuple[float
             high = max(largest * part, TINY)
             with np.errstate(divide="ignore", invalid="ignore"):
                 below = units * high / (1 - units)  # where each zero point would put the least
-            near = (below >= 0.5 * depth) & (below <= 2 * depth) & (units > 0)
+            near = (below >= 0.5 * depth) & (below <= 3 * depth) & (units > 0)
             zeros = np.flatnonzero(near) if depth > 1e-3 * largest * part else np.array([top])
             for zero in zeros[:: max(1, len(zeros) // 8)]:
                 yield high / (1 - float(units[zero])), int(zero), eighths

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, name_of
-from ptq_onnx.calibration.statistics import copies_in
+from ptq_onnx.calibration.statistics import Statistics, copies_in
 from ptq_onnx.config import stages
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
@@ -28,6 +28,7 @@ from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.progress import silent
 from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.correction import input_mean
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -48,6 +49,8 @@ class _Walk:
     tensors: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
     """Values that are still to be read, in batches."""
     constants: dict[str, Array] = field(default_factory=dict)
+    means: Mapping[str, Double] = field(default_factory=dict)
+    """E[x] of what linears read of the float model, by node."""
     moments: dict[str, tuple[Double, Double]] = field(default_factory=dict)
     """E[x] and E[xᵀx] of inputs that other linears read too."""
 
@@ -119,7 +122,8 @@ class _Walk:
         self.kernels.respecify(spec)
         self.constants[str(weight.name)] = rounded
         if CENTRED and bias is not None and old is not None and len(bias.uses()) == 1:
-            new = np.asarray(old - mean @ (rounded.astype(np.float64) - exact), np.float32)
+            before = self.means.get(name_of(node), mean)
+            new = np.asarray(old + before @ exact - mean @ rounded.astype(np.float64), np.float32)
             bias.const_value = ir.tensor(new, name=bias.name)
             self.constants[str(bias.name)] = new
 
@@ -143,12 +147,18 @@ class _Walk:
 
 
 def rounded_on_stream(
-    plan: Plan, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
+    plan: Plan,
+    specs: Mapping[str, TensorSpec],
+    batches: Iterable[Any],
+    statistics: Statistics | None = None,
 ) -> tuple[dict[str, Array], dict[str, TensorSpec]]:
     """Rounded weights by name, and the specs with the scales that they were rounded with."""
     model = plan.model.clone()
     threads = plan.config.threads
     walk = _Walk(model, dict(specs), NodeKernels(model, specs, threads))
+    if statistics is not None:
+        found = {name_of(n): input_mean(n, plan.sites, statistics) for n in model.graph if is_linear(n)}
+        walk.means = {name: mean for name, mean in found.items() if mean is not None}
     copies, images = copies_in(batches), []
     for batch in batches:
         images.append(batch)
