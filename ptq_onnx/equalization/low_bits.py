@@ -115,7 +115,9 @@ class _Steps:
         factor = normalized(half)
         products = [Product(np.abs(w), self.weight_bits) for w in weights if w is not None]
         if products:
-            factor = choose_factor(half, rows.var(axis=0, dtype=np.float64), products, levels).factor
+            factor = choose_factor(
+                half, rows.var(axis=0, dtype=np.float64), products, levels
+            ).factor
         scale = 2 * float((half / factor).max()) / (levels - 1)
         zero = levels // 2
         shift = (low + high) / 2 + factor * scale * (zero - (levels - 1) / 2)
@@ -203,7 +205,9 @@ class _Steps:
         low, high = (np.asarray(edge, np.float64) for edge in channel_bounds(flat, levels))
         limits = self.rules[site.tensor].limits
         symmetric = self.rules[site.tensor].symmetric
-        found = {z: needed_step(low, high, z, limits) for z in zero_points(low, high, limits, symmetric)}
+        found = {
+            z: needed_step(low, high, z, limits) for z in zero_points(low, high, limits, symmetric)
+        }
         zero = min(found, key=lambda z: float(np.sum(found[z] ** 2)))
         step = np.maximum(found[zero], TINY)
         scale = float(np.exp(np.mean(np.log(step))))

@@ -84,7 +84,7 @@ def logarithmic_range(x: Array, weight: Double, bits: int) -> Solved:
     least, best = np.inf, (max(float(x[-1]), TINY), (1 << bits) - 1, rates(bits)[0])
     for scale, zero, eighths in _candidates(float(-x[0]), float(x[-1]), bits):
         top = (1 << bits) - 1
-        values = (level(np.arange(top + 1), top, eighths) - level(np.array(zero), top, eighths))
+        values = level(np.arange(top + 1), top, eighths) - level(np.array(zero), top, eighths)
         values = np.sort(values * scale)
         cuts = np.searchsorted(x, (values[1:] + values[:-1]) / 2)
         edges = np.concatenate([[0], cuts, [len(x)]])

@@ -352,9 +352,7 @@ def tensor_spec(
     return solved_spec(site, rule, found, factor)
 
 
-def solved_spec(
-    site: Site, rule: Rule, found: Solved, factor: Array | None = None
-) -> TensorSpec:
+def solved_spec(site: Site, rule: Rule, found: Solved, factor: Array | None = None) -> TensorSpec:
     """The spec of numbers that are arrays of one."""
     spec = TensorSpec(
         tensor=site.tensor,

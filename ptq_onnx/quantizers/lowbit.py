@@ -18,9 +18,9 @@ from ptq_onnx.config.bits import MOST_BITS
 from ptq_onnx.config.selector import Selector
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.codes.code import Code
 from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.deploy import Deploy
 from ptq_onnx.quantizers.stream_weights import rounded_on_stream
 
@@ -33,6 +33,10 @@ class LowBit(Deploy):
     """See the module's text."""
 
     name: ClassVar[str] = "lowbit"
+    map_code: ClassVar[Code] = LOGARITHMIC
+    """Of attention maps below 8 bits."""
+    hidden_code: ClassVar[Code] = LOGARITHMIC
+    """Of what an activation function gives, below 8 bits."""
 
     def rule(self, site: Site) -> Rule | str:
         rule = super().rule(site)
@@ -45,9 +49,10 @@ class LowBit(Deploy):
             return rule
         if site.role == "softmax":
             around = (RowMaximum(), RowSums())
-            return replace(rule, signed=False, symmetric=False, code=LOGARITHMIC, around=around)
+            if self.map_code == LOGARITHMIC:
+                return replace(rule, signed=False, symmetric=False, code=LOGARITHMIC, around=around)
         made = None if site.producer is None else self.nodes[site.producer].op_type
-        if made in ACTIVATIONS:
+        if made in ACTIVATIONS and self.hidden_code == LOGARITHMIC:
             return replace(rule, signed=False, symmetric=False, code=LOGARITHMIC)
         return rule
 

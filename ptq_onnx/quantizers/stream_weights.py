@@ -1,14 +1,17 @@
 """Weights rounded on the quantized model: each linear on what it really reads.
 
 The model is run node by node on a few images, in ONNX Runtime, as the file will be; every linear's
-weight is rounded when the walk comes to it, so that all before it are rounded already. Memory is
-that of the tensors of those images that are still to be read.
+weight is rounded when the walk comes to it, so that all before it are rounded already. Its bias
+then makes the mean of its output that of the float model on the same images: E[x] W - E[x̂] Ŵ.
+(More than the mean is not taken from the float model: weights fitted to it from noisy inputs shrink
+the signal, block after block.) Memory is that of the tensors of those images that are still to be
+read.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, name_of
-from ptq_onnx.calibration.statistics import Statistics, copies_in
+from ptq_onnx.calibration.methods import collect
+from ptq_onnx.calibration.statistics import copies_in
 from ptq_onnx.config import stages
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
@@ -33,8 +37,7 @@ from ptq_onnx.quantizers.correction import input_mean
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 
-CENTRED = True
-IMAGES = 64
+IMAGES = 128
 """Images that are held, at most."""
 
 
@@ -54,10 +57,11 @@ class _Walk:
     moments: dict[str, tuple[Double, Double]] = field(default_factory=dict)
     """E[x] and E[xᵀx] of inputs that other linears read too."""
 
-    def run(self, progress: Any) -> None:
+    def run(self, images: int, advance: Callable[[int], None]) -> None:
+        """Node by node; ``advance`` is called as if the images were run one by one."""
         nodes = list(self.model.graph)
         left = Counter(n for node in nodes for n in self.kernels.inputs(name_of(node)))
-        for node in nodes:
+        for place, node in enumerate(nodes):
             if is_linear(node):
                 self.round(node)
             active = self.active(node)
@@ -75,12 +79,14 @@ class _Walk:
                 if not left[name]:
                     del self.tensors[name]
                     self.moments.pop(name, None)
-            progress(1)
+            advance(images * (place + 1) // len(nodes) - images * place // len(nodes))
 
     def active(self, node: ir.Node) -> frozenset[str]:
         """Tensors around a node that it quantizes: its weight, its output, and inputs that their
         own node has not quantized."""
-        found = {str(v.name) for v in node.outputs if str(v.name) in self.specs and not self.late(v)}
+        found = {
+            str(v.name) for v in node.outputs if str(v.name) in self.specs and not self.late(v)
+        }
         for value in node.inputs:
             if value is None:
                 continue
@@ -109,23 +115,27 @@ class _Walk:
             return
         exact = np.asarray(value, np.float32)
         mean, moments = self.moments_of(read)
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        old = constant(bias)
-        if CENTRED and bias is not None and old is not None and len(bias.uses()) == 1:
+        bias = own_bias(node)
+        if bias is not None:  # it takes the mean's part of the error
             moments = moments - np.outer(mean, mean)
-        scale = weight_scale(exact, spec.axis, spec.rule.bits, power=np.diag(moments).copy())
+        bits = spec.rule.bits
+        scale = weight_scale(exact, spec.axis, bits, power=np.diag(moments).copy())
         spec = replace(spec, scale=np.asarray(scale, np.float32))
-        codes = gptq(exact, np.broadcast_to(scale, exact.shape[1:]), moments, spec.rule.bits)
+        codes = gptq(exact, np.broadcast_to(scale, exact.shape[1:]), moments, bits)
         rounded = dequantize(codes.astype(np.int32), spec)
-        weight.const_value = ir.tensor(rounded, name=weight.name)
         self.specs[str(weight.name)] = spec
         self.kernels.respecify(spec)
-        self.constants[str(weight.name)] = rounded
-        if CENTRED and bias is not None and old is not None and len(bias.uses()) == 1:
+        self.replace(weight, rounded)
+        if bias is not None:
             before = self.means.get(name_of(node), mean)
-            new = np.asarray(old + before @ exact - mean @ rounded.astype(np.float64), np.float32)
-            bias.const_value = ir.tensor(new, name=bias.name)
-            self.constants[str(bias.name)] = new
+            old = np.asarray(constant(bias), np.float64)
+            self.replace(bias, old + before @ exact - mean @ rounded.astype(np.float64))
+
+    def replace(self, value: ir.Value, array: NDArray[Any]) -> None:
+        """Give a constant its new numbers."""
+        new = np.asarray(array, np.float32)
+        value.const_value = ir.tensor(new, name=value.name)
+        self.constants[str(value.name)] = new
 
     def moments_of(self, read: ir.Value) -> tuple[Double, Double]:
         """E[x] and E[xᵀx] of what a linear reads, quantized, [K] and [K, K]."""
@@ -146,26 +156,47 @@ class _Walk:
         return self.moments[name]
 
 
+def own_bias(linear: ir.Node) -> ir.Value | None:
+    """A linear's bias where it is a constant that nothing else reads."""
+    bias = linear.inputs[2] if len(linear.inputs) > 2 else None
+    if bias is None or constant(bias) is None or len(bias.uses()) != 1:
+        return None
+    return bias
+
+
 def rounded_on_stream(
-    plan: Plan,
-    specs: Mapping[str, TensorSpec],
-    batches: Iterable[Any],
-    statistics: Statistics | None = None,
+    plan: Plan, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
 ) -> tuple[dict[str, Array], dict[str, TensorSpec]]:
-    """Rounded weights by name, and the specs with the scales that they were rounded with."""
-    model = plan.model.clone()
-    threads = plan.config.threads
-    walk = _Walk(model, dict(specs), NodeKernels(model, specs, threads))
-    if statistics is not None:
-        found = {name_of(n): input_mean(n, plan.sites, statistics) for n in model.graph if is_linear(n)}
-        walk.means = {name: mean for name, mean in found.items() if mean is not None}
-    copies, images = copies_in(batches), []
-    for batch in batches:
-        images.append(batch)
-        if sum(len(b) for b in images) // copies >= IMAGES:
-            break
-    walk.tensors[str(model.graph.inputs[0].name)] = images
-    advance = silent if plan.progress is None else plan.progress(stages.ROUNDING)
-    walk.run(lambda _: None)
-    advance(len(images))
+    """Rounded weights and corrected biases by name, and the specs with the weights' scales."""
+    images = Some(batches)
+    model, threads = plan.model.clone(), plan.config.threads
+    linears = [node for node in model.graph if is_linear(node)]
+    read = {name_of(node) for node in linears}
+    sites = [s for s in plan.sites.values() if not s.is_parameter and read & {*s.consumers}]
+    statistics = collect(plan.model, sites, images, threads=threads)
+    means = {name_of(node): input_mean(node, plan.sites, statistics) for node in linears}
+    walk = _Walk(
+        model,
+        dict(specs),
+        NodeKernels(model, specs, threads),
+        {str(model.graph.inputs[0].name): images.batches},
+        means={name: mean for name, mean in means.items() if mean is not None},
+    )
+    walk.run(images.count, silent if plan.progress is None else plan.progress(stages.ROUNDING))
     return walk.constants, walk.specs
+
+
+class Some:
+    """The first ``IMAGES`` images of batches, as batches."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches: list[Any] = []
+        self.copies, self.count = copies_in(batches), 0
+        for batch in batches:
+            self.batches.append(batch)
+            self.count += len(batch) // self.copies
+            if self.count >= IMAGES:
+                break
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)

@@ -1,4 +1,4 @@
-"""Logarithmic codes by known numbers, what they gain, and the ties that single precision decides."""
+"""Logarithmic codes by known numbers, what they gain, and ties that single precision decides."""
 
 from __future__ import annotations
 
