@@ -16,7 +16,7 @@ The ranges are those of the least squared error on a sample of rows (``numerics/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ class _Steps:
         zero = levels // 2
         shift = (low + high) / 2 + factor * scale * (zero - (levels - 1) / 2)
         self.note(site, low, high)
-        return shift, factor, Solved(np.float32([scale]), np.int32([zero]))
+        return shift, factor, _numbers(scale, zero)
 
     def note(self, site: Site, low: Double, high: Double) -> None:
         """How much less noise steps of single channels make than one step for all."""
@@ -197,12 +197,11 @@ class _Steps:
             self.scores(q, product, head_q * head_k)
         self.solved[q.tensor], self.solved[k.tensor] = solved_q, solved_k
 
-    def heads(self, site: Site, rows: Double, heads: int) -> tuple[Double, Solved]:
+    def heads(self, site: Site, rows: Array, heads: int) -> tuple[Double, Solved]:
         """The factor of every head [H], and the one scale and zero point then."""
         levels = self.levels(site)
         flat = rows.reshape(len(rows), heads, -1).transpose(0, 2, 1).reshape(-1, heads)
-        flat = np.asarray(flat[:: max(1, len(flat) // len(rows) // 8)], np.float32)
-        low, high = (np.asarray(edge, np.float64) for edge in channel_bounds(flat, levels))
+        low, high = channel_bounds(flat[:: max(1, flat.shape[0] // len(rows) // 8)], levels)
         limits = self.rules[site.tensor].limits
         symmetric = self.rules[site.tensor].symmetric
         found = {
@@ -212,7 +211,7 @@ class _Steps:
         step = np.maximum(found[zero], TINY)
         scale = float(np.exp(np.mean(np.log(step))))
         self.note(site, low, high)
-        return step / scale, Solved(np.float32([scale]), np.int32([zero]))
+        return step / scale, _numbers(scale, zero)
 
     def scores(self, site: Site, product: ir.Node, factor: Double) -> None:
         """Multiply QKᵀ by a factor per head [H]."""
@@ -238,7 +237,7 @@ class _Steps:
         if rows is None:
             return
         av = str(product.outputs[0].name)
-        width = int(v.shape[v.channel_axes[-1]])  # type: ignore[arg-type]
+        width = int(v.shape[v.channel_axes[-1]])
         rotation = even(width)
         columns.turn(self.graph, rotation)
         turn_rows(self.graph, linear, np.argsort(rows).reshape(-1, width), rotation)
@@ -276,14 +275,18 @@ class _Steps:
         rows = self.samples[site.tensor]
         nodes = {name_of(n): n for n in self.graph}
         weights = [constant(nodes[name].inputs[1]) for name in site.consumers]
-        power = sum(
-            np.sum(np.asarray(w, np.float64) ** 2, axis=1) for w in weights if w is not None
-        )
+        power = np.zeros(rows.shape[1])
+        for weight in weights:
+            if weight is not None and len(weight) == len(power):
+                power += np.sum(np.asarray(weight, np.float64) ** 2, axis=1)
+        if not power.any():
+            power += 1
         picked = rows[:: max(1, len(rows) // SEARCHED_ROWS)]
-        weight = np.broadcast_to(np.asarray(power, np.float64), picked.shape)
-        if weight.shape != picked.shape:
-            weight = np.ones(picked.shape)
-        found = logarithmic_range(picked.ravel(), weight.ravel(), self.rules[site.tensor].bits)
+        found = logarithmic_range(
+            picked.ravel(),
+            np.broadcast_to(power, picked.shape).ravel(),
+            self.rules[site.tensor].bits,
+        )
         self.solved[site.tensor] = found
 
     def maps(self, pairs: dict[str, PairSample]) -> None:
@@ -295,9 +298,11 @@ class _Steps:
             attention, values = pairs[name_of(node)].factors
             bits = self.rules[tensor].bits
             rate = share_rate(attention, values, bits)
-            self.solved[tensor] = Solved(
-                np.float32([1]), np.int32([(1 << bits) - 1]), {"eighths": rate}
-            )
+            self.solved[tensor] = _numbers(1.0, (1 << bits) - 1, {"eighths": rate})
+
+
+def _numbers(scale: float, zero: int, details: Mapping[str, int] | None = None) -> Solved:
+    return Solved(np.array([scale], np.float32), np.array([zero], np.int32), details or {})
 
 
 def _turned(rows: Array, rotation: Double) -> Array:
@@ -330,6 +335,17 @@ def _rows(value: ir.Value, read: ir.Value, site: Site) -> NDArray[np.int64] | No
     return rows.astype(np.int64)
 
 
+def _map_products(graph: ir.Graph, rules: Mapping[str, Rule]) -> dict[str, tuple[str, str]]:
+    """Both inputs of the products that read attention maps in logarithmic codes, by name."""
+    found = {}
+    for node in graph:
+        if is_product(node):
+            one, other = (str(v.name) for v in node.inputs[:2] if v is not None)
+            if one in rules and rules[one].code == LOGARITHMIC:
+                found[name_of(node)] = one, other
+    return found
+
+
 def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     """The plan for its own model with a step per channel, from batches [B, C, H, W] that are run
     once for each group of samples, and once more for attention maps."""
@@ -344,13 +360,7 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         for s in form.read_by_products
         if s.tensor in rules and s.role not in ("softmax", "input") and s.tensor not in form.fixed
     ]
-    pairs = {
-        name_of(node): (str(node.inputs[0].name), str(node.inputs[1].name))
-        for node in form.model.graph
-        if is_product(node)
-        and all(v is not None for v in node.inputs[:2])
-        and rules.get(str(node.inputs[0].name), Rule()).code == LOGARITHMIC
-    }
+    pairs = _map_products(form.model.graph, rules)
     # Both read the model as it is: nothing is moved before.
     float_model = form.model.clone()
     if pairs:

@@ -55,7 +55,7 @@ def _bounds(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
             for factor in FACTORS:
                 tried = [*chosen]
                 tried[index] = end * factor
-                error = _error(x, *tried, levels, buffer)
+                error = _error(x, tried, levels, buffer)
                 best = torch.where(error < least, tried[index], best)
                 least = torch.minimum(error, least)
             chosen[index] = best
@@ -63,9 +63,10 @@ def _bounds(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _error(
-    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, buffer: torch.Tensor
+    x: torch.Tensor, ends: list[torch.Tensor], levels: int, buffer: torch.Tensor
 ) -> torch.Tensor:
-    """Squared error per channel of that many levels from ``low`` to ``high``, [C]."""
+    """Squared error per channel of that many levels from one end to the other, [C]."""
+    low, high = ends
     step = ((high - low) / (levels - 1)).clamp(min=TINY)[:, None]
     torch.sub(x, low[:, None], out=buffer)
     buffer.div_(step).round_().clamp_(0, levels - 1).mul_(step).add_(low[:, None]).sub_(x)
@@ -93,7 +94,8 @@ def logarithmic_range(x: Array, weight: Double, bits: int) -> Solved:
         if error < least:
             least, best = error, (scale, zero, eighths)
     scale, zero, eighths = best
-    return Solved(np.float32([scale]), np.int32([zero]), {"eighths": eighths})
+    numbers = np.array([scale], np.float32), np.array([zero], np.int32)
+    return Solved(*numbers, {"eighths": eighths})
 
 
 def rates(bits: int) -> list[int]:

@@ -145,14 +145,15 @@ class _Walk:
         spec = self.specs.get(name)
         carried = self.kernels.carried.get(name)
         spec = carried[1] if carried is not None else spec
-        total, first, rows = 0.0, 0.0, 0
+        width = self.tensors[name][0].shape[-1]
+        total, first, rows = np.zeros((width, width)), np.zeros(width), 0
         for batch in self.tensors[name]:
             x = fake_quantize(batch, spec) if spec is not None else batch
             x = x.reshape(-1, x.shape[-1])
-            total = total + (x.T @ x).astype(np.float64)
-            first = first + x.sum(axis=0, dtype=np.float64)
+            total += x.T @ x
+            first += x.sum(axis=0, dtype=np.float64)
             rows += len(x)
-        self.moments[name] = np.asarray(first / rows), np.asarray(total / rows)
+        self.moments[name] = first / rows, total / rows
         return self.moments[name]
 
 
