@@ -23,7 +23,7 @@ import numpy as np
 from accuracy import MODELS
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.equalization import low_bits
+from ptq_onnx.equalization import attention_steps
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
@@ -63,8 +63,8 @@ def _same(x: Any, spec: Any) -> Any:
 INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "all": (),
     "ranges that cover the sample": ((range_search, "FACTORS", (1.0,)),),
-    "q, k, v not turned": ((low_bits, "even", _unturned),),
-    "proj's input with one range": ((low_bits._Steps, "product", _nothing),),
+    "q, k, v not turned": ((attention_steps, "even", _unturned),),
+    "proj's input with one range": ((attention_steps.AttentionSteps, "product", _nothing),),
     "uniform maps": ((LowBit, "map_code", Uniform()),),
     "uniform behind GELU": ((LowBit, "hidden_code", Uniform()),),
     "weights to the nearest": ((stream_weights, "gptq", _nearest),),

@@ -68,6 +68,11 @@ def check_together(config: Fields) -> None:
     _check_owners(config)
     _check_selectors(config)
     _check_auto(config)
+    if config.auto and config.quantizer == "lowbit":
+        raise ConfigError(
+            "--auto with --quantizer lowbit: its ranges are found for their widths before anything"
+            " is left out; name what is to have 8 bits with --more-bits."
+        )
 
 
 def _check_target(config: Fields) -> None:

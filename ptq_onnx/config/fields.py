@@ -235,6 +235,11 @@ class Fields:
         return self.products_only and self.equalize
 
     @property
+    def rounds_weights(self) -> bool:
+        """True where weights are rounded by what they do to the output."""
+        return self.rounding != "nearest" or self.quantizer == "lowbit"
+
+    @property
     def products_only(self) -> bool:
         """True where nothing but what products read is quantized, in the form of the target."""
         return self.quantizer in ("deploy", "lowbit")

@@ -187,7 +187,8 @@ def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
     if scales is not None:
         raise ConfigError(
             f"--scales {scales}: equalisation needs the images, so that the scales of another"
-            " run do not fit; calibrate anew, or use --no-equalize."
+            " run do not fit; calibrate anew"
+            + (", or use --no-equalize." if plan.config.quantizer == "deploy" else ".")
         )
     mean, std = job.preprocess.mean, job.preprocess.std
     pictures = job.images.pictures

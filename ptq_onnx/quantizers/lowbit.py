@@ -1,9 +1,12 @@
-"""Lowbit: products of few bits, 2 to 6, without training.
+"""Lowbit: products of few bits, without training.
 
 What is quantized is what ``deploy`` quantizes. Other than there, every channel has a range of its
 own (``equalization/low_bits.py``); attention maps and what an activation function gives have
 logarithmic codes below 8 bits; weights are rounded on what the linear reads of the quantized model
 (``stream_weights.py``); patch embedding and head have 8 bits, unless ``--no-wide-ends``.
+
+Sources: RepQ-ViT (arXiv 2212.08254) for a range per channel that ends up in the weights, AdaLog
+(arXiv 2407.12951) for logarithms of free base, GPTQ (arXiv 2210.17323) for the rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from ptq_onnx.blocks.walking import ACTIVATIONS
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.config.bits import MOST_BITS
 from ptq_onnx.config.selector import Selector
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.codes.code import Code
@@ -66,9 +70,10 @@ class LowBit(Deploy):
             self.rules = known
 
     def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
-        if self._given is not None:
-            return super().calibrate(batches)
         specs = self.solve(self.measure(batches))
         constants, specs = rounded_on_stream(self.plan, specs, batches)
         self.set_constants(constants)
         return specs
+
+    def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
+        raise ConfigError(f"--scales {where}: lowbit rounds weights on images; calibrate anew.")
