@@ -24,6 +24,8 @@ from ptq_onnx.numerics.spec import Rule, Site
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 
+INTO = {"q": "k", "k": "q", "v": "proj", "av": "Mul, Add"}
+"""Where the factors of a role go, in reports."""
 SEARCHED_ROWS = 512
 """Rows whose values a logarithmic range is searched on."""
 
@@ -78,9 +80,7 @@ class Steps:
         width = np.maximum(high - low, TINY)
         plain = float(high.max() - low.min())
         gain = 10 * float(np.log10(plain**2 / np.mean(width**2)))
-        into = {"q": "k", "k": "q", "v": "proj", "av": "Mul, Add"}.get(
-            site.role, "LayerNormalization"
-        )
+        into = INTO.get(site.role, "LayerNormalization")
         ratio = float(width.max() / width.min())
         self.moves.append(Move(site.tensor, site.role, site.block, into, gain, ratio))
 
