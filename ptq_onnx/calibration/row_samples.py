@@ -104,4 +104,5 @@ def groups(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def channel_count(site: Site) -> int:
+    """How many values a row of the site has."""
     return int(np.prod([int(site.shape[axis]) for axis in site.channel_axes], dtype=np.int64))

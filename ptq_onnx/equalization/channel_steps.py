@@ -48,6 +48,7 @@ class Steps:
         self.places = {(s.role, s.block): s for s in self.form.sites.values() if not s.is_parameter}
 
     def levels(self, site: Site) -> int:
+        """How many codes its rule has."""
         return 1 << self.rules[site.tensor].bits
 
     def steps(
@@ -134,6 +135,7 @@ class Steps:
 
 
 def numbers(scale: float, zero: int, details: Mapping[str, int] | None = None) -> Solved:
+    """What a code needs, as arrays of one."""
     return Solved(np.array([scale], np.float32), np.array([zero], np.int32), details or {})
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from ptq_onnx.blocks.walking import ACTIVATIONS
 from ptq_onnx.calibration.methods import Statistics
-from ptq_onnx.config.bits import MOST_BITS
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
@@ -43,13 +43,14 @@ class LowBit(Deploy):
     """Of what an activation function gives, below 8 bits."""
 
     def rule(self, site: Site) -> Rule | str:
+        """Deploy's rule, with logarithmic codes and 8 bits where the module's text says."""
         rule = super().rule(site)
         if isinstance(rule, str):
             return rule
         wide = ENDS if self.plan.config.wide_ends else ()
         if site.role == "input" or any(self._concerns(Selector(role), site) for role in wide):
-            return replace(rule, bits=MOST_BITS)
-        if site.is_parameter or rule.bits == MOST_BITS:
+            return replace(rule, bits=max(rule.bits, BYTE))
+        if site.is_parameter or rule.bits >= BYTE:
             return rule
         if site.role == "softmax":
             around = (RowMaximum(), RowSums())
@@ -70,10 +71,12 @@ class LowBit(Deploy):
             self.rules = known
 
     def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
+        """Specs; then weights and biases from a walk through the quantized model."""
         specs = self.solve(self.measure(batches))
         constants, specs = rounded_on_stream(self.plan, specs, batches)
         self.set_constants(constants)
         return specs
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
+        """Refused: the weights' rounding is in no report."""
         raise ConfigError(f"--scales {where}: lowbit rounds weights on images; calibrate anew.")

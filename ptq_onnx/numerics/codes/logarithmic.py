@@ -53,6 +53,7 @@ class Logarithmic(Code):
     instead: ClassVar[str] = "--quantizer deploy gives uniform ones"
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
+        """0 … 2^b - 1; the last means ℓ = 0."""
         return 0, (1 << bits) - 1
 
     def solve(self, low: Array, high: Array, bits: int, signed: bool, symmetric: bool) -> Solved:
@@ -71,6 +72,7 @@ class Logarithmic(Code):
         return Solved(scale, zero, {"eighths": eighths})
 
     def codes(self, x: Array, numbers: Numbers) -> Codes:
+        """The codes of the nearest levels."""
         largest, last, half = (np.float32(v) for v in self._ends(numbers))
         _, top = self.limits(numbers.bits, numbers.signed)
         eighths = numbers.details["eighths"]
@@ -82,15 +84,18 @@ class Logarithmic(Code):
         return np.asarray(np.where(above < half, top, np.clip(near, 0, top - 1)), np.int32)
 
     def values(self, codes: Codes, numbers: Numbers) -> Array:
+        """ℓ(k) - ℓ(z)."""
         levels = self._levels(numbers)
         return levels[np.clip(codes, 0, len(levels) - 1)]
 
     def reach(self, numbers: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+        """-ℓ(z) and M - ℓ(z)."""
         _, top = self.limits(numbers.bits, numbers.signed)
         unit = level(numbers.zero_point, top, numbers.details["eighths"])
         return -unit * numbers.scale, (1 - unit) * numbers.scale
 
     def clipped(self, x: Array, numbers: Numbers) -> NDArray[np.bool_]:
+        """Beyond half the first step above, or half the last below."""
         levels = self._levels(numbers).astype(np.float64)
         low, high = levels[-1], levels[0]
         first, final = levels[0] - levels[1], levels[-2] - levels[-1]
@@ -126,6 +131,7 @@ class Logarithmic(Code):
         return look_up(builder, at, self._levels(numbers))
 
     def misfit(self, numbers: Numbers) -> str | None:
+        """A zero point that is no code."""
         low, high = self.limits(numbers.bits, numbers.signed)
         if (numbers.zero_point < low).any() or (numbers.zero_point > high).any():
             return f"a zero point is not from {low} to {high}"
