@@ -76,8 +76,8 @@ def _error(
 def logarithmic_range(x: Array, weight: Double, bits: int) -> Solved:
     """M, τ and zero point of logarithmic codes for values ``x`` [N] that count ``weight`` [N].
 
-    Every pair of τ and largest value is tried with the zero points that put the least level near
-    the least value.
+    Every pair of τ and largest value is tried with zero points that reach at least half way to the
+    least value.
     """
     order = np.argsort(x, kind="stable")
     x, weight = x[order].astype(np.float64), weight[order]
@@ -113,9 +113,9 @@ def _candidates(depth: float, largest: float, bits: int) -> Iterator[tuple[float
             high = max(largest * part, TINY)
             with np.errstate(divide="ignore", invalid="ignore"):
                 below = units * high / (1 - units)  # where each zero point would put the least
-            near = (below >= 0.5 * depth) & (below <= 3 * depth) & (units > 0)
+            near = (below >= 0.5 * depth) & (units > 0) & (units < 1)
             zeros = np.flatnonzero(near) if depth > 1e-3 * largest * part else np.array([top])
-            for zero in zeros[:: max(1, len(zeros) // 8)]:
+            for zero in zeros[:: max(1, len(zeros) // 16)]:
                 yield high / (1 - float(units[zero])), int(zero), eighths
 
 

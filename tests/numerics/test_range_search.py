@@ -61,9 +61,6 @@ def test_the_logarithmic_range_is_better_than_its_neighbours() -> None:
         assert noise(x, other, zero, eighths, 4) > best
     for rate in rates(4):
         assert noise(x, scale, zero, rate, 4) >= best * 0.999
-    assert 0.05 < -float(Logarithmic().reach(
-        Numbers(4, False, found.scale, found.zero_point, found.details)
-    )[0][0]) < 0.4  # fmt: skip
 
 
 def test_values_that_count_nothing_are_not_covered() -> None:
