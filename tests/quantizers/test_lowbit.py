@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -27,13 +28,15 @@ from ptq_onnx.targets.checking.check import check
 
 
 @cache
-def made(bits: str = "4/4/4", **options: object) -> SiteQuantizer:
-    return quantized(quantizer="lowbit", bits=bits, **options)
+def made(bits: str = "4/4/4") -> SiteQuantizer:
+    return quantized(quantizer="lowbit", bits=bits)
 
 
-def rules_by_role(quantizer: SiteQuantizer) -> dict[str, set[tuple[int, str]]]:
+def rules_by_role(quantizer: SiteQuantizer, **options: object) -> dict[str, set[tuple[int, str]]]:
+    """Widths and codes of each role, under other options where some are given."""
+    config = replace(quantizer.plan.config, **options)  # type: ignore[arg-type]
     found: dict[str, set[tuple[int, str]]] = {}
-    for tensor, rule in quantizer.rules.items():
+    for tensor, rule in quantizer.rules_under(config).items():
         role = quantizer.plan.sites[tensor].role
         found.setdefault(role, set()).add((rule.bits, rule.code.name))
     return found
@@ -50,7 +53,7 @@ def test_which_codes_have_how_many_bits() -> None:
 
 def test_narrow_ends_are_as_published() -> None:
     """Weights and the head's input have the bits of all others, the image has 8."""
-    found = rules_by_role(made(wide_ends=False))
+    found = rules_by_role(made(), wide_ends=False)
     assert found["input"] == {(8, "uniform")}
     for role in ("norm", "patch_embed.weight", "head.weight"):
         assert found[role] == {(4, "uniform")}, role
@@ -58,9 +61,10 @@ def test_narrow_ends_are_as_published() -> None:
 
 def test_eight_bits_are_uniform() -> None:
     """An integer kernel multiplies them; logarithmic codes have none."""
-    quantizer = made("4/8/8")
-    assert {r.code for r in quantizer.rules.values()} == {Uniform()}
-    maps = [r for t, r in quantizer.rules.items() if quantizer.plan.sites[t].role == "softmax"]
+    quantizer = made()
+    rules = quantizer.rules_under(replace(quantizer.plan.config, bits="4/8/8"))
+    assert {r.code for r in rules.values()} == {Uniform()}
+    maps = [r for t, r in rules.items() if quantizer.plan.sites[t].role == "softmax"]
     assert all(r.around == (RowMaximum(),) for r in maps)
 
 
@@ -77,7 +81,7 @@ def test_maps_are_relative_to_their_row_and_divided_by_their_sum() -> None:
         assert again.details == spec.details
 
 
-@pytest.mark.parametrize("bits", ["4/4/4", "6/6/6", "3/8/4"])
+@pytest.mark.parametrize("bits", ["4/4/4", "6/8/6"])
 def test_the_file_is_what_was_simulated(bits: str, tmp_path: Path) -> None:
     quantizer, x = made(bits), images()[:8]
     path = tmp_path / "quantized.onnx"
@@ -129,19 +133,39 @@ def test_it_is_nearer_than_deploy_with_gptq() -> None:
     x = images(DIGITS, folder, 32)
     model = prepared(DIGITS).model
     real = next(iter(Simulator(model, threads=1).run(x).values()))
-    for bits, better in (("4/4/4", 1.0), ("3/3/3", 1.0)):
-        others = quantized(quantizer="deploy", bits=bits, rounding="gptq")
-        found = [
-            decibels(next(iter(Simulator(q.model, q, threads=1).run(x).values())), real)
-            for q in (made(bits), others)
-        ]
-        assert found[0] > found[1] + better, (bits, found)
+    others = quantized(quantizer="deploy", bits="4/4/4", rounding="gptq")
+    mine, theirs = (
+        decibels(next(iter(Simulator(q.model, q, threads=1).run(x).values())), real)
+        for q in (made(), others)
+    )
+    assert mine > theirs + 1.0
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "openvino", "integer"])
 def test_other_targets_are_refused_in_one_line(target: str) -> None:
     with pytest.raises(ConfigError, match=f"^--target {target}, quantizer lowbit: [^\n]+$"):
         QuantizeConfig(target=target, quantizer="lowbit")
+
+
+def test_what_its_ranges_do_not_allow_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^--auto with --quantizer lowbit: [^\n]+--more-bits\.$"):
+        QuantizeConfig(quantizer="lowbit", auto=True)
+    with pytest.raises(ConfigError, match=r"^--scales there: lowbit rounds [^\n]+anew\.$"):
+        made().reuse({}, "there")
+
+
+def test_the_means_of_linears_are_those_of_the_float_model() -> None:
+    """On the images that were calibrated with, at every linear but the ones that read codes of the
+    image: the mean of what it makes differs by less than a hundredth of its size."""
+    quantizer, x = made(), images()
+    before = Simulator(quantizer.plan.model, threads=1)
+    after = Simulator(quantizer.model, quantizer, threads=1)
+    names = [str(n.outputs[0].name) for n in quantizer.plan.model.graph if is_linear(n)][:12]
+    real, found = before.run(x, names), after.run(x, names)
+    for name in names:
+        one, other = (v[name].reshape(-1, v[name].shape[-1]) for v in (real, found))
+        off = float(np.abs(one.mean(axis=0) - other.mean(axis=0)).max())
+        assert off < 0.01 * float(one.std()), name
 
 
 def test_wide_ends_belong_to_lowbit() -> None:
