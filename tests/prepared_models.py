@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.equalization.by_quantizer import rewritten
 from ptq_onnx.images.opening import METADATA_KEY, Preprocess, open_images
 from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
@@ -51,7 +51,7 @@ def quantized(
     plan = Plan(found.model, found.blocks, found.sites, config)
     batches = [data[i : i + 8] for i in range(0, len(data), 8)]
     if config.equalizes:
-        plan = equalise(plan, batches)
+        plan = rewritten(plan, batches)
     quantizer = make_quantizer(plan)
     quantizer.run(torch.zeros(1, *data.shape[1:]), batches)
     return quantizer

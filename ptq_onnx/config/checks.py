@@ -46,6 +46,11 @@ def check_together(config: Fields) -> None:
     _check_owners(config)
     _check_selectors(config)
     _check_auto(config)
+    if config.auto and config.quantizer == "lowbit":
+        raise ConfigError(
+            "--auto with --quantizer lowbit: its ranges are found for their widths before anything"
+            " is left out; name what is to have 8 bits with --more-bits."
+        )
 
 
 def _check_target(config: Fields) -> None:
@@ -88,6 +93,7 @@ def _check_owners(config: Fields) -> None:
         ("--no-equalize", not config.equalize, "deploy"),
         ("--no-bias-correction", not config.bias_correction, "deploy"),
         (f"--rounding {config.rounding}", config.rounding != "nearest", "deploy"),
+        ("--no-wide-ends", not config.wide_ends, "lowbit"),
         ("--no-lis", not config.lis, "fqvit"),
         ("--arithmetic integer", config.arithmetic == INTEGER, "fqvit"),
         ("--multiplier-bits", config.multiplier_bits != 31, "fqvit"),

@@ -157,6 +157,11 @@ class Fields:
         f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
         choices=ROUNDING_NAMES,
     )
+    wide_ends: bool = option(
+        True, NUMBERS, None,
+        "lowbit: 8 bits for patch embedding and head. Without, their weights and the head's input"
+        " have those of --bits, the image 8, as most published figures do.",
+    )
     centre_values: bool = option(
         False, TARGET, None,
         "tensorrt: subtract the mean over the image from v and add it to A·V: more accurate, but an"
@@ -238,7 +243,17 @@ class Fields:
     @property
     def equalizes(self) -> bool:
         """True where the quantizer works on an equalised copy of the model."""
-        return self.quantizer == "deploy" and self.equalize
+        return self.products_only and self.equalize
+
+    @property
+    def rounds_weights(self) -> bool:
+        """True where weights are rounded by what they do to the output."""
+        return self.rounding != "nearest" or self.quantizer == "lowbit"
+
+    @property
+    def products_only(self) -> bool:
+        """True where nothing but what products read is quantized, in the form of the target."""
+        return self.quantizer in ("deploy", "lowbit")
 
     @property
     def rotates(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptq_onnx.config.targets import TARGETS as BY_NAME
 
-QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "ptq4vit", "deploy")
+QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "ptq4vit", "deploy", "lowbit")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
 PRECISION_NAMES = ("int8", "fp8")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")

@@ -46,6 +46,7 @@ class Options(TypedDict, total=False):
     rotate: bool | None
     bias_correction: bool
     rounding: str
+    wide_ends: bool
     quantize_residual: bool
     centre_values: bool
     float16: bool

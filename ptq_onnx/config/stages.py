@@ -60,7 +60,7 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
         Planned(CALIBRATING, 2 * images),
         Planned(HISTOGRAMS, images),
         Planned(SCALES, 8 * images),
-        Planned(ROUNDING, 0 if config.rounding == "nearest" else 8 * images),
+        Planned(ROUNDING, 8 * images if config.rounds_weights else 0),
         Planned(WRITING, WRITING_COST),
     ]
     if config.report:

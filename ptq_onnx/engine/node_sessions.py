@@ -41,6 +41,10 @@ class NodeKernels:
         self._nodes = {name_of(node): node for node in model.graph}
         self._sessions: dict[tuple[str, frozenset[str]], ort.InferenceSession] = {}
 
+    def respecify(self, spec: TensorSpec) -> None:
+        """Take other numbers of a tensor, of which no session was built yet."""
+        self._specs[spec.tensor] = spec
+
     def inputs(self, name: str) -> list[str]:
         """Names of the node's inputs that are not constants, each once, in order."""
         node = self._nodes[name]

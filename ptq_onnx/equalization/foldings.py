@@ -25,7 +25,13 @@ from ptq_onnx.blocks.walking import (
     through_layout,
 )
 from ptq_onnx.calibration.mean_centred import rows_sum_to_one
-from ptq_onnx.equalization.linear_weights import move_rows, own_columns, scale_columns, set_linear
+from ptq_onnx.equalization.linear_weights import (
+    move_rows,
+    own_columns,
+    scale_columns,
+    set_linear,
+    turn_columns,
+)
 from ptq_onnx.graph.formula import constant, new_constant, unique_name
 
 Double = NDArray[np.float64]
@@ -107,6 +113,11 @@ class Columns:
         """Divide the columns; entries [C] that share one must agree."""
         flat, first = np.unique(self.columns.ravel(), return_index=True)
         scale_columns(graph, self.linear, flat, factor[first], shift[first])
+
+    def turn(self, graph: ir.Graph, rotation: Double) -> None:
+        """Turn the channels of every head, rows of ``columns`` [H, d] without the axes of size 1,
+        by ``rotation`` [d, d]: y becomes y R."""
+        turn_columns(graph, self.linear, self.columns.reshape(-1, len(rotation)), rotation)
 
 
 def columns_behind(value: ir.Value, shape: tuple[int, ...]) -> Columns | None:

@@ -59,6 +59,20 @@ def scale_columns(
     set_linear(graph, linear, new, bias)
 
 
+def turn_columns(
+    graph: ir.Graph, linear: ir.Node, heads: NDArray[np.int64], rotation: NDArray[np.float64]
+) -> None:
+    """Columns [H, d] of the linear's output become y R, head by head."""
+    weight = constant(linear.inputs[1])
+    if weight is None:
+        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+    new = weight.astype(np.float64)
+    bias = bias_of(linear, weight.shape[1])
+    new[:, heads] = new[:, heads] @ rotation
+    bias[heads] = bias[heads] @ rotation
+    set_linear(graph, linear, new, bias)
+
+
 def move_rows(
     graph: ir.Graph,
     linear: ir.Node,
@@ -72,6 +86,18 @@ def move_rows(
     old = weight.astype(np.float64)
     bias = bias_of(linear, weight.shape[1]) + shift @ old
     set_linear(graph, linear, old * factor[:, None], bias)
+
+
+def turn_rows(
+    graph: ir.Graph, linear: ir.Node, heads: NDArray[np.int64], rotation: NDArray[np.float64]
+) -> None:
+    """The linear for inputs whose rows [H, d] have become x R, R being orthogonal."""
+    weight = constant(linear.inputs[1])
+    if weight is None:
+        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+    new = weight.astype(np.float64)
+    new[heads] = rotation.T @ new[heads]
+    set_linear(graph, linear, new, bias_of(linear, weight.shape[1]))
 
 
 def move_input_channels(

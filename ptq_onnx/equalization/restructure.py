@@ -56,8 +56,9 @@ def in_form(plan: Plan) -> Plan:
 
 
 def with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
-    """The blocks with the copies that ``deploy`` quantizes, put into the model."""
-    if plan.config.quantizer != "deploy" or plan.config.weight_only:
+    """The blocks with the copies that are quantized where products alone are, put into the
+    model."""
+    if not plan.config.products_only or plan.config.weight_only:
         return blocks
     roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
     return replace(blocks, roles={**blocks.roles, **roles})

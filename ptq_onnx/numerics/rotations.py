@@ -36,6 +36,11 @@ def spreading(width: int, seed: int) -> Double:
     return np.asarray(rotation[:, random.permutation(width)], np.float64)
 
 
+def even(width: int, seed: int = 0) -> Double:
+    """An orthogonal matrix [D, D] that spreads every channel evenly; the mean is not kept."""
+    return _even(width, np.random.default_rng((width, seed)))
+
+
 def flattened(rotation: Double, direction: Double) -> Double:
     """``rotation`` R [D, D] followed by the reflection that makes ``direction`` u [D] flat.
 

@@ -13,14 +13,21 @@ SEARCHED_BELOW = 8
 """From 8 bits on nothing is clipped; below, the clip range with the least error is taken."""
 
 
-def weight_scale(weight: Array, axis: int | None, bits: int, largest: int | None = None) -> Array:
+def weight_scale(
+    weight: Array,
+    axis: int | None,
+    bits: int,
+    largest: int | None = None,
+    power: NDArray[np.float64] | None = None,
+) -> Array:
     """Scale per slice along ``axis`` ([N]), or one ([]) for None.
 
     max |w| / ``largest`` (of b bits: 2^(b-1) - 1), at least ``TINY``; below 8 bits
-    shrunk to the least Σ (w - ŵ)².
+    shrunk to the least Σ p (w - ŵ)², p being ``power`` along the other axis, or one.
     """
     rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0)
     rows = rows.reshape(len(rows), -1).astype(np.float64)
+    counts = np.ones(1) if power is None else power
     largest = (1 << (bits - 1)) - 1 if largest is None else largest
     full = np.maximum(np.abs(rows).max(axis=1, initial=0) / largest, TINY)
     scale = full.astype(np.float32)
@@ -31,7 +38,7 @@ def weight_scale(weight: Array, axis: int | None, bits: int, largest: int | None
             tried = (full * shrink).astype(np.float32)
             step = tried[:, None].astype(np.float64)
             codes = np.clip(np.rint(rows / step), -largest - 1, largest)
-            error = ((codes * step - rows) ** 2).sum(axis=1)
+            error = (counts * (codes * step - rows) ** 2).sum(axis=1)
             scale = np.where(error < least, tried, scale)
             least = np.minimum(error, least)
     return np.asarray(scale[0] if axis is None else scale, np.float32)

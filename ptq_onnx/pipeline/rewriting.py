@@ -218,16 +218,17 @@ def equalise(job: Job, plan: Plan) -> Plan:
 
     The model as it was is in its file by now.
     """
-    from ptq_onnx.equalization.equalize import equalise_in_place
+    from ptq_onnx.equalization.by_quantizer import rewrite_in_place
 
     if job.request.scales is not None:
         raise ConfigError(
             f"--scales {job.request.scales}: equalisation needs the images, so that the scales of"
-            " another run do not fit; calibrate anew, or use --no-equalize."
+            " another run do not fit; calibrate anew"
+            + (", or use --no-equalize." if plan.config.quantizer == "deploy" else ".")
         )
     mean, std = job.inputs.preprocess.mean, job.inputs.preprocess.std
     pictures = job.inputs.images.pictures
-    return equalise_in_place(replace(plan, pixels=(mean, std) if pictures else None), job.batches())
+    return rewrite_in_place(replace(plan, pixels=(mean, std) if pictures else None), job.batches())
 
 
 def kept_for_pictures(job: Job) -> Prepared | None:

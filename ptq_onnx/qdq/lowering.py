@@ -52,8 +52,10 @@ class _Lowering(Weights):
             inverse = builder.constant("inverse_factor", 1 / spec.factor)
             current = builder.op("Mul", [current, inverse], "scaled")
         out = spec.rule.code.emit(builder, current, numbers)
+        # A row's own factor is in its sum too: divided by that, a product has it no more.
+        kept = any(around.cancels_row_factors for around in spec.rule.around)
         for restore in restores:
-            self.behind_product(value, out, uses, restore)
+            self.behind_product(value, out, uses, restore, kept)
         if not restores:
             self.give(value, spec, out, uses, place)
         for around in spec.rule.around:
@@ -93,13 +95,14 @@ class _Lowering(Weights):
         out: ir.Value,
         uses: list[tuple[ir.Node, int]],
         restore: Restore[ir.Value],
+        kept: bool = False,
     ) -> None:
         """Let products that read ``value`` as the given input read ``out``, and restore behind
-        them; other readers get ``out`` with that done."""
+        them, unless that is ``kept`` from them; other readers get ``out`` with that done."""
         op, other, suffix, index = restore.op_type, restore.other, restore.suffix, restore.index
         products = [use for use in uses if is_product(use[0]) and use[1] == index]
         plain = [use for use in uses if use not in products]
-        for node, _ in products:
+        for node, _ in [] if kept else products:
             result = self.renormalized.get(node.outputs[0], node.outputs[0])
             readers = list(consumers(result))
             back = self.add(result.producer(), op, [result, other], result, suffix)

@@ -31,13 +31,14 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import ALL, MoreBits, Selector
 from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.numerics.codes.code import Solved
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
 from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
-from ptq_onnx.quantizers.solved_specs import channel_spec, tensor_spec
+from ptq_onnx.quantizers.solved_specs import channel_spec, solved_spec, tensor_spec
 
 Array = NDArray[np.float32]
 Progress = Callable[[int], None]
@@ -63,6 +64,8 @@ class Plan:
     """Ranges that are known and not to be calibrated, by tensor."""
     searched: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that were searched for one scale, by tensor, all of whose channels are alike."""
+    solved: Mapping[str, Solved] = field(default_factory=dict)
+    """Numbers of tensors that were found while the model was rewritten, each an array of one."""
     moves: tuple[Any, ...] = ()
     """What equalisation moved (``equalization.Move``)."""
     exponents: Mapping[str, float] = field(default_factory=dict)
@@ -301,8 +304,10 @@ class SiteQuantizer(VitQuantizer):
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""
-        if rule.method == "fixed":
+        if rule.method == "fixed" and site.tensor not in self.plan.solved:
             return tensor_spec(site, rule, 0.0, 1.0)
+        if site.tensor in self.plan.solved and not rule.grain.per_channel:
+            return solved_spec(site, rule, self.plan.solved[site.tensor])
         if site.tensor in self.plan.fixed:
             return tensor_spec(site, rule, *self.plan.fixed[site.tensor])
         if site.tensor in self.plan.searched and rule.per_tensor:

@@ -18,11 +18,12 @@ def make_quantizer(plan: Plan) -> SiteQuantizer:
     from ptq_onnx.quantizers.channelwise import Channelwise
     from ptq_onnx.quantizers.deploy import Deploy
     from ptq_onnx.quantizers.fqvit import FqVit
+    from ptq_onnx.quantizers.lowbit import LowBit
     from ptq_onnx.quantizers.ptq4vit import Ptq4Vit
     from ptq_onnx.quantizers.vanilla import Vanilla
     from ptq_onnx.quantizers.weight_only import WeightOnly
 
-    known = {kind.name: kind for kind in (Vanilla, Channelwise, FqVit, Ptq4Vit, Deploy)}
+    known = {kind.name: kind for kind in (Vanilla, Channelwise, FqVit, Ptq4Vit, Deploy, LowBit)}
     name = plan.config.quantizer
     if name not in known:
         raise ConfigError(f"There is no quantizer '{name}'; choose one of {', '.join(known)}.")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.numerics.codes.code import Solved
 from ptq_onnx.numerics.fake_quantize import reach
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
@@ -20,6 +21,11 @@ def tensor_spec(
     """One scale and zero point that cover [low, high] (of the tensor divided by ``factor``)."""
     lows, highs = np.array([low], np.float32), np.array([high], np.float32)
     found = rule.code.solve(lows, highs, rule.bits, rule.signed, rule.symmetric)
+    return solved_spec(site, rule, found, factor)
+
+
+def solved_spec(site: Site, rule: Rule, found: Solved, factor: Array | None = None) -> TensorSpec:
+    """The spec of numbers that are arrays of one."""
     spec = TensorSpec(
         tensor=site.tensor,
         rule=rule,

@@ -25,6 +25,7 @@ from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.numerics.codes.by_name import CODES, code_named
 from ptq_onnx.numerics.codes.code import Code, Numbers, Storage
 from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.qdq.nodes import Behind, Nodes
 
 Array = NDArray[Any]
@@ -62,6 +63,8 @@ def data(code: Code, numbers: Numbers) -> Array:
     """[rows, 64]: zero, every level, half way to the next, tiny, huge, and a constant row."""
     grid = levels(code, numbers)
     ties = (grid[1:] + grid[:-1]) / 2
+    if isinstance(code, Logarithmic):  # float32 decides which of two is as near: see its own test
+        ties = ties[:0]
     span = np.abs(grid).max()
     random = np.random.default_rng(0).normal(size=512) * span
     x = np.concatenate(

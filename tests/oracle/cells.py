@@ -70,6 +70,8 @@ WAYS: dict[str, dict[str, Any]] = {
         "target": "integer",
         "more_bits": ("residual1=16", "residual2=16"),
     },
+    "lowbit/onnxruntime": {"quantizer": "lowbit"},
+    "lowbit narrow ends/onnxruntime": {"quantizer": "lowbit", "wide_ends": False},
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (

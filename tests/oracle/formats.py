@@ -8,7 +8,8 @@
 value 2^-c, of the last code (``limits``) zero. ``e4m3``: u is rounded to one sign, four exponent
 and three mantissa bits, up to 448. ``twin``: two steps, scale and 2^ratio · scale; with a sign the
 first below zero, the other above; else codes 0 … H - 1 of the first and H … 2H - 1 of the other,
-whichever is nearer. ``row``: x is divided by the largest of its last axis before,
+whichever is nearer. ``logarithmic``: levels l(c) = scale · 2^(-8 c / eighths), the last zero, value
+l(c) - l(zero_point), the nearest. ``row``: x is divided by the largest of its last axis before,
 multiplied behind. ``centred``: the mean over the tokens of x, in whole steps, is taken out before;
 a product with it adds the mean to its result.
 """
@@ -65,6 +66,8 @@ class Format:
     factor: Array
     ratio: int = 0
     """Of ``twin`` codes."""
+    eighths: int = 0
+    """Of ``logarithmic`` codes."""
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Format:
@@ -93,6 +96,7 @@ class Format:
             zero=np.array(entry["zero_point"], np.float64),
             factor=np.asarray(factor),
             ratio=entry.get("ratio", 0),
+            eighths=entry.get("eighths", 0),
         )
 
     def spread(self, numbers: Array, shape: tuple[int, ...]) -> Array:
@@ -115,6 +119,10 @@ class Format:
         if self.code == "twin":
             codes, values = self.twin(x)
             return Coded(x, x / self.scale, codes, values)
+        if self.code == "logarithmic":
+            top = x.max(axis=-1, keepdims=True) if self.granularity == "row" else np.float64(1)
+            codes, values = self.logarithmic(x / top)
+            return Coded(x / top, x / top, codes, values * top)
         scale, zero = self.spread(self.scale, x.shape), self.spread(self.zero, x.shape)
         part, top, mean = x, np.float64(1), None
         if self.granularity == "row":
@@ -151,6 +159,20 @@ class Format:
             return np.where(codes < 0, codes * self.scale, codes * coarse)
         return np.where(codes < half, codes * self.scale, (codes - half) * coarse)
 
+    def levels(self) -> Array:
+        """What logarithmic codes stand for, falling."""
+        codes = np.arange(self.limits[1] + 1)
+        held = self.scale * np.exp2(-8 * codes / self.eighths)
+        held[-1] = 0
+        return np.asarray(held - held[int(self.zero)])
+
+    def logarithmic(self, x: Array) -> tuple[Array, Array]:
+        """The nearest of all levels."""
+        levels = self.levels()
+        middles = (levels[1:] + levels[:-1]) / 2
+        codes = len(middles) - np.searchsorted(middles[::-1], x)
+        return codes, levels[codes]
+
     def beyond(self, coded: Coded, codes: Array) -> Array:
         """How far other codes are from the tensor, in steps, but for what rounding explains."""
         if self.code == "log2":
@@ -163,6 +185,12 @@ class Format:
         if self.code == "twin":
             least = np.abs(coded.part - self.twin(coded.part)[1])
             return np.maximum(np.abs(coded.part - self.twin_values(codes)) - least, 0) / self.scale
+        if self.code == "logarithmic":
+            levels = self.levels()
+            gaps = np.append(-np.diff(levels), levels[-2] - levels[-1])
+            near = self.logarithmic(coded.part)[0]
+            off = np.abs(coded.part - levels[codes.astype(np.int64)])
+            return np.maximum(off - np.abs(coded.part - levels[near]), 0) / gaps[near]
         low, high = self.limits
         off = np.abs(codes - np.clip(coded.units, low, high))
         return np.maximum(off - 0.5, 0)
@@ -174,6 +202,10 @@ class Format:
             lowest = np.where(codes == self.limits[1], 0, 2 / 3 * np.exp2(-codes))
             off = np.maximum(lowest - coded.part, coded.part - highest)
             return np.where(self.beyond(coded, codes) > 0, np.maximum(off, 0), 0)
+        if self.code == "logarithmic":
+            levels = self.levels()
+            least = np.abs(coded.part - levels[self.logarithmic(coded.part)[0]])
+            return np.maximum(np.abs(coded.part - levels[codes.astype(np.int64)]) - least, 0)
         return self.beyond(coded, codes) * self.spread(self.scale, codes.shape) * self.factor
 
 

@@ -44,6 +44,8 @@ class Around(ABC):
     """A row (the last axis) is enough to do it."""
     clip_of: ClassVar[ClipOf] = "values"
     """What the range of the codes is of."""
+    cancels_row_factors: ClassVar[bool] = False
+    """A product of rows times factors of their own is the same as without."""
 
     def relative(self, x: Array, scale: Array) -> Relative:
         """What of ``x`` the codes of that scale stand for."""

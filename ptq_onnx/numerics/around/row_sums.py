@@ -17,6 +17,7 @@ class RowSums(Around):
     """A V / (sum of A over its last axis)."""
 
     name: ClassVar[str] = "renormalize"
+    cancels_row_factors: ClassVar[bool] = True
 
     def behind(self, product: Array, values: Array) -> Array:
         """A product [..., N, D] over the sums of the rows of what was multiplied."""

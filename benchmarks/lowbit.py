@@ -1,0 +1,153 @@
+"""Below eight bits: top-1 and SQNR of ``lowbit`` by bit widths and calibration draws, or by
+ingredient.
+
+    python benchmarks/lowbit.py --data ../shared [--models vit,deit] [--seeds 3] [--rows "4/4/4"]
+    python benchmarks/lowbit.py --data ../shared --ablation [--images 64] [--tested 200]
+
+Each seed draws its calibration images from the folder; each figure is that of the exported file
+in ONNX Runtime, optimizations on. ``--ablation`` takes one ingredient away at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from accuracy import MODELS
+
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization import attention_steps
+from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.opening import open_images
+from ptq_onnx.numerics import range_search
+from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.rounding import nearest
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.quantizers import stream_weights
+from ptq_onnx.quantizers.lowbit import LowBit
+
+ROWS: dict[str, dict[str, Any]] = {
+    "6/6/6": {"bits": "6/6/6"},
+    "4/8/8": {"bits": "4/8/8"},
+    "4/4/4": {"bits": "4/4/4"},
+    "4/4/4, narrow ends": {"bits": "4/4/4", "wide_ends": False},
+    "3/3/3": {"bits": "3/3/3"},
+}
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _unturned(width: int, seed: int = 0) -> Any:
+    return np.eye(width)
+
+
+def _nearest(weight: Any, scale: Any, moments: Any, bits: int) -> Any:
+    return nearest(weight, scale, bits)
+
+
+def _same(x: Any, spec: Any) -> Any:
+    return x
+
+
+INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
+    "all": (),
+    "ranges that cover the sample": ((range_search, "FACTORS", (1.0,)),),
+    "q, k, v not turned": ((attention_steps, "even", _unturned),),
+    "proj's input with one range": ((attention_steps.AttentionSteps, "product", _nothing),),
+    "uniform maps": ((LowBit, "map_code", Uniform()),),
+    "uniform behind GELU": ((LowBit, "hidden_code", Uniform()),),
+    "weights to the nearest": ((stream_weights, "gptq", _nearest),),
+    "weights on the float stream": (
+        (stream_weights._Walk, "active", lambda self, node: frozenset()),
+        (stream_weights, "fake_quantize", _same),
+    ),
+    "means not corrected": ((stream_weights, "own_bias", _nothing),),
+}
+"""What is put in place of what, by the name of what is then missing."""
+
+
+@contextlib.contextmanager
+def without(ingredient: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for place, name, other in INGREDIENTS[ingredient]:
+            stack.enter_context(patch.object(place, name, other))
+        yield
+
+
+def measured(
+    name: str, options: dict[str, Any], arguments: argparse.Namespace, seed: int
+) -> tuple[float, float, float]:
+    """Top-1, SQNR in dB, and seconds of CPU to quantize, with the calibration images of a seed."""
+    file, preprocess = MODELS[name]
+    path, data = arguments.data / "models" / file, arguments.data / "imagenet"
+    config = QuantizeConfig(
+        quantizer="lowbit",
+        preprocess=preprocess,
+        images=arguments.images,
+        report=False,
+        check_preprocess=False,
+        **options,
+    )
+    files = sorted(p for p in (data / "calib").iterdir() if p.is_file())
+    order = np.random.default_rng(seed).permutation(len(files)) if seed else range(len(files))
+    with tempfile.TemporaryDirectory() as folder:
+        out, started = Path(folder) / "out", time.process_time()
+        drawn = [str(files[i]) for i in order][: arguments.images]
+        quantize(path, config=config, output=out, calib=drawn)
+        seconds = time.process_time() - started
+        source = open_images(data / "val", resolve_preprocess(path, config), limit=arguments.tested)
+        truth = labels_for(source, data / "val.txt")
+        found = evaluate(out / "quantized.onnx", source, truth, reference=path)
+    return float(found.top1 or 0), float(found.sqnr_db or 0), seconds
+
+
+def line(title: str, found: list[tuple[float, float, float]]) -> str:
+    """Mean, and what the draws differ by."""
+    top1, sqnr, seconds = (np.array(values) for values in zip(*found, strict=True))
+    spread = ""
+    if len(found) > 1:
+        spread = f" ± {top1.std(ddof=1):.1f} | {sqnr.mean():.2f} ± {sqnr.std(ddof=1):.2f}"
+    else:
+        spread = f" | {sqnr.mean():.2f}"
+    return f"| {title} | {top1.mean():.1f}{spread} | {seconds.mean():.0f} |"
+
+
+def main() -> None:
+    """Print the table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared"))
+    parser.add_argument("--models", default="vit,deit")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="calibration draws; the first in order"
+    )
+    parser.add_argument("--rows", default=None, help="only these rows, with ; between")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--tested", type=int, default=500)
+    parser.add_argument("--ablation", action="store_true")
+    arguments = parser.parse_args()
+    titles = list(INGREDIENTS if arguments.ablation else ROWS)
+    if arguments.rows:
+        titles = [t for t in titles if t in arguments.rows.split(";")]
+    for name in arguments.models.split(","):
+        print(f"\n| {name} | top-1 % | SQNR dB | CPU s |\n|---|---|---|---|", flush=True)
+        for title in titles:
+            used: Callable[[], Any] = contextlib.nullcontext
+            options = ROWS["4/4/4"] if arguments.ablation else ROWS[title]
+            with without(title) if arguments.ablation else used():
+                found = [measured(name, options, arguments, s) for s in range(arguments.seeds)]
+            print(line(title, found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A range of its own for every channel of what linears read, found on a sample of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.roles import Role
+from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.equalization.equalize import Move
+from ptq_onnx.equalization.factor_search import Product, choose_factor, normalized
+from ptq_onnx.equalization.foldings import insert_affine, norm_before, readers_of
+from ptq_onnx.equalization.form import Form
+from ptq_onnx.equalization.linear_weights import move_rows
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.codes.code import TINY, Solved
+from ptq_onnx.numerics.range_search import channel_bounds, logarithmic_range
+from ptq_onnx.numerics.spec import Rule, Site
+
+Array = NDArray[np.float32]
+Double = NDArray[np.float64]
+
+INTO = {"q": "k", "k": "q", "v": "proj", "av": "Mul, Add"}
+"""Where the factors of a role go, in reports."""
+SEARCHED_ROWS = 512
+"""Rows whose values a logarithmic range is searched on."""
+
+
+@dataclass
+class Steps:
+    """The state of one model, changed in place."""
+
+    form: Form
+    rules: dict[str, Rule]
+    weight_bits: int
+    moves: list[Move] = field(default_factory=list)
+    roles: dict[str, Role] = field(default_factory=dict)
+    solved: dict[str, Solved] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.graph = self.form.model.graph
+        self.values = {str(v.name): v for n in self.graph for v in n.outputs}
+        self.samples: dict[str, Array] = {}
+        self.places = {(s.role, s.block): s for s in self.form.sites.values() if not s.is_parameter}
+
+    def levels(self, site: Site) -> int:
+        """How many codes its rule has."""
+        return 1 << self.rules[site.tensor].bits
+
+    def steps(
+        self, site: Site, weights: Sequence[Array | None] = ()
+    ) -> tuple[Double, Double, Solved]:
+        """Shift and factor per channel [C], and the one scale and zero point then.
+
+        The factor follows the steps as far as the ``weights`` [C, N] that read the tensor allow,
+        whose rows it multiplies; without any it is the steps.
+        """
+        levels = self.levels(site)
+        rows = self.samples[site.tensor]
+        low, high = channel_bounds(rows, levels)
+        half = np.maximum((high - low) / 2, TINY)
+        half = np.maximum(half, 1e-6 * half.max())  # a channel that never changes
+        factor = normalized(half)
+        products = [Product(np.abs(w), self.weight_bits) for w in weights if w is not None]
+        if products:
+            factor = choose_factor(
+                half, rows.var(axis=0, dtype=np.float64), products, levels
+            ).factor
+        scale = 2 * float((half / factor).max()) / (levels - 1)
+        zero = levels // 2
+        shift = (low + high) / 2 + factor * scale * (zero - (levels - 1) / 2)
+        self.note(site, low, high)
+        return shift, factor, numbers(scale, zero)
+
+    def note(self, site: Site, low: Double, high: Double) -> None:
+        """How much less noise steps of single channels make than one step for all."""
+        width = np.maximum(high - low, TINY)
+        plain = float(high.max() - low.min())
+        gain = 10 * float(np.log10(plain**2 / np.mean(width**2)))
+        into = INTO.get(site.role, "LayerNormalization")
+        ratio = float(width.max() / width.min())
+        self.moves.append(Move(site.tensor, site.role, site.block, into, gain, ratio))
+
+    def behind(self, site: Site, value: ir.Value, shift: Double, factor: Double) -> ir.Value:
+        """A Mul and an Add behind a value; they have the site's role."""
+        before = {name_of(node) for node in self.graph}
+        made = insert_affine(self.graph, value, shift, factor, "stepped")
+        for node in self.graph:
+            if name_of(node) not in before:
+                self.roles[name_of(node)] = Role(site.block, site.role)
+        return made
+
+    def linear_input(self, site: Site) -> None:
+        """A norm's output, or what linears alone read."""
+        value = self.values[site.tensor]
+        norm = norm_before(value)
+        linears = readers_of(value)
+        if len(site.channel_axes) != 1 or (norm is None and linears is None):
+            return
+        readers = norm.linears if norm is not None else linears or ()
+        shift, factor, solved = self.steps(site, [weight_of(n) for n in readers])
+        if norm is not None:
+            norm.apply(self.graph, shift, factor)
+            read = {str(n.inputs[0].name) for n in norm.linears if n.inputs[0] is not None}
+            self.solved.update(dict.fromkeys({site.tensor, *read} & {*self.rules}, solved))
+        elif linears is not None:
+            made = self.behind(site, value, shift, factor)
+            for linear in linears:
+                move_rows(self.graph, linear, factor, shift)
+            self.solved[str(made.name)] = solved
+
+    def activated(self, site: Site) -> None:
+        """M, τ and zero point of what an activation function gives, weighted by the rows of the
+        weights that read it."""
+        rows = self.samples[site.tensor]
+        nodes = {name_of(n): n for n in self.graph}
+        weights = [constant(nodes[name].inputs[1]) for name in site.consumers]
+        power = np.zeros(rows.shape[1])
+        for weight in weights:
+            if weight is not None and len(weight) == len(power):
+                power += np.sum(np.asarray(weight, np.float64) ** 2, axis=1)
+        if not power.any():
+            power += 1
+        picked = rows[:: max(1, len(rows) // SEARCHED_ROWS)]
+        found = logarithmic_range(
+            picked.ravel(),
+            np.broadcast_to(power, picked.shape).ravel(),
+            self.rules[site.tensor].bits,
+        )
+        self.solved[site.tensor] = found
+
+
+def numbers(scale: float, zero: int, details: Mapping[str, int] | None = None) -> Solved:
+    """What a code needs, as arrays of one."""
+    return Solved(np.array([scale], np.float32), np.array([zero], np.int32), details or {})
+
+
+def weight_of(linear: ir.Node) -> Array | None:
+    """[K, N]"""
+    value = constant(linear.inputs[1])
+    return None if value is None else np.asarray(value, np.float32)

@@ -1,0 +1,203 @@
+"""Weights rounded on the quantized model: each linear on what it really reads.
+
+The model is run node by node on a few images, in ONNX Runtime, as the file will be; every linear's
+weight is rounded when the walk comes to it, so that all before it are rounded already. Its bias
+then makes the mean of its output that of the float model on the same images: E[x] W - E[x̂] Ŵ.
+(More than the mean is not taken from the float model: weights fitted to it from noisy inputs shrink
+the signal, block after block.) Memory is that of the tensors of those images that are still to be
+read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, name_of
+from ptq_onnx.calibration.methods import collect
+from ptq_onnx.calibration.statistics import copies_in
+from ptq_onnx.config import stages
+from ptq_onnx.engine.node_sessions import NodeKernels
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
+from ptq_onnx.numerics.rounding import gptq
+from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.numerics.weights import weight_scale
+from ptq_onnx.progress import silent
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.correction import input_mean
+
+Array = NDArray[np.float32]
+Double = NDArray[np.float64]
+
+IMAGES = 128
+"""Images that are held, at most."""
+
+
+@dataclass
+class _Walk:
+    """The state of one walk."""
+
+    model: ir.Model
+    """A copy whose weights become the rounded ones."""
+    specs: dict[str, TensorSpec]
+    kernels: NodeKernels
+    tensors: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    """Values that are still to be read, in batches."""
+    constants: dict[str, Array] = field(default_factory=dict)
+    means: Mapping[str, Double] = field(default_factory=dict)
+    """E[x] of what linears read of the float model, by node."""
+    moments: dict[str, tuple[Double, Double]] = field(default_factory=dict)
+    """E[x] and E[xᵀx] of inputs that other linears read too."""
+
+    def run(self, images: int, advance: Callable[[int], None]) -> None:
+        """Node by node; ``advance`` is called as if the images were run one by one."""
+        nodes = list(self.model.graph)
+        left = Counter(n for node in nodes for n in self.kernels.inputs(name_of(node)))
+        for place, node in enumerate(nodes):
+            if is_linear(node):
+                self.round(node)
+            active = self.active(node)
+            names = self.kernels.inputs(name_of(node))
+            made = [
+                self.kernels.run(name_of(node), active, dict(zip(names, values, strict=True)))
+                for values in zip(*(self.tensors[n] for n in names), strict=True)
+            ]
+            outputs = [str(v.name) for v in node.outputs if v.name]
+            for index, name in enumerate(outputs):
+                if left[name]:
+                    self.tensors[name] = [batch[index] for batch in made]
+            for name in names:
+                left[name] -= 1
+                if not left[name]:
+                    del self.tensors[name]
+                    self.moments.pop(name, None)
+            advance(images * (place + 1) // len(nodes) - images * place // len(nodes))
+
+    def active(self, node: ir.Node) -> frozenset[str]:
+        """Tensors around a node that it quantizes: its weight, its output, and inputs that their
+        own node has not quantized."""
+        found = {
+            str(v.name) for v in node.outputs if str(v.name) in self.specs and not self.late(v)
+        }
+        for value in node.inputs:
+            if value is None:
+                continue
+            name = str(value.name)
+            if name in self.kernels.carried or (name in self.specs and self.late(value)):
+                found.add(name)
+        return frozenset(found)
+
+    def late(self, value: ir.Value) -> bool:
+        """True for what its readers quantize: constants, what a layout op makes, the image, and
+        rows that are divided by their sums behind the product."""
+        node = value.producer()
+        if node is None or is_layout(node) or is_constant(value):
+            return True
+        return RowMaximum() in self.specs[str(value.name)].rule.around
+
+    def round(self, node: ir.Node) -> None:
+        """Give the linear its rounded weight, where it has one of its own."""
+        read, weight = node.inputs[0], node.inputs[1]
+        value = constant(weight)
+        spec = None if weight is None else self.specs.get(str(weight.name))
+        if read is None or weight is None or value is None or spec is None:
+            return
+        shared = len(weight.uses()) != 1 or weight.is_graph_output()
+        if shared or spec.factor is not None or weight.name not in self.model.graph.initializers:
+            return
+        exact = np.asarray(value, np.float32)
+        mean, moments = self.moments_of(read)
+        bias = own_bias(node)
+        if bias is not None:  # it takes the mean's part of the error
+            moments = moments - np.outer(mean, mean)
+        bits = spec.rule.bits
+        scale = weight_scale(exact, spec.axis, bits, power=np.diag(moments).copy())
+        spec = replace(spec, scale=np.asarray(scale, np.float32))
+        codes = gptq(exact, np.broadcast_to(scale, exact.shape[1:]), moments, bits)
+        rounded = dequantize(codes.astype(np.int32), spec)
+        self.specs[str(weight.name)] = spec
+        self.kernels.respecify(spec)
+        self.replace(weight, rounded)
+        if bias is not None:
+            before = self.means.get(name_of(node), mean)
+            old = np.asarray(constant(bias), np.float64)
+            self.replace(bias, old + before @ exact - mean @ rounded.astype(np.float64))
+
+    def replace(self, value: ir.Value, array: NDArray[Any]) -> None:
+        """Give a constant its new numbers."""
+        new = np.asarray(array, np.float32)
+        value.const_value = ir.tensor(new, name=value.name)
+        self.constants[str(value.name)] = new
+
+    def moments_of(self, read: ir.Value) -> tuple[Double, Double]:
+        """E[x] and E[xᵀx] of what a linear reads, quantized, [K] and [K, K]."""
+        name = str(read.name)
+        if name in self.moments:
+            return self.moments[name]
+        spec = self.specs.get(name)
+        carried = self.kernels.carried.get(name)
+        spec = carried[1] if carried is not None else spec
+        width = self.tensors[name][0].shape[-1]
+        total, first, rows = np.zeros((width, width)), np.zeros(width), 0
+        for batch in self.tensors[name]:
+            x = fake_quantize(batch, spec) if spec is not None else batch
+            x = x.reshape(-1, x.shape[-1])
+            total += x.T @ x
+            first += x.sum(axis=0, dtype=np.float64)
+            rows += len(x)
+        self.moments[name] = first / rows, total / rows
+        return self.moments[name]
+
+
+def own_bias(linear: ir.Node) -> ir.Value | None:
+    """A linear's bias where it is a constant that nothing else reads."""
+    bias = linear.inputs[2] if len(linear.inputs) > 2 else None
+    if bias is None or constant(bias) is None or len(bias.uses()) != 1:
+        return None
+    return bias
+
+
+def rounded_on_stream(
+    plan: Plan, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
+) -> tuple[dict[str, Array], dict[str, TensorSpec]]:
+    """Rounded weights and corrected biases by name, and the specs with the weights' scales."""
+    images = Some(batches)
+    model, threads = plan.model.clone(), plan.config.threads
+    linears = [node for node in model.graph if is_linear(node)]
+    read = {name_of(node) for node in linears}
+    sites = [s for s in plan.sites.values() if not s.is_parameter and read & {*s.consumers}]
+    statistics = collect(plan.model, sites, images, threads=threads)
+    means = {name_of(node): input_mean(node, plan.sites, statistics) for node in linears}
+    walk = _Walk(
+        model,
+        dict(specs),
+        NodeKernels(model, specs, threads),
+        {str(model.graph.inputs[0].name): images.batches},
+        means={name: mean for name, mean in means.items() if mean is not None},
+    )
+    walk.run(images.count, silent if plan.progress is None else plan.progress(stages.ROUNDING))
+    return walk.constants, walk.specs
+
+
+class Some:
+    """The first ``IMAGES`` images of batches, as batches."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches: list[Any] = []
+        self.copies, self.count = copies_in(batches), 0
+        for batch in batches:
+            self.batches.append(batch)
+            self.count += len(batch) // self.copies
+            if self.count >= IMAGES:
+                break
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
