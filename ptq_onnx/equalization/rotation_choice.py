@@ -30,6 +30,8 @@ CLIPS = np.linspace(1.0, 0.3, 15)
 """Parts of the range seen that are tried."""
 LEAST_VARIANCE = 1e-6
 """Of a row, beside the mean of all rows: what a norm adds to it is about as small."""
+WORTH_PRODUCTS = 0.8
+"""Part of the expected error that may be left where products are added."""
 PLAIN, SPREAD, FLATTENED = "none", "spread", "spread, then flattened"
 
 
@@ -51,6 +53,10 @@ class Turned:
     """Expected noise of one scale for each of its tensors, against that before (more: better)."""
     norm_db: float
     """The same of what its norms make."""
+    products: int = 0
+    """Products that were added, for what does not take the matrix in."""
+    added: float = 0.0
+    """Multiplications of these, as a part of those of the stream's own."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Turns:
     ranges: Mapping[str, tuple[float, float]]
     matrices: tuple[Double | None, ...]
     """Of every stream in graph order; None where it stays."""
+    added: tuple[str, ...] = ()
+    """The linears that were added."""
 
     @property
     def changed(self) -> bool:
@@ -126,14 +134,22 @@ def turn_streams(
     turned: list[Turned] = []
     ranges: dict[str, tuple[float, float]] = {}
     matrices: list[Double | None] = []
+    added: list[str] = []
     for stream in streams:
         found, best = _choose(stream, rows, levels, symmetric)
         turned.append(found)
         matrices.append(best.matrix)
         if best.matrix is not None:
-            turn(model.graph, stream, best.matrix)
-            ranges.update(best.ranges)
-    return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices))
+            before = _read_by_norms(stream)
+            added += turn(model.graph, stream, best.matrix)
+            now = dict(zip(before, _read_by_norms(stream), strict=True))
+            ranges.update({now[name]: ends for name, ends in best.ranges.items()})
+    return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices), tuple(added))
+
+
+def _read_by_norms(stream: Stream) -> list[str]:
+    """The names of the tensors that the stream's norms read."""
+    return [str(n.inputs[0].name) for n in stream.norms if n.inputs[0] is not None]
 
 
 def turn_again(model: ir.Model, matrices: Iterable[Double | None]) -> None:
@@ -187,8 +203,7 @@ def _choose(
     stream: Stream, samples: Mapping[str, RowSample], levels: int, symmetric: bool
 ) -> tuple[Turned, _Tried]:
     """The candidate with the least expected error: the stream as it is where none is better."""
-    names = dict.fromkeys(str(n.inputs[0].name) for n in stream.norms if n.inputs[0] is not None)
-    rows = [_Rows.of(name, samples[name]) for name in names]
+    rows = [_Rows.of(name, samples[name]) for name in dict.fromkeys(_read_by_norms(stream))]
 
     def tried(how: str, seed: int, matrix: Double | None) -> _Tried:
         turned = [one.turned(matrix) for one in rows]
@@ -210,6 +225,8 @@ def _choose(
         spread = spreading(stream.width, seed)
         for how, matrix in ((SPREAD, spread), (FLATTENED, flattened(spread, direction))):
             best = min(best, tried(how, seed, matrix), key=lambda one: one.score)
+    if stream.products and best.score > WORTH_PRODUCTS * plain.score:
+        best = plain
     found = Turned(
         stream=str(stream.norms[0].name),
         width=stream.width,
@@ -220,6 +237,8 @@ def _choose(
         largest_after=best.largest,
         stream_db=_decibels(plain.stream, best.stream),
         norm_db=_decibels(plain.normed, best.normed),
+        products=0 if best.matrix is None else len(stream.products),
+        added=0.0 if best.matrix is None else stream.added,
     )
     return found, best
 

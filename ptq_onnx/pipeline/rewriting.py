@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir.passes.common as common
 
+from ptq_onnx.blocks.role_map import Role
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import NORMS, name_of
 from ptq_onnx.config import stages
@@ -18,7 +19,7 @@ from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.pipeline.job import Job
 
 if TYPE_CHECKING:
-    from ptq_onnx.equalization.rotation_choice import Turns
+    from ptq_onnx.equalization.rotation_choice import Turned, Turns
     from ptq_onnx.quantizers.base import Plan
 
 ROTATION, EQUALISATION, FORM = "rotation", "equalisation", "bringing it into form"
@@ -146,7 +147,7 @@ def notes_on(turns: Turns) -> list[str]:
         f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by});"
         f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
         f" expected of one scale per tensor by {t.stream_db:.1f} dB, behind norms by"
-        f" {t.norm_db:.1f} dB."
+        f" {t.norm_db:.1f} dB{added_to(t)}."
         for t, matrix in zip(turns.turned, turns.matrices, strict=True)
         if matrix is not None
     ]
@@ -159,6 +160,16 @@ def notes_on(turns: Turns) -> list[str]:
     if not turns.changed:
         notes.append("Rotation: no residual stream was turned.")
     return notes
+
+
+def added_to(turned: Turned) -> str:
+    """The products that it costs, in words; nothing where there are none."""
+    if not turned.products:
+        return ""
+    return (
+        f"; products added for what does not take the matrix in: {turned.products}, or"
+        f" {turned.added:.1%} of the stream's own"
+    )
 
 
 def norms_are_symmetric(plan: Plan) -> bool:
@@ -174,7 +185,10 @@ def turned(job: Job, plan: Plan) -> Plan:
     """The plan for its model once the streams were turned."""
     assert job.turns is not None
     common.RemoveUnusedNodesPass()(plan.model)
-    return replace(plan, sites=find_sites(plan.model, plan.blocks), searched=dict(job.turns.ranges))
+    added = dict.fromkeys(job.turns.added, Role(None, "other"))
+    blocks = replace(plan.blocks, roles={**plan.blocks.roles, **added})
+    sites = find_sites(plan.model, blocks)
+    return replace(plan, blocks=blocks, sites=sites, searched=dict(job.turns.ranges))
 
 
 def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
