@@ -10,9 +10,10 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.rotation_choice import Turns
 from ptq_onnx.equalization.streams import Refused
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.pipeline.rewriting import norms_are_symmetric, notes_on
+from ptq_onnx.pipeline.rewriting import codes_of, notes_on
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits/calib"
@@ -72,7 +73,7 @@ def test_ranges_are_searched_for_the_codes_that_are_written(
     prepared = prepare(MODEL)
     config = QuantizeConfig(quantizer=quantizer, target=target)
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config)
-    assert norms_are_symmetric(plan) is symmetric
+    assert codes_of(plan, make_quantizer(plan).rules).symmetric is symmetric
 
 
 def test_one_note_for_all_that_stays() -> None:

@@ -24,7 +24,7 @@ def turn(graph: ir.Graph, stream: Stream, rotation: Double) -> tuple[str, ...]:
 
     Returns the names of the linears that were added for what cannot take it in.
     """
-    factors = {norm: _affine(norm) for norm in stream.norms}
+    factors = {norm: affine_of(norm) for norm in stream.norms}
     added = [
         _turn_back(graph, value, rotation, taken, None if norm is None else factors[norm],
                    kept=norm in stream.shifted)
@@ -119,7 +119,7 @@ def _number(node: ir.Node, index: int) -> Double:
     return array.astype(np.float64)
 
 
-def _affine(norm: ir.Node) -> tuple[Double, Double]:
+def affine_of(norm: ir.Node) -> tuple[Double, Double]:
     """γ and β of a norm, [D] each."""
     scale = _number(norm, 1).ravel()
     shift = _number(norm, 2).ravel() if len(norm.inputs) > 2 else np.zeros(len(scale))
@@ -158,16 +158,24 @@ def _turn_output(graph: ir.Graph, node: ir.Node, rotation: Double) -> None:
     set_linear(graph, node, turned, _apply(bias, rotation))
 
 
+def channels_last(reader: ir.Node) -> Double:
+    """The weight of a linear or convolution, the channels that it reads as last axis."""
+    return np.moveaxis(_number(reader, 1), _inside(reader), -1)
+
+
+def _inside(reader: ir.Node) -> int:
+    """The axis of a weight that is of the channels read."""
+    return 1 if reader.op_type == "Conv" else 0
+
+
 def _turn_input(
     graph: ir.Graph, reader: ir.Node, rotation: Double, scale: Double | None, shift: Double | None
 ) -> None:
     """A linear or convolution behind a norm with γ = ``scale`` and β = ``shift``."""
-    weight = _number(reader, 1)
-    inside, outside = (0, 1) if reader.op_type != "Conv" else (1, 0)
-    rows = np.moveaxis(weight, inside, -1)
-    bias = bias_of(reader, weight.shape[outside])
+    rows = channels_last(reader)
+    bias = bias_of(reader, _number(reader, 1).shape[1 - _inside(reader)])
     if shift is not None:
         bias = bias + (rows @ shift).reshape(len(rows), -1).sum(axis=1)
     if scale is not None:
         rows = rows * scale
-    set_linear(graph, reader, np.moveaxis(_apply(rows, rotation), -1, inside), bias)
+    set_linear(graph, reader, np.moveaxis(_apply(rows, rotation), -1, _inside(reader)), bias)

@@ -10,16 +10,19 @@ So massive tokens, which few rows are, may be clipped where all others gain.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.calibration.product_samples import RowSample, Wanted, collect_samples
+from ptq_onnx.calibration.product_samples import RowSample
 from ptq_onnx.equalization.rotation import turn
+from ptq_onnx.equalization.stream_factors import Readers, error_behind, hold_by_factors
+from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms
 from ptq_onnx.equalization.streams import Refused, Stream, find_streams
+from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.numerics.rotations import flattened, spreading
 
 Double = NDArray[np.float64]
@@ -28,11 +31,10 @@ SEEDS = 16
 """Spreading matrices that are tried."""
 CLIPS = np.linspace(1.0, 0.3, 15)
 """Parts of the range seen that are tried."""
-LEAST_VARIANCE = 1e-6
-"""Of a row, beside the mean of all rows: what a norm adds to it is about as small."""
 WORTH_PRODUCTS = 0.8
 """Part of the expected error that may be left where products are added."""
 PLAIN, SPREAD, FLATTENED = "none", "spread", "spread, then flattened"
+FACTORS = "none: factors per channel"
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ class Turned:
     tensors: int
     """How many of its tensors norms read."""
     by: str
-    """How the matrix is made; "none" where the stream stays as it is."""
+    """How the matrix is made; "none" where the stream stays as it is, and what holds it then."""
     seed: int
     largest_before: float
     largest_after: float
     stream_db: float
-    """Expected noise of one scale for each of its tensors, against that before (more: better)."""
+    """Expected noise of one scale for each of its tensors, against that before (more: better); of
+    factors per channel, in all that reads them."""
     norm_db: float
     """The same of what its norms make."""
     products: int = 0
@@ -70,6 +73,8 @@ class Turns:
     """Of every stream in graph order; None where it stays."""
     added: tuple[str, ...] = ()
     """The linears that were added."""
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """Powers of two per channel, for tensors of streams that stay."""
 
     @property
     def changed(self) -> bool:
@@ -85,71 +90,50 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows [R, D] of a tensor of a stream, and of what its norm makes, [R, D].
+class Codes:
+    """What the tensors of a stream, and what norms make of it, are going to be held in."""
 
-    ``counts`` [R]: how many rows of all each stands for, the sum is one; ``power`` [R]: that over
-    each row's variance.
-    """
-
-    tensor: str
-    stream: Double
-    normed: Double
-    counts: Double
-    power: Double
-
-    @classmethod
-    def of(cls, tensor: str, sample: RowSample) -> _Rows:
-        """The rows of a sample, and their weights."""
-        rows = sample.rows.astype(np.float64)
-        counts = sample.weight / sample.weight.sum()
-        variance = rows.var(axis=1)
-        centred = rows - rows.mean(axis=1, keepdims=True)
-        normed = centred / np.maximum(np.sqrt(variance)[:, None], 1e-12)
-        power = counts / (variance + LEAST_VARIANCE * max(float(variance.mean()), 1e-30))
-        return cls(tensor, rows, normed, counts, power)
-
-    def turned(self, matrix: Double | None) -> _Rows:
-        """The rows of the turned stream."""
-        if matrix is None:
-            return self
-        return replace(self, stream=self.stream @ matrix, normed=self.normed @ matrix)
+    levels: int
+    symmetric: bool
+    """Zero is in the middle of the codes."""
+    of_stream: bool = True
+    """Tensors of the stream are quantized; else what norms make alone is."""
+    factors: bool = False
+    """They may have powers of two per channel."""
+    max_k: int | None = None
+    """The largest exponent of these."""
 
 
 def turn_streams(
     model: ir.Model,
     batches: Iterable[Any],
-    levels: int,
+    codes: Codes,
     *,
-    symmetric: bool,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Turns:
-    """Turn every stream of the model, in place, where it lowers the expected error of one scale of
-    ``levels`` codes per tensor. ``batches`` [B, C, H, W] are run once."""
+    """Turn every stream of the model, in place, where it lowers the expected error of one scale per
+    tensor. ``batches`` [B, C, H, W] are run once."""
     streams, refused = find_streams(model.graph)
     if not streams:
         return Turns((), tuple(refused), {}, ())
-    rows = _collect(model, streams, batches, threads, progress)
+    rows = collect_rows(model, streams, batches, threads, progress)
     turned: list[Turned] = []
     ranges: dict[str, tuple[float, float]] = {}
     matrices: list[Double | None] = []
     added: list[str] = []
+    factors: dict[str, Factors] = {}
     for stream in streams:
-        found, best = _choose(stream, rows, levels, symmetric)
+        found, best = _choose(stream, rows, codes)
         turned.append(found)
         matrices.append(best.matrix)
+        factors.update(best.factors)
         if best.matrix is not None:
-            before = _read_by_norms(stream)
+            before = read_by_norms(stream)
             added += turn(model.graph, stream, best.matrix)
-            now = dict(zip(before, _read_by_norms(stream), strict=True))
+            now = dict(zip(before, read_by_norms(stream), strict=True))
             ranges.update({now[name]: ends for name, ends in best.ranges.items()})
-    return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices), tuple(added))
-
-
-def _read_by_norms(stream: Stream) -> list[str]:
-    """The names of the tensors that the stream's norms read."""
-    return [str(n.inputs[0].name) for n in stream.norms if n.inputs[0] is not None]
+    return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices), tuple(added), factors)
 
 
 def turn_again(model: ir.Model, matrices: Iterable[Double | None]) -> None:
@@ -157,28 +141,6 @@ def turn_again(model: ir.Model, matrices: Iterable[Double | None]) -> None:
     for stream, matrix in zip(find_streams(model.graph)[0], matrices, strict=True):
         if matrix is not None:
             turn(model.graph, stream, matrix)
-
-
-def _collect(
-    model: ir.Model,
-    streams: Iterable[Stream],
-    batches: Iterable[Any],
-    threads: int,
-    progress: Callable[[int], None] | None,
-) -> dict[str, RowSample]:
-    def by_width(width: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        return lambda array: array.reshape(-1, width)
-
-    wanted: dict[str, Any] = {}
-    for stream in streams:
-        for norm in stream.norms:
-            value = norm.inputs[0]
-            assert value is not None
-            wanted[str(value.name)] = (by_width(stream.width), None)
-    found, _ = collect_samples(
-        model, Wanted(wanted, {}), batches, threads=threads, progress=progress
-    )
-    return found
 
 
 @dataclass(frozen=True)
@@ -193,6 +155,7 @@ class _Tried:
     normed: Double
     ranges: dict[str, tuple[float, float]]
     largest: float
+    factors: Mapping[str, Factors] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -200,20 +163,20 @@ class _Tried:
 
 
 def _choose(
-    stream: Stream, samples: Mapping[str, RowSample], levels: int, symmetric: bool
+    stream: Stream, samples: Mapping[str, RowSample], codes: Codes
 ) -> tuple[Turned, _Tried]:
     """The candidate with the least expected error: the stream as it is where none is better."""
-    rows = [_Rows.of(name, samples[name]) for name in dict.fromkeys(_read_by_norms(stream))]
+    rows = [Rows.of(name, samples[name]) for name in dict.fromkeys(read_by_norms(stream))]
 
     def tried(how: str, seed: int, matrix: Double | None) -> _Tried:
         turned = [one.turned(matrix) for one in rows]
-        outer = [_searched(r.stream, r.power, levels, symmetric) for r in turned]
-        inner = [_searched(r.normed, r.counts, levels, symmetric) for r in turned]
+        outer = [_searched(r.stream, r.power, codes) for r in turned]
+        inner = [_searched(r.normed, r.counts, codes) for r in turned]
         return _Tried(
             how,
             seed,
             matrix,
-            np.array([error for error, _, _ in outer]),
+            np.array([error for error, _, _ in outer]) * codes.of_stream,
             np.array([error for error, _, _ in inner]),
             {r.tensor: (low, high) for r, (_, low, high) in zip(turned, outer, strict=True)},
             max(float(np.abs(r.stream).max()) for r in turned),
@@ -227,6 +190,9 @@ def _choose(
             best = min(best, tried(how, seed, matrix), key=lambda one: one.score)
     if stream.products and best.score > WORTH_PRODUCTS * plain.score:
         best = plain
+    gain = 0.0
+    if codes.factors:
+        best, gain = _or_factors(stream, rows, plain, best, codes)
     found = Turned(
         stream=str(stream.norms[0].name),
         width=stream.width,
@@ -235,7 +201,7 @@ def _choose(
         seed=best.seed,
         largest_before=plain.largest,
         largest_after=best.largest,
-        stream_db=_decibels(plain.stream, best.stream),
+        stream_db=gain if best.factors else _decibels(plain.stream, best.stream),
         norm_db=_decibels(plain.normed, best.normed),
         products=0 if best.matrix is None else len(stream.products),
         added=0.0 if best.matrix is None else stream.added,
@@ -243,7 +209,21 @@ def _choose(
     return found, best
 
 
-def _massive(rows: list[_Rows]) -> Double:
+def _or_factors(
+    stream: Stream, rows: list[Rows], plain: _Tried, best: _Tried, codes: Codes
+) -> tuple[_Tried, float]:
+    """The stream as it is with factors per channel, where these are better than the best matrix;
+    and what they win against one scale, in dB."""
+    readers = {str(n.inputs[0].name): Readers.of(stream, n) for n in stream.norms if n.inputs[0]}
+    held = hold_by_factors(rows, readers, codes.levels, codes.max_k)
+    errors = [error_behind(rows, readers, one.stream, one.normed) for one in (plain, best)]
+    if held.error > errors[1]:
+        return best, 0.0
+    kept = replace(plain, how=FACTORS, factors=held.factors)
+    return kept, _decibels(np.array(errors[0]), np.array(held.error))
+
+
+def _massive(rows: list[Rows]) -> Double:
     """The direction [D] with the most energy, of the tensor with the most, without the mean."""
     most = max(rows, key=lambda one: float(one.counts @ (one.stream**2).sum(axis=1)))
     centred = most.stream - most.stream.mean(axis=1, keepdims=True)
@@ -255,15 +235,13 @@ def _decibels(before: Double, after: Double) -> float:
     return float(10 * np.log10(max(before.sum(), 1e-300) / max(after.sum(), 1e-300)))
 
 
-def _searched(
-    rows: Double, power: Double, levels: int, symmetric: bool
-) -> tuple[float, float, float]:
+def _searched(rows: Double, power: Double, codes: Codes) -> tuple[float, float, float]:
     """Least expected error Σ power · mean (x - x̂)² of one range for rows [R, D], and the range.
 
     Rounding is step² / 12 wherever a value is inside, clipping what is outside.
     """
     low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
-    if symmetric:
+    if codes.symmetric:
         high = max(high, -low)
         low = -high
     total = float(power.sum())
@@ -273,7 +251,7 @@ def _searched(
     for clip in CLIPS:
         below, above = low * clip, high * clip
         beyond = picked - np.clip(picked, below, above)
-        step = (above - below) / (levels - 1)
+        step = (above - below) / (codes.levels - 1)
         error = total * step**2 / 12 + float(share @ beyond**2)
         if error < best[0]:
             best = (error, float(below), float(above))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ from ptq_onnx.blocks.walking import NORMS, name_of
 from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
+from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.pipeline.job import Job
 
 if TYPE_CHECKING:
-    from ptq_onnx.equalization.rotation_choice import Turned, Turns
+    from ptq_onnx.equalization.rotation_choice import Codes, Turned, Turns
+    from ptq_onnx.numerics.spec import Rule
     from ptq_onnx.quantizers.base import Plan
 
 ROTATION, EQUALISATION, FORM = "rotation", "equalisation", "bringing it into form"
@@ -42,14 +44,17 @@ def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
         )
 
     off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
-    if job.config.rotates and turn(job, plan, scales):
+    changed = job.config.rotates and turn(job, plan, scales)
+    if job.turns is not None:
+        plan = replace(plan, factors=dict(job.turns.factors))
+    if changed:
         after = reference.off(plan.model)
         if reference.accepts(after):
             plan, off = turned(job, plan), after
         else:
             undo(ROTATION, after)
             job.turns = None
-            plan = restored(job, plan)
+            plan = replace(restored(job, plan), factors={})
     ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
     if job.config.equalizes:
         ways.insert(0, (EQUALISATION, lambda plan: equalise(job, plan, scales)))
@@ -122,19 +127,18 @@ def turn(job: Job, plan: Plan, scales: str | Path | None) -> bool:
     """Turn the residual streams of the plan's model, in place, where that lowers the expected
     error; whether any was (see ``equalization/rotation_choice.py``). Raises ConfigError."""
     from ptq_onnx.equalization.rotation_choice import turn_streams
+    from ptq_onnx.quantizers.by_name import make_quantizer
 
     if scales is not None:
         raise ConfigError(
             f"--scales {scales}: the rotation is chosen on the images, so that the scales of"
             " another run do not fit; calibrate anew, or use --no-rotate."
         )
-    config = plan.config
     job.turns = turn_streams(
         plan.model,
         job.batches(job.images),
-        1 << config.widths.activations,
-        symmetric=norms_are_symmetric(plan),
-        threads=config.threads,
+        codes_of(plan, make_quantizer(plan).rules),
+        threads=plan.config.threads,
         progress=job.stage(stages.TURNING),
     )
     job.notes.extend(notes_on(job.turns))
@@ -143,6 +147,8 @@ def turn(job: Job, plan: Plan, scales: str | Path | None) -> bool:
 
 def notes_on(turns: Turns) -> list[str]:
     """What was turned and what that is expected to win; of what stays, the first reason."""
+    from ptq_onnx.equalization.rotation_choice import FACTORS
+
     notes = [
         f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by});"
         f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
@@ -151,13 +157,20 @@ def notes_on(turns: Turns) -> list[str]:
         for t, matrix in zip(turns.turned, turns.matrices, strict=True)
         if matrix is not None
     ]
+    notes += [
+        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, stays: factors per"
+        f" channel, searched, are expected to lose {t.stream_db:.1f} dB less than one scale per"
+        " tensor, and no matrix more."
+        for t in turns.turned
+        if t.by == FACTORS
+    ]
     if turns.refused:
         first, more = turns.refused[0], len(turns.refused) - 1
         others = f" ({more} more stay too: report.json, rotation)" if more else ""
         notes.append(
             f"Rotation: the stream at '{first.norm}' stays as it is: {first.reason}{others}."
         )
-    if not turns.changed:
+    if not turns.changed and not turns.factors:
         notes.append("Rotation: no residual stream was turned.")
     return notes
 
@@ -172,13 +185,23 @@ def added_to(turned: Turned) -> str:
     )
 
 
-def norms_are_symmetric(plan: Plan) -> bool:
-    """Whether the codes of what norms make have zero in their middle."""
-    from ptq_onnx.quantizers.by_name import make_quantizer
+def codes_of(plan: Plan, rules: Mapping[str, Rule]) -> Codes:
+    """What streams and norms are held in, by the quantizer's rules."""
+    from ptq_onnx.equalization.rotation_choice import Codes
 
-    made = {name_of(node) for node in plan.model.graph if node.op_type in NORMS}
-    rules = make_quantizer(plan).rules
-    return any(rule.symmetric for name, rule in rules.items() if plan.sites[name].producer in made)
+    config = plan.config
+    norms = [node for node in plan.model.graph if node.op_type in NORMS]
+    made = {name_of(node) for node in norms}
+    tensors = [str(n.inputs[0].name) for n in norms if n.inputs[0] is not None]
+    read = [rules[name] for name in tensors if name in rules]
+    behind = [rule for name, rule in rules.items() if plan.sites[name].producer in made]
+    return Codes(
+        1 << config.widths.activations,
+        symmetric=any(rule.symmetric for rule in behind),
+        of_stream=bool(read) or config.quantize_residual,
+        factors=any(rule.grain == PowersOfTwo() for rule in read),
+        max_k=config.ptf_k,
+    )
 
 
 def turned(job: Job, plan: Plan) -> Plan:

@@ -33,7 +33,7 @@ from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.fake_quantize import reach
 from ptq_onnx.numerics.grain import PerChannel
-from ptq_onnx.numerics.ptf import needed_step, zero_points
+from ptq_onnx.numerics.ptf import Factors, needed_step, zero_points
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
@@ -63,6 +63,8 @@ class Plan:
     """Ranges that are known and not to be calibrated, by tensor."""
     searched: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that were searched for one scale, by tensor, all of whose channels are alike."""
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """Scales and powers of two per channel that were searched, by tensor."""
     moves: tuple[Any, ...] = ()
     """What equalisation moved (``equalization.Move``)."""
     exponents: Mapping[str, float] = field(default_factory=dict)

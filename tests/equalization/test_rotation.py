@@ -7,7 +7,7 @@ from small_graph import SmallGraph, run, sample
 from small_transformer import Choices, transformer
 
 from ptq_onnx.equalization.rotation import turn
-from ptq_onnx.equalization.rotation_choice import PLAIN, turn_again, turn_streams
+from ptq_onnx.equalization.rotation_choice import PLAIN, Codes, turn_again, turn_streams
 from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.graph.formula import constant
@@ -135,7 +135,9 @@ def test_a_massive_channel_is_turned_away() -> None:
     model = massive(image_network())
     before = run(model, images())[0]
     again = model.clone()
-    found = turn_streams(model, [images(k) for k in range(4)], 256, symmetric=False, threads=1)
+    found = turn_streams(
+        model, [images(k) for k in range(4)], Codes(256, symmetric=False), threads=1
+    )
     (one,) = found.turned
     assert one.by != PLAIN
     assert one.stream_db > 3
@@ -148,7 +150,9 @@ def test_a_massive_channel_is_turned_away() -> None:
 def test_the_range_covers_what_it_says() -> None:
     """Ranges are parts of what the turned tensors hold, zero inside, and never wider."""
     model = massive(image_network())
-    found = turn_streams(model, [images(k) for k in range(4)], 256, symmetric=False, threads=1)
+    found = turn_streams(
+        model, [images(k) for k in range(4)], Codes(256, symmetric=False), threads=1
+    )
     for name, (low, high) in found.ranges.items():
         tapped = model.clone()
         value = next(v for n in tapped.graph for v in n.outputs if v.name == name)
