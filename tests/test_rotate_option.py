@@ -40,7 +40,7 @@ def test_on_with_a_quantized_residual(tmp_path: Path) -> None:
 
 
 def test_one_scale_for_each_tensor_of_a_turned_stream(tmp_path: Path) -> None:
-    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True)
+    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True, ptf=False)
     assert report["rotation"]["turned"][0]["by"] in ("spread", "spread, then flattened")
     stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
     assert len(stream) == 13

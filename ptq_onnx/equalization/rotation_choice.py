@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from ptq_onnx.calibration.product_samples import RowSample
 from ptq_onnx.equalization.rotation import turn
-from ptq_onnx.equalization.stream_factors import Readers, error_behind, hold_by_factors
 from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms
+from ptq_onnx.equalization.stream_trial import Outputs, Steps, loss, outputs_of
 from ptq_onnx.equalization.streams import Refused, Stream, find_streams
-from ptq_onnx.numerics.ptf import Factors
+from ptq_onnx.numerics.ptf import Factors, searched_factors
 from ptq_onnx.numerics.rotations import flattened, spreading
 
 Double = NDArray[np.float64]
@@ -53,7 +53,7 @@ class Turned:
     largest_after: float
     stream_db: float
     """Expected noise of one scale for each of its tensors, against that before (more: better); of
-    factors per channel, in all that reads them."""
+    factors per channel, what the outputs lose less than by the best matrix."""
     norm_db: float
     """The same of what its norms make."""
     products: int = 0
@@ -113,7 +113,7 @@ def turn_streams(
     progress: Callable[[int], None] | None = None,
 ) -> Turns:
     """Turn every stream of the model, in place, where it lowers the expected error of one scale per
-    tensor. ``batches`` [B, C, H, W] are run once."""
+    tensor. ``batches`` [B, C, H, W] are run once, a few of them again for factors."""
     streams, refused = find_streams(model.graph)
     if not streams:
         return Turns((), tuple(refused), {}, ())
@@ -123,8 +123,9 @@ def turn_streams(
     matrices: list[Double | None] = []
     added: list[str] = []
     factors: dict[str, Factors] = {}
-    for stream in streams:
-        found, best = _choose(stream, rows, codes)
+    trial = _Trial(model.clone(), batches, codes, threads)
+    for number, stream in enumerate(streams):
+        found, best = _choose(number, stream, rows, trial)
         turned.append(found)
         matrices.append(best.matrix)
         factors.update(best.factors)
@@ -156,6 +157,7 @@ class _Tried:
     ranges: dict[str, tuple[float, float]]
     largest: float
     factors: Mapping[str, Factors] = field(default_factory=dict)
+    won: float = 0.0
 
     @property
     def score(self) -> float:
@@ -163,9 +165,10 @@ class _Tried:
 
 
 def _choose(
-    stream: Stream, samples: Mapping[str, RowSample], codes: Codes
+    number: int, stream: Stream, samples: Mapping[str, RowSample], trial: _Trial
 ) -> tuple[Turned, _Tried]:
     """The candidate with the least expected error: the stream as it is where none is better."""
+    codes = trial.codes
     rows = [Rows.of(name, samples[name]) for name in dict.fromkeys(read_by_norms(stream))]
 
     def tried(how: str, seed: int, matrix: Double | None) -> _Tried:
@@ -190,9 +193,8 @@ def _choose(
             best = min(best, tried(how, seed, matrix), key=lambda one: one.score)
     if stream.products and best.score > WORTH_PRODUCTS * plain.score:
         best = plain
-    gain = 0.0
-    if codes.factors:
-        best, gain = _or_factors(stream, rows, plain, best, codes)
+    if trial.codes.factors:
+        best = trial.better(number, rows, plain, best)
     found = Turned(
         stream=str(stream.norms[0].name),
         width=stream.width,
@@ -201,7 +203,7 @@ def _choose(
         seed=best.seed,
         largest_before=plain.largest,
         largest_after=best.largest,
-        stream_db=gain if best.factors else _decibels(plain.stream, best.stream),
+        stream_db=best.won if best.factors else _decibels(plain.stream, best.stream),
         norm_db=_decibels(plain.normed, best.normed),
         products=0 if best.matrix is None else len(stream.products),
         added=0.0 if best.matrix is None else stream.added,
@@ -209,18 +211,43 @@ def _choose(
     return found, best
 
 
-def _or_factors(
-    stream: Stream, rows: list[Rows], plain: _Tried, best: _Tried, codes: Codes
-) -> tuple[_Tried, float]:
-    """The stream as it is with factors per channel, where these are better than the best matrix;
-    and what they win against one scale, in dB."""
-    readers = {str(n.inputs[0].name): Readers.of(stream, n) for n in stream.norms if n.inputs[0]}
-    held = hold_by_factors(rows, readers, codes.levels, codes.max_k)
-    errors = [error_behind(rows, readers, one.stream, one.normed) for one in (plain, best)]
-    if held.error > errors[1]:
-        return best, 0.0
-    kept = replace(plain, how=FACTORS, factors=held.factors)
-    return kept, _decibels(np.array(errors[0]), np.array(held.error))
+@dataclass
+class _Trial:
+    """Factors per channel against matrices, by what the outputs lose on a few images."""
+
+    model: ir.Model
+    batches: Iterable[Any]
+    codes: Codes
+    threads: int
+    original: Outputs = field(default_factory=list)
+
+    def better(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:
+        """Stream ``number`` as it is with factors, where the outputs lose less than by ``best``."""
+        codes, limits = self.codes, (0, self.codes.levels - 1)
+        factors = {
+            one.tensor: searched_factors(one.stream, one.power, limits, codes.max_k)[0]
+            for one in rows
+        }
+        held = {name: Steps.of_factors(found, codes.levels) for name, found in factors.items()}
+        self.original = self.original or outputs_of(self.model, {}, self.batches, self.threads)
+        by_factors = self.lost(self.model, held)
+        turned = self.model.clone()
+        stream = find_streams(turned.graph)[0][number]
+        names = read_by_norms(stream)
+        if best.matrix is not None:
+            turn(turned.graph, stream, best.matrix)
+        now = dict(zip(names, read_by_norms(stream), strict=True))
+        by_matrix = self.lost(
+            turned,
+            {now[n]: Steps.of_range(*ends, codes.levels) for n, ends in best.ranges.items()},
+        )
+        if by_factors > by_matrix:
+            return best
+        won = _decibels(np.array(by_matrix), np.array(by_factors))
+        return replace(plain, how=FACTORS, factors=factors, won=won)
+
+    def lost(self, model: ir.Model, steps: Mapping[str, Steps]) -> float:
+        return loss(outputs_of(model, steps, self.batches, self.threads), self.original)
 
 
 def _massive(rows: list[Rows]) -> Double:

@@ -158,9 +158,8 @@ def notes_on(turns: Turns) -> list[str]:
         if matrix is not None
     ]
     notes += [
-        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, stays: factors per"
-        f" channel, searched, are expected to lose {t.stream_db:.1f} dB less than one scale per"
-        " tensor, and no matrix more."
+        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, stays: with searched"
+        f" factors per channel the outputs lose {t.stream_db:.1f} dB less than by the best matrix."
         for t in turns.turned
         if t.by == FACTORS
     ]
