@@ -123,7 +123,7 @@ def turn_streams(
     matrices: list[Double | None] = []
     added: list[str] = []
     factors: dict[str, Factors] = {}
-    trial = _Trial(model.clone(), batches, codes, threads)
+    trial = _Trial(model.clone() if codes.factors else model, batches, codes, threads)
     for number, stream in enumerate(streams):
         found, best = _choose(number, stream, rows, trial)
         turned.append(found)

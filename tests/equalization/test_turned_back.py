@@ -52,7 +52,9 @@ def network(tail: str, *, pre: bool = False, shift: float = 0.3, hidden: int = H
         padded = g("Pad", n, np.array([0, 1, 0, 0, 0, 0]), float(tail == "ones"))
         outputs = [out, g("Add", g("MatMul", padded, sample(D, 3, seed=20)), sample(3, seed=21))]
     elif tail == "joined":
-        both = g("Concat", n, rows, axis=1)
+        others = g("Conv", "x", sample(D, 3, 4, 4, seed=22), strides=[4, 4])
+        others = g("Transpose", g("Reshape", others, np.array([0, D, 4])), perm=[0, 2, 1])
+        both = g("Concat", n, others, axis=1)
         outputs = [out, g("Add", g("MatMul", both, sample(D, 3, seed=20)), sample(3, seed=21))]
     else:
         outputs = [out]
@@ -105,7 +107,8 @@ def test_what_is_turned_back(tail: str, products: int, shifted: int) -> None:
 def own(tail: str) -> int:
     """Multiplications: patches, two linears of the MLP, the head, and what reads the norm."""
     more = {
-        "conv": 4 * 32, "padded conv": 4 * 4 * 72, "transposed conv": 4 * 16 * 32, "zeros": 5 * 3 * 8,
+        "conv": 4 * 32, "padded conv": 4 * 4 * 72, "transposed conv": 4 * 16 * 32,
+        "zeros": 5 * 3 * 8,
     }  # fmt: skip
     return 32 * 48 + 2 * 4 * D * HIDDEN + 20 * 8 + more.get(tail, 0)
 
