@@ -47,6 +47,19 @@ def test_one_scale_for_each_tensor_of_a_turned_stream(tmp_path: Path) -> None:
     assert {t["granularity"] for t in stream} == {"tensor"}
 
 
+def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path) -> None:
+    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True)
+    (stays,) = report["rotation"]["turned"]
+    assert stays["by"] == "none: factors per channel"
+    assert stays["stream_db"] > 0
+    stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
+    assert {t["granularity"] for t in stream} == {"ptf"}
+    assert any("searched factors per channel the outputs lose" in n for n in report["notes"])
+    plain = quantized(tmp_path / "b", quantizer="fqvit")
+    before = {t["tensor"]: t["scale"] for t in plain["tensors"]}
+    assert sum(before[t["tensor"]] != t["scale"] for t in stream) == 13
+
+
 def test_scales_per_channel_are_calibrated_on_a_turned_stream(tmp_path: Path) -> None:
     """The range that was searched is one scale's; channelwise has one for each channel."""
     report = quantized(tmp_path / "a", quantizer="channelwise", rotate=True)

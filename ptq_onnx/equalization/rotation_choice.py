@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.calibration.product_samples import RowSample
 from ptq_onnx.equalization.rotation import turn
-from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms
+from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms, sensitivities
 from ptq_onnx.equalization.stream_trial import Outputs, Steps, loss, outputs_of
 from ptq_onnx.equalization.streams import Refused, Stream, find_streams
 from ptq_onnx.numerics.ptf import Factors, searched_factors
@@ -224,9 +224,10 @@ class _Trial:
     def better(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:
         """Stream ``number`` as it is with factors, where the outputs lose less than by ``best``."""
         codes, limits = self.codes, (0, self.codes.levels - 1)
+        counts = sensitivities(find_streams(self.model.graph)[0][number])
         factors = {
-            one.tensor: searched_factors(one.stream, one.power, limits, codes.max_k)[0]
-            for one in rows
+            r.tensor: searched_factors(r.stream, r.power, limits, codes.max_k, counts[r.tensor])[0]
+            for r in rows
         }
         held = {name: Steps.of_factors(found, codes.levels) for name, found in factors.items()}
         self.original = self.original or outputs_of(self.model, {}, self.batches, self.threads)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.product_samples import RowSample, Wanted, collect_samples
+from ptq_onnx.equalization.rotation import affine_of, channels_last
 from ptq_onnx.equalization.streams import Stream
 
 Double = NDArray[np.float64]
@@ -77,4 +78,21 @@ def collect_rows(
     found, _ = collect_samples(
         model, Wanted(wanted, {}), batches, threads=threads, progress=progress
     )
+    return found
+
+
+def sensitivities(stream: Stream) -> dict[str, Double]:
+    """How much an error in a channel of a tensor [D] changes what reads it through its norm:
+    γ_c² Σ_n W_cn², by tensor, one on average; pieces side by side together."""
+    found: dict[str, Double] = {}
+    for norm in stream.norms:
+        scale, _ = affine_of(norm)
+        power = np.zeros(len(scale))
+        for reader, before in stream.readers:
+            if before is norm:
+                power += (channels_last(reader).reshape(-1, len(scale)) ** 2).sum(axis=0)
+        each = scale**2 * (power if power.any() else 1.0)
+        each = each.reshape(-1, stream.width).mean(axis=0)
+        name = "" if norm.inputs[0] is None else str(norm.inputs[0].name)
+        found[name] = found.get(name, 0.0) + each / max(float(each.mean()), 1e-300)
     return found

@@ -25,7 +25,7 @@ Double = NDArray[np.float64]
 STRENGTHS = np.linspace(0, 1, 9)
 OFFSETS = np.linspace(0, 1, 4, endpoint=False)
 MAX_K = 12
-DEEPER = 4
+DEEPER = 9
 """Steps of a channel that are tried: the one that covers all, its half, …"""
 ENOUGH = 1.02
 """K is the smallest whose noise is within this ratio of the best."""
@@ -173,14 +173,20 @@ def find_factors(
 
 
 def searched_factors(
-    rows: Double, power: Double, limits: tuple[int, int], max_k: int | None = None
+    rows: Double,
+    power: Double,
+    limits: tuple[int, int],
+    max_k: int | None = None,
+    counts: Double | None = None,
 ) -> tuple[Factors, Double]:
     """Scale, zero point and α with the least Σ_r power_r (x - x̂)² in rows [R, C], and that per
     channel, [C].
 
-    What few rows hold may be clipped where all others gain. The choice of α_c by squared error is
-    the paper's; the weights ``power`` [R] are this project's.
+    What few rows hold may be clipped where all others gain. ``counts`` [C]: how much a channel's
+    error counts where scale and zero point, which all share, are chosen. The choice of α_c by
+    squared error is the paper's; the weights are this project's.
     """
+    each = np.ones(rows.shape[1]) if counts is None else counts
     low, high = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
     limit = MAX_K if max_k is None else max_k
     best: tuple[Factors, Double] | None = None
@@ -200,7 +206,7 @@ def searched_factors(
             noise = tried.min(axis=0) * 4.0 ** (depth - kept)
             alpha = (kept.max() - kept).astype(np.int32)
             scale = top * 2.0 ** -float(kept.max())
-            found = Factors(scale, zero, alpha, float(noise.sum()))
+            found = Factors(scale, zero, alpha, float(noise @ each))
             if best is None or found.noise < best[0].noise:
                 best = found, noise
     assert best is not None
