@@ -169,7 +169,5 @@ def _small_shift(norm: ir.Node) -> bool:
     if scale is None or shift is None:
         return False
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.nan_to_num(
-            shift.astype(np.float64) / scale.astype(np.float64), nan=0.0, posinf=np.inf
-        )
-    return bool(np.sqrt(np.mean(ratio**2)) <= LARGEST_SHIFT)
+        ratio = np.nan_to_num(shift.astype(np.float64) / scale.astype(np.float64), nan=0.0)
+    return bool(np.abs(ratio).max() < 1e6 and np.sqrt(np.mean(ratio**2)) <= LARGEST_SHIFT)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.equalization.linear_weights import bias_of, set_linear
 from ptq_onnx.equalization.norm_readers import Uses
-from ptq_onnx.equalization.streams import Stream
+from ptq_onnx.equalization.stream_parts import Stream
 from ptq_onnx.graph.formula import DOMAIN, constant, new_constant, unique_name
 
 Double = NDArray[np.float64]

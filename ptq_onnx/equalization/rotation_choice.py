@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from ptq_onnx.calibration.product_samples import RowSample
 from ptq_onnx.equalization.rotation import turn
+from ptq_onnx.equalization.stream_parts import Stream
 from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms, sensitivities
 from ptq_onnx.equalization.stream_trial import Outputs, Steps, loss, outputs_of
-from ptq_onnx.equalization.streams import Refused, Stream, find_streams
+from ptq_onnx.equalization.streams import Refused, find_streams
 from ptq_onnx.numerics.ptf import Factors, searched_factors
 from ptq_onnx.numerics.rotations import flattened, spreading
 

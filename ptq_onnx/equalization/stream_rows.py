@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.calibration.product_samples import RowSample, Wanted, collect_samples
 from ptq_onnx.equalization.rotation import affine_of, channels_last
-from ptq_onnx.equalization.streams import Stream
+from ptq_onnx.equalization.stream_parts import Stream
 
 Double = NDArray[np.float64]
 

@@ -8,7 +8,8 @@ from small_graph import SmallGraph, run, sample
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.equalization.rotation import turn
 from ptq_onnx.equalization.rotation_choice import PLAIN, Codes, turn_again, turn_streams
-from ptq_onnx.equalization.streams import Stream, find_streams
+from ptq_onnx.equalization.stream_parts import Stream
+from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.rotations import spreading
