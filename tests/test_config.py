@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.flags import flags
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.config.selector import Selector
+from ptq_onnx.config.selector import MoreBits, Selector
 from ptq_onnx.errors import ConfigError
 
 
-@given(st.tuples(*[st.integers(2, 8)] * 3))
+@given(st.tuples(st.integers(2, 8), st.integers(2, 16), st.integers(2, 16)))
 def test_bits_round_trip(widths: tuple[int, int, int]) -> None:
     bits = Bits(*widths)
     assert Bits.parse(str(bits)) == bits
@@ -33,15 +34,52 @@ def test_bits_that_are_no_bits(text: str) -> None:
 
 
 @pytest.mark.parametrize("place", range(3))
-@pytest.mark.parametrize("width", [0, 1, 9, 16, 99])
+@pytest.mark.parametrize("width", [0, 1, 17, 99])
 def test_bits_out_of_range(width: int, place: int) -> None:
     widths = [8, 8, 8]
     widths[place] = width
-    name = ("weights", "activations", "attention")[place]
+    name, most = (("weights", 8), ("activations", 16), ("attention", 16))[place]
     with pytest.raises(
-        ConfigError, match=f"{name} must be a whole number from 2 to 8, got {width}"
+        ConfigError, match=f"{name} must be a whole number from 2 to {most}, got {width}"
     ):
         Bits.parse("/".join(map(str, widths)))
+
+
+def test_weights_have_a_byte_at_most() -> None:
+    with pytest.raises(ConfigError, match="weights must be a whole number from 2 to 8, got 9"):
+        QuantizeConfig(bits="9/16/16")
+    assert QuantizeConfig(bits="8/16/16").widths == Bits(8, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fc2", MoreBits(Selector("fc2"), 8)),
+        ("fc2=8", MoreBits(Selector("fc2"), 8)),
+        ("residual1@0-2=16", MoreBits(Selector("residual1", (0, 1, 2)), 16)),
+        (" all = 12", MoreBits(Selector("all"), 12)),
+    ],
+)
+def test_more_bits_and_how_many(text: str, expected: MoreBits) -> None:
+    found = MoreBits.parse(text)
+    assert found == expected
+    assert MoreBits.parse(str(found)) == found
+
+
+@pytest.mark.parametrize("number", ["7", "17", "", "x", "16=16", "-8", "1e1"])
+def test_more_bits_that_are_none(number: str) -> None:
+    with pytest.raises(ConfigError, match="expected 8 to 16 bits behind '=', as in fc2=16"):
+        QuantizeConfig(more_bits=(f"fc2={number}",))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": "8/16/8"}, {"bits": "8/8/9"}, {"more_bits": ("fc2", "fc1=16")}],
+)
+@pytest.mark.parametrize("target", ["tensorrt", "openvino"])
+def test_targets_of_eight_bits(options: dict[str, Any], target: str) -> None:
+    with pytest.raises(ConfigError, match=f"files for {target} hold activations of at most 8 bits"):
+        QuantizeConfig(target=target, **options)
 
 
 def test_bits_are_whole_numbers() -> None:
@@ -139,7 +177,6 @@ def test_what_selectors_match() -> None:
         ({"target": "integer", "keep_float": ("fc2",)}, "--keep-float would leave tensors"),
         ({"target": "integer", "per_channel": ("fc2",)}, "--per-channel would leave tensors"),
         ({"target": "integer", "auto": True}, "--auto would leave tensors"),
-        ({"target": "integer", "more_bits": ("fc2",)}, "not --more-bits"),
         ({"more_bits": ("auto",)}, "--more-bits takes roles"),
         ({"more_bits": ("fc2@9-1",)}, "runs backwards"),
         ({"max_drop": 1}, "--max-drop is the bound of --auto"),
@@ -251,3 +288,34 @@ def test_a_lone_selector_is_not_taken_letter_by_letter(tmp_path: Path) -> None:
     path.write_text("keep_float: head\nper_channel: fc2@5,6")
     found = QuantizeConfig.load(path)
     assert (found.keep_float, found.per_channel) == (("head",), ("fc2@5,6",))
+
+
+BOUNDED = {n: f for n, f in flags(QuantizeConfig).items() if f.bounds}
+NAMED = {n: f for n, f in flags(QuantizeConfig).items() if f.choices}
+
+
+def test_bounds_and_names_are_the_fields_own() -> None:
+    assert {"ptf_k", "multiplier_bits", "max_drop", "min_sqnr"} <= BOUNDED.keys()
+    assert {"quantizer", "method", "precision", "rounding", "gelu", "target"} <= NAMED.keys()
+
+
+@pytest.mark.parametrize("name", ["ptf_k", "multiplier_bits", "max_drop", "min_sqnr"])
+def test_both_ends_of_the_bounds_are_allowed_and_nothing_beyond(name: str) -> None:
+    assert BOUNDED[name].bounds is not None
+    low, high = map(int, BOUNDED[name].bounds)
+    belongs: dict[str, Any] = {"auto": True} if name in ("max_drop", "min_sqnr") else {}
+    if not belongs:
+        belongs = {"quantizer": "fqvit"}
+    for value in (low, high):
+        assert getattr(QuantizeConfig(**belongs, **{name: value}), name) == value
+    for value in (low - 1, high + 1):
+        with pytest.raises(ConfigError, match=f"{value}: must be from {low} to {high}"):
+            QuantizeConfig(**belongs, **{name: value})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_an_unknown_name_lists_those_that_there_are(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        QuantizeConfig(**{name: "no such"})
+    told = f"There is no {name} 'no such'; choose one of {', '.join(NAMED[name].choices)}."
+    assert str(error.value) == told

@@ -26,6 +26,7 @@ ENOUGH = 90.0
 LARGEST = 1 << 30
 """Bytes up to which ONNX Runtime is asked for the graph that it runs."""
 REQUEST = "by request"
+SIXTEEN_BITS = "16-bit codes have no integer kernel on the CPU; give what it reads 8 bits"
 FOUR_BITS = "4-bit weights: their activations stay in float, by request"
 CONVOLUTIONS = "ONNX Runtime has no integer kernel for a convolution whose output stays float"
 Basis = Literal["optimised graph", "Q/DQ"]
@@ -103,7 +104,7 @@ class Coverage:
         worst = max(self.left, key=lambda one: one.percent)
         why = f"most of the rest: {worst.count} {_name(worst)}, {worst.reason}."
         if not self.integer:
-            return f"Nothing was quantized: every product of the file runs in float; {why}"
+            return f"Nothing runs in integers: every product of the file is in float; {why}"
         return (
             f"Only {self.percent:.1f} % of the multiplications run in integers, so that little"
             f" time is saved; {why}"
@@ -193,6 +194,8 @@ def _why(product: Product, kind: Kind, reasons: Mapping[str, str], target: str) 
         return f"{product.table.name} codes have no integer kernel; {product.table.instead}"
     if product.four_bits:
         return FOUR_BITS
+    if product.sixteen_bits:
+        return SIXTEEN_BITS
     if product.quantized:
         return "it has Q/DQ, but the runtime computes it in float"
     if kind == "convolutions" and target == "onnxruntime":

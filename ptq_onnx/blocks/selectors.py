@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.config.selector import ALL, AUTO, Selector
+from ptq_onnx.config.selector import ALL, AUTO, MoreBits, Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.spec import Site
 
@@ -24,9 +24,10 @@ def known_roles(blocks: Blocks, sites: Mapping[str, Site]) -> frozenset[str]:
 def check_selectors(config: QuantizeConfig, blocks: Blocks, sites: Mapping[str, Site]) -> None:
     """Every selector of a config names something that the model has. Raises ConfigError."""
     known = known_roles(blocks, sites)
+    wider = [MoreBits.parse(text).selector for text in config.more_bits]
+    check_roles(wider, "--more-bits", known, blocks.count)
     for option, texts in (
         ("--keep-float", config.keep_float),
-        ("--more-bits", config.more_bits),
         ("--per-channel", config.per_channel),
     ):
         selectors = [Selector.parse(text) for text in texts if text != AUTO]

@@ -17,7 +17,8 @@ SHRINK = np.linspace(1.0, 0.1, 46)
 
 def kl_range(histogram: Histogram, limits: tuple[int, int], symmetric: bool) -> tuple[Array, Array]:
     """Lower and upper bound per row, [R] each; all rows are searched at once."""
-    levels = limits[1] - limits[0] + 1
+    # Of more levels than bins each has at most one bin: only what is clipped is lost.
+    levels = min(limits[1] - limits[0] + 1, histogram.counts.shape[1])
     values, counts = histogram.centres, histogram.counts.astype(np.float64)
     reach = np.maximum(np.abs(histogram.low), np.abs(histogram.high))
     start_low = -reach if symmetric else np.minimum(histogram.low, 0)

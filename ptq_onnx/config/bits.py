@@ -7,23 +7,27 @@ from dataclasses import dataclass
 
 from ptq_onnx.errors import ConfigError
 
-MOST_BITS = 8
+BYTE = 8
+"""The most bits of a weight, and of what integer kernels multiply."""
+WIDEST = 16
+"""The most bits of an activation."""
+MOST = {"weights": BYTE, "activations": WIDEST, "attention": WIDEST}
 
 
 @dataclass(frozen=True)
 class Bits:
-    """Bit widths of weights, activations and attention maps, 2 to 8 each."""
+    """Bit widths: weights 2 to 8, activations and attention maps 2 to 16."""
 
     weights: int = 8
     activations: int = 8
     attention: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("weights", "activations", "attention"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= most:
                 raise ConfigError(
-                    f"bits: {name} must be a whole number from 2 to 8, got {value!r}."
+                    f"bits: {name} must be a whole number from 2 to {most}, got {value!r}."
                 )
 
     @classmethod
@@ -33,7 +37,7 @@ class Bits:
         if len(parts) != 3 or not all(re.fullmatch(r"[0-9]{1,3}", p.strip()) for p in parts):
             raise ConfigError(
                 f"--bits {text}: expected weights/activations/attention, as in 8/8/4,"
-                " each from 2 to 8."
+                f" from 2 to {BYTE}, {WIDEST} and {WIDEST}."
             )
         return cls(*(int(p) for p in parts))
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ptq_onnx.config.bits import BYTE, WIDEST
 from ptq_onnx.config.option_types import shown
 from ptq_onnx.errors import ConfigError
 
 ALL = "all"
-
-
 AUTO = "auto"
-
-
 MOST_BLOCK_DIGITS = 4
 
 
@@ -54,3 +51,27 @@ class Selector:
         if self.blocks is None:
             return self.role
         return f"{self.role}@{','.join(map(str, self.blocks))}"
+
+
+@dataclass(frozen=True)
+class MoreBits:
+    """A width for what a selector names: ``fc2``, which is 8 bits, or ``residual1@0-3=16``."""
+
+    selector: Selector
+    bits: int = BYTE
+
+    @classmethod
+    def parse(cls, text: str) -> MoreBits:
+        """Raises ConfigError on anything else."""
+        role, equals, number = str(text).partition("=")
+        if not equals:
+            return cls(Selector.parse(role))
+        if not re.fullmatch(r"[0-9]{1,2}", number.strip()) or not BYTE <= int(number) <= WIDEST:
+            raise ConfigError(
+                f"--more-bits {shown(text)}: expected {BYTE} to {WIDEST} bits behind '=',"
+                f" as in {shown(role.strip())[1:-1]}={WIDEST}."
+            )
+        return cls(Selector.parse(role), int(number))
+
+    def __str__(self) -> str:
+        return str(self.selector) if self.bits == BYTE else f"{self.selector}={self.bits}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Stored = Literal["uint8", "int8"]
+from ptq_onnx.config.bits import BYTE, WIDEST
+
+Stored = Literal["uint8", "int8", "uint16", "int16"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Target:
     signed_attention: bool = False
     """Attention maps too: 1/127 is their step, not 1/255."""
     signed_stored: Stored = "uint8"
-    """Type of signed activation codes in the file; in uint8 they are stored 128 higher."""
+    """Type of signed activation codes of 8 bits in the file; in uint8 they are stored 128
+    higher, in uint16 32768."""
+    widest: int = BYTE
+    """The most bits of an activation."""
     rows: bool = True
     """Every row of an attention map is divided by its largest value at run time."""
     centred_values: bool = False
@@ -58,7 +63,7 @@ class Target:
         return self.refuses if self.refuses and quantizer != self.quantizer else None
 
     def stored(self, signed: bool) -> Stored:
-        """Type of activation codes in the file."""
+        """Type of activation codes of 8 bits in the file."""
         return self.signed_stored if signed else "uint8"
 
 
@@ -75,7 +80,7 @@ LATER = range(20, 24)
 """From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
 such a file is no worse for its own runtime, but cannot be compared in ONNX Runtime."""
 
-ONNXRUNTIME = Target("onnxruntime", quantizer="deploy", codes_of_convolutions=True)
+ONNXRUNTIME = Target("onnxruntime", quantizer="deploy", widest=WIDEST, codes_of_convolutions=True)
 TENSORRT = Target(
     "tensorrt",
     opsets=LATER,
@@ -112,6 +117,7 @@ INTEGER = Target(
     "integer",
     quantizer="fqvit",
     refuses=_NO_INTEGERS,
+    widest=WIDEST,
     patches_as_linear=False,
     keep_rank=False,
 )

@@ -143,6 +143,7 @@ def adds_shift(node: ir.Node) -> bool:
 
 
 def by_constant(pad: ir.Node) -> bool:
+    """True for a Pad that puts a number around, not what is there already."""
     return pad.attributes.get_string("mode", "constant") == "constant"
 
 

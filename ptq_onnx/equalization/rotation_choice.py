@@ -103,6 +103,12 @@ class Codes:
     """They may have powers of two per channel."""
     max_k: int | None = None
     """The largest exponent of these."""
+    levels_of: Mapping[str, int] = field(default_factory=dict)
+    """Of tensors of streams that have another number of codes."""
+
+    def levels_in(self, tensor: str) -> int:
+        """How many codes a tensor of a stream has."""
+        return self.levels_of.get(tensor, self.levels)
 
 
 def turn_streams(
@@ -174,8 +180,10 @@ def _choose(
 
     def tried(how: str, seed: int, matrix: Double | None) -> _Tried:
         turned = [one.turned(matrix) for one in rows]
-        outer = [_searched(r.stream, r.power, codes) for r in turned]
-        inner = [_searched(r.normed, r.counts, codes) for r in turned]
+        outer = [
+            _searched(r.stream, r.power, codes.levels_in(r.tensor), codes.symmetric) for r in turned
+        ]
+        inner = [_searched(r.normed, r.counts, codes.levels, codes.symmetric) for r in turned]
         return _Tried(
             how,
             seed,
@@ -224,13 +232,15 @@ class _Trial:
 
     def better(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:
         """Stream ``number`` as it is with factors, where the outputs lose less than by ``best``."""
-        codes, limits = self.codes, (0, self.codes.levels - 1)
+        codes = self.codes
         counts = sensitivities(find_streams(self.model.graph)[0][number])
-        factors = {
-            r.tensor: searched_factors(r.stream, r.power, limits, codes.max_k, counts[r.tensor])[0]
-            for r in rows
-        }
-        held = {name: Steps.of_factors(found, codes.levels) for name, found in factors.items()}
+        factors: dict[str, Factors] = {}
+        for one in rows:
+            limits = (0, codes.levels_in(one.tensor) - 1)
+            factors[one.tensor], _ = searched_factors(
+                one.stream, one.power, limits, codes.max_k, counts[one.tensor]
+            )
+        held = {n: Steps.of_factors(found, codes.levels_in(n)) for n, found in factors.items()}
         self.original = self.original or outputs_of(self.model, {}, self.batches, self.threads)
         by_factors = self.lost(self.model, held)
         turned = self.model.clone()
@@ -241,7 +251,10 @@ class _Trial:
         now = dict(zip(names, read_by_norms(stream), strict=True))
         by_matrix = self.lost(
             turned,
-            {now[n]: Steps.of_range(*ends, codes.levels) for n, ends in best.ranges.items()},
+            {
+                now[name]: Steps.of_range(*ends, codes.levels_in(name))
+                for name, ends in best.ranges.items()
+            },
         )
         if by_factors > by_matrix:
             return best
@@ -264,13 +277,15 @@ def _decibels(before: Double, after: Double) -> float:
     return float(10 * np.log10(max(before.sum(), 1e-300) / max(after.sum(), 1e-300)))
 
 
-def _searched(rows: Double, power: Double, codes: Codes) -> tuple[float, float, float]:
+def _searched(
+    rows: Double, power: Double, levels: int, symmetric: bool
+) -> tuple[float, float, float]:
     """Least expected error Σ power · mean (x - x̂)² of one range for rows [R, D], and the range.
 
     Rounding is step² / 12 wherever a value is inside, clipping what is outside.
     """
     low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
-    if codes.symmetric:
+    if symmetric:
         high = max(high, -low)
         low = -high
     total = float(power.sum())
@@ -280,7 +295,7 @@ def _searched(rows: Double, power: Double, codes: Codes) -> tuple[float, float, 
     for clip in CLIPS:
         below, above = low * clip, high * clip
         beyond = picked - np.clip(picked, below, above)
-        step = (above - below) / (codes.levels - 1)
+        step = (above - below) / (levels - 1)
         error = total * step**2 / 12 + float(share @ beyond**2)
         if error < best[0]:
             best = (error, float(below), float(above))

@@ -9,6 +9,7 @@ from typing import Annotated, Generic, Self, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ptq_onnx.config.bits import WIDEST
 from ptq_onnx.config.targets import Stored
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.text_file import read_text
@@ -24,7 +25,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 Scale = Annotated[float, Field(allow_inf_nan=False, ge=1e-37, le=1e30)]
 Exponent = Annotated[int, Field(ge=-126, le=126)]
 Number = TypeVar("Number")
-Point = Annotated[int, Field(ge=-(1 << 8), le=1 << 8)]
+Point = Annotated[int, Field(ge=-(1 << WIDEST), le=1 << WIDEST)]
 Length = Annotated[int, Field(ge=1, le=MOST_ENTRIES)]
 Text = Annotated[str, Field(max_length=4096)]
 
@@ -53,7 +54,7 @@ class Entry(_Strict):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     tensor: Text
-    bits: Annotated[int, Field(ge=2, le=8)]
+    bits: Annotated[int, Field(ge=2, le=WIDEST)]
     signed: bool
     symmetric: bool
     granularity: Text

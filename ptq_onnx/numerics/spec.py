@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.targets import Stored
 from ptq_onnx.numerics.around.around import Around, ClipOf
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
@@ -26,6 +27,8 @@ from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.grain import Grain, PerTensor, PowersOfTwo, grain_named
 
 PER_TENSOR, UNIFORM = PerTensor(), Uniform()
+WIDTHS: tuple[tuple[Stored, Stored], ...] = (("int8", "uint8"), ("int16", "uint16"))
+"""Types of codes: up to 8 bits, more; with a sign, without."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Rule:
     range is found.
 
     ``symmetric``: zero points are zero. ``stored``: the type of an activation's integer codes in
-    the file; that of a weight's is its grain's.
+    the file, as wide as ``bits`` need; that of a weight's is its grain's.
     """
 
     bits: int = 8
@@ -73,6 +76,19 @@ class Rule:
     def __post_init__(self) -> None:
         if self.grain.per_channel and RowMaximum() in self.around:
             raise ValueError("rows with a maximum of their own have one step")
+        object.__setattr__(self, "stored", WIDTHS[self.bits > BYTE][self.stored.startswith("u")])
+
+    def __str__(self) -> str:
+        rows = self.grain.block_size
+        parts = [
+            f"{self.bits}-bit {'signed' if self.signed else 'unsigned'} {self.code.name} codes",
+            *(["symmetric"] if self.symmetric else []),
+            f"a scale per {f'{rows} rows' if rows else self.grain.name}",
+            *(f"around it {around.name}" for around in self.around),
+            f"range by {self.method}",
+            f"stored as {self.stored}",
+        ]
+        return ", ".join(parts)
 
     @property
     def limits(self) -> tuple[int, int]:

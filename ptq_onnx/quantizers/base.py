@@ -26,18 +26,19 @@ from ptq_onnx.calibration.methods import (
 )
 from ptq_onnx.calibration.range_growth import find_growth
 from ptq_onnx.config import stages
-from ptq_onnx.config.bits import MOST_BITS
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.config.selector import ALL, Selector
+from ptq_onnx.config.selector import ALL, MoreBits, Selector
 from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.numerics.fake_quantize import reach
 from ptq_onnx.numerics.grain import PerChannel
-from ptq_onnx.numerics.ptf import Factors, needed_step, zero_points
+from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
+from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
+from ptq_onnx.quantizers.solved_specs import channel_spec, tensor_spec
 
 Array = NDArray[np.float32]
 Progress = Callable[[int], None]
@@ -89,6 +90,11 @@ class SiteQuantizer(VitQuantizer):
         self.rules = self._dispatch()
         super().__init__(plan.model)
 
+    @property
+    def decided(self) -> Decided:
+        """The rules by tensor, and the reasons for what stays in float."""
+        return Decided(self.plan.sites, self.rules, self.floats)
+
     # --- dispatch -----------------------------------------------------------------------
 
     @abstractmethod
@@ -108,7 +114,11 @@ class SiteQuantizer(VitQuantizer):
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
         floats = self._checked(map(Selector.parse, config.keep_float), "--keep-float")
-        wider = self._checked(map(Selector.parse, config.more_bits), "--more-bits")
+        wider = [
+            (selector, one.bits)
+            for one in map(MoreBits.parse, config.more_bits)
+            for selector in self._checked([one.selector], "--more-bits")
+        ]
         channels = self._checked(self.per_channel(), "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
@@ -122,8 +132,15 @@ class SiteQuantizer(VitQuantizer):
             wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
             if wide and site.channel_axes and rule.per_tensor:
                 rule = self._by_channels(site, rule)
-            if any(self._concerns(s, site) for s in wider):
-                rule = replace(rule, bits=MOST_BITS)
+            bits = [number for s, number in wider if self._concerns(s, site)]
+            if bits:
+                rule = replace(rule, bits=max(rule.bits, BYTE if site.is_parameter else max(bits)))
+            if rule.bits > rule.code.widest:
+                raise ConfigError(
+                    f"{site.label}: '{rule.code.name}' codes have at most {rule.code.widest} bits,"
+                    f" not {rule.bits}; give it fewer with --bits or --more-bits"
+                    f"{f', or {rule.code.wider}' if rule.code.wider else ''}."
+                )
             if rule.method in FROM_PRODUCTS and not self._only_products_read(site):
                 rule = replace(rule, method=FALLBACK)
             rules[site.tensor] = rule
@@ -338,57 +355,3 @@ class SiteQuantizer(VitQuantizer):
             return None
         node = self.nodes[site.consumers[0]]
         return node if is_linear(node) else None
-
-
-def tensor_spec(
-    site: Site, rule: Rule, low: float, high: float, factor: Array | None = None
-) -> TensorSpec:
-    """One scale and zero point that cover [low, high] (of the tensor divided by ``factor``)."""
-    lows, highs = np.array([low], np.float32), np.array([high], np.float32)
-    found = rule.code.solve(lows, highs, rule.bits, rule.signed, rule.symmetric)
-    spec = TensorSpec(
-        tensor=site.tensor,
-        rule=rule,
-        scale=np.asarray(found.scale[0]),
-        zero_point=np.asarray(found.zero_point[0]),
-        factor=factor,
-        details=found.details,
-    )
-    return replace(spec, clip=reach(spec.with_factor(None)))
-
-
-def clip_range(scale: float, zero: int, rule: Rule) -> tuple[float, float]:
-    """The values of the smallest and the largest code, without any factor."""
-    smallest, largest = rule.limits
-    return (smallest - zero) * scale, (largest - zero) * scale
-
-
-def channel_spec(
-    site: Site, rule: Rule, low: Array, high: Array, shape: tuple[int, ...]
-) -> TensorSpec:
-    """A step of its own for every channel [C]: the largest as scale, ratios as factor."""
-    low64, high64 = low.astype(np.float64), high.astype(np.float64)
-    candidates = {
-        zero: needed_step(low64, high64, zero, rule.limits)
-        for zero in zero_points(low64, high64, rule.limits, rule.symmetric)
-    }
-    zero = min(candidates, key=lambda z: float(np.sum(candidates[z] ** 2)))
-    step = candidates[zero]
-    scale = float(step.max())
-    # A channel that is constantly zero must not get a ratio that underflows.
-    ratio = np.maximum(step / scale, 2.0**-20).astype(np.float32)
-    return TensorSpec(
-        tensor=site.tensor,
-        rule=rule,
-        scale=np.array(scale, np.float32),
-        zero_point=np.array(zero, np.int32),
-        factor=trim(ratio.reshape(shape)),
-        clip=clip_range(scale, zero, rule),
-    )
-
-
-def trim(factor: Array) -> Array:
-    """Drop leading axes of size 1: the factor broadcasts from the right."""
-    while factor.ndim > 1 and factor.shape[0] == 1:
-        factor = factor[0]
-    return factor

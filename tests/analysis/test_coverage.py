@@ -75,7 +75,7 @@ def test_four_bits_are_asked_for(tmp_path: Path) -> None:
     assert found["percent"] == 0
     assert found["warning"] is None
     assert "--weights 4" in found["reasons"][0]
-    assert not any("Nothing was quantized" in note for note in notes)
+    assert not any("Nothing runs in integers" in note for note in notes)
 
 
 def convolutions(folder: Path) -> Path:
@@ -109,7 +109,7 @@ def test_texts() -> None:
     )  # fmt: skip
     assert none.line == "In integers: 0.0 % of the multiplications (0 of 57 convolutions)."
     assert none.warning is not None
-    assert none.warning.startswith("Nothing was quantized: every product")
+    assert none.warning.startswith("Nothing runs in integers: every product")
     some = Coverage(
         Share(2, 2), Share(0, 1), Share(8, 8), 89.9, (Left("convolutions", 1, 10.1, why),), "Q/DQ"
     )

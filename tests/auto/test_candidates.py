@@ -13,7 +13,9 @@ from ptq_onnx.auto.closeness import drop_error, hits, points_lost
 from ptq_onnx.auto.costs import cost, macs
 from ptq_onnx.auto.decide import notes_on
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.outputs import Tallies, top_classes
+from ptq_onnx.numerics.spec import Rule
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
 
@@ -150,6 +152,31 @@ def test_more_bits_for_a_role(name: str) -> None:
     for tensor in wide:
         assert specs[tensor].rule.bits == 8
         assert np.isfinite(specs[tensor].scale).all()
+
+
+def test_sixteen_bits_for_a_role_are_of_its_activations() -> None:
+    quantizer = make_quantizer(
+        plan_of(quantizer="vanilla", bits="4/5/6", more_bits=("fc1@1=16", "fc1", "fc2@1"))
+    )
+    sites, rules = quantizer.plan.sites, quantizer.rules
+    by_site = {(sites[t].role, sites[t].block): rule for t, rule in rules.items()}
+    assert by_site["fc1", 1].bits == 16
+    assert by_site["fc1", 1].limits == (-32768, 32767)
+    assert by_site["fc1", 1].stored == "uint16"
+    assert (by_site["fc1.weight", 1].bits, by_site["fc1.weight", 1].stored) == (8, "uint8")
+    assert by_site["fc1", 0].bits == by_site["fc2", 1].bits == 8
+
+
+def test_log_codes_have_no_sixteen_bits() -> None:
+    for options in ({"bits": "8/8/16"}, {"more_bits": ("softmax=16",)}):
+        with pytest.raises(ConfigError, match=r"'log2' codes have at most 8 bits, not 16"):
+            make_quantizer(plan_of(quantizer="fqvit", **options))
+
+
+def test_a_rule_s_type_is_as_wide_as_its_bits() -> None:
+    rule = Rule(16, stored="int8")
+    assert (rule.stored, Rule(9).stored) == ("int16", "uint16")
+    assert replace(rule, bits=8).stored == "int8"
 
 
 def test_more_bits_make_a_weight_finer() -> None:

@@ -30,6 +30,7 @@ from .reference import Reference, open_session
 
 Array = NDArray[Any]
 BITS = ("8/8/8", "8/8/4", "6/6/6", "4/4/4", "3/8/8", "8/6/8")
+WIDE = ("8/16/16", "6/12/16")
 PARTLY = ("k", "norm1", "fc2")
 WAYS: dict[str, dict[str, Any]] = {
     "vanilla/onnxruntime": {"quantizer": "vanilla"},
@@ -58,11 +59,23 @@ WAYS: dict[str, dict[str, Any]] = {
     "fqvit rotated/onnxruntime": {"quantizer": "fqvit", "rotate": True},
     "deploy rotated/onnxruntime": {"quantizer": "deploy", "rotate": True},
     "fqvit rotated/integer": {"target": "integer", "rotate": True},
+    "vanilla 16/onnxruntime": {"quantizer": "vanilla"},
+    "fqvit 16/onnxruntime": {"quantizer": "fqvit", "lis": False},
+    "deploy 16/onnxruntime": {"quantizer": "deploy"},
+    "fqvit residual 16/onnxruntime": {
+        "quantizer": "fqvit",
+        "more_bits": ("residual1=16", "residual2=16"),
+    },
+    "fqvit residual 16/integer": {
+        "target": "integer",
+        "more_bits": ("residual1=16", "residual2=16"),
+    },
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (
     "deploy fp8/tensorrt", "deploy weights 4/onnxruntime", "vanilla rotated/onnxruntime",
     "fqvit rotated/onnxruntime", "deploy rotated/onnxruntime", "fqvit rotated/integer",
+    "fqvit residual 16/onnxruntime", "fqvit residual 16/integer",
 )  # fmt: skip
 """These have one format, 8-bit floats or 4-bit weights alone, or the bits change nothing else."""
 DIGITS = "digits"
@@ -122,11 +135,18 @@ class Cell:
         return self.way.rpartition("/")[2]
 
 
+def bits_of(way: str) -> tuple[str, ...]:
+    """The widths that a way is tried with."""
+    if " 16/" in way and way not in ONE_WIDTH:
+        return WIDE
+    return BITS[:1] if way in ONE_WIDTH else BITS
+
+
 def cells(networks: tuple[str, ...] = (DIGITS, *NETWORKS)) -> Iterator[Cell]:
     """All of them."""
     for network in networks:
         for way in WAYS:
-            for bits in BITS[:1] if way in ONE_WIDTH else BITS:
+            for bits in bits_of(way):
                 yield Cell(network, way, bits)
 
 

@@ -26,8 +26,8 @@ from .reference import open_session
 Array = NDArray[Any]
 RESTORED = "(_renormalized|_row_rescaled|_mean_restored)*"
 FED = "{}/fed"
-HIGHER = 128
-"""Signed codes that are stored in uint8 are stored this much higher."""
+HIGHER = {"uint8": 128, "uint16": 32768}
+"""Signed codes that are stored without a sign are stored this much higher."""
 
 
 class CutFile:
@@ -51,7 +51,7 @@ class CutFile:
 
     @staticmethod
     def _cut(graph: onnx.GraphProto, stored: str, found: Format) -> None:
-        kind = TensorProto.INT8 if found.stored == "int8" else TensorProto.UINT8
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(found.stored))
         if found.code == "e4m3":
             kind = TensorProto.FLOAT
         for node in graph.node:
@@ -83,18 +83,16 @@ class CutFile:
     def _stored(self, codes: Array, found: Format) -> Array:
         if found.code == "e4m3":
             return (codes * found.scale).astype(np.float32)
-        if found.stored == "int8":
-            return codes.astype(np.int8)
-        return (codes + _shift(found)).astype(np.uint8)
+        return (codes + _shift(found)).astype(found.stored)
 
     def _read(self, stored: Array, found: Format) -> Array:
         if found.code == "e4m3":
             return e4m3(stored / found.scale)
-        return stored.astype(np.float64) - (0 if found.stored == "int8" else _shift(found))
+        return stored.astype(np.float64) - _shift(found)
 
 
 def _shift(found: Format) -> int:
-    return HIGHER if found.signed and found.stored == "uint8" else 0
+    return HIGHER.get(found.stored, 0) if found.signed else 0
 
 
 def _codes_of(name: str, made: set[str]) -> str:

@@ -19,7 +19,7 @@ import pytest
 
 from ptq_onnx import PtqError
 
-from .cells import BITS, DIGITS, REFUSED, WAYS, Cell, Result, cells, compare, run
+from .cells import BITS, DIGITS, REFUSED, WAYS, WIDE, Cell, Result, bits_of, cells, compare, run
 from .formats import Format, e4m3, log2_codes
 from .networks import NETWORKS, images
 
@@ -36,7 +36,7 @@ def covering() -> list[Cell]:
     turn = 0
     for number, way in enumerate(WAYS):
         for cell in [c for c in cells(("plain",)) if c.way == way][number % 2 :: 2] or [
-            Cell("plain", way, BITS[0])
+            Cell("plain", way, bits_of(way)[0])
         ]:
             names = [n for n in NETWORKS if n not in REFUSED.get(cell.target, ())]
             if "partly" in way:
@@ -75,7 +75,7 @@ def test_so_does_every_other(cell: Cell, tmp_path: Path) -> None:
 
 def test_the_cells_cover_everything() -> None:
     assert {c.way for c in ALWAYS} == {*WAYS}
-    assert {c.bits for c in ALWAYS} == {*BITS}
+    assert {c.bits for c in ALWAYS} == {*BITS, *WIDE}
     networks = Counter(c.network for c in ALWAYS)
     assert networks.keys() == {*NETWORKS, DIGITS}
     assert min(networks.values()) >= 2

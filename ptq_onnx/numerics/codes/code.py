@@ -17,7 +17,7 @@ Array = NDArray[np.float32]
 Codes = NDArray[np.int32]
 Levels = NDArray[Any]
 
-Storage = Literal["uint8", "int8", "uint4"]
+Storage = Literal["uint8", "int8", "uint4", "uint16", "int16"]
 """The type of integer codes in the file."""
 
 TINY = float(np.finfo(np.float32).tiny) * 2**32
@@ -60,6 +60,10 @@ class Code(ABC):
     """A step of its own for every channel may go with these codes."""
     floating: ClassVar[bool] = False
     """Steps grow with the values: a range need not be small."""
+    widest: ClassVar[int] = 8
+    """The most bits."""
+    wider: ClassVar[str] = ""
+    """An option that gives codes of more bits."""
     instead: ClassVar[str] = ""
     """What to do where no integer kernel multiplies these codes."""
 

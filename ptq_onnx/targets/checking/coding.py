@@ -17,6 +17,7 @@ INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
 FP8 = ir.DataType.FLOAT8E4M3FN
 FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 EIGHT_BITS = (INT8, UINT8, FP8)
+SIXTEEN_BITS = (ir.DataType.INT16, ir.DataType.UINT16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Coding:
 
     @property
     def name(self) -> str:
+        """Name of the node."""
         return name_of(self.node)
 
     @property

@@ -16,6 +16,7 @@ from ptq_onnx.targets.checking.coding import (
     FOUR_BITS,
     INT8,
     QUANTIZE,
+    SIXTEEN_BITS,
     UINT8,
     Coding,
     back_through_moves,
@@ -67,6 +68,7 @@ class Product:
 
     @property
     def name(self) -> str:
+        """Name of the node."""
         return name_of(self.node)
 
     @property
@@ -102,6 +104,11 @@ class Product:
             and self.touched
             and all(o.weight == bool(o.dequantize) for o in self.operands)
         )
+
+    @property
+    def sixteen_bits(self) -> bool:
+        """A factor has codes of sixteen bits."""
+        return any(o.dequantize and o.dequantize.dtype in SIXTEEN_BITS for o in self.operands)
 
     @property
     def four_bits(self) -> bool:

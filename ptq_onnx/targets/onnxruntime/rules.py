@@ -16,6 +16,7 @@ from ptq_onnx.targets.checking.coding import (
     INT8,
     INT32,
     QUANTIZE,
+    SIXTEEN_BITS,
     UINT8,
     Coding,
     back_through_moves,
@@ -48,9 +49,17 @@ def known_domain(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def code_type(model: QuantizedModel) -> Iterator[Finding]:
-    """The integer kernels multiply 8-bit codes; 4-bit codes are for weights, int32 for biases
-    (Quantize ONNX Models, "Data type selection")."""
+    """The integer kernels multiply 8-bit codes; 4-bit codes are for weights, int32 for biases, and
+    16-bit codes for what no product reads (Quantize ONNX Models, "Data type selection")."""
+    read = {
+        operand.quantize.name
+        for product in model.products
+        for operand in product.operands
+        if operand.quantize is not None
+    }
     for coding in common.other_codings(model, CODES):
+        if coding.dtype in SIXTEEN_BITS and coding.quantizes and coding.name not in read:
+            continue
         yield Finding(
             coding.name,
             f"expected uint8 or int8 codes, found {common.dtype_name(coding)}; the CPU "
