@@ -161,3 +161,21 @@ def test_the_range_covers_what_it_says() -> None:
         assert low <= 0 <= high
         assert 0.29 * seen.min() >= low >= seen.min() * 1.001
         assert 0.29 * seen.max() <= high <= seen.max() * 1.001
+
+
+def test_codes_of_more_bits_clip_less() -> None:
+    """Each range is searched for the codes that its tensor has."""
+    names = [str(n.inputs[0].name) for n in massive(image_network()).graph if "Norm" in n.op_type]
+    batches = [images(k) for k in range(4)]
+    narrow, wide = (
+        turn_streams(
+            massive(image_network()),
+            batches,
+            Codes(16, symmetric=False, levels_of=dict.fromkeys(names, levels)),
+            threads=1,
+        )
+        for levels in (16, 65536)
+    )
+    spans = [[high - low for low, high in found.ranges.values()] for found in (narrow, wide)]
+    assert len(spans[0]) == len(spans[1]) == 2
+    assert sum(spans[0]) < 0.9 * sum(spans[1])
