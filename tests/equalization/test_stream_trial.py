@@ -6,7 +6,9 @@ import pytest
 from small_graph import SmallGraph, run, sample
 
 from ptq_onnx.equalization.rotation_choice import FACTORS, Codes, turn_streams
+from ptq_onnx.equalization.stream_rows import sensitivities
 from ptq_onnx.equalization.stream_trial import Steps, loss, outputs_of
+from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.numerics.ptf import Factors
 
@@ -87,3 +89,12 @@ def test_factors_where_the_massive_channel_is_not_read() -> None:
     plain = turn_streams(network(1e-3), batches(), Codes(256, symmetric=False), threads=1)
     assert plain.factors == {}
     assert plain.turned[0].by != FACTORS
+
+
+def test_a_channel_counts_by_what_reads_it() -> None:
+    model = network(0.5)
+    (stream,), _ = find_streams(model.graph)
+    expected = (sample(D, 5, seed=6).astype(np.float64) ** 2).sum(axis=1)
+    expected[5] *= 0.25
+    (found,) = sensitivities(stream).values()
+    np.testing.assert_allclose(found, expected / expected.mean(), rtol=1e-5)
