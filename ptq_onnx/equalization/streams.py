@@ -140,7 +140,7 @@ class _Flood:
             raise Stays(reason)
         if self.stream.added > MOST_ADDED:
             raise Stays(
-                f"{reason}; products that turn it back ({len(self.stream.products)}) would add"
+                f"{reason}; products for that ({len(self.stream.products)}) would add"
                 f" {self.stream.added:.0%} to its own, more than {MOST_ADDED:.0%}"
             )
 
