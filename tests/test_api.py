@@ -199,9 +199,9 @@ def test_wrong_types_are_told(
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (3, "builtins.int is no model: a model is the path of an .onnx file"),
+        (3, "builtins.int is not a model: a model is the path of an .onnx file"),
         (torch.nn.Linear(2, 2), "is a PyTorch module: export it to ONNX first"),
-        (b"", "builtins.bytes is no model"),
+        (b"", "builtins.bytes is not a model"),
         ("nix.onnx", "nix.onnx does not exist"),
         (onnx.ModelProto(), "The model "),
     ],
@@ -251,7 +251,7 @@ class TestPreprocessingFunction:
         result = ptq_onnx.quantize(
             short, calib=folder, preprocess=transform, output=tmp_path / "o", images=4, threads=1
         )
-        assert any("preprocessing function of yours" in note for note in result.report["notes"])
+        assert any("your own preprocessing function" in note for note in result.report["notes"])
         assert result.report["analysis"]["held_apart"]
         stored = {p.key for p in onnx.load(result.model).metadata_props}
         assert not {key for key in stored if "preprocess" in key}

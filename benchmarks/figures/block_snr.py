@@ -3,7 +3,7 @@
 python benchmarks/figures/block_snr.py --model VIT.onnx --calib DIR --output PNG
 
 As the report measures it: each quantizer at 8/8/8 with its own calibration and, where it has one,
-its equalisation, simulated on images held apart.
+its equalisation, simulated on images held out.
 """
 
 from __future__ import annotations

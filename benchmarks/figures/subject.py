@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Subject:
-    """A prepared model, its preprocessing, calibration images and images held apart."""
+    """A prepared model, its preprocessing, calibration images and images held out."""
 
     prepared: Prepared
     preprocess: Preprocess

@@ -6,15 +6,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_NUMBERS = ("tests/numerics", "tests/quantizers", "tests/test_spec.py", "tests/test_scales_file.py")
+_NUMBERS = ("tests/numerics", "tests/quantizers")
 _INTEGER = (
-    "tests/export/test_integer_steps.py",
-    "tests/export/test_integer_lowering.py",
-    "tests/export/test_integer_reasons.py",
-    "tests/conformance/test_conformance_integer.py",
-    "tests/test_integer_interpreter.py",
-    "tests/test_integer_ops.py",
-    "tests/test_integer_ranges.py",
+    "tests/targets/integer/test_integer_steps.py",
+    "tests/targets/integer/test_integer_lowering.py",
+    "tests/targets/integer/test_integer_reasons.py",
+    "tests/targets/integer/test_conformance_integer.py",
+    "tests/targets/integer/test_integer_interpreter.py",
+    "tests/targets/integer/test_integer_ops.py",
+    "tests/targets/integer/test_integer_ranges.py",
 )
 
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -23,19 +23,19 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/calibration",
         "tests/quantizers/test_scale_search.py",
         "tests/quantizers/test_uniform.py",
-        "tests/test_calibration_notes.py",
+        "tests/pipeline/test_calibration_notes.py",
         "tests/test_centring.py",
     ),
     "equalization": (
         "tests/equalization",
-        "tests/export/test_convolution.py",
+        "tests/qdq/test_convolution.py",
         "tests/test_grouped_heads.py",
     ),
     "qdq": (
-        "tests/export/test_convolution.py",
-        "tests/export/test_factors.py",
-        "tests/export/test_half.py",
-        "tests/test_lowering.py",
+        "tests/qdq/test_convolution.py",
+        "tests/qdq/test_factors.py",
+        "tests/qdq/test_half.py",
+        "tests/qdq/test_lowering.py",
         "tests/quantizers/test_weight_only.py",
         "tests/quantizers/test_e4m3.py",
         "tests/quantizers/test_ptq4vit.py",

@@ -134,6 +134,7 @@ class _Code:
     zeros: int = 0
 
     def add(self, maps: Array, rounded: Array) -> None:
+        """Add maps [B, H, N, N], float and rounded."""
         self.sums.add(maps, rounded)
         one, other = _some_rows(maps), _some_rows(rounded)
         self.rank += float(rank_correlation(one, other).sum())
@@ -149,6 +150,7 @@ class _Code:
         self.zeros += int(np.count_nonzero(rounded == 0))
 
     def result(self, rule: Rule) -> AttentionCode:
+        """Means over all that was added."""
         return AttentionCode(
             code=CodeName(rule.code.name),
             bits=rule.bits,
@@ -176,6 +178,7 @@ class _Block:
         self.model = _Code()
 
     def add(self, maps: Array, quantized: Array) -> None:
+        """Add a batch of maps [B, H, N, N]: the float ones, and those of the quantized model."""
         octave = np.log2(np.maximum(maps, np.float32(2.0**LOWEST)).ravel()) - LOWEST
         place = np.clip(octave * PER_OCTAVE, 0, len(self.counts) - 1).astype(np.int64)
         self.counts += np.bincount(place, minlength=len(self.counts))
@@ -184,6 +187,7 @@ class _Block:
         self.model.add(maps, quantized)
 
     def result(self, block: int) -> BlockAttention:
+        """What each code makes of the block's maps, and the quantized model."""
         model = self.model.result(Rule())
         return BlockAttention(
             block=block,

@@ -111,7 +111,8 @@ def notes_on(found: Automatic) -> list[str]:
     )
     if not found.met:
         notes.append(
-            f"--auto: even with all in float this is out of reach: {wanted}; nothing was decided."
+            f"--auto: even with everything in float this is out of reach: {wanted}; nothing was"
+            " decided."
         )
     elif not found.decisions:
         notes.append(f"--auto: {wanted} as it is; nothing had to be decided.")

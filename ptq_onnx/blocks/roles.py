@@ -50,6 +50,8 @@ class _Finder(Outside):
         self.units = 0
 
     def run(self) -> Blocks:
+        """The role of every node: blocks around each softmax, lone MLPs, what is outside, layout
+        ops."""
         for node in self.graph:
             if node.op_type == "Softmax":
                 self.block(node)

@@ -23,6 +23,7 @@ NAME, BAR, COUNT = 34, 20, 11
 
 class _Name(ProgressColumn):
     def render(self, task: Task) -> Text:
+        """The stage's name, cut or filled up to one width."""
         name = printable(task.description)
         return Text(name if len(name) <= NAME else f"{name[: NAME - 1]}…").append(
             " " * (NAME - len(name))
@@ -33,6 +34,8 @@ class _Count(ProgressColumn):
     """``12/64``; of the whole job, percent."""
 
     def render(self, task: Task) -> Text:
+        """Steps done of all; of the whole job the percentage; blank where the total is not
+        known."""
         if task.total is None:
             return Text(" " * COUNT)
         whole = task.description == WHOLE

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def benchmark(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="FP32.onnx Q.onnx …", help="The files; the first is the measure."),
+        typer.Argument(metavar="FP32.onnx Q.onnx …", help="The files; the first is the baseline."),
     ],
     runtime: Annotated[
         str | None,

@@ -170,7 +170,7 @@ def covered(coverage: Mapping[str, Any] | None) -> tuple[str, ...]:
 def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
     """The ops with the largest noise-to-signal ratio, worst first."""
     ops = sorted(analysis["ops"], key=lambda op: op["snr"], reverse=True)
-    source = "held apart" if analysis["held_apart"] else "of the calibration"
+    source = "held out" if analysis["held_apart"] else "of the calibration"
     title = f"Worst {min(count, len(ops))} of {len(ops)} ops, everything quantized at once, on"
     title += f" {analysis['images']} images {source}"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
@@ -279,7 +279,7 @@ def sqnr_title(fidelity: Mapping[str, Any]) -> str:
 def on_images(fidelity: Mapping[str, Any]) -> str:
     """Which images a figure is of, in words."""
     kind = fidelity.get("source", "val")
-    words = {"held apart": " held apart from calibration", "calibration": " of the calibration"}
+    words = {"held apart": " held out from calibration", "calibration": " of the calibration"}
     return f"{fidelity['images']} images{words.get(kind, '')}"
 
 

@@ -79,8 +79,8 @@ def told(error: Any) -> str:
         taken = " ".join(context.command.collect_usage_pieces(context)[1:])
         words = text.rpartition(" (")[2].rstrip(")")
         text = (
-            f"{where} takes {taken or 'no word'} alone, so that '{words}' is too much; folders and"
-            " files go with an option, as in --calib DIR"
+            f"{where} takes only {taken or 'options'}, so '{words}' is one too many; folders and"
+            " files are given by options, as in --calib DIR"
         )
     elif text.startswith(UNKNOWN) and ".onnx" in text:
         model = text.split("'")[1]

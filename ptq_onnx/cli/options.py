@@ -1,6 +1,6 @@
 """The options of the command line.
 
-Those that decide a number are fields of the config, which carry all that is told of them; here
+Those that decide a number are fields of the config, which carry all that is said about them; here
 stand the files and folders, and how a field becomes an option of a command.
 """
 
@@ -106,7 +106,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "required; models/digits_vit.onnx alone has its own",
+        "required; only models/digits_vit.onnx brings its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]
@@ -136,7 +136,7 @@ AnalysisFolder = Annotated[
 ]
 Scales = Annotated[
     str | None,
-    option("--scales", "FILE", "none", "report.json of an earlier run, whose scales to re-use."),
+    option("--scales", "FILE", "none", "report.json of an earlier run, to use its scales."),
 ]
 Reference = Annotated[
     str | None,

@@ -170,5 +170,5 @@ def _check_weight_only(config: Fields) -> None:
         if used:
             raise ConfigError(
                 f"--weights {config.weights} leaves activations in float and its weights have"
-                f" scales per block; it cannot go with {option}: {advice}."
+                f" scales per block; it cannot be combined with {option}: {advice}."
             )

@@ -1,4 +1,4 @@
-"""The options of a quantization run, each a field with all that is told of it."""
+"""The options of a quantization run, each a field with all that is said about it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Fields:
     )
     weights: int = option(
         8, NUMBERS, "N",
-        "4: int4 weights of linears in blocks, for onnxruntime; activations stay float.",
+        "4: int4 weights of linears in blocks, for onnxruntime; activations stay in float.",
     )
     method: str | None = option(
         None, NUMBERS, "NAME", f"One of {', '.join(METHOD_NAMES)}.",
@@ -100,7 +100,7 @@ class Fields:
     )
     check_preprocess: bool = option(
         True, INPUT, None,
-        "Warn where another normalisation makes the float model surer of its answers.",
+        "Warn where the float model is more confident with another normalisation.",
     )
     keep_float: tuple[str, ...] = option(
         (), NUMBERS, "ROLE[@BLOCKS]", "Leave a role in float, as in fc2 or fc2@5,6; repeatable.",
@@ -120,16 +120,16 @@ class Fields:
     )
     auto: bool = option(
         False, NUMBERS, None,
-        "Leave few, cheap ops in float, or at 8 bits, that keep the loss in bounds: none of them"
-        " can be done without; another set may be smaller.",
+        "Keep a few cheap ops in float, or at 8 bits, so that the loss stays in bounds: each of"
+        " them is needed, though another set may be smaller.",
     )
     max_drop: float | None = option(
-        None, NUMBERS, "POINTS", "auto: top-1 that may be lost on the images of --val.",
+        None, NUMBERS, "POINTS", "auto: points of top-1 that may be lost on the images of --val.",
         shown=f"{MAX_DROP} where --val has labels", bounds=(0, 100), unit="points",
     )
     min_sqnr: float | None = option(
         None, NUMBERS, "DB",
-        "auto: SQNR that every output must have, on --val or on calibration images held apart.",
+        "auto: SQNR that every output must reach, on --val or on images held out from calibration.",
         shown=f"{MIN_SQNR:g} without labels", bounds=(-1000, 1000), unit="dB",
     )
     ptf: bool = option(True, NUMBERS, None, "fqvit: power-of-two factors per channel.")
@@ -150,7 +150,7 @@ class Fields:
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
-        "deploy: take the mean error of quantized weights out of the biases.",
+        "deploy: correct the biases for the mean error of quantized weights.",
     )
     rounding: str = option(
         "nearest", NUMBERS, "NAME",
@@ -159,8 +159,8 @@ class Fields:
     )
     centre_values: bool = option(
         False, TARGET, None,
-        "tensorrt: take the mean of the image out of v and add it to A·V: more accurate, but an Add"
-        " stands in the fused attention.",
+        "tensorrt: subtract the mean over the image from v and add it to A·V: more accurate, but an"
+        " Add stands in the fused attention.",
     )
     quantize_residual: bool = option(
         False, TARGET, None,
@@ -195,11 +195,11 @@ class Fields:
     report: bool = option(True, ANALYSIS, None, "Analyse every op and write report.html.")
     sensitivity: bool = option(
         False, ANALYSIS, None,
-        "Switch every module by itself, to see what it costs; takes minutes; on for analyse.",
+        "Switch each module by itself to see what it costs; takes minutes; on for analyse.",
     )
     pictures: bool = option(True, ANALYSIS, None, "Draw attention maps into the report.")
     attention_blocks: tuple[int, ...] = option(
-        (), ANALYSIS, "BLOCK", "Block whose attention to draw; repeatable.",
+        (), ANALYSIS, "BLOCK", "Block whose attention is drawn; repeatable.",
         shown="the last", bounds=(0, 9999),
     )
     attention_heads: tuple[int, ...] = option(
@@ -207,7 +207,8 @@ class Fields:
         shown="all", bounds=(0, 9999),
     )
     analysis_images: int = option(
-        32, ANALYSIS, "N", "Images of the analysis, held apart.", bounds=(1, 1_000_000)
+        32, ANALYSIS, "N", "Images for the analysis, held out from calibration.",
+        bounds=(1, 1_000_000),
     )
     threads: int = option(
         0, RUNNING, "N", "Threads to compute with; 0: the runtime decides.", bounds=(0, 256)

@@ -1,4 +1,4 @@
-"""An option is a field that carries all that is told of it: one home for the command line, YAML,
+"""An option is a field that carries all that is said about it: one home for the command line, YAML,
 keywords and the documentation."""
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ INPUT, NUMBERS, TARGET, ANALYSIS, RUNNING = "Input", "Numbers", "Target", "Analy
 
 @dataclass(frozen=True)
 class Flag:
-    """How an option is called on the command line, and what is told of it.
+    """How an option is called on the command line, and what is said about it.
 
     ``metavar`` None: a switch, ``--name`` and ``--no-name``. ``shown``: the default in words.
     ``bounds``: the smallest and the largest value that makes sense, of each where there are
-    several; ``unit`` and ``hint`` are told beside them. ``choices``: the names it takes, besides
+    several; ``unit`` and ``hint`` are named beside them. ``choices``: the names it takes, besides
     its default.
     """
 

@@ -47,7 +47,7 @@ def read_processor(path: str | Path) -> Preprocess:
         return from_processor(values, str(file))
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         # numbers of another kind than processors write: {"size": {"height": "x"}}
-        raise ConfigError(f"Preprocessing: {file} has a value that is none: {error}.") from None
+        raise ConfigError(f"Preprocessing: {file} has an invalid value: {error}.") from None
 
 
 def from_processor(values: Mapping[str, Any], where: str) -> Preprocess:

@@ -19,6 +19,7 @@ class _Plain(yaml.SafeLoader):
     """Without aliases, by which a short file can hold endless values."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; raises ComposerError for an alias, which could grow without bound."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "options have no aliases (*name)", None)
         return super().compose_node(parent, index)
@@ -41,12 +42,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         # values that their tag or their form promises and that are none: !!int x, 2001-13-45
         reason = " ".join(str(error).split())
-        raise ConfigError(f"Config {path} has a value that is none: {reason[:200]}.") from error
+        raise ConfigError(f"Config {path} has an invalid value: {reason[:200]}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"Config {path} must hold options (name: value), not {shown(values)}.")
     odd = [key for key in values if not isinstance(key, str)]
     if odd:
-        raise ConfigError(f"Config {path}: {shown(odd[0])} is no name of an option.")
+        raise ConfigError(f"Config {path}: {shown(odd[0])} is not the name of an option.")
     return values

@@ -21,7 +21,7 @@ WORDS = {
 }
 MOST_ITEMS = 10_000
 GUARD = 256
-"""An upper bound from here on keeps nonsense out; messages tell the lower one alone."""
+"""An upper bound from here on keeps nonsense out; messages name the lower one alone."""
 SHORT = 60
 """Characters of a value that a message shows."""
 

@@ -26,7 +26,7 @@ class Selector:
         """Raises ConfigError on anything else."""
         match = re.fullmatch(r"([a-z_][a-z0-9_.]*)(?:@([0-9,\-]+))?", str(text).strip())
         if match is None:
-            raise ConfigError(f"'{text}' is no role; write ROLE or ROLE@BLOCKS, as in fc2@5,6.")
+            raise ConfigError(f"'{text}' is not a role; write ROLE or ROLE@BLOCKS, as in fc2@5,6.")
         role, part = match.groups()
         if part is None:
             return cls(role)
@@ -34,9 +34,11 @@ class Selector:
         for piece in part.split(","):
             ends = piece.split("-")
             if not all(e.isdigit() for e in ends) or len(ends) > 2:
-                raise ConfigError(f"'{text}': '{piece}' is no block number or range such as 0-3.")
+                raise ConfigError(
+                    f"'{text}': '{piece}' is neither a block number nor a range such as 0-3."
+                )
             if max(map(len, ends)) > MOST_BLOCK_DIGITS:
-                raise ConfigError(f"{shown(text)}: no model has so many blocks.")
+                raise ConfigError(f"{shown(text)}: no model has that many blocks.")
             first, last = int(ends[0]), int(ends[-1])
             if last < first:
                 raise ConfigError(f"'{text}': the range {piece} runs backwards.")

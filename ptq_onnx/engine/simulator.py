@@ -187,6 +187,7 @@ class _Catch(RuntimeHook):  # type: ignore[misc]
         self._into, self._wanted = into, wanted
 
     def post_forward_hook(self, outputs: list[torch.Tensor], **_: Any) -> list[torch.Tensor]:
+        """Keep those outputs of the op that are wanted."""
         for variable, value in zip(self._hook_to.outputs, outputs, strict=False):
             if variable.name in self._wanted:
                 self._into[variable.name] = value.detach().cpu().numpy()
@@ -201,6 +202,7 @@ class _Visit(RuntimeHook):  # type: ignore[misc]
         self._visit = visit
 
     def post_forward_hook(self, outputs: list[torch.Tensor], **_: Any) -> list[torch.Tensor]:
+        """Hand on every float output of the op, by name."""
         for variable, value in zip(self._hook_to.outputs, outputs, strict=False):
             if value.is_floating_point():
                 self._visit(variable.name, value.detach().cpu().numpy())

@@ -31,7 +31,7 @@ from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import is_product, name_of
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import Statistics
-from ptq_onnx.calibration.robust import robust_range, shared_range
+from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.config import stages
 from ptq_onnx.config.targets import Target
 from ptq_onnx.equalization.factor_search import (
@@ -54,9 +54,9 @@ from ptq_onnx.equalization.foldings import (
 )
 from ptq_onnx.equalization.form import take_form
 from ptq_onnx.equalization.linear_weights import move_rows
+from ptq_onnx.equalization.signed_range import signed_range
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
-from ptq_onnx.numerics.codes.uniform import asymmetric_scale
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.quantizers.base import Plan
@@ -109,6 +109,7 @@ class _Equalizer:
         self.values = {str(v.name): v for n in self.model.graph for v in n.outputs}
 
     def run(self) -> None:
+        """Equalise every site that statistics were collected of; q goes with k, v with A·V."""
         places = {(s.role, s.block): s for s in self.sites.values() if not s.is_parameter}
         for site in self.sites.values():
             if site.tensor not in self.stats.channels:
@@ -123,6 +124,7 @@ class _Equalizer:
     # --- pieces -------------------------------------------------------------------------
 
     def bounds(self, tensor: str) -> tuple[Double, Double]:
+        """Lower and upper bound of each channel [C], by the method robust."""
         low, high = robust_range(self.stats.channels[tensor])
         return low.astype(np.float64), high.astype(np.float64)
 
@@ -134,15 +136,19 @@ class _Equalizer:
         return Records(stats.record_ratio, stats.images, stats.count / stats.images)
 
     def products(self, linears: Iterable[ir.Node]) -> list[Product]:
+        """The magnitudes of the linears' weights, and their bits, for the search."""
         found = [constant(node.inputs[1]) for node in linears]
         return [
             Product(np.abs(w).astype(np.float32), self.weight_bits) for w in found if w is not None
         ]
 
     def move_statistics(self, tensor: str, shift: Double, factor: Double, name: str = "") -> None:
+        """Let the statistics of a tensor, or those of ``name`` after them, be of (x - shift) /
+        factor."""
         self.stats.channels[name or tensor] = self.stats.channels[tensor].moved(shift, factor)
 
     def note(self, site: Site, into: str, choice: Choice) -> None:
+        """Add what was moved at a site to the list of moves."""
         ratio = float(choice.factor.max() / choice.factor.min())
         more = 0 if choice.copies is None else int(choice.copies.sum() - len(choice.copies))
         self.moves.append(
@@ -214,8 +220,7 @@ class _Equalizer:
     ) -> None:
         """(value - shift) / factor in front of linears, as Mul and Add.
 
-        Where codes have a sign, the shift is the same for all channels behind the division: it
-        puts the range around zero that one scale and zero point would cover. The range is kept.
+        Where codes have a sign, the range is put around zero and kept (``signed_range.py``).
         """
         factor = choice.factor
         stats = self.stats.channels[site.tensor]
@@ -227,25 +232,8 @@ class _Equalizer:
             factor = (factor * choice.copies)[index]
         shift, fixed = np.zeros(len(factor)), None
         if self.target.symmetric:
-            weights = [w for w in (constant(n.inputs[1]) for n in linears) if w is not None]
-            power = sum(
-                np.sum((w.astype(np.float64) * factor[:, None]) ** 2, axis=1) for w in weights
-            )
-            low, high = shared_range(
-                stats.moved(shift, factor),
-                np.asarray(power),
-                self.levels,
-                symmetric=False,
-                exponent=choice.exponent,
-            )
-            # Zero stays exact: most of what an activation function gives is close to it, and
-            # would be rounded all one way.
-            limits = (0, self.levels - 1)
-            ends = np.array([[low], [high]], np.float32)
-            step, zero = asymmetric_scale(ends[0], ends[1], limits)
-            middle = self.levels // 2
-            shift = factor * float(step[0]) * (middle - float(zero[0]))
-            fixed = -middle * float(step[0]), (middle - 1) * float(step[0])
+            moved = stats.moved(shift, factor)
+            shift, fixed = signed_range(moved, linears, factor, self.levels, choice.exponent)
         before = {name_of(node) for node in self.model.graph}
         made = insert_affine(self.model.graph, value, shift, factor, "equalized")
         for linear in linears:

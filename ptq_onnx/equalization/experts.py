@@ -47,8 +47,8 @@ def left_in_float(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Node, str]]:
                 value,
                 node,
                 (
-                    f"stays float: the weights [{stack}] of {node.op_type} '{name_of(node)}' are no"
-                    f" stack of at most {MOST} matrices that could be linears"
+                    f"stays float: the weights [{stack}] of {node.op_type} '{name_of(node)}' are"
+                    f" not a stack of at most {MOST} matrices that could be linears"
                 ),
             )
 

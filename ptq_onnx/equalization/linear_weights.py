@@ -51,7 +51,7 @@ def scale_columns(
     """Columns of the linear's output become (y - shift) / factor ([columns] each)."""
     weight = constant(linear.inputs[1])
     if weight is None:
-        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+        raise ValueError(f"The weight of '{name_of(linear)}' is not a constant.")
     new = weight.astype(np.float64)
     new[:, columns] /= factor
     bias = bias_of(linear, weight.shape[1])
@@ -68,7 +68,7 @@ def move_rows(
     """The linear for inputs that have become (x - shift) / factor ([K] each)."""
     weight = constant(linear.inputs[1])
     if weight is None:
-        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+        raise ValueError(f"The weight of '{name_of(linear)}' is not a constant.")
     old = weight.astype(np.float64)
     bias = bias_of(linear, weight.shape[1]) + shift @ old
     set_linear(graph, linear, old * factor[:, None], bias)
@@ -84,7 +84,7 @@ def move_input_channels(
     """
     weight = constant(conv.inputs[1])
     if weight is None:
-        raise ValueError(f"The weight of '{name_of(conv)}' is no constant.")
+        raise ValueError(f"The weight of '{name_of(conv)}' is not a constant.")
     if np.any(shift) and pads_of(conv) != 0:
         raise ValueError(f"'{name_of(conv)}' pads with zeros, which a shift would move.")
     old = weight.astype(np.float64)

@@ -168,6 +168,7 @@ class _Tried:
 
     @property
     def score(self) -> float:
+        """Expected noise of the stream and of what norms make of it, over all channels."""
         return float(self.stream.sum() + self.normed.sum())
 
 

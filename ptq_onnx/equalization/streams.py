@@ -123,6 +123,8 @@ class _Flood:
         """Why a product is added, in words."""
 
     def run(self, start: ir.Value) -> None:
+        """Follow the channels of a stream from one of its tensors, both ways. Raises Stays where
+        they cannot be turned."""
         self.take(start, len(sizes(start) or []) - 1)
         while self.pending:
             value = self.pending.pop()
@@ -216,6 +218,7 @@ class _Flood:
             raise Stays(f"'{name_of(node)}' ({node.op_type}) makes a part of it")
 
     def write(self, node: ir.Node) -> None:
+        """Note a linear that writes the stream. Raises Stays where its weight is computed."""
         if not all(v is None or is_constant(v) for v in node.inputs[1:]):
             raise Stays(f"the weight of '{name_of(node)}' is no constant")
         if node not in self.stream.writers:
@@ -236,6 +239,8 @@ class _Flood:
             self.operand(node, index, axis)
 
     def operand(self, node: ir.Node, index: int, axis: int) -> None:
+        """Note the other input of an op on the stream: a part of the stream, a constant with its
+        channels, or one value for all channels, which a rotation leaves alone."""
         value = node.inputs[index]
         if value is None:
             return
@@ -314,6 +319,7 @@ class _Flood:
         return scalar(other) is not None and (node.op_type == "Mul" or index == 0)
 
     def norm(self, node: ir.Node, value: ir.Value, axis: int) -> None:
+        """Note a norm that reads the stream, and the linears behind it. Raises Stays."""
         rank = len(sizes(value) or [])
         over = node.attributes.get_int("axis", -1) % rank
         if over != axis or axis != rank - 1:

@@ -51,7 +51,7 @@ class Evaluation:
         if self.whole:
             found.append(
                 f"The first dimension of {', '.join(self.whole)} is not the batch: compared run by"
-                " run, without runs that a filled-up batch made."
+                " run, leaving out the runs of a filled-up batch."
             )
         return [*found, *notes_on(self.outputs)]
 
@@ -163,14 +163,14 @@ def _evaluation(
     outputs = tuple(t.figures(counted=t in counted) for t in tallies.each.values() if t.shape)
     by_name = {one.name: one for one in outputs}
     main = _main([by_name[t.name] for t in (counted or tallies.classes)])
-    left = [f"{one}: no tensor of numbers, left out" for one in tested.left_out]
+    left = [f"{one}: not a tensor of numbers, left out" for one in tested.left_out]
     left += [f"'{n}': not in the reference model" for n in tested.names if n not in shared]
     left += [
-        f"'{t.name}': the two models do not always give it the same size, so that it has no figures"
+        f"'{t.name}': the two models do not always give it the same size, so it has no figures"
         for t in tallies.each.values()
         if t.ragged
     ]
-    left += [f"'{n}': only a filled-up batch makes it" for n in shared if n not in by_name]
+    left += [f"'{n}': only a filled-up batch produces it" for n in shared if n not in by_name]
     return Evaluation(
         count=count,
         top1=None if main is None else main.top1,

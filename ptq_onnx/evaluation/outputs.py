@@ -235,7 +235,7 @@ def notes_on(figures: Sequence[OutputFigures]) -> list[str]:
     """What must be said of the outputs besides their figures."""
     return [
         f"Output '{one.name}': {one.not_finite} values are NaN or infinite in the float model or in"
-        " the quantized one; its figures are of the others."
+        " the quantized one; its figures leave them out."
         for one in figures
         if one.not_finite
     ]

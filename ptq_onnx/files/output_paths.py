@@ -83,8 +83,8 @@ class Output:
             inside = real.relative_to(folder)
             if any(mine == inside or mine.is_relative_to(inside) for mine in ours(folder)):
                 raise ConfigError(
-                    f"{option} {path} would be written over, it is of the results in {folder.name}:"
-                    " name another --output."
+                    f"{option} {path} would be overwritten: it is one of the results in"
+                    f" {folder.name}; name another --output."
                 )
 
     def publish(self, work: Path) -> tuple[Path, ...]:

@@ -22,7 +22,7 @@ def read_text(path: str | Path, largest: int | None = None) -> str:
     most = LARGEST if largest is None else largest
     with open(path, "rb", opener=_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most / (1 << 20):g} MB")

@@ -32,6 +32,8 @@ class _Gelu(Rule):
     """½·x·(1 + f(u)): erf with u = x/√2, or tanh with u = √(2/π)·(x + 0.044715·x³)."""
 
     def check(self, context: Context, **_: object) -> Result:
+        """Fails unless the expression is ½x(1 + erf(x/√2)), or GELU's tanh form, whatever the order
+        of its factors."""
         result = self.begin(context)
         output = self.root.outputs[0]
         inner = [v for v in _arithmetic(output, 4) if _op_type(v) in INNER]
@@ -51,6 +53,7 @@ class _Gelu(Rule):
         return result.fail("Not Gelu's constants, or a part of it is read elsewhere.", activation)
 
     def rewrite(self, op: Op, **_: object) -> ir.Value:
+        """One Gelu, with the approximation that the expression has."""
         if self.approximate == "none":
             return self.named(op.Gelu(self.x))
         return self.named(op.Gelu(self.x, approximate=self.approximate))
@@ -60,7 +63,7 @@ class GeluMul(_Gelu):
     """The last operation is a product."""
 
     def pattern(self, op: Op, a: Term, b: Term) -> Term:
-        """a · b, of which the polynomial tells what is GELU."""
+        """a · b; its polynomial shows whether it is GELU."""
         return op.Mul(a, b)
 
 

@@ -32,7 +32,7 @@ class L2Norm(Rule):
         dims, found, node = sizes(x), scalar(epsilon), norm.producer()
         clip = None if self.root.inputs[1] is None else self.root.inputs[1].producer()
         if clip is not None and any(v is not None for v in clip.inputs[2:]):
-            return result.fail("The norm must not be held below anything.", norm)
+            return result.fail("The norm must have no upper bound.", norm)
         if found is None or not 0.0 <= found < 1.0:
             return result.fail("Epsilon must be one small constant.", epsilon)
         if dims is None or node is None or node.attributes.get_int("keepdims", 1) != 1:

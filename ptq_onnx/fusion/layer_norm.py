@@ -44,6 +44,8 @@ class _LayerNorm(Rule):
         power: ir.Value | None = None,
         one: ir.Value | None = None,
     ) -> Result:
+        """Fails unless mean and variance are over the last axis, of a known size, and the constants
+        are those of the formula."""
         result = self.begin(context)
         dims = sizes(x)
         if dims is None or not dims or not isinstance(dims[-1], int):
@@ -61,6 +63,7 @@ class _LayerNorm(Rule):
         return result
 
     def rewrite(self, op: Op, x: ir.Value, **_: object) -> ir.Value:
+        """One LayerNormalization with a scale of ones [C]."""
         name = f"{self.root.outputs[0].name}_scale"
         scale = new_constant(self.graph, name, np.ones(self.size, np.float32))
         return self.named(op.LayerNormalization(x, scale, axis=-1, epsilon=self.epsilon))
@@ -140,7 +143,9 @@ class LayerNormAffine(_LayerNorm):
             return result
         for value, name in ((gamma, "Gamma"), (beta, "Beta")):
             if not is_per_channel(value, x, self.size):
-                return result.fail(f"{name} must be a constant, one number a channel.", value)
+                return result.fail(
+                    f"{name} must be a constant, one number for each channel.", value
+                )
         return result
 
     def rewrite(  # type: ignore[override]

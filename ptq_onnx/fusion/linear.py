@@ -56,6 +56,8 @@ class _Gemm(Rule):
     def check(
         self, context: Context, x: ir.Value, w: ir.Value, b: ir.Value | None = None
     ) -> Result:
+        """Fails unless transA = 0, alpha = beta = 1, W is a constant matrix and b, where there is
+        one, a constant [N]."""
         result = self.begin(context)
         attributes = self.root.attributes
         if attributes.get_int("transA", 0) or any(
@@ -71,6 +73,7 @@ class _Gemm(Rule):
         return result
 
     def rewrite(self, op: Op, x: ir.Value, w: ir.Value, b: ir.Value | None = None) -> ir.Value:
+        """One Linear, its weight [K, N] transposed where Gemm did that."""
         weight = _transpose(self.graph, w) if self.transposed else w
         inputs = (x, weight) if b is None else (x, weight, b)
         return self.named(op.Linear(*inputs, _domain=DOMAIN, _version=1))

@@ -57,6 +57,7 @@ class _Tracer:
     best: tuple[int, str] = (0, "")
 
     def log(self, rule: Any, graph: Any, node: ir.Node, result: MatchResult, status: Any) -> None:
+        """Keep the reason of the attempt that came furthest."""
         score = 100 * int(status) + len(result.nodes)
         if result.reason and score > self.best[0] and not result.reason.startswith(NO_INNER):
             self.best = (score, " ".join(str(result.reason).split()))

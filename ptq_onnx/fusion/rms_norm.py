@@ -37,6 +37,8 @@ class _RmsNorm(Rule):
         power: ir.Value | None = None,
         one: ir.Value | None = None,
     ) -> Result:
+        """Fails unless the mean is over the last axis, of a known size, γ is a constant [C], and x
+        is not centred before."""
         result = self.begin(context)
         dims, scale = sizes(x), constant(gamma)
         if dims is None or not dims or not isinstance(dims[-1], int):
@@ -52,11 +54,12 @@ class _RmsNorm(Rule):
         if scale is None or not is_per_channel(gamma, x, dims[-1]):
             return result.fail("Gamma must be a constant, one number for each channel.", gamma)
         if _is_centred(x):
-            return result.fail("x has its mean taken off: part of a LayerNorm.", x)
+            return result.fail("The mean of x was subtracted: part of a LayerNorm.", x)
         self.epsilon = found
         return result
 
     def rewrite(self, op: Op, x: ir.Value, gamma: ir.Value, **_: object) -> ir.Value:
+        """One RMSNormalization of our own domain."""
         return self.named(
             op.RMSNormalization(x, gamma, epsilon=self.epsilon, _domain=DOMAIN, _version=1)
         )

@@ -58,6 +58,7 @@ class _AtRoot(RewriteRule):  # type: ignore[misc]
         self._op = rule._target_pattern.output_nodes[0].op
 
     def try_rewrite(self, model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
+        """As of any rule, tried only where the op of the root matches."""
         if not self._op.matches(node.op_type):
             return None
         return super().try_rewrite(model, graph, node, **options)

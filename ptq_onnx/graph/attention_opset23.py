@@ -238,5 +238,5 @@ def write_out(model: ir.Model) -> list[str]:
             rule(Builder(model.graph, node), node)
         except Refusal as reason:
             model.graph.remove([n for n in reversed(model.graph) if n not in before])
-            notes.append(f"{node.op_type} '{node.name}' stays one op, in float: {reason}")
+            notes.append(f"{node.op_type} '{node.name}' stays a single op, in float: {reason}")
     return notes

@@ -141,9 +141,9 @@ def _reason(found: Symbolic, condition: ir.Value | None) -> str:
         if node is None:
             continue
         if node.op_type in ("Shape", "Size") and node.inputs[0] is not None:
-            return f"depends on the shape of '{node.inputs[0].name}', which cannot be told"
+            return f"depends on the shape of '{node.inputs[0].name}', which is not known"
         if _is_control_flow(node):
             name = node.name or node.outputs[0].name
             return f"depends on the result of {node.op_type} '{name}'"
         todo.extend(v for v in reversed(node.inputs) if v is not None)
-    return "cannot be told"
+    return "is not known"

@@ -83,7 +83,7 @@ def read_back(model: ir.Model) -> list[str]:
             rule(Builder(model.graph, node), node)
         except Refusal as reason:
             model.graph.remove([n for n in reversed(model.graph) if n not in before])
-            notes.append(f"{node.op_type} '{node.name}' stays one op, in float: {reason}")
+            notes.append(f"{node.op_type} '{node.name}' stays a single op, in float: {reason}")
     return notes
 
 
@@ -215,7 +215,7 @@ def _packed_attention(build: Builder, node: ir.Node) -> None:
     if any(present(node.inputs, i) is not None for i in (3, 4, 6)):
         raise Refusal("a mask by lengths, or past keys and values")
     if array is None or x is None:
-        raise Refusal("a weight that is no constant")
+        raise Refusal("a weight that is not a constant")
     widths = attributes.get_ints("qkv_hidden_sizes") or [array.shape[1] // 3] * 3
     packed = build("MatMul", x, weight)
     if bias is not None:
@@ -241,7 +241,7 @@ def _attention(build: Builder, node: ir.Node) -> None:
     heads, bias = node.attributes.get_int("num_heads", 0), constant(present(node.inputs, 3))
     if present(node.inputs, 3) is not None:
         if bias is None:
-            raise Refusal("a bias that is no constant")
+            raise Refusal("a bias that is not a constant")
         widths = [s[-1] for s in shapes if s is not None and len(s) == 3 and isinstance(s[-1], int)]
         if len(widths) != 3:
             raise Refusal("a bias on inputs of unknown width")

@@ -82,7 +82,7 @@ def is_archive(path: Path, where: str) -> bool:
     """True for a ``.npz`` file, by content. Raises ImageError for what is no regular file."""
     with told(where):
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         with path.open("rb") as file:
             start = file.read(8)
     return not start.startswith(npy.MAGIC_PREFIX)

@@ -178,7 +178,7 @@ def _check(array: Images, where: str, preprocess: Preprocess) -> None:
             "give raw pixels as uint8 [N, H, W, C]."
         )
     if 0 in array.shape:
-        raise ImageError(f"{where}: there are no images in it, its shape is {list(array.shape)}.")
+        raise ImageError(f"{where}: it holds no images; its shape is {list(array.shape)}.")
     if len(array) > MOST_IMAGES or array.shape[1] * array.shape[2] > MOST_PIXELS:
         raise ImageError(
             f"{where}: {found} is more than {MOST_IMAGES} images of {MOST_PIXELS} pixels each."

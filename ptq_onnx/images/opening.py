@@ -31,7 +31,8 @@ EXTENSIONS = frozenset(
 class Reader(Protocol):
     """onnxruntime's CalibrationDataReader: inputs by name, None at the end."""
 
-    def get_next(self) -> Any: ...
+    def get_next(self) -> Any:
+        """The next batch as a dict by input name; None behind the last."""
 
 
 Transform = Callable[[Any], Any]

@@ -195,7 +195,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     """A picture in a regular file, of a format that is known here. Raises ImageError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("it is no regular file")  # a pipe would be waited for
+            raise OSError("it is not a regular file")  # a pipe would be waited for
         with Image.open(path, formats=FORMATS) as image:
             yield image
     except _UNREADABLE as error:

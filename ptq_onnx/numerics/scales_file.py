@@ -92,13 +92,13 @@ def read_scales(path: str | Path) -> dict[str, TensorSpec]:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"{where} is no report.json of this tool: {place}{': ' if place else ''}"
+            f"{where} is not a report.json of this tool: {place}{': ' if place else ''}"
             f"{str(first['msg'])[:120]}, got {_short(first['input'])}."
         ) from None
     except ValueError as error:
-        raise ConfigError(f"{where} is no report.json of this tool: {error}.") from error
+        raise ConfigError(f"{where} is not a report.json of this tool: {error}.") from error
     if len(specs) != len(found.tensors):
-        raise ConfigError(f"{where} is no report.json of this tool: it has a tensor twice.")
+        raise ConfigError(f"{where} is not a report.json of this tool: it has a tensor twice.")
     return specs
 
 
@@ -107,8 +107,8 @@ def check_fit(spec: TensorSpec, site: Site, where: str) -> None:
     problem = _misfit(spec, site.shape)
     if problem is not None:
         raise ConfigError(
-            f"{where}: tensor '{site.tensor}' {[str(d) for d in site.shape]}: {problem}; it is of"
-            " another model, or changed by hand: calibrate anew."
+            f"{where}: tensor '{site.tensor}' {[str(d) for d in site.shape]}: {problem}; it"
+            " belongs to another model, or was changed by hand: calibrate anew."
         )
 
 

@@ -36,7 +36,7 @@ class Analysed:
 
 
 def analyse(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> Analysed:
-    """All analyses on images held apart from calibration, and attention pictures."""
+    """All analyses on images held out from calibration, and attention pictures."""
     from ptq_onnx.analysis.analyse import Subject, analyse_quantized
     from ptq_onnx.engine.simulator import Simulator
 
@@ -148,7 +148,7 @@ def vanilla_beside(job: Job, made: Rewritten) -> Simulator:
 
 
 def measure(job: Job, made: Rewritten) -> dict[str, Any]:
-    """The files in ONNX Runtime: on ``--val``, else on images held apart."""
+    """The files in ONNX Runtime: on ``--val``, else on images held out."""
     from ptq_onnx.pipeline.measurement import measured
 
     source, kind = job.inputs.tested, "val"

@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points by source and number of images, measured on ``count`` images held apart."""
+    """Points by source and number of images, measured on ``count`` images held out."""
 
     model: str
     quantizer: str

@@ -53,7 +53,7 @@ def calibration_images(
     if isinstance(calib, str) and calib == NOISE:
         notes.append(
             "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
-            " comparing, not for use."
+            " comparison, not for use."
         )
         return NoiseSource(preprocess, config.images)
     found = open_images(calib, preprocess, limit=config.images, **how)

@@ -89,7 +89,7 @@ def resolve_auto(job: Job) -> QuantizeConfig:
 
 
 def decide_floats(job: Job, plan: Plan) -> tuple[Plan, Automatic]:
-    """The plan with what ``--auto`` decides, on ``--val`` or on images held apart."""
+    """The plan with what ``--auto`` decides, on ``--val`` or on images held out."""
     from ptq_onnx.analysis.sensitivity import load
     from ptq_onnx.auto.decide import Evidence, decide, notes_on
     from ptq_onnx.images.labels import labels_for

@@ -77,6 +77,6 @@ class Job:
             return self.inputs.tested.reopened(limit), True
         self.notes.append(
             "All images were used for calibration, so the analysis runs on some of the same;"
-            " give more images than --images, or --val, to hold some apart."
+            " give more images than --images, or --val, to hold some out."
         )
         return images.reopened(limit), False

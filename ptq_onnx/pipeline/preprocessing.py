@@ -22,8 +22,8 @@ def preprocess_notes(prepared: Prepared, config: QuantizeConfig, given: Given) -
     """What of the preprocessing is not written in the options."""
     if given.transform is not None:
         return [
-            "Pictures went through a preprocessing function of yours: the files do not tell it."
-            " Give the same to evaluate and compare."
+            "Pictures went through your own preprocessing function, which the files do not record."
+            " Give the same one to evaluate and compare."
         ]
     stored = METADATA_KEY in prepared.model.metadata_props
     found = None if stored or given.values else from_files(config, prepared.path)
@@ -51,7 +51,7 @@ def resolve_preprocess(
     shape = image_input(model).shape
     sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
     if len(sides) != 4:
-        raise ModelError("The model's input is no batch of images [batch, channels, H, W].")
+        raise ModelError("The model's input is not a batch of images [batch, channels, H, W].")
     channels, height, width = sides[1:]
     stored = model.metadata_props.get(METADATA_KEY)
     found = from_files(config, path if stored is None else None)

@@ -304,7 +304,7 @@ def tell_copies(job: Job) -> None:
     """Note a batch size that stays in the graph: every image is run as so many copies."""
     if (job.fixed or 1) > 1:
         job.notes.append(
-            f"The graph holds its batch size of {job.fixed} in a way that cannot be taken out:"
-            f" every image was run as {job.fixed} copies of it, which takes so many times as"
-            " long. Export the model with a dynamic batch."
+            f"The graph depends on its batch size of {job.fixed} in a way that cannot be undone:"
+            f" every image was run as {job.fixed} copies, which takes {job.fixed} times as long."
+            " Export the model with a dynamic batch."
         )

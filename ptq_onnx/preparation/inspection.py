@@ -181,4 +181,4 @@ def _lacks(softmax: ir.Node) -> str:
         return "No product of two activations in front of it."
     if not ahead_to(softmax.outputs[0], lambda n, i: is_product(n) and i == 0, lambda _: False):
         return "No product with values reads it as its first factor."
-    return "Something else than scales, biases and masks stands between product and softmax."
+    return "Something other than scales, biases and masks stands between product and softmax."

@@ -66,7 +66,7 @@ def _plain(model: Any) -> onnx.ModelProto | ir.Model:
             f"{kind} is a PyTorch module: export it to ONNX first, as in torch.onnx.export(module,"
             " (images,), 'model.onnx', dynamo=True)."
         )
-    raise ModelError(f"{kind} is no model: {TAKEN}.")
+    raise ModelError(f"{kind} is not a model: {TAKEN}.")
 
 
 def _write(model: onnx.ModelProto | ir.Model, path: Path) -> None:

@@ -69,8 +69,8 @@ def prepare(
 
 @contextmanager
 def own_faults(path: Path, done: str) -> Iterator[None]:
-    """What no one thought of as a ModelError of one line, which says so; where ONNX Runtime refuses
-    the file too, that is what is wrong."""
+    """Turn an unforeseen error into a ModelError of one line that says so; where ONNX Runtime
+    refuses the file too, that is what is wrong."""
     try:
         yield
     except PtqError:
@@ -80,7 +80,7 @@ def own_faults(path: Path, done: str) -> Iterator[None]:
             raise  # the system's word on a file; others, as PermissionError of PPQ, are no such
         refuse_what_does_not_run(path)
         raise ModelError(
-            f"Model {path} cannot be {done}; a bug here, which its file would help to mend"
+            f"Model {path} cannot be {done}; a bug here, which its file would help to fix"
             f" ({type(error).__name__}: {one_line(error)})."
         ) from error
 

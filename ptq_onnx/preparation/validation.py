@@ -104,7 +104,7 @@ def check_input(model: ir.Model, path: Path) -> None:
     found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
     images = [v for v in inputs if is_image(v)]
     if len(inputs) == 1:
-        what = f"its input is {found}, no image"
+        what = f"its input is {found}, not an image"
         advice = "Only models with one image input can be quantized here"
     elif len(images) == 1:
         what = f"it has {len(inputs)} inputs: {found}"

@@ -103,7 +103,7 @@ class FactorPlan:
 
     @cached_property
     def taken(self) -> frozenset[Reader]:
-        """Who takes his input divided by the factor of the tensor behind it."""
+        """Readers that take their input divided by the factor of the tensor behind it."""
         return frozenset(reader for place in self.places.values() for reader in place.behind)
 
     def __str__(self) -> str:
@@ -129,6 +129,7 @@ class _Planner:
     quantized: Mapping[ir.Value, TensorSpec]
 
     def run(self) -> FactorPlan:
+        """A place for every quantized tensor with a factor."""
         return FactorPlan(
             {
                 value: self.place(value, spec.factor)
@@ -138,10 +139,12 @@ class _Planner:
         )
 
     def factor(self, value: ir.Value | None) -> Factor | None:
+        """The factor of a tensor; None where it has none, or is not quantized."""
         spec = None if value is None else self.quantized.get(value)
         return None if spec is None else spec.factor
 
     def place(self, value: ir.Value, factor: Factor) -> Place:
+        """Where one tensor's factor goes, before its codes and behind them."""
         behind: dict[Reader, Behind] = {}
         rescaled: list[Reader] = []
         scaled: set[Reader] = set()
@@ -154,7 +157,7 @@ class _Planner:
             if found and all(taken.values()) and not _shown(use):
                 scaled.add(use)
             else:
-                # Layout ops are shared: who takes it gets some of his own.
+                # Layout ops are shared: a reader that takes it gets some of its own.
                 apart = is_layout(use[0]) and use[1] == 0
                 for leaf in found:
                     if not apart or way(value, leaf[0].inputs[leaf[1]]) is None:

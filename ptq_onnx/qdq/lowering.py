@@ -117,6 +117,8 @@ class _Lowering(Weights):
         new: ir.Value,
         outputs: bool = True,
     ) -> None:
+        """Let the uses read ``new`` in place of ``value``, and the graph's output too, which keeps
+        its name."""
         for node, index in uses:
             node.replace_input_with(index, new)
         if outputs and value.is_graph_output():
@@ -185,6 +187,7 @@ class _Lowering(Weights):
                 self.redirect(out, uses, made)
 
     def run(self) -> None:
+        """Write the whole graph: factors first, then activations, weights and products."""
         nodes = list(self.graph)
         values = [*self.graph.inputs, *(v for node in nodes for v in node.outputs)]
         self.names.update(str(v.name) for v in [*values, *self.graph.initializers.values()])

@@ -223,7 +223,7 @@ class SiteQuantizer(VitQuantizer):
         for tensor, rule in self.rules.items():
             if tensor not in specs:
                 raise ConfigError(
-                    f"--scales {where} has no numbers for tensor '{tensor}': it is of another"
+                    f"--scales {where} has no numbers for tensor '{tensor}': it comes from another"
                     " model or other options; calibrate anew."
                 )
             if specs[tensor].rule != rule:

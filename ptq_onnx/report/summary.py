@@ -122,7 +122,7 @@ def two_figures(report: Entry) -> str | None:
 def _images(fidelity: Entry) -> str:
     """Which images, in words."""
     words = {
-        "held apart": "images held apart from calibration",
+        "held apart": "images held out from calibration",
         "calibration": "images that calibration used too",
     }
     return f"{fidelity['images']} {words.get(str(fidelity.get('source')), 'images without labels')}"

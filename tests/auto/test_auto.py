@@ -89,7 +89,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, val: Val) -> Run:
 
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Without --val: the SQNR on calibration images held apart."""
+    """Without --val: the SQNR on calibration images held out."""
     output = tmp_path_factory.mktemp("unlabelled")
     return run(output, None, quantizer="vanilla", bits="8/8/8", auto=True, min_sqnr=24)
 

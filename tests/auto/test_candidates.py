@@ -275,8 +275,8 @@ def test_notes_say_what_went_short() -> None:
     assert "0.7 points" in texts[1]
     wide = replace(found, limit=0.8, met=False)
     assert notes_on(wide) == [
-        "--auto: even with all in float this is out of reach: at most 0.8 points of top-1 lost;"
-        " nothing was decided."
+        "--auto: even with everything in float this is out of reach: at most 0.8 points of top-1"
+        " lost; nothing was decided."
     ]
     used = replace(found, bound="min_sqnr", limit=20.0, drop_error=None, held_apart=False)
     assert len(notes_on(used)) == 2

@@ -46,6 +46,7 @@ class _Lowering:
         """Integer tensors by the fused graph's values; also shapes."""
 
     def run(self) -> ir.Model:
+        """The integer model, with the inputs, outputs and metadata of the float one."""
         graph = self.model.graph
         image = image_input(self.model)
         source = ir.Value(name=image.name, shape=image.shape, type=image.type)
@@ -104,6 +105,7 @@ class _Lowering:
         return output
 
     def compute(self, node: ir.Node) -> None:
+        """Write the nodes of a compute node's step."""
         planned = self.plan.steps[node]
         inputs = [self.made[value] for value in planned.inputs]
         output = node.outputs[0]
@@ -131,6 +133,8 @@ class _Lowering:
         self.b.nodes.append(copy)
 
     def input(self, node: ir.Node, index: int, value: ir.Value) -> ir.Value:
+        """What a layout op reads: an integer tensor, a shape, or a constant as codes. Raises
+        ModelError for a float constant without codes."""
         if value is self.image and node.op_type == "Shape":
             return self.source
         if not is_constant(value):

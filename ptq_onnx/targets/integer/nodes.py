@@ -69,7 +69,7 @@ def make_plan(
         for value in model.graph.outputs:
             if str(value.name) not in specs:
                 raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
-    return IntegerPlan(specs, plan.steps, tuple(plan.left), image)
+    return IntegerPlan(specs, plan.steps, tuple(plan.left), image, plan.log_grids)
 
 
 def planner_of(node: ir.Node) -> Planner | None:
@@ -197,7 +197,7 @@ def plan_scale(plan: Planning, node: ir.Node) -> Planned:
         raise refusal(node, "only scaling by a constant is covered")
     number = plan.constant(node, index)
     if number.ndim and any(d != 1 for d in number.shape[:-1]):
-        raise refusal(node, "its constant is no scalar and no vector of channels")
+        raise refusal(node, "its constant is neither a scalar nor a vector of channels")
     number = number.reshape(-1) if number.size > 1 else number.reshape(())
     by = number if node.op_type == "Mul" else 1 / number
     term, step, offset, bound = plan.term(node, 1 - index)

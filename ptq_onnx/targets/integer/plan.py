@@ -65,6 +65,8 @@ class IntegerPlan:
     """Compute nodes that cannot be in integers, where that is allowed."""
     image: TensorSpec | None = None
     """How the image is quantized; None where nodes may be left."""
+    log_grids: Mapping[str, LogGrid] = field(default_factory=dict)
+    """Grids of attention maps in log2 codes, by tensor."""
 
     def __str__(self) -> str:
         lines = [str(planned) for planned in self.steps.values()]

@@ -107,6 +107,8 @@ class _Analysis:
         self.result = Ranges()
 
     def run(self) -> Ranges:
+        """The ranges of all integer tensors, node by node; a claim in a node's metadata counts as
+        proved there."""
         for node in self.graph:
             if not any(v.dtype in (*INTEGERS, ir.DataType.BOOL) for v in node.outputs):
                 continue
@@ -128,6 +130,7 @@ class _Analysis:
     def keep(
         self, node: ir.Node, output: ir.Value, interval: Interval | None, claimed: bool
     ) -> None:
+        """Note an output's range, cut to its type where it does not fit, which is a fault."""
         limits = None if output.dtype is None else INTEGERS.get(output.dtype)
         if node.op_type == "Shape" or self.sizes(node):
             return  # sizes of tensors, which no hardware computes
@@ -169,9 +172,11 @@ class _Analysis:
         return found
 
     def fault(self, node: ir.Node, text: str) -> None:
+        """Note what may go wrong at a node."""
         self.result.overflows.append(Overflow(str(node.name), text))
 
     def interval(self, value: ir.Value | None) -> Interval | None:
+        """The range of a value: found, of a constant, or of its whole type; None for floats."""
         if value is None:
             return None
         if value not in self.found and value.const_value is not None:
@@ -185,6 +190,7 @@ class _Analysis:
         return None if limits is None else Interval.of(*limits)
 
     def pair(self, node: ir.Node) -> tuple[Interval, Interval]:
+        """The ranges of a node's two inputs, int64's where one is unknown."""
         x, y = self.interval(node.inputs[0]), self.interval(node.inputs[1])
         unknown = Interval.of(*INTEGERS[ir.DataType.INT64])
         return x or unknown, y or unknown
@@ -192,14 +198,17 @@ class _Analysis:
     # --- rules --------------------------------------------------------------------------
 
     def add(self, node: ir.Node) -> Interval:
+        """[a + c, b + d]"""
         x, y = self.pair(node)
         return Interval(x.low + y.low, x.high + y.high)
 
     def sub(self, node: ir.Node) -> Interval:
+        """[a − d, b − c]"""
         x, y = self.pair(node)
         return Interval(x.low - y.high, x.high - y.low)
 
     def mul(self, node: ir.Node) -> Interval:
+        """From the products of the ends; of a value with itself, its square."""
         x, y = self.pair(node)
         if node.inputs[0] is node.inputs[1]:  # a square
             most = np.maximum(abs(x.low), abs(x.high))
@@ -208,6 +217,8 @@ class _Analysis:
         return corners(lambda a, b: a * b, x, y)
 
     def div(self, node: ir.Node) -> Interval:
+        """From the quotients of the ends, rounded to zero; a fault where the divisor can be
+        zero."""
         x, y = self.pair(node)
         if y.least <= 0 <= y.most:
             self.fault(node, "the divisor can be zero")
@@ -215,6 +226,7 @@ class _Analysis:
         return corners(truncated, x, y)
 
     def absolute(self, node: ir.Node) -> Interval | None:
+        """The range of |x|."""
         x = self.interval(node.inputs[0])
         if x is None:
             return None
@@ -222,6 +234,7 @@ class _Analysis:
         return Interval(least, np.maximum(-x.low, x.high))
 
     def bit_shift(self, node: ir.Node) -> Interval:
+        """The range of x shifted; a fault for a shift by the type's width or more."""
         x, by = self.pair(node)
         dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
         width = 64 if dtype == ir.DataType.UINT64 else 32 if dtype == ir.DataType.UINT32 else 8
@@ -233,10 +246,12 @@ class _Analysis:
         return Interval(x.low >> by.high, x.high >> by.low)
 
     def bitwise_and(self, node: ir.Node) -> Interval:
+        """From 0 to the smaller of the two largest values: neither is negative."""
         x, y = self.pair(node)
         return Interval.of(0, min(x.most, y.most))
 
     def clip(self, node: ir.Node) -> Interval | None:
+        """The range of x, cut to the ends given."""
         x, low, high = (self.interval(v) for v in (*node.inputs, None, None)[:3])
         if x is None:
             return None
@@ -244,20 +259,25 @@ class _Analysis:
         return Interval(np.clip(x.low, *edges), np.clip(x.high, *edges))
 
     def maximum(self, node: ir.Node) -> Interval:
+        """The larger of both ends."""
         x, y = self.pair(node)
         return Interval(np.maximum(x.low, y.low), np.maximum(x.high, y.high))
 
     def minimum(self, node: ir.Node) -> Interval:
+        """The smaller of both ends."""
         x, y = self.pair(node)
         return Interval(np.minimum(x.low, y.low), np.minimum(x.high, y.high))
 
     def same(self, node: ir.Node) -> Interval | None:
+        """The range of the first input."""
         return self.interval(node.inputs[0])
 
     def truth(self, node: ir.Node) -> Interval:
+        """0 or 1"""
         return Interval.of(0, 1)
 
     def union(self, node: ir.Node) -> Interval | None:
+        """What covers all inputs; of Where, without the condition."""
         inputs = node.inputs[1:] if node.op_type == "Where" else node.inputs
         parts = [self.interval(v) for v in inputs]
         known = [p for p in parts if p is not None]
@@ -266,6 +286,7 @@ class _Analysis:
         return Interval.of(min(p.least for p in known), max(p.most for p in known))
 
     def gather(self, node: ir.Node) -> Interval | None:
+        """The range of all data; a fault where an index can be beyond the axis."""
         data, indices = node.inputs[0], self.interval(node.inputs[1])
         found = self.interval(data)
         axis = node.attributes.get_int("axis", 0)
@@ -277,6 +298,8 @@ class _Analysis:
         return None if found is None else found.collapsed()
 
     def reduce_sum(self, node: ir.Node) -> Interval | None:
+        """The range of the sum, by channels where they are summed, else by the number of
+        addends."""
         x = self.interval(node.inputs[0])
         axes = node.inputs[1].const_value if node.inputs[1] is not None else None
         if x is None or axes is None:
@@ -291,10 +314,12 @@ class _Analysis:
         return Interval.of(count * x.least, count * x.most)
 
     def reduce_max(self, node: ir.Node) -> Interval | None:
+        """One range for all channels."""
         x = self.interval(node.inputs[0])
         return None if x is None else x.collapsed()
 
     def size(self, value: ir.Value | None, axes: list[int]) -> int | None:
+        """How many elements the axes have together; None where that is not known."""
         if value is None or value.shape is None:
             return None
         sizes = [value.shape[a] for a in axes]
@@ -326,6 +351,7 @@ class _Analysis:
         return Interval.of(count * min(*products, 0), count * max(*products, 0))
 
     def zero(self, node: ir.Node, index: int) -> int:
+        """The zero point at an input of the node; 0 where it has none."""
         value = node.inputs[index] if len(node.inputs) > index else None
         found = self.interval(value)
         return 0 if found is None else found.least

@@ -22,7 +22,7 @@ def of_batch(image: ir.Value) -> str | None:
     if not isinstance(size, int) or size < 2:
         return None
     return (
-        f"the graph holds its batch size of {size} in a way that cannot be taken out, and the"
+        f"the graph depends on its batch size of {size} in a way that cannot be undone, and the"
         f" integer target takes one image at a time; export with a dynamic batch, or {INSTEAD}"
     )
 

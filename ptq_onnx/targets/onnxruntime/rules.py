@@ -278,7 +278,7 @@ def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
         product = product_of(left, model)
         found = f"{left.op_type} on floats in the optimised graph"
         if product is None:
-            text = f"found {found}, which is no product of the file; see its inputs."
+            text = f"found {found}, which is not a product of the file; see its inputs."
             yield Finding(left.name, text, "warning")
         elif product.touched and not product.table and not explained & common.names(product):
             advice = "put Q/DQ with one scale directly on both inputs"

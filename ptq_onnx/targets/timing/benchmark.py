@@ -153,6 +153,7 @@ class _Whole:
         self._tell, self._left, self._passed = tell, total, 0.0
 
     def add(self, seconds: float) -> None:
+        """Seconds that went by; whole ones are told."""
         self._passed += seconds
         whole = min(int(self._passed), self._left)
         self._passed -= int(self._passed)
@@ -161,6 +162,7 @@ class _Whole:
             self._tell(whole)
 
     def finish(self) -> None:
+        """Tell what is left of the time planned."""
         if self._left:
             self._tell(self._left)
 

@@ -1,0 +1,115 @@
+"""``--rotate`` in whole runs: the file, the report, and what excludes it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ptq_onnx
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization.rotation_choice import Turns
+from ptq_onnx.equalization.streams import Refused
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.pipeline.rewriting import codes_of, notes_on
+from ptq_onnx.preparation.prepare import prepare
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.by_name import make_quantizer
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits/calib"
+
+
+def quantized(folder: Path, **options: object) -> dict[str, object]:
+    ptq_onnx.quantize(
+        MODEL, calib=IMAGES, images=32, report=False, threads=1, output=folder, **options
+    )
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_on_with_a_quantized_residual(tmp_path: Path) -> None:
+    report = quantized(tmp_path / "a", target="tensorrt", quantize_residual=True)
+    (turned,) = report["rotation"]["turned"]
+    assert report["rotation"]["refused"] == []
+    assert (turned["width"], turned["tensors"]) == (64, 13)
+    assert turned["stream_db"] > 1
+    assert report["parity"]["rewritten"] < 1e-4
+    assert report["formed"] == "formed.onnx"
+    plain = quantized(tmp_path / "b", target="tensorrt", quantize_residual=True, rotate=False)
+    assert plain["rotation"] is None
+    assert len(plain["tensors"]) == len(report["tensors"])
+
+
+def test_one_scale_for_each_tensor_of_a_turned_stream(tmp_path: Path) -> None:
+    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True, ptf=False)
+    assert report["rotation"]["turned"][0]["by"] in ("spread", "spread, then flattened")
+    stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
+    assert len(stream) == 13
+    assert {t["granularity"] for t in stream} == {"tensor"}
+
+
+def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path) -> None:
+    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True)
+    (stays,) = report["rotation"]["turned"]
+    assert stays["by"] == "none: factors per channel"
+    assert stays["stream_db"] > 0
+    stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
+    assert {t["granularity"] for t in stream} == {"ptf"}
+    assert any("searched factors per channel the outputs lose" in n for n in report["notes"])
+    plain = quantized(tmp_path / "b", quantizer="fqvit")
+    before = {t["tensor"]: t["scale"] for t in plain["tensors"]}
+    assert sum(before[t["tensor"]] != t["scale"] for t in stream) == 13
+
+
+def test_scales_per_channel_are_calibrated_on_a_turned_stream(tmp_path: Path) -> None:
+    """The range that was searched is one scale's; channelwise has one for each channel."""
+    report = quantized(tmp_path / "a", quantizer="channelwise", rotate=True)
+    assert report["rotation"]["turned"][0]["by"] != "none"
+    stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
+    assert len(stream) == 13
+    assert all(t["granularity"] == "channel" and t["factor"]["shape"] == [64] for t in stream)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "target", "symmetric"),
+    [
+        ("vanilla", "onnxruntime", True),
+        ("channelwise", "onnxruntime", True),
+        ("ptq4vit", "onnxruntime", True),
+        ("fqvit", "onnxruntime", False),
+        ("deploy", "onnxruntime", False),
+        ("deploy", "tensorrt", True),
+    ],
+)
+def test_ranges_are_searched_for_the_codes_that_are_written(
+    quantizer: str, target: str, symmetric: bool
+) -> None:
+    prepared = prepare(MODEL)
+    config = QuantizeConfig(quantizer=quantizer, target=target)
+    plan = Plan(prepared.model, prepared.blocks, prepared.sites, config)
+    assert codes_of(plan, make_quantizer(plan).rules).symmetric is symmetric
+
+
+def test_one_note_for_all_that_stays() -> None:
+    """A norm on q and k in every block would be two dozen."""
+    refused = tuple(Refused(f"norm{k}", f"reason {k}") for k in range(24))
+    first, last = notes_on(Turns((), refused, {}, ()))
+    assert "'norm0' stays as it is: reason 0 (23 more stay too" in first
+    assert last == "Rotation: no residual stream was turned."
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"target": "tensorrt", "precision": "fp8", "rotate": True}, "--rotate with --precision"),
+        ({"scales": "report.json", "quantizer": "fqvit", "rotate": True}, "use --no-rotate"),
+    ],
+)
+def test_what_excludes_it(tmp_path: Path, options: dict[str, object], text: str) -> None:
+    if "scales" in options:
+        quantized(tmp_path / "first", quantizer="fqvit")
+        options = {**options, "scales": tmp_path / "first/report.json"}
+    with pytest.raises(ConfigError, match=text):
+        ptq_onnx.quantize(
+            MODEL, calib=IMAGES, images=8, report=False, output=tmp_path / "x", **options
+        )
+    assert not (tmp_path / "x").exists()
