@@ -88,6 +88,7 @@ class _Walk:
         return found
 
     def use(self, node: ir.Node, index: int, value: ir.Value, axis: int) -> Behind | None:
+        """Through one op that reads ``value``; None where it wants that as it was."""
         if node.op_type in READ_BY_SHAPE:
             return Behind()
         if node in self.apart:

@@ -263,6 +263,7 @@ class _Trial:
         return replace(plain, how=FACTORS, factors=factors, won=won)
 
     def lost(self, model: ir.Model, steps: Mapping[str, Steps]) -> float:
+        """What the outputs lose where the tensors of a stream have these steps."""
         return loss(outputs_of(model, steps, self.batches, self.threads), self.original)
 
 
