@@ -24,6 +24,17 @@ def channels_of(value: ir.Value | None, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def along_channels(concat: ir.Node, axis: int) -> bool:
+    """True for a Concat along the channels' axis."""
+    rank = len(sizes(concat.outputs[0]) or [1])
+    return concat.attributes.get_int("axis", 0) % rank == axis
+
+
+def is_arithmetic(node: ir.Node) -> bool:
+    """True for an op of two operands."""
+    return node.op_type in ("Add", "Sub", "Mul", "Div")
+
+
 def axis_behind(node: ir.Node, index: int, axis: int, width: int) -> int | None:
     """The axis of the first output that ``axis`` of input ``index`` becomes; None where the op
     does not leave blocks of ``width`` channels together."""

@@ -10,16 +10,20 @@ So massive tokens, which few rows are, may be clipped where all others gain.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.calibration.product_samples import RowSample, Wanted, collect_samples
+from ptq_onnx.calibration.product_samples import RowSample
 from ptq_onnx.equalization.rotation import turn
-from ptq_onnx.equalization.streams import Refused, Stream, find_streams
+from ptq_onnx.equalization.stream_parts import Stream
+from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms, sensitivities
+from ptq_onnx.equalization.stream_trial import Outputs, Steps, loss, outputs_of
+from ptq_onnx.equalization.streams import Refused, find_streams
+from ptq_onnx.numerics.ptf import Factors, searched_factors
 from ptq_onnx.numerics.rotations import flattened, spreading
 
 Double = NDArray[np.float64]
@@ -28,9 +32,10 @@ SEEDS = 16
 """Spreading matrices that are tried."""
 CLIPS = np.linspace(1.0, 0.3, 15)
 """Parts of the range seen that are tried."""
-LEAST_VARIANCE = 1e-6
-"""Of a row, beside the mean of all rows: what a norm adds to it is about as small."""
+WORTH_PRODUCTS = 0.8
+"""Part of the expected error that may be left where products are added."""
 PLAIN, SPREAD, FLATTENED = "none", "spread", "spread, then flattened"
+FACTORS = "none: factors per channel"
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,19 @@ class Turned:
     tensors: int
     """How many of its tensors norms read."""
     by: str
-    """How the matrix is made; "none" where the stream stays as it is."""
+    """How the matrix is made; "none" where the stream stays as it is, and what holds it then."""
     seed: int
     largest_before: float
     largest_after: float
     stream_db: float
-    """Expected noise of one scale for each of its tensors, against that before (more: better)."""
+    """Expected noise of one scale for each of its tensors, against that before (more: better); of
+    factors per channel, what the outputs lose less than by the best matrix."""
     norm_db: float
     """The same of what its norms make."""
+    products: int = 0
+    """Products that were added, for what does not take the matrix in."""
+    added: float = 0.0
+    """Multiplications of these, as a part of those of the stream's own."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,10 @@ class Turns:
     ranges: Mapping[str, tuple[float, float]]
     matrices: tuple[Double | None, ...]
     """Of every stream in graph order; None where it stays."""
+    added: tuple[str, ...] = ()
+    """The linears that were added."""
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """Powers of two per channel, for tensors of streams that stay."""
 
     @property
     def changed(self) -> bool:
@@ -77,63 +91,57 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows [R, D] of a tensor of a stream, and of what its norm makes, [R, D].
+class Codes:
+    """What the tensors of a stream, and what norms make of it, are going to be held in."""
 
-    ``counts`` [R]: how many rows of all each stands for, the sum is one; ``power`` [R]: that over
-    each row's variance.
-    """
+    levels: int
+    symmetric: bool
+    """Zero is in the middle of the codes."""
+    of_stream: bool = True
+    """Tensors of the stream are quantized; else what norms make alone is."""
+    factors: bool = False
+    """They may have powers of two per channel."""
+    max_k: int | None = None
+    """The largest exponent of these."""
+    levels_of: Mapping[str, int] = field(default_factory=dict)
+    """Of tensors of streams that have another number of codes."""
 
-    tensor: str
-    stream: Double
-    normed: Double
-    counts: Double
-    power: Double
-
-    @classmethod
-    def of(cls, tensor: str, sample: RowSample) -> _Rows:
-        """The rows of a sample, and their weights."""
-        rows = sample.rows.astype(np.float64)
-        counts = sample.weight / sample.weight.sum()
-        variance = rows.var(axis=1)
-        centred = rows - rows.mean(axis=1, keepdims=True)
-        normed = centred / np.maximum(np.sqrt(variance)[:, None], 1e-12)
-        power = counts / (variance + LEAST_VARIANCE * max(float(variance.mean()), 1e-30))
-        return cls(tensor, rows, normed, counts, power)
-
-    def turned(self, matrix: Double | None) -> _Rows:
-        """The rows of the turned stream."""
-        if matrix is None:
-            return self
-        return replace(self, stream=self.stream @ matrix, normed=self.normed @ matrix)
+    def levels_in(self, tensor: str) -> int:
+        """How many codes a tensor of a stream has."""
+        return self.levels_of.get(tensor, self.levels)
 
 
 def turn_streams(
     model: ir.Model,
     batches: Iterable[Any],
-    levels: int,
+    codes: Codes,
     *,
-    symmetric: bool,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Turns:
-    """Turn every stream of the model, in place, where it lowers the expected error of one scale of
-    ``levels`` codes per tensor. ``batches`` [B, C, H, W] are run once."""
+    """Turn every stream of the model, in place, where it lowers the expected error of one scale per
+    tensor. ``batches`` [B, C, H, W] are run once, a few of them again for factors."""
     streams, refused = find_streams(model.graph)
     if not streams:
         return Turns((), tuple(refused), {}, ())
-    rows = _collect(model, streams, batches, threads, progress)
+    rows = collect_rows(model, streams, batches, threads, progress)
     turned: list[Turned] = []
     ranges: dict[str, tuple[float, float]] = {}
     matrices: list[Double | None] = []
-    for stream in streams:
-        found, best = _choose(stream, rows, levels, symmetric)
+    added: list[str] = []
+    factors: dict[str, Factors] = {}
+    trial = _Trial(model.clone() if codes.factors else model, batches, codes, threads)
+    for number, stream in enumerate(streams):
+        found, best = _choose(number, stream, rows, trial)
         turned.append(found)
         matrices.append(best.matrix)
+        factors.update(best.factors)
         if best.matrix is not None:
-            turn(model.graph, stream, best.matrix)
-            ranges.update(best.ranges)
-    return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices))
+            before = read_by_norms(stream)
+            added += turn(model.graph, stream, best.matrix)
+            now = dict(zip(before, read_by_norms(stream), strict=True))
+            ranges.update({now[name]: ends for name, ends in best.ranges.items()})
+    return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices), tuple(added), factors)
 
 
 def turn_again(model: ir.Model, matrices: Iterable[Double | None]) -> None:
@@ -141,28 +149,6 @@ def turn_again(model: ir.Model, matrices: Iterable[Double | None]) -> None:
     for stream, matrix in zip(find_streams(model.graph)[0], matrices, strict=True):
         if matrix is not None:
             turn(model.graph, stream, matrix)
-
-
-def _collect(
-    model: ir.Model,
-    streams: Iterable[Stream],
-    batches: Iterable[Any],
-    threads: int,
-    progress: Callable[[int], None] | None,
-) -> dict[str, RowSample]:
-    def by_width(width: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        return lambda array: array.reshape(-1, width)
-
-    wanted: dict[str, Any] = {}
-    for stream in streams:
-        for norm in stream.norms:
-            value = norm.inputs[0]
-            assert value is not None
-            wanted[str(value.name)] = (by_width(stream.width), None)
-    found, _ = collect_samples(
-        model, Wanted(wanted, {}), batches, threads=threads, progress=progress
-    )
-    return found
 
 
 @dataclass(frozen=True)
@@ -177,6 +163,8 @@ class _Tried:
     normed: Double
     ranges: dict[str, tuple[float, float]]
     largest: float
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    won: float = 0.0
 
     @property
     def score(self) -> float:
@@ -185,21 +173,23 @@ class _Tried:
 
 
 def _choose(
-    stream: Stream, samples: Mapping[str, RowSample], levels: int, symmetric: bool
+    number: int, stream: Stream, samples: Mapping[str, RowSample], trial: _Trial
 ) -> tuple[Turned, _Tried]:
     """The candidate with the least expected error: the stream as it is where none is better."""
-    names = dict.fromkeys(str(n.inputs[0].name) for n in stream.norms if n.inputs[0] is not None)
-    rows = [_Rows.of(name, samples[name]) for name in names]
+    codes = trial.codes
+    rows = [Rows.of(name, samples[name]) for name in dict.fromkeys(read_by_norms(stream))]
 
     def tried(how: str, seed: int, matrix: Double | None) -> _Tried:
         turned = [one.turned(matrix) for one in rows]
-        outer = [_searched(r.stream, r.power, levels, symmetric) for r in turned]
-        inner = [_searched(r.normed, r.counts, levels, symmetric) for r in turned]
+        outer = [
+            _searched(r.stream, r.power, codes.levels_in(r.tensor), codes.symmetric) for r in turned
+        ]
+        inner = [_searched(r.normed, r.counts, codes.levels, codes.symmetric) for r in turned]
         return _Tried(
             how,
             seed,
             matrix,
-            np.array([error for error, _, _ in outer]),
+            np.array([error for error, _, _ in outer]) * codes.of_stream,
             np.array([error for error, _, _ in inner]),
             {r.tensor: (low, high) for r, (_, low, high) in zip(turned, outer, strict=True)},
             max(float(np.abs(r.stream).max()) for r in turned),
@@ -211,6 +201,10 @@ def _choose(
         spread = spreading(stream.width, seed)
         for how, matrix in ((SPREAD, spread), (FLATTENED, flattened(spread, direction))):
             best = min(best, tried(how, seed, matrix), key=lambda one: one.score)
+    if stream.products and best.score > WORTH_PRODUCTS * plain.score:
+        best = plain
+    if trial.codes.factors:
+        best = trial.better(number, rows, plain, best)
     found = Turned(
         stream=str(stream.norms[0].name),
         width=stream.width,
@@ -219,13 +213,61 @@ def _choose(
         seed=best.seed,
         largest_before=plain.largest,
         largest_after=best.largest,
-        stream_db=_decibels(plain.stream, best.stream),
+        stream_db=best.won if best.factors else _decibels(plain.stream, best.stream),
         norm_db=_decibels(plain.normed, best.normed),
+        products=0 if best.matrix is None else len(stream.products),
+        added=0.0 if best.matrix is None else stream.added,
     )
     return found, best
 
 
-def _massive(rows: list[_Rows]) -> Double:
+@dataclass
+class _Trial:
+    """Factors per channel against matrices, by what the outputs lose on a few images."""
+
+    model: ir.Model
+    batches: Iterable[Any]
+    codes: Codes
+    threads: int
+    original: Outputs = field(default_factory=list)
+
+    def better(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:
+        """Stream ``number`` as it is with factors, where the outputs lose less than by ``best``."""
+        codes = self.codes
+        counts = sensitivities(find_streams(self.model.graph)[0][number])
+        factors: dict[str, Factors] = {}
+        for one in rows:
+            limits = (0, codes.levels_in(one.tensor) - 1)
+            factors[one.tensor], _ = searched_factors(
+                one.stream, one.power, limits, codes.max_k, counts[one.tensor]
+            )
+        held = {n: Steps.of_factors(found, codes.levels_in(n)) for n, found in factors.items()}
+        self.original = self.original or outputs_of(self.model, {}, self.batches, self.threads)
+        by_factors = self.lost(self.model, held)
+        turned = self.model.clone()
+        stream = find_streams(turned.graph)[0][number]
+        names = read_by_norms(stream)
+        if best.matrix is not None:
+            turn(turned.graph, stream, best.matrix)
+        now = dict(zip(names, read_by_norms(stream), strict=True))
+        by_matrix = self.lost(
+            turned,
+            {
+                now[name]: Steps.of_range(*ends, codes.levels_in(name))
+                for name, ends in best.ranges.items()
+            },
+        )
+        if by_factors > by_matrix:
+            return best
+        won = _decibels(np.array(by_matrix), np.array(by_factors))
+        return replace(plain, how=FACTORS, factors=factors, won=won)
+
+    def lost(self, model: ir.Model, steps: Mapping[str, Steps]) -> float:
+        """What the outputs lose where the tensors of a stream have these steps."""
+        return loss(outputs_of(model, steps, self.batches, self.threads), self.original)
+
+
+def _massive(rows: list[Rows]) -> Double:
     """The direction [D] with the most energy, of the tensor with the most, without the mean."""
     most = max(rows, key=lambda one: float(one.counts @ (one.stream**2).sum(axis=1)))
     centred = most.stream - most.stream.mean(axis=1, keepdims=True)

@@ -1,15 +1,16 @@
 """Residual streams: every op that adds to one, and every op that reads it.
 
 A stream begins at the input of a norm and grows both ways: through the adds to the linears, the
-convolution, the tables and tokens that write to it; through layout ops to the norms and linears
-that read it; behind a norm to the linears that read that. It can be turned by an orthogonal
-matrix where every one of them takes the matrix into its constants.
+convolution, the tables and tokens that write to it; through layout ops to the norms, linears and
+convolutions that read it; behind a norm to those that read that (``norm_readers.py``). It can be
+turned by an orthogonal matrix where every one of them takes the matrix into its constants. An op
+that cannot stands apart: one product turns what it makes, another turns back what it reads. Where
+these would be more than ``MOST_ADDED`` of the stream's own products, it stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -17,19 +18,40 @@ from ptq_onnx.blocks.channels import is_convolution
 from ptq_onnx.blocks.walking import is_constant, is_linear, name_of
 from ptq_onnx.equalization.channel_axis import (
     LINEAR_IN_CHANNELS,
+    along_channels,
     axis_before,
     axis_behind,
     channels_of,
+    is_arithmetic,
 )
+from ptq_onnx.equalization.norm_readers import (
+    READ_BY_SHAPE,
+    Uses,
+    behind_norm,
+    norm_width,
+    reads_channels,
+)
+from ptq_onnx.equalization.stream_parts import Stream
 from ptq_onnx.graph.formula import constant, scalar, sizes
 
-READ_BY_SHAPE = frozenset(["Shape", "Size"])
 KEEPING = frozenset(["LayerNormalization", "RMSNormalization"])
 """Norms that an orthogonal matrix with R·1 = 1 commutes with, without their γ and β."""
+MOST_ADDED = 0.05
+"""Products that may be added, as a part of those of the linears of the stream."""
+MOST_APART = 16
+"""Ops that may stand apart."""
 
 
 class Stays(Exception):
     """The stream cannot be turned; the text says why."""
+
+
+class _Apart(Exception):
+    """An op that cannot take the matrix in; the text says why."""
+
+    def __init__(self, node: ir.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
 
 
 class _Finer(Exception):
@@ -38,26 +60,6 @@ class _Finer(Exception):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.width = width
-
-
-@dataclass
-class Stream:
-    """One residual stream of ``width`` channels, and what a matrix is folded into."""
-
-    width: int
-    axes: dict[ir.Value, int] = field(default_factory=dict)
-    """Its tensors, and the axis of the channels in each."""
-    behind: dict[ir.Value, tuple[int, ir.Node]] = field(default_factory=dict)
-    """What norms make of it: the channels' axis, and the norm."""
-    norms: list[ir.Node] = field(default_factory=list)
-    writers: list[ir.Node] = field(default_factory=list)
-    """Linears and convolutions whose outputs are in it."""
-    scaled: list[tuple[ir.Node, ir.Node]] = field(default_factory=list)
-    """Linears behind which a Mul by a factor per channel stands (LayerScale), with the Mul."""
-    readers: list[tuple[ir.Node, ir.Node | None]] = field(default_factory=list)
-    """Linears that read it, and the norm between."""
-    constants: list[tuple[ir.Node, int, int]] = field(default_factory=list)
-    """Constants in it: the node that reads one, the input's index, the channels' axis."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,19 @@ def find_streams(graph: ir.Graph) -> tuple[list[Stream], list[Refused]]:
 
 
 def _flooded(start: ir.Value, width: int) -> _Flood:
+    apart: dict[ir.Node, str] = {}
     while True:
-        flood = _Flood(Stream(width))
+        flood = _Flood(Stream(width), apart)
         try:
             flood.run(start)
         except Stays as stays:
             flood.reason = str(stays)
+        except _Apart as found:
+            if found.node in apart or len(apart) == MOST_APART:
+                flood.reason = next(iter(apart.values()), str(found))
+            else:
+                apart[found.node] = str(found)
+                continue
         except _Finer as finer:
             width = finer.width
             continue
@@ -102,14 +111,16 @@ def _flooded(start: ir.Value, width: int) -> _Flood:
 
 
 class _Flood:
-    """Grows a stream from one of its tensors; raises Stays and _Finer."""
+    """Grows a stream from one of its tensors; raises Stays, _Apart and _Finer."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, apart: dict[ir.Node, str]) -> None:
+        self.stream, self.apart = stream, apart
         self.reason = ""
         self.pending: list[ir.Value] = []
         self.done: set[ir.Value] = set()
         self.joined: list[tuple[ir.Node, ir.Node]] = []
+        self.wanted: list[str] = []
+        """Why a product is added, in words."""
 
     def run(self, start: ir.Value) -> None:
         """Follow the channels of a stream from one of its tensors, both ways. Raises Stays where
@@ -117,16 +128,66 @@ class _Flood:
         self.take(start, len(sizes(start) or []) - 1)
         while self.pending:
             value = self.pending.pop()
-            axis = self.stream.axes[value]
-            if value.is_graph_output():
-                raise Stays(f"'{value.name}' is an output of the model")
-            self.made(value, axis)
-            for use in value.uses():
-                self.read(use.node, use.idx, value, axis)
+            self.visit(value, self.stream.axes[value])
         for node, norm in self.joined:
             parts = [self.stream.behind.get(v, (0, None))[1] for v in node.inputs if v is not None]
             if any(part is not norm for part in parts):
-                raise Stays(f"'{name_of(node)}' joins what '{name_of(norm)}' makes with other data")
+                raise _Apart(
+                    node, f"'{name_of(node)}' joins what '{name_of(norm)}' makes with other data"
+                )
+        if not self.stream.products:
+            return
+        reason = [*self.apart.values(), *self.wanted][0]
+        if not self.stream.readers:
+            raise Stays(reason)
+        if self.stream.added > MOST_ADDED:
+            raise Stays(
+                f"{reason}; products for that ({len(self.stream.products)}) would add"
+                f" {self.stream.added:.0%} to its own, more than {MOST_ADDED:.0%}"
+            )
+
+    def visit(self, value: ir.Value, axis: int) -> None:
+        """What makes a tensor of the stream, and all that read it."""
+        node = value.producer()
+        if node is None:
+            raise Stays(f"'{value.name}' is an input of the model")
+        try:
+            if node in self.apart or node.op_type in KEEPING:
+                self.enter(value, axis, node)
+            else:
+                self.made(node, value, axis)
+        except Stays as stays:
+            raise _Apart(node, str(stays)) from stays
+        taken: set[tuple[ir.Node, int]] = set()
+        uses = [(use.node, use.idx) for use in value.uses()]
+        for reader, index in uses:
+            if reader in self.apart:
+                continue
+            try:
+                self.read(reader, index, value, axis)
+            except Stays as stays:
+                raise _Apart(reader, str(stays)) from stays
+            taken.add((reader, index))
+        if value in self.stream.entered:
+            self.stream.entered[value] = frozenset(taken)
+        if value.is_graph_output():
+            self.wanted.append(f"'{value.name}' is an output of the model")
+        if len(taken) < len(uses) or value.is_graph_output():
+            self.rows(value, axis)
+            self.stream.restored[value] = (None, frozenset(taken))
+
+    def rows(self, value: ir.Value, axis: int) -> None:
+        """A product can be put behind a tensor whose channels are its rows."""
+        if axis != len(sizes(value) or []) - 1 or channels_of(value, axis) != self.stream.width:
+            reason = next(iter(self.apart.values()), f"'{value.name}' is wanted as it was")
+            raise Stays(f"{reason}, where the channels are not the last axis")
+
+    def enter(self, value: ir.Value, axis: int, node: ir.Node) -> None:
+        """A tensor of the stream that an op makes which cannot take the matrix in."""
+        self.rows(value, axis)
+        self.stream.entered[value] = frozenset()
+        if node not in self.apart:
+            self.wanted.append(f"the output of the norm '{name_of(node)}' is added to the stream")
 
     def take(self, value: ir.Value | None, axis: int | None, by: ir.Node | None = None) -> None:
         """``value`` is in the stream, its channels along ``axis``."""
@@ -143,11 +204,8 @@ class _Flood:
 
     # --- backwards ----------------------------------------------------------------------
 
-    def made(self, value: ir.Value, axis: int) -> None:
-        """Whatever makes a tensor of the stream."""
-        node = value.producer()
-        if node is None:
-            raise Stays(f"'{value.name}' is an input of the model")
+    def made(self, node: ir.Node, value: ir.Value, axis: int) -> None:
+        """The op that makes a tensor of the stream."""
         if is_linear(node) and axis == len(sizes(value) or []) - 1:
             self.write(node)
         elif is_convolution(node) and axis == 1:
@@ -156,8 +214,6 @@ class _Flood:
             self.write(node)
         elif node.op_type in LINEAR_IN_CHANNELS:
             self.inputs(node, axis)
-        elif node.op_type in KEEPING:
-            raise Stays(f"the output of the norm '{name_of(node)}' is added to the stream")
         else:
             raise Stays(f"'{name_of(node)}' ({node.op_type}) makes a part of it")
 
@@ -173,7 +229,7 @@ class _Flood:
         if node.op_type in ("Mul", "Div"):
             self.factor(node, axis)
             return
-        if node.op_type == "Concat" and self._along(node, axis):
+        if node.op_type == "Concat" and along_channels(node, axis):
             parts = [channels_of(v, axis) for v in node.inputs]
             least = min((p for p in parts if p), default=self.stream.width)
             if least < self.stream.width and all(p and p % least == 0 for p in parts):
@@ -233,25 +289,21 @@ class _Flood:
             raise Stays(f"'{name_of(node)}' multiplies each channel by another factor")
         self.stream.scaled.append((linear, node))
 
-    @staticmethod
-    def _along(node: ir.Node, axis: int) -> bool:
-        rank = len(sizes(node.outputs[0]) or [1])
-        return node.attributes.get_int("axis", 0) % rank == axis
-
     # --- forwards -----------------------------------------------------------------------
 
     def read(self, node: ir.Node, index: int, value: ir.Value, axis: int) -> None:
         """An op that reads a tensor of the stream."""
-        last = axis == len(sizes(value) or []) - 1
         if node.op_type in READ_BY_SHAPE:
             return
         if node.op_type in KEEPING and index == 0:
             self.norm(node, value, axis)
-        elif is_linear(node) and index == 0 and last:
+        elif reads_channels(node, index, axis, value):
             if (node, None) not in self.stream.readers:
                 self.stream.readers.append((node, None))
-        elif node.op_type in LINEAR_IN_CHANNELS and (index == 0 or self._data(node)):
-            along = node.op_type == "Concat" and self._along(node, axis)
+        elif node.op_type in LINEAR_IN_CHANNELS and (
+            index == 0 or is_arithmetic(node) or node.op_type == "Concat"
+        ):
+            along = node.op_type == "Concat" and along_channels(node, axis)
             if node.op_type in ("Mul", "Div") and not self._by_scalar(node, index):
                 raise Stays(f"'{name_of(node)}' multiplies each channel by another factor")
             after = axis if along else axis_behind(node, index, axis, self.stream.width)
@@ -260,10 +312,6 @@ class _Flood:
                     self.take(output, after, node)
         else:
             raise Stays(f"'{name_of(node)}' ({node.op_type}) reads it")
-
-    @staticmethod
-    def _data(node: ir.Node) -> bool:
-        return node.op_type in ("Add", "Sub", "Mul", "Div", "Concat")
 
     @staticmethod
     def _by_scalar(node: ir.Node, index: int) -> bool:
@@ -279,51 +327,29 @@ class _Flood:
         if not all(v is None or _of_channels(v, norm_width(node)) for v in node.inputs[1:]):
             raise Stays(f"γ or β of '{name_of(node)}' is not a constant for each channel")
         self.stream.norms.append(node)
-        for reader in self.linears_behind(node.outputs[0], axis, node):
-            self.stream.readers.append((reader, node))
-
-    def linears_behind(self, value: ir.Value, axis: int, norm: ir.Node) -> Iterator[ir.Node]:
-        """The linears that read a norm's output, all through ops that treat channels alike."""
-        known = self.stream.behind.setdefault(value, (axis, norm))
-        if value in self.stream.axes or known != (axis, norm):
-            raise Stays(f"'{value.name}' mixes channels with others")
-        if value.is_graph_output():
-            raise Stays(f"'{value.name}', behind the norm '{name_of(norm)}', is an output")
-        last = axis == len(sizes(value) or []) - 1
-        whole = channels_of(value, axis)
-        for use in value.uses():
-            node = use.node
-            if node.op_type in READ_BY_SHAPE:
-                continue
-            if is_linear(node) and use.idx == 0 and last and whole == norm_width(norm):
-                yield node
-                continue
-            moves = node.op_type in LINEAR_IN_CHANNELS and not self._data(node)
-            if node.op_type == "Concat" and not self._along(node, axis):
-                self.joined.append((node, norm))
-                moves = True
-            after = axis_behind(node, use.idx, axis, self.stream.width) if moves else None
-            if after is None or (node.op_type == "Pad" and has_shift(norm)):
-                raise Stays(f"'{name_of(node)}' ({node.op_type}) reads the norm '{name_of(norm)}'")
-            if node.op_type == "ReduceSum" and has_shift(norm):
-                raise Stays(f"'{name_of(node)}' adds up what '{name_of(norm)}' makes")
-            for output in node.outputs:
-                if output not in self.stream.behind:
-                    yield from self.linears_behind(output, after, norm)
+        found = behind_norm(node, axis, self.stream.width, self.apart.keys())
+        for tensor, where in found.axes.items():
+            known = self.stream.behind.setdefault(tensor, (where, node))
+            if tensor in self.stream.axes or known != (where, node):
+                raise Stays(f"'{tensor.name}' mixes channels with others")
+        self.stream.readers.extend((reader, node) for reader in found.readers)
+        self.joined.extend((join, node) for join in found.joins)
+        if found.keeps_shift:
+            self.stream.shifted.add(node)
+        for tensor, uses in found.restored.items():
+            self.stream.restored[tensor] = (node, uses)
+            self.wanted.append(_wanted(tensor, uses, node))
 
 
-def norm_width(norm: ir.Node) -> int | None:
-    """How many channels a norm takes together."""
-    return channels_of(norm.inputs[0], len(sizes(norm.inputs[0]) or []) - 1)
+def _wanted(value: ir.Value, taken: Uses, norm: ir.Node) -> str:
+    """Why what a norm makes is wanted as it was."""
+    others = [use.node for use in value.uses() if (use.node, use.idx) not in taken]
+    if not others:
+        return f"'{value.name}', behind the norm '{name_of(norm)}', is an output"
+    return f"'{name_of(others[0])}' ({others[0].op_type}) reads the norm '{name_of(norm)}'"
 
 
 def _of_channels(value: ir.Value, width: int | None) -> bool:
     """True for a constant [D], or one with only ones in front of D."""
     array = constant(value)
     return array is not None and array.ndim > 0 and array.size == array.shape[-1] == width
-
-
-def has_shift(norm: ir.Node) -> bool:
-    """True for a norm with a β that is not zero."""
-    shift = constant(norm.inputs[2]) if len(norm.inputs) > 2 else None
-    return shift is not None and bool(shift.any())

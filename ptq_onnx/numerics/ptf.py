@@ -25,6 +25,8 @@ Double = NDArray[np.float64]
 STRENGTHS = np.linspace(0, 1, 9)
 OFFSETS = np.linspace(0, 1, 4, endpoint=False)
 MAX_K = 12
+DEEPER = 9
+"""Steps of a channel that are tried: the one that covers all, its half, …"""
 ENOUGH = 1.02
 """K is the smallest whose noise is within this ratio of the best."""
 
@@ -168,3 +170,52 @@ def find_factors(
     least = min(one.noise for one in found)
     enough = [one for one in found if one.noise <= least * ENOUGH]
     return min(enough, key=lambda one: (int(one.alpha.max()), one.noise))
+
+
+def searched_factors(
+    rows: Double,
+    power: Double,
+    limits: tuple[int, int],
+    max_k: int | None = None,
+    counts: Double | None = None,
+) -> tuple[Factors, Double]:
+    """Scale, zero point and α with the least Σ_r power_r (x - x̂)² in rows [R, C], and that per
+    channel, [C].
+
+    What few rows hold may be clipped where all others gain. ``counts`` [C]: how much a channel's
+    error counts where scale and zero point, which all share, are chosen. The choice of α_c by
+    squared error is the paper's; the weights are this project's.
+    """
+    each = np.ones(rows.shape[1]) if counts is None else counts
+    low, high = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
+    limit = MAX_K if max_k is None else max_k
+    best: tuple[Factors, Double] | None = None
+    for zero in zero_points(low, high, limits, symmetric=False):
+        need = needed_step(low, high, zero, limits)
+        for offset in OFFSETS:
+            top = float(need.max()) * 2.0**offset
+            covering = np.minimum(np.floor(np.log2(top / need) + 1e-9), limit)
+            tried = np.stack(
+                [
+                    _clipped_noise(rows, power, top * 2.0 ** -(covering + k), zero, limits)
+                    for k in range(DEEPER)
+                ]
+            )
+            depth = covering + tried.argmin(axis=0)
+            kept = np.minimum(depth, depth.min() + limit)
+            noise = tried.min(axis=0) * 4.0 ** (depth - kept)
+            alpha = (kept.max() - kept).astype(np.int32)
+            scale = top * 2.0 ** -float(kept.max())
+            found = Factors(scale, zero, alpha, float(noise @ each))
+            if best is None or found.noise < best[0].noise:
+                best = found, noise
+    assert best is not None
+    return best
+
+
+def _clipped_noise(
+    rows: Double, power: Double, step: Double, zero: int, limits: tuple[int, int]
+) -> Double:
+    """Σ_r power_r (x - x̂)² per channel, [C], of steps [C] around a zero point."""
+    codes = np.clip(np.rint(rows / step) + zero, *limits)
+    return np.asarray(power @ (rows - (codes - zero) * step) ** 2, np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir.passes.common as common
 
+from ptq_onnx.blocks.role_map import Role
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import NORMS, name_of
 from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
+from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.reading import prepared_anew
 from ptq_onnx.preparation.prepare import Prepared
 
 if TYPE_CHECKING:
-    from ptq_onnx.equalization.rotation_choice import Turns
+    from ptq_onnx.equalization.rotation_choice import Codes, Turned, Turns
+    from ptq_onnx.numerics.spec import Rule
     from ptq_onnx.quantizers.base import Plan
 
 ROTATION, EQUALISATION, FORM = "rotation", "equalisation", "bringing it into form"
@@ -80,11 +83,13 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
 def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
     """With its residual streams turned, unless that made it another function."""
     turns = turn(job, found.plan)
+    found = replace(found, plan=replace(found.plan, factors=dict(turns.factors)))
     if not turns.changed:
         return replace(found, turns=turns)
     off = reference.off(found.plan.model)
     if reference.accepts(off):
         return replace(found, plan=turned(found.plan, turns), turns=turns, off=off)
+    found = replace(found, plan=replace(found.plan, factors={}))
     return _restored(job, _undone(job, found, ROTATION, off, reference))
 
 
@@ -158,19 +163,18 @@ def turn(job: Job, plan: Plan) -> Turns:
     """Turn the residual streams of the plan's model, in place, where that lowers the expected
     error (see ``equalization/rotation_choice.py``). Raises ConfigError."""
     from ptq_onnx.equalization.rotation_choice import turn_streams
+    from ptq_onnx.quantizers.by_name import make_quantizer
 
     if job.request.scales is not None:
         raise ConfigError(
             f"--scales {job.request.scales}: the rotation is chosen on the images, so that the"
             " scales of another run do not fit; calibrate anew, or use --no-rotate."
         )
-    config = plan.config
     turns = turn_streams(
         plan.model,
         job.batches(),
-        1 << config.widths.activations,
-        symmetric=norms_are_symmetric(plan),
-        threads=config.threads,
+        codes_of(plan, make_quantizer(plan).rules),
+        threads=plan.config.threads,
         progress=job.stage(stages.TURNING),
     )
     job.notes.extend(notes_on(turns))
@@ -179,13 +183,21 @@ def turn(job: Job, plan: Plan) -> Turns:
 
 def notes_on(turns: Turns) -> list[str]:
     """What was turned and what that is expected to win; of what stays, the first reason."""
+    from ptq_onnx.equalization.rotation_choice import FACTORS
+
     notes = [
         f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by});"
         f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
         f" expected of one scale per tensor by {t.stream_db:.1f} dB, behind norms by"
-        f" {t.norm_db:.1f} dB."
+        f" {t.norm_db:.1f} dB{added_to(t)}."
         for t, matrix in zip(turns.turned, turns.matrices, strict=True)
         if matrix is not None
+    ]
+    notes += [
+        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, stays: with searched"
+        f" factors per channel the outputs lose {t.stream_db:.1f} dB less than by the best matrix."
+        for t in turns.turned
+        if t.by == FACTORS
     ]
     if turns.refused:
         first, more = turns.refused[0], len(turns.refused) - 1
@@ -193,24 +205,48 @@ def notes_on(turns: Turns) -> list[str]:
         notes.append(
             f"Rotation: the stream at '{first.norm}' stays as it is: {first.reason}{others}."
         )
-    if not turns.changed:
+    if not turns.changed and not turns.factors:
         notes.append("Rotation: no residual stream was turned.")
     return notes
 
 
-def norms_are_symmetric(plan: Plan) -> bool:
-    """Whether the codes of what norms make have zero in their middle."""
-    from ptq_onnx.quantizers.by_name import make_quantizer
+def added_to(turned: Turned) -> str:
+    """The products that it costs, in words; nothing where there are none."""
+    if not turned.products:
+        return ""
+    return (
+        f"; products added for what does not take the matrix in: {turned.products}, or"
+        f" {turned.added:.1%} of the stream's own"
+    )
 
-    made = {name_of(node) for node in plan.model.graph if node.op_type in NORMS}
-    rules = make_quantizer(plan).rules
-    return any(rule.symmetric for name, rule in rules.items() if plan.sites[name].producer in made)
+
+def codes_of(plan: Plan, rules: Mapping[str, Rule]) -> Codes:
+    """What streams and norms are held in, by the quantizer's rules."""
+    from ptq_onnx.equalization.rotation_choice import Codes
+
+    config = plan.config
+    norms = [node for node in plan.model.graph if node.op_type in NORMS]
+    made = {name_of(node) for node in norms}
+    tensors = [str(n.inputs[0].name) for n in norms if n.inputs[0] is not None]
+    read = [rules[name] for name in tensors if name in rules]
+    behind = [rule for name, rule in rules.items() if plan.sites[name].producer in made]
+    return Codes(
+        1 << config.widths.activations,
+        symmetric=any(rule.symmetric for rule in behind),
+        of_stream=bool(read) or config.quantize_residual,
+        factors=any(rule.grain == PowersOfTwo() for rule in read),
+        max_k=config.ptf_k,
+        levels_of={name: 1 << rules[name].bits for name in tensors if name in rules},
+    )
 
 
 def turned(plan: Plan, turns: Turns) -> Plan:
     """The plan for its model once the streams were turned."""
     common.RemoveUnusedNodesPass()(plan.model)
-    return replace(plan, sites=find_sites(plan.model, plan.blocks), searched=dict(turns.ranges))
+    added = dict.fromkeys(turns.added, Role(None, "other"))
+    blocks = replace(plan.blocks, roles={**plan.blocks.roles, **added})
+    sites = find_sites(plan.model, blocks)
+    return replace(plan, blocks=blocks, sites=sites, searched=dict(turns.ranges))
 
 
 def equalise(job: Job, plan: Plan) -> Plan:

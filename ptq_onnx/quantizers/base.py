@@ -33,6 +33,7 @@ from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.codes.code import Solved
 from ptq_onnx.numerics.grain import PerChannel
+from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
@@ -66,6 +67,8 @@ class Plan:
     """Ranges that were searched for one scale, by tensor, all of whose channels are alike."""
     solved: Mapping[str, Solved] = field(default_factory=dict)
     """Numbers of tensors that were found while the model was rewritten, each an array of one."""
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """Scales and powers of two per channel that were searched, by tensor."""
     moves: tuple[Any, ...] = ()
     """What equalisation moved (``equalization.Move``)."""
     exponents: Mapping[str, float] = field(default_factory=dict)

@@ -180,6 +180,9 @@ class FqVit(SiteQuantizer):
 
     def _ptf(self, site: Site, rule: Rule, stats: Statistics, rows: dict[str, Array]) -> TensorSpec:
         """PTF of one tensor; through the weights that read it where they take it."""
+        shape = stats.channels[site.tensor].shape
+        if site.tensor in self.plan.factors:
+            return ptf_spec(site, rule, self.plan.factors[site.tensor], shape)
         low, high = self.bounds(site, rule, stats)
         readers = self._readers(site, stats)
         found = find_factors(
@@ -190,7 +193,7 @@ class FqVit(SiteQuantizer):
             reader=None if readers is None else readers[1],
         )
         self._move(readers, np.exp2(found.alpha.astype(np.float32)), rows)
-        return ptf_spec(site, rule, found, stats.channels[site.tensor].shape)
+        return ptf_spec(site, rule, found, shape)
 
     @staticmethod
     def _move(

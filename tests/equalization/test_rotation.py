@@ -7,7 +7,7 @@ from small_graph import SmallGraph, run, sample
 from small_transformer import Choices, transformer
 
 from ptq_onnx.equalization.rotation import turn
-from ptq_onnx.equalization.rotation_choice import PLAIN, turn_again, turn_streams
+from ptq_onnx.equalization.rotation_choice import PLAIN, Codes, turn_again, turn_streams
 from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.graph.formula import constant
@@ -135,7 +135,9 @@ def test_a_massive_channel_is_turned_away() -> None:
     model = massive(image_network())
     before = run(model, images())[0]
     again = model.clone()
-    found = turn_streams(model, [images(k) for k in range(4)], 256, symmetric=False, threads=1)
+    found = turn_streams(
+        model, [images(k) for k in range(4)], Codes(256, symmetric=False), threads=1
+    )
     (one,) = found.turned
     assert one.by != PLAIN
     assert one.stream_db > 3
@@ -148,7 +150,9 @@ def test_a_massive_channel_is_turned_away() -> None:
 def test_the_range_covers_what_it_says() -> None:
     """Ranges are parts of what the turned tensors hold, zero inside, and never wider."""
     model = massive(image_network())
-    found = turn_streams(model, [images(k) for k in range(4)], 256, symmetric=False, threads=1)
+    found = turn_streams(
+        model, [images(k) for k in range(4)], Codes(256, symmetric=False), threads=1
+    )
     for name, (low, high) in found.ranges.items():
         tapped = model.clone()
         value = next(v for n in tapped.graph for v in n.outputs if v.name == name)
@@ -157,3 +161,21 @@ def test_the_range_covers_what_it_says() -> None:
         assert low <= 0 <= high
         assert 0.29 * seen.min() >= low >= seen.min() * 1.001
         assert 0.29 * seen.max() <= high <= seen.max() * 1.001
+
+
+def test_codes_of_more_bits_clip_less() -> None:
+    """Each range is searched for the codes that its tensor has."""
+    names = [str(n.inputs[0].name) for n in massive(image_network()).graph if "Norm" in n.op_type]
+    batches = [images(k) for k in range(4)]
+    narrow, wide = (
+        turn_streams(
+            massive(image_network()),
+            batches,
+            Codes(16, symmetric=False, levels_of=dict.fromkeys(names, levels)),
+            threads=1,
+        )
+        for levels in (16, 65536)
+    )
+    spans = [[high - low for low, high in found.ranges.values()] for found in (narrow, wide)]
+    assert len(spans[0]) == len(spans[1]) == 2
+    assert sum(spans[0]) < 0.9 * sum(spans[1])

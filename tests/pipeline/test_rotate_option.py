@@ -10,9 +10,10 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.rotation_choice import Turns
 from ptq_onnx.equalization.streams import Refused
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.pipeline.rewriting import norms_are_symmetric, notes_on
+from ptq_onnx.pipeline.rewriting import codes_of, notes_on
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits/calib"
@@ -39,11 +40,24 @@ def test_on_with_a_quantized_residual(tmp_path: Path) -> None:
 
 
 def test_one_scale_for_each_tensor_of_a_turned_stream(tmp_path: Path) -> None:
-    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True)
+    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True, ptf=False)
     assert report["rotation"]["turned"][0]["by"] in ("spread", "spread, then flattened")
     stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
     assert len(stream) == 13
     assert {t["granularity"] for t in stream} == {"tensor"}
+
+
+def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path) -> None:
+    report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True)
+    (stays,) = report["rotation"]["turned"]
+    assert stays["by"] == "none: factors per channel"
+    assert stays["stream_db"] > 0
+    stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
+    assert {t["granularity"] for t in stream} == {"ptf"}
+    assert any("searched factors per channel the outputs lose" in n for n in report["notes"])
+    plain = quantized(tmp_path / "b", quantizer="fqvit")
+    before = {t["tensor"]: t["scale"] for t in plain["tensors"]}
+    assert sum(before[t["tensor"]] != t["scale"] for t in stream) == 13
 
 
 def test_scales_per_channel_are_calibrated_on_a_turned_stream(tmp_path: Path) -> None:
@@ -72,7 +86,7 @@ def test_ranges_are_searched_for_the_codes_that_are_written(
     prepared = prepare(MODEL)
     config = QuantizeConfig(quantizer=quantizer, target=target)
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config)
-    assert norms_are_symmetric(plan) is symmetric
+    assert codes_of(plan, make_quantizer(plan).rules).symmetric is symmetric
 
 
 def test_one_note_for_all_that_stays() -> None:

@@ -1,0 +1,100 @@
+"""Factors per channel against a matrix: by what the outputs lose."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from small_graph import SmallGraph, run, sample
+
+from ptq_onnx.equalization.rotation_choice import FACTORS, Codes, turn_streams
+from ptq_onnx.equalization.stream_rows import sensitivities
+from ptq_onnx.equalization.stream_trial import Steps, loss, outputs_of
+from ptq_onnx.equalization.streams import find_streams
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.ptf import Factors
+
+D = 16
+
+
+def network(small: float) -> ir.Model:
+    """Patches, one channel of which is a thousand times as large → norm → head; γ of that channel
+    is ``small``."""
+    g = SmallGraph(("batch", 3, 8, 8))
+    weight = sample(D, 3, 4, 4, seed=1)
+    weight[5] *= 1000
+    patches = g("Conv", "x", weight, sample(D, seed=2), strides=[4, 4])
+    x = g("Transpose", g("Reshape", patches, np.array([0, D, 4])), perm=[0, 2, 1])
+    x = g("Add", x, sample(1, 4, D, seed=3))
+    scale = np.ones(D, np.float32)
+    scale[5] = small
+    n = g("LayerNormalization", x, scale, sample(D, seed=4), axis=-1)
+    out = g("Add", g("MatMul", n, sample(D, 5, seed=6)), sample(5, seed=7))
+    model = g.model(out)
+    fuse(model)
+    return model
+
+
+def batches() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.standard_normal((4, 3, 8, 8)).astype(np.float32) for _ in range(4)]
+
+
+def stream_of(model: ir.Model) -> str:
+    norm = next(n for n in model.graph if n.op_type == "LayerNormalization")
+    return str(norm.inputs[0].name)
+
+
+def test_outputs_are_those_of_the_rounded_tensor() -> None:
+    model = network(1.0)
+    tapped = model.clone()
+    name = stream_of(tapped)
+    tapped.graph.outputs.append(next(v for n in tapped.graph for v in n.outputs if v.name == name))
+    steps = Steps(np.linspace(1, 2, D).astype(np.float32), -8, 7)
+    images = batches()[0]
+    output, stream = run(tapped, images)
+    rounded = np.clip(np.rint(stream / steps.step), -8, 7) * steps.step
+    centred = rounded - rounded.mean(-1, keepdims=True)
+    normed = centred / np.sqrt(rounded.var(-1, keepdims=True) + 1e-5) + sample(D, seed=4)
+    expected = normed @ sample(D, 5, seed=6) + sample(5, seed=7)
+    found = outputs_of(model, {name: steps}, [images], 1)
+    np.testing.assert_allclose(found[0][0], expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(outputs_of(model, {}, [images], 1)[0][0], output, atol=1e-5)
+
+
+def test_the_loss_of_several_outputs_is_added() -> None:
+    original = [[np.ones((2, 3), np.float32), np.full((2, 2), 2.0, np.float32)]] * 2
+    rounded = [[np.full((2, 3), 1.5, np.float32), np.full((2, 2), 3.0, np.float32)]] * 2
+    assert loss(rounded, original) == pytest.approx(0.25 + 0.25)
+    classes = [[np.array([1, 2])]]
+    assert loss(classes, classes) == 0
+
+
+def test_codes_of_a_range_and_of_factors() -> None:
+    whole = Steps.of_range(-1.0, 3.0, 5)
+    assert (whole.step.tolist(), whole.lowest, whole.highest) == ([1.0], -1.0, 3.0)
+    found = Factors(0.5, 100, np.array([0, 3], np.int32), 0.0)
+    each = Steps.of_factors(found, 256)
+    assert (each.step.tolist(), each.lowest, each.highest) == ([0.5, 4.0], -100, 155)
+
+
+def test_factors_where_the_massive_channel_is_not_read() -> None:
+    model = network(1e-3)
+    name = stream_of(model)
+    codes = Codes(256, symmetric=False, factors=True)
+    found = turn_streams(model, batches(), codes, threads=1)
+    assert found.matrices == (None,)
+    assert [one.by for one in found.turned] == [FACTORS]
+    assert found.turned[0].stream_db > 10
+    assert list(found.factors) == [name]
+    assert found.factors[name].alpha.argmax() == 5
+    plain = turn_streams(network(1e-3), batches(), Codes(256, symmetric=False), threads=1)
+    assert plain.factors == {}
+    assert plain.turned[0].by != FACTORS
+
+
+def test_a_channel_counts_by_what_reads_it() -> None:
+    model = network(0.5)
+    (stream,), _ = find_streams(model.graph)
+    expected = (sample(D, 5, seed=6).astype(np.float64) ** 2).sum(axis=1)
+    expected[5] *= 0.25
+    (found,) = sensitivities(stream).values()
+    np.testing.assert_allclose(found, expected / expected.mean(), rtol=1e-5)
