@@ -144,7 +144,7 @@ class Fields:
         None, NUMBERS, None,
         "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
         " in float and free at run time, where one scale per tensor is then expected to lose less.",
-        shown="on with --quantize-residual",
+        shown="on with --quantize-residual, and for qnn",
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
@@ -184,6 +184,9 @@ class Fields:
         0, TARGET, "N",
         f"ONNX opset, up to {OPSETS[-1]}; tensorrt and openvino take 20 by themselves.",
         shown=str(ONNXRUNTIME.opset),
+    )
+    batch_size: int = option(
+        1, TARGET, "N", "qnn: images that the file takes at a time.", bounds=(1, 64)
     )
     report: bool = option(True, ANALYSIS, None, "Analyse every op and write report.html.")
     sensitivity: bool = option(
@@ -236,6 +239,7 @@ class Fields:
     def rotates(self) -> bool:
         """True where residual streams are turned if that lowers the expected error."""
         unset = self.quantize_residual and self.precision != "fp8"
+        unset = unset or self.runtime.all_codes
         return unset if self.rotate is None else self.rotate
 
     @property

@@ -203,7 +203,7 @@ class _Equalizer:
             ones = np.ones(len(half))
             plain = output_noise(ones, halves, variance, self.products(linears), self.levels)
             choice = replace(choice, plain=plain)
-        if choice.gain_db >= WORTH_A_MUL:
+        if choice.gain_db >= WORTH_A_MUL and not self.target.all_codes:
             self.insert(site, value, linears, hidden, choice)
 
     def insert(
@@ -367,7 +367,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
     moves = not code_named(plan.config.code).floating  # see the module's text
-    if plan.pixels is not None and moves:
+    if plan.pixels is not None and moves and not target.all_codes:
         roles, fixed = image_in_pixels(
             model,
             *plan.pixels,
@@ -376,7 +376,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         )
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     blocks = with_own_reads(plan, model, blocks)
-    sites = find_sites(model, blocks)
+    sites = find_sites(model, blocks, whole=target.all_codes)
     nodes = {name_of(node): node for node in model.graph}
     wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
     report = plan.progress or (lambda _: lambda __: None)
@@ -403,7 +403,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         plan,
         model=model,
         blocks=blocks,
-        sites=find_sites(model, blocks),
+        sites=find_sites(model, blocks, whole=target.all_codes),
         statistics=stats,
         moves=tuple(state.moves),
         exponents=state.exponents,

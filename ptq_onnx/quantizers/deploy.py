@@ -41,6 +41,7 @@ SEARCHED = "pearson"
 """How the one step of an attention map is found where its rows are not scaled: most of its weights
 lie far below the largest, so that a finer step pays though it clips."""
 ALONE = "stays float: another input of the product that reads it does"
+WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
 
@@ -55,14 +56,14 @@ class Deploy(SiteQuantizer):
             code, method = code_named(self.plan.config.code), self.plan.config.effective_method
             return Rule(bits, code=code, method=method, stored=target.stored(True))
         if site.role == "pos_embed":
-            return FLOAT
-        if not site.is_parameter and not self._read_by_product(site):
+            return self._constant()
+        if not site.is_parameter and not self._read_by_product(site) and not self._whole:
             return FLOAT
         widths = self.plan.config.widths
         code = code_named(self.plan.config.code)
         if site.is_parameter:
             if not self._read_by_product(site):
-                return FLOAT
+                return self._constant()
             return Rule(widths.weights, True, True, PerChannel(), code=code, method="minmax")
         method = self.plan.config.effective_method
         target = self.plan.config.runtime
@@ -96,7 +97,7 @@ class Deploy(SiteQuantizer):
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
         rules = super()._dispatch()
         sites = self.plan.sites
-        while True:
+        while not self._whole:
             inputs = Counter(
                 name
                 for tensor in rules
@@ -118,6 +119,7 @@ class Deploy(SiteQuantizer):
             for tensor in lost:
                 del rules[tensor]
                 self.floats[tensor] = ALONE
+        return rules
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
@@ -136,6 +138,15 @@ class Deploy(SiteQuantizer):
             exponent=self.plan.exponents.get(site.tensor, 0.0),
         )
         return np.array([low], np.float32), np.array([high], np.float32)
+
+    @property
+    def _whole(self) -> bool:
+        """True where the target's ops all take codes."""
+        return self.plan.config.runtime.all_codes
+
+    def _constant(self) -> str:
+        """Why a constant beside activations has no rule."""
+        return WITH_ITS_OP if self._whole else FLOAT
 
     def _skips(self, site: Site) -> bool:
         """True for what a residual add passes by its branch, where that is to be quantized.
@@ -171,8 +182,9 @@ class Deploy(SiteQuantizer):
         total = np.zeros(stats.power.size)
         for name in site.consumers:
             node = self.nodes[name]
-            weight, read = constant(node.inputs[1]), node.inputs[0]
-            if node.op_type != "Linear" or weight is None or read is None:
+            weight = constant(node.inputs[1]) if node.op_type == "Linear" else None
+            read = node.inputs[0]
+            if weight is None or read is None:
                 return np.ones(stats.power.size)
             start = start_of(read, site.tensor)
             index = np.arange(stats.power.size, dtype=np.float32).reshape(stats.shape)

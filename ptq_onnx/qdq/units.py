@@ -1,0 +1,351 @@
+"""Every op between input and output on codes: Q/DQ completed for runtimes without a float part.
+
+Such a runtime takes an op as a unit: DequantizeLinear on every input, the op, QuantizeLinear on
+its output. Lowering puts codes where tensors were calibrated; here the rest follows from those:
+
+* layout ops keep their numbers: the same codes in front of them and behind;
+* codes that are made behind layout ops are made at the op that computes the tensor already; where
+  its parts have several ranges, by the range that holds them all;
+* all activations of a unit are of one type: narrower ones are converted, exactly, up to the widest
+  (s / 257 and 257 z hold 8-bit codes in 16), but for the second factor of a product, which may be
+  the narrower one;
+* constants get codes too: biases of linears and convolutions int32 by the scales of the product,
+  all others the type of their unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, is_linear, is_product
+from ptq_onnx.numerics.codes.uniform import asymmetric_scale
+from ptq_onnx.qdq.nodes import Nodes, remove_unused
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+UINT8, UINT16 = ir.DataType.UINT8, ir.DataType.UINT16
+WIDER = 257
+"""65535 / 255: a step of 8-bit codes is so many of 16-bit codes with the same range."""
+LARGEST_BIAS = 2.0**31 - 1
+PARAMETERS = {"Clip": (0,), "Pad": (0,), "Resize": (0,), "Gather": (0,)}
+"""Inputs that are data, of ops whose other inputs are not."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """One scale, zero point and type of codes."""
+
+    scale: np.float32
+    zero: int
+    dtype: ir.DataType
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Numbers | None:
+        """Those of a QuantizeLinear or DequantizeLinear with one constant scale."""
+        scale, zero = (None if v is None else v.const_value for v in node.inputs[1:3])
+        if scale is None or zero is None or scale.size != 1:
+            return None
+        return cls(np.float32(scale.numpy().item()), int(zero.numpy().item()), zero.dtype)
+
+    @classmethod
+    def over(cls, low: float, high: float, dtype: ir.DataType) -> Numbers:
+        """Those that hold a range, without a sign."""
+        if low >= 0 and high <= 0:
+            return cls(np.float32(1), 0, dtype)
+        ends = (np.array([end], np.float32) for end in (low, high))
+        scale, zero = asymmetric_scale(*ends, limits_of(dtype))
+        return cls(np.float32(scale[0]), int(zero[0]), dtype)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The values of the first and the last code."""
+        low, high = limits_of(self.dtype)
+        return (low - self.zero) * float(self.scale), (high - self.zero) * float(self.scale)
+
+    def wider(self) -> Numbers:
+        """The same numbers, and 256 between each two, in 16 bits."""
+        if self.dtype != UINT8:
+            return self
+        return Numbers(np.float32(self.scale / WIDER), self.zero * WIDER, UINT16)
+
+
+def limits_of(dtype: ir.DataType) -> tuple[int, int]:
+    """Smallest and largest code of a type."""
+    info = np.iinfo(dtype.numpy())
+    return int(info.min), int(info.max)
+
+
+@dataclass
+class _Units(Nodes):
+    """The state of completing one graph, changed in place."""
+
+    converted: dict[tuple[ir.Value, Numbers], ir.Value] = field(default_factory=dict)
+    floats: list[str] = field(default_factory=list)
+    """Nodes with a tensor whose numbers nothing tells."""
+
+    def run(self) -> None:
+        values = [*self.graph.inputs, *(v for node in self.graph for v in node.outputs)]
+        self.names.update(str(v.name) for v in [*values, *self.graph.initializers.values()])
+        for value in values:
+            if is_float(value) and not value.is_initializer():
+                self.settle(value)
+        for node in list(self.graph):
+            if not is_coding(node) and not is_layout(node) and node.op_type != "Constant":
+                self.unite(node)
+
+    # --- numbers of every tensor --------------------------------------------------------
+
+    def settle(self, value: ir.Value) -> None:
+        """Give a tensor that an op makes its codes, where it has none."""
+        node = value.producer()
+        if node is not None and is_coding(node):
+            return
+        if node is not None and not any(map(is_data, node.inputs)):
+            return
+        own = set(quantizers(value))
+        inner = kept(node) if node is not None and is_layout(node) else None
+        if node is not None and node.op_type == "Concat":
+            inner = next(iter(own), None) or inner or joined(behind(value))
+            if inner is not None:
+                self.same_numbers(node, inner)
+        numbers = inner or joined(own or behind(value))
+        if numbers is None:
+            if value.uses() or value.is_graph_output():
+                self.floats.append(str(value.name) if node is None else node.op_type)
+            return
+        alone = len(list(consumers(value))) == 1 and not value.is_graph_output()
+        if not (alone and own == {numbers}):
+            self.code(value, numbers)
+
+    def code(self, value: ir.Value, numbers: Numbers) -> ir.Value:
+        """Put Q and DQ behind a tensor, for all that read it; returns what is read now."""
+        uses = [(n, i) for n, i in consumers(value) if n.op_type != "Shape"]
+        real = self.pair(value.producer(), value, numbers)
+        for node, index in uses:
+            if node.op_type == QUANTIZE and Numbers.of(node) == numbers:
+                node.outputs[0].replace_all_uses_with(real.producer().inputs[0])  # type: ignore[union-attr]
+                self.graph.remove(node, safe=True)
+            else:
+                node.replace_input_with(index, real)
+        if value.is_graph_output():
+            position = list(self.graph.outputs).index(value)
+            self.graph.outputs[position] = real
+            name = value.name
+            value.name = self.unique(f"{name}_float")
+            real.name = name
+        return real
+
+    def pair(self, anchor: ir.Node | None, value: ir.Value, numbers: Numbers) -> ir.Value:
+        """Q and DQ of a tensor, behind ``anchor``."""
+        scale = self.constant(f"{value.name}_scale", np.float32(numbers.scale))
+        point = np.array(numbers.zero, numbers.dtype.numpy())
+        zero = self.constant(f"{value.name}_zero_point", point)
+        codes = self.add(anchor, QUANTIZE, [value, scale, zero], value, "codes", numbers.dtype)
+        return self.add(codes.producer(), DEQUANTIZE, [codes, scale, zero], value, "values")
+
+    def same_numbers(self, concat: ir.Node, numbers: Numbers) -> None:
+        """All inputs of a Concat with the numbers of what it makes."""
+        for index, value in enumerate(concat.inputs):
+            if value is None:
+                continue
+            if value.const_value is not None and is_float(value):
+                concat.replace_input_with(index, self.coded_constant(value, numbers, concat))
+            elif (found := numbers_of(value)) is not None and found != numbers:
+                concat.replace_input_with(index, self.convert(value, numbers))
+
+    # --- one type in every unit ---------------------------------------------------------
+
+    def unite(self, node: ir.Node) -> None:
+        """One type for the activations of an op, and codes for its constants."""
+        if not is_float(node.outputs[0]):
+            return
+        data = [(i, v) for i, v in enumerate(node.inputs) if is_data(v) and takes(node, i)]
+        found = [numbers_of(v) for _, v in data]
+        made = [n for v in node.outputs for n in quantizers(v)]
+        if not data or None in found or not made:
+            return
+        wide = any(n is not None and n.dtype == UINT16 for n in [*found, *made])
+        for (index, value), numbers in zip(data, found, strict=True):
+            second = is_product(node) and index == 1
+            if wide and numbers is not None and numbers.dtype == UINT8 and not second:
+                node.replace_input_with(index, self.convert(value, numbers.wider()))
+        for value in node.outputs:
+            for numbers in set(quantizers(value)):
+                if wide and numbers.dtype == UINT8:
+                    self.code(value, numbers.wider())
+        self.constants_of(node, UINT16 if wide else UINT8)
+
+    def convert(self, value: ir.Value, numbers: Numbers) -> ir.Value:
+        """The tensor's values in other codes; once for all that want them."""
+        key = value, numbers
+        if key not in self.converted:
+            self.converted[key] = self.pair(value.producer(), value, numbers)
+        return self.converted[key]
+
+    # --- constants ----------------------------------------------------------------------
+
+    def constants_of(self, node: ir.Node, dtype: ir.DataType) -> None:
+        weighted = is_linear(node) or node.op_type in ("Conv", "ConvTranspose", "Gemm")
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or not is_float(value):
+                continue
+            if weighted and index == 2:
+                self.bias(node, value)
+            elif not weighted and takes(node, index):
+                self.parameter(node, index, value, dtype)
+
+    def parameter(self, node: ir.Node, index: int, value: ir.Value, dtype: ir.DataType) -> None:
+        """γ, β, and what is added to activations or multiplied with them: one scale."""
+        array = array_of(value)
+        if node.op_type == "LayerNormalization" and index == 2 and not array.any():
+            node.resize_inputs(2)
+            return
+        low, high = float(array.min(initial=0)), float(array.max(initial=0))
+        numbers = Numbers.over(low, high, dtype)
+        node.replace_input_with(index, self.coded_constant(value, numbers, node))
+
+    def coded_constant(self, value: ir.Value, numbers: Numbers, node: ir.Node) -> ir.Value:
+        """DequantizeLinear of a constant's codes, in front of ``node``."""
+        low, high = limits_of(numbers.dtype)
+        codes = np.clip(np.rint(array_of(value) / numbers.scale) + numbers.zero, low, high)
+        kind = numbers.dtype.numpy()
+        point = np.array(numbers.zero, kind)
+        return self.stored(value, codes.astype(kind), np.float32(numbers.scale), point, node)
+
+    def bias(self, node: ir.Node, value: ir.Value) -> None:
+        """int32 codes, whose scale is that of the product, per output channel as the weight's."""
+        weight = None if node.inputs[1] is None else node.inputs[1].producer()
+        data = None if node.inputs[0] is None else numbers_of(node.inputs[0])
+        scales = None if weight is None else weight.inputs[1]
+        if weight is None or weight.op_type != DEQUANTIZE or data is None or scales is None:
+            return
+        array = array_of(value).reshape(-1)
+        scale = self.roomy(weight, array, float(data.scale)) * float(data.scale)
+        codes = np.clip(np.rint(array / scale), -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)
+        zero = np.zeros(scale.shape, np.int32)
+        made = self.stored(value, codes, scale.astype(np.float32), zero, node)
+        made.shape = ir.Shape(codes.shape)
+        node.replace_input_with(2, made)
+
+    def roomy(self, weight: ir.Node, bias: NDArray[np.float32], step: float) -> NDArray[np.float64]:
+        """The weight's scales, made larger where the bias would not fit 32 bits, its codes with
+        them."""
+        codes, scales = (v.const_value.numpy() for v in weight.inputs[:2])  # type: ignore[union-attr]
+        scale = np.asarray(scales, np.float64)
+        least = np.abs(bias.astype(np.float64)) / (LARGEST_BIAS * step)
+        wanted = np.maximum(scale, least if scale.ndim else least.max(initial=0))
+        if np.array_equal(wanted, scale):
+            return scale
+        name = str(weight.outputs[0].name)
+        axis = weight.attributes.get_int("axis", 0)
+        shape = [-1 if i == axis else 1 for i in range(codes.ndim)] if scale.ndim else []
+        fewer = np.rint(codes * (scale / wanted).reshape(shape)).astype(codes.dtype)
+        weight.replace_input_with(0, self.constant(f"{name}_fewer_codes", fewer))
+        weight.replace_input_with(1, self.constant(f"{name}_larger", wanted.astype(np.float32)))
+        return wanted
+
+    def stored(
+        self,
+        value: ir.Value,
+        codes: NDArray[np.generic],
+        scale: NDArray[np.float32] | np.float32,
+        zero: NDArray[np.generic],
+        node: ir.Node,
+    ) -> ir.Value:
+        """Codes as an initializer, dequantized in front of ``node``."""
+        inputs = [
+            self.constant(f"{value.name}_codes", codes),
+            self.constant(f"{value.name}_scale", scale),
+            self.constant(f"{value.name}_zero_point", zero),
+        ]
+        attributes = {"axis": 0} if np.ndim(scale) else {}
+        made = ir.node(DEQUANTIZE, inputs, attributes, name=self.unique(f"{value.name}_dequantize"))
+        output = made.outputs[0]
+        output.name = self.unique(f"{value.name}_dequantized")
+        output.shape, output.type = value.shape, value.type
+        self.graph.insert_before(node, made)
+        return output
+
+
+def complete(model: ir.Model) -> list[str]:
+    """Complete Q/DQ in a lowered model, in place; returns what stays in float."""
+    units = _Units(model.graph)
+    units.run()
+    remove_unused(model.graph)
+    return units.floats
+
+
+def is_coding(node: ir.Node) -> bool:
+    """True for QuantizeLinear and DequantizeLinear."""
+    return node.op_type in (QUANTIZE, DEQUANTIZE)
+
+
+def is_float(value: ir.Value) -> bool:
+    """True for a tensor of floats; one without a type is taken for that."""
+    dtype = value.dtype if value.const_value is None else value.const_value.dtype
+    return dtype is None or dtype == ir.DataType.FLOAT
+
+
+def is_data(value: ir.Value | None) -> bool:
+    """True for an activation."""
+    if value is None or is_constant(value) or not is_float(value):
+        return False
+    node = value.producer()
+    return node is None or node.op_type != DEQUANTIZE or not is_constant(node.inputs[0])
+
+
+def takes(node: ir.Node, index: int) -> bool:
+    """Whether an input holds numbers that the op computes with."""
+    return index in PARAMETERS.get(node.op_type, (index,))
+
+
+def array_of(value: ir.Value) -> NDArray[np.float32]:
+    """The numbers of a constant."""
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy(), np.float32)
+
+
+def numbers_of(value: ir.Value) -> Numbers | None:
+    """The numbers of a tensor that DequantizeLinear makes."""
+    node = value.producer()
+    return Numbers.of(node) if node is not None and node.op_type == DEQUANTIZE else None
+
+
+def quantizers(value: ir.Value) -> list[Numbers]:
+    """The numbers of every QuantizeLinear that reads a tensor."""
+    nodes = (node for node, _ in consumers(value) if node.op_type == QUANTIZE)
+    return [found for node in nodes if (found := Numbers.of(node)) is not None]
+
+
+def kept(node: ir.Node) -> Numbers | None:
+    """The numbers of a layout op's data: of its first input, of a Concat's those that all have."""
+    data = [v for v in node.inputs if is_data(v) and v is not None]
+    data = data if node.op_type == "Concat" else data[:1]
+    return joined(set(filter(None, map(numbers_of, data))))
+
+
+def behind(value: ir.Value) -> set[Numbers]:
+    """The numbers that a tensor gets behind layout ops."""
+    return set(_behind(value))
+
+
+def _behind(value: ir.Value) -> Iterator[Numbers]:
+    yield from quantizers(value)
+    for node, index in consumers(value):
+        if is_layout(node) and node.op_type != "Shape" and (index == 0 or node.op_type == "Concat"):
+            for output in node.outputs:
+                yield from _behind(output)
+
+
+def joined(found: Iterable[Numbers]) -> Numbers | None:
+    """Numbers for all of these ranges; None where there are none."""
+    each = list(found)
+    if len(each) < 2:
+        return each[0] if each else None
+    ends = [one.range for one in each]
+    dtype = UINT16 if any(one.dtype == UINT16 for one in each) else each[0].dtype
+    return Numbers.over(min(low for low, _ in ends), max(high for _, high in ends), dtype)
