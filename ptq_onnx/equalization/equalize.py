@@ -71,6 +71,8 @@ COPIES = (16, 32, 64)
 """Numbers of channels that splitting may add to the hidden ones of an MLP …"""
 MOST_COPIES = 1 / 8
 """… up to this part of them."""
+BYTE_STEPS = 255
+"""γ has 8-bit codes where it has codes at all; factors are chosen so that these hold it exactly."""
 AVERAGED = 0.2
 """Weight of v's own rounding beside that of A·V: the rows of A average over tokens."""
 
@@ -178,6 +180,8 @@ class _Equalizer:
                 self.levels,
                 records=self.records(site.tensor),
             )
+            if self.target.all_codes:
+                choice = replace(choice, factor=norm.on_grid(choice.factor, BYTE_STEPS))
             norm.apply(self.model.graph, shift, choice.factor)
             self.note(site, "LayerNormalization", choice)
             for other in self.same_norm(site, norm.linears):

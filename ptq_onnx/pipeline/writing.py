@@ -26,8 +26,8 @@ SEEN_IMAGES = 2
 
 def quantized_model(job: Job, quantizer: SiteQuantizer, config: QuantizeConfig) -> ir.Model:
     """The model of the target's file, not yet written. Raises ModelError."""
-    from ptq_onnx.qdq.half import to_float16
     from ptq_onnx.preparation.batch import with_batch
+    from ptq_onnx.qdq.half import to_float16
     from ptq_onnx.qdq.lowering import lower
     from ptq_onnx.qdq.units import complete
 
@@ -51,8 +51,10 @@ def notes_on_floats(left: list[str], target: str) -> list[str]:
     if not left:
         return []
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(left).most_common())
-    return [f"--target {target}: no codes are known for what these make: {kinds}; `check` tells"
-            " what the runtime makes of them."]
+    return [
+        f"--target {target}: no codes are known for what these make: {kinds}; `check` tells"
+        " what the runtime makes of them."
+    ]
 
 
 def formed(job: Job, plan: Plan, quantizer: SiteQuantizer) -> str:

@@ -9,8 +9,9 @@ its output. Lowering puts codes where tensors were calibrated; here the rest fol
 * all activations of a unit are of one type: narrower ones are converted, exactly, up to the widest
   (s / 257 and 257 z hold 8-bit codes in 16), but for the second factor of a product, which may be
   the narrower one;
-* constants get codes too: biases of linears and convolutions int32 by the scales of the product,
-  all others the type of their unit.
+* constants get codes too: biases of linears and convolutions int32 by the scales of the product, γ
+  uint8 and β int32 by the scale of the output (HTP rounds β to steps of that: measured), all others
+  the type of their unit.
 """
 
 from __future__ import annotations
@@ -190,23 +191,37 @@ class _Units(Nodes):
 
     def constants_of(self, node: ir.Node, dtype: ir.DataType) -> None:
         weighted = is_linear(node) or node.op_type in ("Conv", "ConvTranspose", "Gemm")
+        norm = node.op_type == "LayerNormalization"
         for index, value in enumerate(node.inputs):
             if value is None or value.const_value is None or not is_float(value):
                 continue
             if weighted and index == 2:
                 self.bias(node, value)
+            elif norm and index == 2:
+                self.shift(node, value)
+            elif norm:
+                self.parameter(node, index, value, UINT8)
             elif not weighted and takes(node, index):
                 self.parameter(node, index, value, dtype)
 
     def parameter(self, node: ir.Node, index: int, value: ir.Value, dtype: ir.DataType) -> None:
-        """γ, β, and what is added to activations or multiplied with them: one scale."""
+        """γ, and what is added to activations or multiplied with them: one scale."""
         array = array_of(value)
-        if node.op_type == "LayerNormalization" and index == 2 and not array.any():
-            node.resize_inputs(2)
-            return
         low, high = float(array.min(initial=0)), float(array.max(initial=0))
         numbers = Numbers.over(low, high, dtype)
         node.replace_input_with(index, self.coded_constant(value, numbers, node))
+
+    def shift(self, norm: ir.Node, value: ir.Value) -> None:
+        """β of a norm: int32 codes in steps of the output; without one where it is zero."""
+        array = array_of(value)
+        made = quantizers(norm.outputs[0])
+        if not array.any():
+            norm.resize_inputs(2)
+        elif made:
+            scale = made[0].scale
+            codes = np.rint(array / scale).astype(np.int32)
+            point = np.array(0, np.int32)
+            norm.replace_input_with(2, self.stored(value, codes, np.float32(scale), point, norm))
 
     def coded_constant(self, value: ir.Value, numbers: Numbers, node: ir.Node) -> ir.Value:
         """DequantizeLinear of a constant's codes, in front of ``node``."""
