@@ -185,6 +185,11 @@ class Fields:
         f"ONNX opset, up to {OPSETS[-1]}; tensorrt and openvino take 20 by themselves.",
         shown=str(ONNXRUNTIME.opset),
     )
+    mixed: bool | None = option(
+        None, TARGET, None,
+        "qnn: 16 bits for those activations that 8 hold worst, at most a third of all elements.",
+        shown="on for qnn at --bits 8/8/8",
+    )
     batch_size: int = option(
         1, TARGET, "N", "qnn: images that the file takes at a time.", bounds=(1, 64)
     )
@@ -241,6 +246,12 @@ class Fields:
         unset = self.quantize_residual and self.precision != "fp8"
         unset = unset or self.runtime.all_codes
         return unset if self.rotate is None else self.rotate
+
+    @property
+    def mixes(self) -> bool:
+        """True where some activations get 16 bits by what 8 would lose."""
+        unset = self.runtime.all_codes and str(self.widths) == "8/8/8"
+        return unset if self.mixed is None else self.mixed
 
     @property
     def effective_method(self) -> str:

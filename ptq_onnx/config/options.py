@@ -54,6 +54,7 @@ class Options(TypedDict, total=False):
     gelu: str
     target: str
     opset: int
+    mixed: bool | None
     batch_size: int
     report: bool
     sensitivity: bool

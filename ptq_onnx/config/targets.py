@@ -59,6 +59,8 @@ class Target:
     """The head on [batch, 1, C], where a product of two axes would stay float."""
     all_codes: bool = False
     """Every op takes codes and gives codes: it has no float part."""
+    narrow_second: bool = False
+    """The second factor of a product of activations counts with 8 bits, whatever its codes have."""
     fixed_batch: bool = False
     """Its files hold one batch size."""
 
@@ -140,6 +142,7 @@ QNN = Target(
     patches_as_linear=False,
     keep_rank=False,
     all_codes=True,
+    narrow_second=True,
     fixed_batch=True,
 )
 

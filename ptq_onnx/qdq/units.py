@@ -57,8 +57,8 @@ class Numbers:
         """Those that hold a range, without a sign."""
         if low >= 0 and high <= 0:
             return cls(np.float32(1), 0, dtype)
-        ends = (np.array([end], np.float32) for end in (low, high))
-        scale, zero = asymmetric_scale(*ends, limits_of(dtype))
+        ends = np.array([[low], [high]], np.float32)
+        scale, zero = asymmetric_scale(ends[0], ends[1], limits_of(dtype))
         return cls(np.float32(scale[0]), int(zero[0]), dtype)
 
     @property
@@ -128,7 +128,7 @@ class _Units(Nodes):
         real = self.pair(value.producer(), value, numbers)
         for node, index in uses:
             if node.op_type == QUANTIZE and Numbers.of(node) == numbers:
-                node.outputs[0].replace_all_uses_with(real.producer().inputs[0])  # type: ignore[union-attr]
+                node.outputs[0].replace_all_uses_with(codes_of(real))
                 self.graph.remove(node, safe=True)
             else:
                 node.replace_input_with(index, real)
@@ -164,7 +164,11 @@ class _Units(Nodes):
         """One type for the activations of an op, and codes for its constants."""
         if not is_float(node.outputs[0]):
             return
-        data = [(i, v) for i, v in enumerate(node.inputs) if is_data(v) and takes(node, i)]
+        data = [
+            (i, v)
+            for i, v in enumerate(node.inputs)
+            if v is not None and is_data(v) and takes(node, i)
+        ]
         found = [numbers_of(v) for _, v in data]
         made = [n for v in node.outputs for n in quantizers(v)]
         if not data or None in found or not made:
@@ -328,6 +332,13 @@ def numbers_of(value: ir.Value) -> Numbers | None:
     """The numbers of a tensor that DequantizeLinear makes."""
     node = value.producer()
     return Numbers.of(node) if node is not None and node.op_type == DEQUANTIZE else None
+
+
+def codes_of(value: ir.Value) -> ir.Value:
+    """The codes that DequantizeLinear makes a tensor of."""
+    node = value.producer()
+    assert node is not None and node.inputs[0] is not None
+    return node.inputs[0]
 
 
 def quantizers(value: ir.Value) -> list[Numbers]:

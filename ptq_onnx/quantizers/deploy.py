@@ -23,6 +23,7 @@ from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
@@ -32,14 +33,20 @@ from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
+from ptq_onnx.quantizers.mixed import widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
 
 PRODUCTS = ("Linear", "MatMul")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
 """What makes the residual stream; None: it is the model's input."""
+DEAD = {"Gelu": -4.5, "QuickGelu": -6.0, "Silu": -12.0, "Relu": 0.0}
+"""Below it an activation function gives zero, but for 1e-4: codes there would be wasted. Only where
+what it reads has codes of its own."""
 SEARCHED = "pearson"
 """How the one step of an attention map is found where its rows are not scaled: most of its weights
 lie far below the largest, so that a finer step pays though it clips."""
+SECOND = ("k", "v")
+"""The second factors of QKᵀ and A·V."""
 ALONE = "stays float: another input of the product that reads it does"
 WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
@@ -83,8 +90,11 @@ class Deploy(SiteQuantizer):
         centred = self._centred(site)
         if centred and method in FROM_HISTOGRAM:
             method = "robust"  # histograms are of the tensor with its mean
+        bits = widths.activations
+        if target.narrow_second and site.role in SECOND:
+            bits = min(bits, BYTE)
         return Rule(
-            widths.activations,
+            bits,
             sign,
             sign,
             code=code,
@@ -122,6 +132,14 @@ class Deploy(SiteQuantizer):
         return rules
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
+        """The range of what is read, without values that an activation function makes zero."""
+        low, high = self._range(site, rule, stats)
+        readers = {self.nodes[name].op_type for name in site.consumers}
+        if readers and readers <= DEAD.keys():
+            low = np.maximum(low, np.float32(min(DEAD[kind] for kind in readers)))
+        return low, high
+
+    def _range(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
         # A floating grid has the same relative precision everywhere: its range need not be small.
         if rule.method != "robust" or not rule.per_tensor or rule.code.floating:
@@ -200,6 +218,8 @@ class Deploy(SiteQuantizer):
         if self._given is not None:
             return super().calibrate(batches)
         stats = self.measure(batches)
+        if self.plan.config.mixes:
+            self._mix(stats)
         specs = self.searched(self.solve(stats), batches)
         constants, notes = rounded_weights(self.plan, specs, stats, batches)
         self.notes.extend(notes)
@@ -208,6 +228,12 @@ class Deploy(SiteQuantizer):
             constants |= corrected_biases(self.plan.model, sites, specs, stats, constants)
         self.set_constants(constants)
         return specs
+
+    def _mix(self, stats: Statistics) -> None:
+        """Give 16 bits to what 8 hold worst (``mixed.py``)."""
+        wide, note = widened(self.rules, self.solve(stats), self.plan.sites, stats)
+        self.rules = {**self.rules, **wide}
+        self.notes.append(note)
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
         config = self.plan.config
@@ -220,6 +246,9 @@ class Deploy(SiteQuantizer):
                     f"--scales {where}: {option} needs the images; calibrate anew, or use"
                     f" {without}."
                 )
+        if config.mixes:
+            bits = {t: s.rule.bits for t, s in specs.items()}
+            self.rules = {t: replace(r, bits=bits.get(t, r.bits)) for t, r in self.rules.items()}
         super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from npu.units import file_of, quantizer_for, tokens
 from small_transformer import Choices, transformer
 
+from npu.units import file_of, quantizer_for, tokens
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.units import Numbers, joined
 from ptq_onnx.targets.checking.check import check

@@ -20,15 +20,17 @@ from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
 
 
-def tokens(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(count, TOKENS, WIDTH)).astype(np.float32)
+def tokens(images: int, seed: int = 0, count: int = TOKENS) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(images, count, WIDTH)).astype(np.float32)
 
 
-def quantizer_for(model: ir.Model, bits: str, more: Sequence[str] = ()) -> SiteQuantizer:
+def quantizer_for(
+    model: ir.Model, bits: str, more: Sequence[str] = (), count: int = TOKENS
+) -> SiteQuantizer:
     """The quantizer of the target qnn on an equalised model, calibrated."""
-    config = QuantizeConfig(target="qnn", bits=bits, more_bits=tuple(more), threads=1)
+    config = QuantizeConfig(target="qnn", bits=bits, more_bits=tuple(more), mixed=False, threads=1)
     blocks = find_blocks(model)
-    batches = [tokens(8), tokens(8, seed=2)]
+    batches = [tokens(8, count=count), tokens(8, seed=2, count=count)]
     plan = equalise(Plan(model, blocks, find_sites(model, blocks), config), batches)
     quantizer = make_quantizer(plan)
     quantizer.run(torch.from_numpy(batches[0][:1]), batches)

@@ -237,7 +237,9 @@ def _type_of(value: ir.Value) -> ir.DataType | None:
 
 def _compiled(model: QuantizedModel) -> Compiled:
     """Raises Skipped."""
-    found = model.derived(Compiler(Device(**model.device)))
+    found = model.derived(
+        Compiler(Device(model.device.get("soc", ""), model.device.get("htp_arch", "")))
+    )
     if found is None:
         raise Skipped(f"Qualcomm's compiler is not installed: {MISSING}.")
     return found
