@@ -103,7 +103,8 @@ class Stages:
 class Report(Protocol):
     """Begins a stage that runs the calibration images so many times."""
 
-    def __call__(self, name: str, *, runs: int = 1) -> Advance: ...
+    def __call__(self, name: str, *, runs: int = 1) -> Advance:
+        """Begin the stage; returns what is called with images done."""
 
 
 def silent(_: int) -> None:

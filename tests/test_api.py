@@ -169,7 +169,7 @@ def test_the_keywords_are_the_fields_of_the_config() -> None:
     [
         ({"quantiser": "fqvit"}, "no option 'quantiser': did you mean quantizer"),
         ({"bits": (8, 8)}, "expected three, as in (8, 8, 4)"),
-        ({"bits": (8, 8, 99)}, "attention must be a whole number from 2 to 8"),
+        ({"bits": (8, 8, 99)}, "attention must be a whole number from 2 to 16"),
         ({"quantizer": "best"}, "vanilla, channelwise, fqvit, ptq4vit, deploy"),
         ({"keep_float": 5}, "--keep-float 5: must be a list, each text"),
         ({"images": "many"}, "--images must be at least 1"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.flags import flags
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import MoreBits, Selector
 from ptq_onnx.errors import ConfigError
@@ -176,7 +177,6 @@ def test_what_selectors_match() -> None:
         ({"target": "integer", "keep_float": ("fc2",)}, "--keep-float would leave tensors"),
         ({"target": "integer", "per_channel": ("fc2",)}, "--per-channel would leave tensors"),
         ({"target": "integer", "auto": True}, "--auto would leave tensors"),
-        ({"target": "integer", "more_bits": ("fc2",)}, "not --more-bits"),
         ({"more_bits": ("auto",)}, "--more-bits takes roles"),
         ({"more_bits": ("fc2@9-1",)}, "runs backwards"),
         ({"max_drop": 1}, "--max-drop is the bound of --auto"),
@@ -288,3 +288,34 @@ def test_a_lone_selector_is_not_taken_letter_by_letter(tmp_path: Path) -> None:
     path.write_text("keep_float: head\nper_channel: fc2@5,6")
     found = QuantizeConfig.load(path)
     assert (found.keep_float, found.per_channel) == (("head",), ("fc2@5,6",))
+
+
+BOUNDED = {n: f for n, f in flags(QuantizeConfig).items() if f.bounds}
+NAMED = {n: f for n, f in flags(QuantizeConfig).items() if f.choices}
+
+
+def test_bounds_and_names_are_the_fields_own() -> None:
+    assert {"ptf_k", "multiplier_bits", "max_drop", "min_sqnr"} <= BOUNDED.keys()
+    assert {"quantizer", "method", "precision", "rounding", "gelu", "target"} <= NAMED.keys()
+
+
+@pytest.mark.parametrize("name", ["ptf_k", "multiplier_bits", "max_drop", "min_sqnr"])
+def test_both_ends_of_the_bounds_are_allowed_and_nothing_beyond(name: str) -> None:
+    assert BOUNDED[name].bounds is not None
+    low, high = map(int, BOUNDED[name].bounds)
+    belongs: dict[str, Any] = {"auto": True} if name in ("max_drop", "min_sqnr") else {}
+    if not belongs:
+        belongs = {"quantizer": "fqvit"}
+    for value in (low, high):
+        assert getattr(QuantizeConfig(**belongs, **{name: value}), name) == value
+    for value in (low - 1, high + 1):
+        with pytest.raises(ConfigError, match=f"{value}: must be from {low} to {high}"):
+            QuantizeConfig(**belongs, **{name: value})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_an_unknown_name_lists_those_that_there_are(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        QuantizeConfig(**{name: "no such"})
+    told = f"There is no {name} 'no such'; choose one of {', '.join(NAMED[name].choices)}."
+    assert str(error.value) == told

@@ -14,9 +14,10 @@ from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import float_outputs, graphwise
 from ptq_onnx.analysis.modules import find_modules, left_in_float
-from ptq_onnx.analysis.results import Analysis
+from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity
 from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
 from ptq_onnx.analysis.variation import variation
+from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.config import stages
 from ptq_onnx.engine.simulator import Simulator
@@ -72,60 +73,87 @@ def analyse_quantized(
     ``fixed``: the model's batch size where it is fixed. Raises ModelError without images.
     """
     begin = stage or (lambda _, __: lambda ___: None)
-    specs, count = subject.quantizer.specs, len(source)
-    floats = Simulator(subject.model, None, threads=threads)
-    other = None if subject.other is None else Simulator(subject.other, None, threads=threads)
-    ops = graphwise(
-        subject.model,
-        subject.quantizer,
-        subject.blocks,
-        _Filled(source, SMALL, fixed),
-        held_apart=held_apart,
-        sites=subject.sites,
-        simulator=subject.simulator,
-        reference=other or floats,
-        count=count,
-        threads=threads,
-        progress=begin(stages.EVERY_OP, count),
-    )
-    few = min(VARIATION_IMAGES, count)
-    varied = variation(
-        subject.other or subject.model,
-        subject.blocks,
-        subject.sites,
-        specs,
-        _Filled(source, SMALL, fixed, few),
-        rounded=subject.model,
-        count=few,
-        threads=threads,
-        progress=begin(stages.VARIATION, 2 * few),
-    )
+    specs = subject.quantizer.specs
+    way = _Way(source, fixed, threads, begin)
+    floats = Simulator(subject.other or subject.model, None, threads=threads)
+    ops = _every_op(subject, way, floats, held_apart)
+    varied = _variation(subject, way)
     looked = attention_values(
         subject.model,
         subject.blocks,
-        other or floats,
+        floats,
         subject.simulator,
         named(source, SMALL, fixed, ATTENTION_IMAGES),
         specs,
-        begin(stages.ATTENTION, min(ATTENTION_IMAGES, count)),
+        begin(stages.ATTENTION, min(ATTENTION_IMAGES, len(source))),
     )
     switched = None
     if full and float_outputs(subject.model):
-        modules = find_modules(subject.model, subject.blocks, subject.sites, specs)
-        switched = sensitivity(
-            subject.model,
-            specs,
-            subject.blocks,
-            subject.sites,
-            load(source, fixed, batch),
-            held_apart=held_apart,
-            reference=subject.other,
-            left_in_float=partial(left_in_float, quantizer=subject.quantizer),
-            threads=threads,
-            progress=begin(stages.MODULES, run_count(modules)),
-        )
+        switched = _switched(subject, way, batch, held_apart)
     advice = advise(subject.sites, specs, varied, switched, looked)
     return Analysis(ops, switched, varied, looked, advice)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The images of an analysis, and how they are run."""
+
+    source: ImageSource
+    fixed: int | None
+    threads: int
+    begin: Stage
+
+
+def _every_op(subject: Subject, way: _Way, floats: Simulator, held_apart: bool) -> Graphwise:
+    """The error of every op, against the simulator of the float model compared with."""
+    count = len(way.source)
+    return graphwise(
+        subject.model,
+        subject.quantizer,
+        subject.blocks,
+        _Filled(way.source, SMALL, way.fixed),
+        held_apart=held_apart,
+        sites=subject.sites,
+        simulator=subject.simulator,
+        reference=floats,
+        count=count,
+        threads=way.threads,
+        progress=way.begin(stages.EVERY_OP, count),
+    )
+
+
+def _variation(subject: Subject, way: _Way) -> Variation:
+    """Ranges, histograms and rounding, on few images."""
+    few = min(VARIATION_IMAGES, len(way.source))
+    return variation(
+        subject.other or subject.model,
+        subject.blocks,
+        subject.sites,
+        subject.quantizer.specs,
+        _Filled(way.source, SMALL, way.fixed, few),
+        rounded=subject.model,
+        count=few,
+        threads=way.threads,
+        progress=way.begin(stages.VARIATION, 2 * few),
+    )
+
+
+def _switched(subject: Subject, way: _Way, batch: int, held_apart: bool) -> Sensitivity:
+    """Every module quantized alone, and left in float alone."""
+    specs = subject.quantizer.specs
+    modules = find_modules(subject.model, subject.blocks, subject.sites, specs)
+    return sensitivity(
+        subject.model,
+        specs,
+        subject.blocks,
+        subject.sites,
+        load(way.source, way.fixed, batch),
+        held_apart=held_apart,
+        reference=subject.other,
+        left_in_float=partial(left_in_float, quantizer=subject.quantizer),
+        threads=way.threads,
+        progress=way.begin(stages.MODULES, run_count(modules)),
+    )
 
 
 def named(

@@ -40,6 +40,7 @@ class Rounded:
     bits: int
 
     def run(self, batch: Array, names: Iterable[str]) -> dict[str, Array]:
+        """The named tensors of a batch [B, C, H, W], rounded to codes."""
         found = self.simulator.run(batch, names)
         return {n: round_attention(v, self.code, self.bits) for n, v in found.items()}
 

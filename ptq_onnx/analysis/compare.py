@@ -21,7 +21,7 @@ from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.class_output import features_of
 from ptq_onnx.config.stages import READING
 from ptq_onnx.errors import ConfigError, ModelError
-from ptq_onnx.evaluation.evaluate import evaluate, no_classes, since
+from ptq_onnx.evaluation.evaluate import Evaluation, evaluate, no_classes, since
 from ptq_onnx.evaluation.network import Network, session
 from ptq_onnx.evaluation.outputs import decibels as in_json
 from ptq_onnx.files.model_size import model_bytes
@@ -105,25 +105,36 @@ def compare(
             progress=since(advance),
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
-        contenders.append(
-            Contender(
-                name=name,
-                file=file.name,
-                bytes=model_bytes(file),
-                quantized_ops=tapped.quantized_ops(),
-                top1=measured.top1,
-                top5=measured.top5,
-                sqnr_db=in_json(measured.sqnr_db),
-                agreement=measured.agreement,
-                ms_per_image=times[index],
-                blocks=floats.blocks(tapped, outputs) if index and floats is not None else (),
-                outputs=measured.outputs,
-            )
-        )
+        blocks = floats.blocks(tapped, outputs) if index and floats is not None else ()
+        contenders.append(_contender(name, file, measured, tapped, times[index], blocks))
     begin.done()
     notes = preprocess_notes(files, names, images.preprocess)
     looked = min(block_images, len(images))
     return Comparison(base.name, len(images), looked, tuple(contenders), notes)
+
+
+def _contender(
+    name: str,
+    file: Path,
+    measured: Evaluation,
+    tapped: Tapped,
+    milliseconds: float,
+    blocks: tuple[BlockMatch, ...],
+) -> Contender:
+    """What was measured of one file."""
+    return Contender(
+        name=name,
+        file=file.name,
+        bytes=model_bytes(file),
+        quantized_ops=tapped.quantized_ops(),
+        top1=measured.top1,
+        top5=measured.top5,
+        sqnr_db=in_json(measured.sqnr_db),
+        agreement=measured.agreement,
+        ms_per_image=milliseconds,
+        blocks=blocks,
+        outputs=measured.outputs,
+    )
 
 
 def block_outputs(path: Path, size: tuple[int, int] | None = None) -> dict[int, str]:

@@ -8,7 +8,7 @@ makes: q, k, v out of a packed linear, the concatenation with the class token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class _Pair:
     patches: Sums = field(default_factory=Sums)
 
     def add(self, reference: Array, value: Array, tokens: Tokens | None) -> None:
+        """Add a batch's values of one tensor, the float ones and the quantized ones."""
         self.whole.add(reference, value)
         if tokens is None:
             return
@@ -77,62 +78,81 @@ def graphwise(
     that the two float models themselves disagree on was changed on purpose, and is compared
     with ``model``'s own. Raises ModelError where there is not a single image.
     """
+    floats = _FloatValues(reference or Simulator(model, None, threads=threads), own)
     quantized = simulator or Simulator(model, quantizer, threads=threads)
-    reference = reference or Simulator(model, None, threads=threads)
     nodes = _compared(model, quantizer)
-    tokens = find_tokens(model, blocks)
-    sums = {name: _Pair() for name in nodes}
-    ends: dict[str, list[tuple[Array, Array]]] = {n: [] for n in float_outputs(model)}
-    changed: frozenset[str] | None = None
+    gathered = _Gathered(nodes, float_outputs(model), find_tokens(model, blocks))
     images = 0
     for batch in batches:
-        size = len(batch)
-        real = size if count is None else min(size, count - images)
-        floats: dict[str, Array] = {}
-        reference.walk(batch, floats.__setitem__)
-        if own is not None and changed is None:
-            changed = _changed(own, batch, floats)
-        if own is not None and changed:
-            again: dict[str, Array] = {}
-            own.walk(batch, again.__setitem__)
-            floats.update({name: again[name] for name in changed})
-
-        def compare(
-            name: str,
-            value: Array,
-            floats: dict[str, Array] = floats,
-            size: int = size,
-            real: int = real,
-        ) -> None:
-            if name not in floats:
-                return
-            one, other = (first_images(v, size, real) for v in (floats.pop(name), value))
-            if name in sums:
-                sums[name].add(one, other, tokens)
-            if name in ends:
-                ends[name].append((one, other))
-
-        quantized.walk(batch, compare)
+        real = len(batch) if count is None else min(len(batch), count - images)
+        gathered.add(quantized, batch, floats.of(batch), real)
         images += real
         if progress is not None:
             progress(real)
     if not images:
         raise ModelError("There are no images to analyse the quantized model on.")
     ops = [
-        _op_error(node, name, sums[name], _role(name, node, blocks, sites), quantizer)
+        _op_error(node, name, gathered.sums[name], _role(name, node, blocks, sites), quantizer)
         for name, node in nodes.items()
-        if sums[name].whole.count
+        if gathered.sums[name].whole.count
     ]
-    features = feature_outputs(model)
-    found = tuple(
-        OutputError(name, _error(pairs, name not in features))
-        for name, pairs in ends.items()
-        if pairs
-    )
+    found = _output_errors(gathered.ends, feature_outputs(model))
     logits = next((one.error for one in found if one.error.agreement is not None), None)
     if logits is None and found:
         logits = found[0].error
     return Graphwise(images, held_apart, tuple(ops), tuple(_block_errors(ops)), logits, found)
+
+
+class _FloatValues:
+    """Every tensor of the float model to compare with, batch by batch.
+
+    ``own`` simulates the float model that was quantized, where it is another: what the two
+    disagree on in the first batch is taken from it.
+    """
+
+    def __init__(self, reference: Simulator, own: Simulator | None) -> None:
+        self.reference, self.own = reference, own
+        self.changed: frozenset[str] | None = None
+
+    def of(self, batch: Array) -> dict[str, Array]:
+        """The values for a batch [B, C, H, W], by tensor."""
+        floats: dict[str, Array] = {}
+        self.reference.walk(batch, floats.__setitem__)
+        if self.own is None:
+            return floats
+        if self.changed is None:
+            self.changed = _changed(self.own, batch, floats)
+        if self.changed:
+            again: dict[str, Array] = {}
+            self.own.walk(batch, again.__setitem__)
+            floats.update({name: again[name] for name in self.changed})
+        return floats
+
+
+class _Gathered:
+    """Sums by tensor compared, and the values of the outputs, over all batches."""
+
+    def __init__(
+        self, compared: Iterable[str], outputs: Iterable[str], tokens: Tokens | None
+    ) -> None:
+        self.sums = {name: _Pair() for name in compared}
+        self.ends: dict[str, list[tuple[Array, Array]]] = {name: [] for name in outputs}
+        self.tokens = tokens
+
+    def add(self, quantized: Simulator, batch: Array, floats: dict[str, Array], real: int) -> None:
+        """Run a batch, of which the first ``real`` images count, and compare it with ``floats``,
+        whose tensors go as they are compared."""
+
+        def compare(name: str, value: Array) -> None:
+            if name not in floats:
+                return
+            one, other = (first_images(v, len(batch), real) for v in (floats.pop(name), value))
+            if name in self.sums:
+                self.sums[name].add(one, other, self.tokens)
+            if name in self.ends:
+                self.ends[name].append((one, other))
+
+        quantized.walk(batch, compare)
 
 
 def _compared(model: ir.Model, quantizer: VitQuantizer) -> dict[str, ir.Node]:
@@ -165,6 +185,17 @@ def float_outputs(model: ir.Model) -> tuple[str, ...]:
     kinds = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
     made = [v for v in model.graph.outputs if v.dtype in kinds and v.producer() is not None]
     return tuple(dict.fromkeys(str(v.name) for v in made))
+
+
+def _output_errors(
+    ends: Mapping[str, list[tuple[Array, Array]]], features: Collection[str]
+) -> tuple[OutputError, ...]:
+    """The errors of the outputs that were seen; of those that are features, without classes."""
+    return tuple(
+        OutputError(name, _error(pairs, name not in features))
+        for name, pairs in ends.items()
+        if pairs
+    )
 
 
 def _error(pairs: list[tuple[Array, Array]], answers: bool) -> Error:

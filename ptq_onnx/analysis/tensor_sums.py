@@ -51,6 +51,8 @@ class Histogram:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, BINS), np.int64))
 
     def add(self, row: int, values: Array) -> None:
+        """Count values of any shape in one of the two rows; those beyond the ends count in the
+        outer bins."""
         width = max(self.high - self.low, 1e-30)
         place = (values.ravel() - np.float32(self.low)) * np.float32(BINS / width)
         self.counts[row] += np.bincount(
@@ -58,6 +60,7 @@ class Histogram:
         )
 
     def result(self) -> TensorHistogram:
+        """The counts of both rows, with the ends of the bins."""
         one, two = (tuple(int(v) for v in row) for row in self.counts)
         return TensorHistogram(self.low, self.high, one, two)
 
@@ -72,6 +75,7 @@ class Rounding:
     clip_noise: float = 0.0
 
     def add(self, value: Array, rounded: Array) -> None:
+        """Add a tensor and its rounded values, of the same shape."""
         self.sums.add(value, rounded)
         outside = clipped(value, self.spec)
         self.clipped += int(np.count_nonzero(outside))
@@ -203,6 +207,8 @@ def ratio_to_median(extremes: Array) -> float | None:
 
 
 def rounding_figures(rounding: Rounding | None) -> dict[str, Any]:
+    """What rounding costs a tensor: SNR, the share of clipped values, and of the noise that
+    clipping makes. All None for a tensor without codes."""
     if rounding is None:
         return {"clip": None, "clipped": None, "snr_db": None, "clip_noise": None}
     sums = rounding.sums

@@ -58,6 +58,8 @@ class Outside(RoleMap):
                 self.set(node, None, "layer_scale")
 
     def projection_outside(self, node: ir.Node, before: bool, between: bool) -> str:
+        """The role of a linear or a convolution that belongs to no block: ``before`` the first one,
+        ``between`` two stages, or behind the last."""
         if before:
             return "patch_embed"
         if between:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.calibration.histogram import Histogram
 from ptq_onnx.numerics.codes.uniform import asymmetric_scale, symmetric_scale
 
 Double = NDArray[np.float64]
@@ -19,17 +18,6 @@ TAIL = np.geomspace(2.0**-10, 0.1, 40)[-2::-1]
 """Shares of the range below a tenth: where one value in a million stretched it."""
 
 
-def squared_error(
-    histogram: Histogram,
-    low: Double,
-    high: Double,
-    limits: tuple[int, int],
-    symmetric: bool,
-) -> Double:
-    """Σ count · E[(v - Q(v))²] per row [R] when [low, high] ([R] each) is the range."""
-    return error_of(*histogram.finest, low, high, limits, symmetric)
-
-
 def error_of(
     edges: Double,
     counts: NDArray[np.int64] | Double,
@@ -38,7 +26,8 @@ def error_of(
     limits: tuple[int, int],
     symmetric: bool,
 ) -> Double:
-    """As :func:`squared_error`, from the bins' edges [R, N + 1] and counts [R, N]."""
+    """Σ count · E[(v - Q(v))²] per row [R] when [low, high] ([R] each) is the range, from the edges
+    [R, N + 1] and the counts [R, N] of bins in which values lie evenly."""
     low32, high32 = low.astype(np.float32), high.astype(np.float32)
     if symmetric:
         scale, zero = symmetric_scale(low32, high32, limits), np.zeros(len(low), np.int32)

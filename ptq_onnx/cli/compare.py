@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
+from ptq_onnx.analysis.decibels import plain
 from ptq_onnx.cli import options as o
 from ptq_onnx.cli.console import (
     OUTPUT_COLUMNS,
@@ -19,9 +24,16 @@ from ptq_onnx.cli.console import (
 )
 from ptq_onnx.cli.given import settings
 from ptq_onnx.cli.terminal import stdout
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.text_file import write_text
+from ptq_onnx.images.source import ImageSource
+
+if TYPE_CHECKING:
+    from ptq_onnx.analysis.comparison_results import Comparison
+
+PAGE, NUMBERS = "compare.html", "compare.json"
 
 Models = Annotated[
     list[str],
@@ -57,42 +69,11 @@ def compare(
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
     folder = Output.of_reports(paths["output"]).folder if "output" in paths else None
-    with progress_bars() as progress:
-        from ptq_onnx.analysis import compare as comparison
-        from ptq_onnx.analysis.decibels import plain
-        from ptq_onnx.images.labels import labels_for
-        from ptq_onnx.images.opening import open_images
-        from ptq_onnx.pipeline.preprocessing import resolve_preprocess
-        from ptq_onnx.report.compare_page import render_comparison
-
-        base = comparison.find_reference(models, reference)
-        source = open_images(paths["val"], resolve_preprocess(base, options))
-        try:
-            truth = labels_for(source, paths.get("labels"))
-        except ImageError:
-            if "labels" in paths:
-                raise
-            truth = None
-        if "labels" not in paths and not comparison.classifies(base):
-            truth = None  # its folders are no classes
-        found = comparison.compare(
-            models,
-            source,
-            reference=base,
-            labels=truth,
-            block_images=options.analysis_images,
-            batch=options.batch,
-            threads=options.threads,
-            progress=progress,
-        )
-    numbers = plain(asdict(found))
-    text = json.dumps(numbers, indent=1, allow_nan=False)
+    found = compared(models, reference, options, paths)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "compare.json", text)
-        write_text(folder / "compare.html", render_comparison(found))
+        write_comparison(found, folder)
     if as_json:
-        print(json.dumps(numbers, allow_nan=False))
+        print(json.dumps(plain(asdict(found)), allow_nan=False))
         return
     stdout().print(table(found))
     if any(len(one.outputs) > 1 for one in found.contenders):
@@ -101,8 +82,55 @@ def compare(
         stdout().say(f"note: {note}")
     if folder is not None:
         print("Written:")
-        for name in ("compare.html", "compare.json"):
+        for name in (PAGE, NUMBERS):
             stdout().say(f"  {folder / name}")
+
+
+def compared(
+    models: list[str], reference: str | None, options: QuantizeConfig, paths: Mapping[str, Any]
+) -> Comparison:
+    """The files measured on the images of ``--val``, with a bar. Raises PtqError."""
+    with progress_bars() as progress:
+        from ptq_onnx.analysis import compare as comparison
+        from ptq_onnx.images.opening import open_images
+        from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+
+        base = comparison.find_reference(models, reference)
+        source = open_images(paths["val"], resolve_preprocess(base, options))
+        return comparison.compare(
+            models,
+            source,
+            reference=base,
+            labels=truth(base, source, paths.get("labels")),
+            block_images=options.analysis_images,
+            batch=options.batch,
+            threads=options.threads,
+            progress=progress,
+        )
+
+
+def truth(base: Path, source: ImageSource, labels: str | None) -> NDArray[np.int64] | None:
+    """The classes [N] of the images, from the file or from their folders, unless these are no
+    classes of the model. Raises ImageError for a file that does not fit."""
+    from ptq_onnx.analysis.compare import classifies
+    from ptq_onnx.images.labels import labels_for
+
+    try:
+        found = labels_for(source, labels)
+    except ImageError:
+        if labels is not None:
+            raise
+        found = None
+    return found if labels is not None or classifies(base) else None
+
+
+def write_comparison(found: Comparison, folder: Path) -> None:
+    """``compare.json`` and the page, in a folder that is made where it does not exist."""
+    from ptq_onnx.report.compare_page import render_comparison
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / NUMBERS, json.dumps(plain(asdict(found)), indent=1, allow_nan=False))
+    write_text(folder / PAGE, render_comparison(found))
 
 
 def table(found: Any) -> Any:

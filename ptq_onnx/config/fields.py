@@ -8,6 +8,7 @@ from typing import Literal
 from ptq_onnx.config.bits import Bits
 from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, option
 from ptq_onnx.config.names import (
+    ARITHMETIC_NAMES,
     GELU_NAMES,
     MAX_DROP,
     METHOD_NAMES,
@@ -49,7 +50,7 @@ class Fields:
     quantizer: str = option(
         "", NUMBERS, "NAME",
         f"One of {', '.join(QUANTIZER_NAMES)}; the target integer takes fqvit by itself.",
-        shown=ONNXRUNTIME.quantizer,
+        shown=ONNXRUNTIME.quantizer, choices=QUANTIZER_NAMES,
     )
     bits: str = option(
         "8/8/8", NUMBERS, "W/A/ATTN",
@@ -58,6 +59,7 @@ class Fields:
     precision: str = option(
         "int8", TARGET, "NAME",
         f"One of {', '.join(PRECISION_NAMES)}; fp8 is E4M3, for the target tensorrt.",
+        choices=PRECISION_NAMES,
     )
     weights: int = option(
         8, NUMBERS, "N",
@@ -65,7 +67,7 @@ class Fields:
     )
     method: str | None = option(
         None, NUMBERS, "NAME", f"One of {', '.join(METHOD_NAMES)}.",
-        shown="percentile for vanilla, robust for the others",
+        shown="percentile for vanilla, robust for the others", choices=METHOD_NAMES,
     )
     images: int = option(128, INPUT, "N", "Calibration images to use.", bounds=(1, 1_000_000))
     batch: int = option(8, RUNNING, "N", "Images per batch.", bounds=(1, 4096))
@@ -123,17 +125,17 @@ class Fields:
     )
     max_drop: float | None = option(
         None, NUMBERS, "POINTS", "auto: top-1 that may be lost on the images of --val.",
-        shown=f"{MAX_DROP} where --val has labels",
+        shown=f"{MAX_DROP} where --val has labels", bounds=(0, 100), unit="points",
     )
     min_sqnr: float | None = option(
         None, NUMBERS, "DB",
         "auto: SQNR that every output must have, on --val or on calibration images held apart.",
-        shown=f"{MIN_SQNR:g} without labels", bounds=(-1000, 1000),
+        shown=f"{MIN_SQNR:g} without labels", bounds=(-1000, 1000), unit="dB",
     )
     ptf: bool = option(True, NUMBERS, None, "fqvit: power-of-two factors per channel.")
     ptf_k: int | None = option(
         None, NUMBERS, "K", "fqvit: largest exponent, 0 to 12.",
-        shown="as large as the channels need",
+        shown="as large as the channels need", bounds=(0, 12),
     )
     lis: bool = option(True, NUMBERS, None, "fqvit: log2 codes for attention maps.")
     equalize: bool = option(
@@ -153,6 +155,7 @@ class Fields:
     rounding: str = option(
         "nearest", NUMBERS, "NAME",
         f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
+        choices=ROUNDING_NAMES,
     )
     centre_values: bool = option(
         False, TARGET, None,
@@ -169,16 +172,20 @@ class Fields:
     arithmetic: Literal["float", "integer"] = option(
         "float", TARGET, "NAME",
         "fqvit: float, or integer as --target integer computes, in the simulation.",
+        choices=ARITHMETIC_NAMES,
     )
     multiplier_bits: int = option(
-        31, TARGET, "N", "Integer arithmetic: width of the fixed-point multipliers, 4 to 31."
+        31, TARGET, "N", "Integer arithmetic: width of the fixed-point multipliers, 4 to 31.",
+        bounds=(4, 31),
     )
     gelu: str = option(
         "table", TARGET, "NAME",
         f"Integer arithmetic: how GELU is computed, one of {', '.join(GELU_NAMES)}.",
+        choices=GELU_NAMES,
     )
     target: str = option(
-        "onnxruntime", TARGET, "NAME", f"What the file is for: {', '.join(TARGETS)}."
+        "onnxruntime", TARGET, "NAME", f"What the file is for: {', '.join(TARGETS)}.",
+        choices=TARGETS,
     )
     opset: int = option(
         0, TARGET, "N",

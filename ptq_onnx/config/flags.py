@@ -20,7 +20,8 @@ class Flag:
 
     ``metavar`` None: a switch, ``--name`` and ``--no-name``. ``shown``: the default in words.
     ``bounds``: the smallest and the largest value that makes sense, of each where there are
-    several; ``hint`` is told beside them.
+    several; ``unit`` and ``hint`` are told beside them. ``choices``: the names it takes, besides
+    its default.
     """
 
     group: str
@@ -29,6 +30,8 @@ class Flag:
     shown: str
     bounds: tuple[float, float] | None = None
     hint: str = ""
+    unit: str = ""
+    choices: tuple[str, ...] = ()
 
 
 def option(
@@ -40,10 +43,13 @@ def option(
     shown: str | None = None,
     bounds: tuple[float, float] | None = None,
     hint: str = "",
+    unit: str = "",
+    choices: tuple[str, ...] = (),
 ) -> Any:
     """A field of a dataclass of options."""
     words = ("on" if default else "off") if isinstance(default, bool) else str(default)
-    flag = Flag(group, metavar, text, words if shown is None else shown, bounds, hint)
+    told = words if shown is None else shown
+    flag = Flag(group, metavar, text, told, bounds, hint, unit, choices)
     return field(default=default, metadata={FLAG: flag})
 
 

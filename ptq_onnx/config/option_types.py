@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +20,8 @@ WORDS = {
     type(None): "nothing",
 }
 MOST_ITEMS = 10_000
+GUARD = 256
+"""An upper bound from here on keeps nonsense out; messages tell the lower one alone."""
 SHORT = 60
 """Characters of a value that a message shows."""
 
@@ -33,7 +36,8 @@ def check_options(config: Any) -> None:
         flag = flag_of(field)
         low, high = flag.bounds or (None, None)
         fits = _fits(value, hint)
-        if hint is int and low is not None and not (fits and value >= low):
+        guarded = hint is int and low is not None and high is not None and high >= GUARD
+        if guarded and not (fits and value >= low):
             raise ConfigError(f"{option} must be at least {low:g}, got {shown(value)}.")
         if not fits:
             words = " or ".join(dict.fromkeys(_words(hint)))
@@ -42,10 +46,23 @@ def check_options(config: Any) -> None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:
-                more = f"; {flag.hint}" if flag.hint else ""
+                more = f" {flag.unit}" * bool(flag.unit) + f"; {flag.hint}" * bool(flag.hint)
                 raise ConfigError(
                     f"{option} {shown(number)}: must be from {low:g} to {high:g}{more}."
                 )
+
+
+def check_choices(config: Any) -> None:
+    """Check the names that a dataclass's fields hold. Raises ConfigError, one line."""
+    for field in fields(config):
+        value, known = getattr(config, field.name), flag_of(field).choices
+        if known and value != field.default and value not in known:
+            raise no_such(field.name, value, known)
+
+
+def no_such(name: str, value: str, known: Sequence[str]) -> ConfigError:
+    """The error of a name that an option does not know."""
+    return ConfigError(f"There is no {name} {shown(value)}; choose one of {', '.join(known)}.")
 
 
 def shown(value: object) -> str:

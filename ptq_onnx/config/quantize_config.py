@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from ptq_onnx.config.checks import check_names, check_together, check_values
+from ptq_onnx.config.checks import check_together, check_values
 from ptq_onnx.config.fields import SELECTORS, Fields
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.option_file import read_yaml
-from ptq_onnx.config.option_types import check_options, shown
+from ptq_onnx.config.option_types import check_choices, check_options, shown
 from ptq_onnx.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ class QuantizeConfig(Fields):
             elif isinstance(value, str) and one.name in SELECTORS:  # one, not one per letter
                 object.__setattr__(self, one.name, (value,))
         check_options(self)
-        check_names(self)
+        check_choices(self)
         if not self.quantizer:
             own = "deploy" if self.weight_only else self.runtime.quantizer
             object.__setattr__(self, "quantizer", own)

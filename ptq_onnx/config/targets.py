@@ -128,6 +128,7 @@ INTEGER = Target(
     "integer",
     quantizer="fqvit",
     refuses=_NO_INTEGERS,
+    widest=WIDEST,
     patches_as_linear=False,
     keep_rank=False,
 )

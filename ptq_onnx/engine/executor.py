@@ -36,6 +36,8 @@ class Executor(TorchExecutor):  # type: ignore[misc]
     def quantize_function(
         self, tensor: torch.Tensor, config: TensorQuantizationConfig | None = None
     ) -> torch.Tensor:
+        """The tensor rounded as its config says; as it is in exact mode, or where quantization is
+        switched off. PPQ's own function knows uniform codes without factors, ours all others."""
         if config is None or self.mode == "exact":
             return tensor
         if not QuantizationStates.is_activated(config.state):

@@ -93,6 +93,7 @@ class CalibrationPass(QuantizationOptimizationPass):  # type: ignore[misc]
         self._quantizer = quantizer
 
     def optimize(self, graph: BaseGraph, dataloader: Iterable[Any], **_: Any) -> None:
+        """Calibrate the quantizer on the batches, and give PPQ's configs its numbers."""
         self._quantizer.specs = self._quantizer.calibrate(dataloader)
         self._quantizer.activate()
 

@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
-from ptq_onnx.blocks.roles import Blocks, Role, find_blocks
+from ptq_onnx.blocks.roles import Blocks, Role
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import is_product, name_of
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
@@ -53,9 +52,8 @@ from ptq_onnx.equalization.foldings import (
     readers_of,
     value_path,
 )
+from ptq_onnx.equalization.form import take_form
 from ptq_onnx.equalization.linear_weights import move_rows
-from ptq_onnx.equalization.pixels import image_in_pixels
-from ptq_onnx.equalization.restructure import reads_only_products, restructure, with_own_reads
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.codes.uniform import asymmetric_scale
@@ -364,25 +362,10 @@ def equalise(plan: Plan, batches: Iterable[Any]) -> Plan:
 
 def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     """As :func:`equalise`, on the plan's own model: each weight goes as a new one comes."""
-    model = plan.model
     target = plan.config.runtime
-    counts = restructure(model, target)
-    common.RemoveUnusedNodesPass()(model)
-    blocks = find_blocks(model)
-    fixed: dict[str, tuple[float, float]] = {}
     moves = not code_named(plan.config.code).floating  # see the module's text
-    if plan.pixels is not None and moves and not target.all_codes:
-        roles, fixed = image_in_pixels(
-            model,
-            *plan.pixels,
-            centred=target.symmetric,
-            convolutions=target.convolutions,
-        )
-        blocks = replace(blocks, roles={**blocks.roles, **roles})
-    blocks = with_own_reads(plan, model, blocks)
-    sites = find_sites(model, blocks, whole=target.all_codes)
-    nodes = {name_of(node): node for node in model.graph}
-    wanted = [s for s in sites.values() if not s.is_parameter and reads_only_products(s, nodes)]
+    form = take_form(plan, pixels=moves)
+    model, blocks, sites, wanted = form.model, form.blocks, form.sites, form.read_by_products
     report = plan.progress or (lambda _: lambda __: None)
     values = {str(v.name): v for n in model.graph for v in n.outputs}
     centred = [
@@ -411,6 +394,6 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         statistics=stats,
         moves=tuple(state.moves),
         exponents=state.exponents,
-        forms=counts,
-        fixed={**fixed, **state.fixed},
+        forms=form.counts,
+        fixed={**form.fixed, **state.fixed},
     )

@@ -100,6 +100,7 @@ def move_input_channels(
 
 
 def bias_of(linear: ir.Node, width: int) -> NDArray[np.float64]:
+    """The bias of a linear, float64 [``width``]; zeros where it has none."""
     found = constant(linear.inputs[2]) if len(linear.inputs) > 2 else None
     return np.zeros(width) if found is None else np.array(found, np.float64)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.roles import Role
@@ -13,6 +16,8 @@ from ptq_onnx.equalization.foldings import insert_affine
 from ptq_onnx.equalization.linear_weights import move_input_channels, move_rows
 from ptq_onnx.equalization.padding import pad_apart
 from ptq_onnx.graph.formula import constant
+
+Double = NDArray[np.float64]
 
 
 def image_in_pixels(
@@ -28,54 +33,78 @@ def image_in_pixels(
     A normalised pixel is (p / 255 - mean) / std. Where all channels share a std, an Add that
     makes black zero is enough, else a Mul brings all to one unit. ``centred``: zero is 128, for
     codes with a sign. What a convolution pads is padded before: the border's zeros become the
-    pixels next to the mean. Returns the roles of the
-    new nodes and the exact range of the tensor that the patch embedding reads; both are
-    empty, and the model as it was, where the image is read by anything else, or by a
-    convolution and these are not quantized (``convolutions``).
+    pixels next to the mean. Returns the roles of the new nodes and the exact range of the tensor
+    that the patch embedding reads; both are empty, and the model as it was, where the image is
+    read by anything else, or by a convolution and these are not quantized (``convolutions``).
     """
     image = _behind_pads(image_input(model))
-    leaves = [leaf for leaf in through_layout(image) if leaf[0].op_type != "Shape"]
-    if len(leaves) != 1 or leaves[0][1] != 0:
+    found = _patch_embedding(image, len(mean), convolutions)
+    if found is None:
         return {}, {}
-    node = leaves[0][0]
-    weight, read = constant(node.inputs[1]) if len(node.inputs) > 1 else None, node.inputs[0]
-    if weight is None or read is None or image.shape is None:
-        return {}, {}
-    channels = image.shape[1]
-    if not isinstance(channels, int) or channels != len(mean):
-        return {}, {}
-    if not (is_linear(node) or (convolutions and node.op_type == "Conv" and read is image)):
-        return {}, {}
-    unit = 1 / (255 * np.array(std, np.float64))
-    shared = bool(np.all(unit == unit[0]))
-    factor = np.ones(len(unit)) if shared else unit
-    zero = 128.0 if centred else 0.0
-    shift = (zero / 255 - np.array(mean, np.float64)) / np.array(std, np.float64)
+    node, read = found
+    units = _Units.of(mean, std, centred)
     before = {name_of(n) for n in model.graph}
     direct = read is image
     if is_linear(node):
-        index = np.arange(channels, dtype=np.float32).reshape(channels, 1, 1)
+        index = np.arange(len(mean), dtype=np.float32).reshape(-1, 1, 1)
         rows = rows_of(image, read, index)
         if rows is None:
             return {}, {}
         order = rows.astype(np.int64)
-        move_rows(model.graph, node, factor[order], shift[order])
+        move_rows(model.graph, node, units.factor[order], units.shift[order])
     else:
         padded = pad_apart(model.graph, node, image)
         if padded is None:
             return {}, {}
         image = padded
-        move_input_channels(model.graph, node, factor, shift)
-    spread = (channels, 1, 1)
+        move_input_channels(model.graph, node, units.factor, units.shift)
+    spread = (len(mean), 1, 1)
     made = insert_affine(
-        model.graph, image, shift.reshape(spread), factor.reshape(spread), "pixels"
+        model.graph, image, units.shift.reshape(spread), units.factor.reshape(spread), "pixels"
     )
     new = [n for n in model.graph if name_of(n) not in before]
-    step = float(unit[0]) if shared else 1.0
     tensor = str(made.name) if direct else str(read.name)
-    return {name_of(n): Role(None, "input") for n in new}, {
-        tensor: (-zero * step, (255 - zero) * step)
-    }
+    return {name_of(n): Role(None, "input") for n in new}, {tensor: units.ends}
+
+
+@dataclass(frozen=True)
+class _Units:
+    """A normalised image is (image - shift) / factor, both float64 [C], in the units in which its
+    8-bit pixels end at ``ends``."""
+
+    shift: Double
+    factor: Double
+    ends: tuple[float, float]
+
+    @classmethod
+    def of(cls, mean: tuple[float, ...], std: tuple[float, ...], centred: bool) -> _Units:
+        """One unit where all channels have the same std; else each its own, by the factor."""
+        unit = 1 / (255 * np.array(std, np.float64))
+        shared = bool(np.all(unit == unit[0]))
+        zero = 128.0 if centred else 0.0
+        step = float(unit[0]) if shared else 1.0
+        return cls(
+            shift=(zero / 255 - np.array(mean, np.float64)) / np.array(std, np.float64),
+            factor=np.ones(len(unit)) if shared else unit,
+            ends=(-zero * step, (255 - zero) * step),
+        )
+
+
+def _patch_embedding(
+    image: ir.Value, channels: int, convolutions: bool
+) -> tuple[ir.Node, ir.Value] | None:
+    """The one linear or convolution that reads the image, behind layout ops, and the tensor that
+    it reads; None where there is no such, or the image has other channels."""
+    leaves = [leaf for leaf in through_layout(image) if leaf[0].op_type != "Shape"]
+    if len(leaves) != 1 or leaves[0][1] != 0:
+        return None
+    node = leaves[0][0]
+    weight, read = constant(node.inputs[1]) if len(node.inputs) > 1 else None, node.inputs[0]
+    if weight is None or read is None or image.shape is None or image.shape[1] != channels:
+        return None
+    if is_linear(node) or (convolutions and node.op_type == "Conv" and read is image):
+        return node, read
+    return None
 
 
 def _behind_pads(image: ir.Value) -> ir.Value:

@@ -59,6 +59,7 @@ class Writer:
         shape: Sequence[int | ir.SymbolicDim],
         suffix: str,
     ) -> ir.Value:
+        """A Reshape of ``value`` to ``sizes``, whose output has the shape ``shape``."""
         target = new_constant(self.graph, f"{value.name}_{suffix}_shape", np.array(sizes, np.int64))
         return self.node("Reshape", [value, target], list(shape), value, suffix)
 
@@ -74,6 +75,7 @@ def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 
 
 def describe_node(value: ir.Value, like: ir.Node) -> None:
+    """Give the node that makes ``value`` the name of the one that it replaces, which is renamed."""
     node = value.producer()
     if node is not None:
         node.name = like.name or node.name

@@ -88,42 +88,45 @@ def evaluate(
     classes = _by_name(images, labels)
     if classes is not None and not tested.class_outputs:
         raise ModelError(no_classes(tested))
-    shared = {n: n for n in tested.names} if trusted is None else pairs(tested.names, trusted.names)
-    if not shared:
-        raise ImageError(
-            f"The outputs of the reference model are none of the model's, {tested.described}: they"
-            " are not the same network."
-        )
+    shared = _shared_outputs(tested, trusted)
     tallies = Tallies(list(shared), features if classes is None else ())
     counting = None if classes is None else _Counting(tallies, classes, tested)
     own = None
     if baseline and trusted is not None and classes is not None:
         own = _Counting(Tallies(trusted.names), classes, trusted)
     count = 0
-    for names_, batch in images.named_batches(batch_size):
+    for batch_names, batch in images.named_batches(batch_size):
         found = tested(batch)
         floats = None if trusted is None else trusted(batch)
-        tallies.add(
-            found,
-            tested.whole,
-            None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats},
-            tested.loose,
+        beside = (
+            None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats}
         )
+        tallies.add(found, tested.whole, beside, tested.loose)
         if counting is not None:
-            counting.add(names_, found)
-        if own is not None and trusted is not None and floats is not None:
-            own.tallies.add(floats, trusted.whole)
-            own.add(names_, floats)
+            counting.add(batch_names, found)
+        if own is not None and floats is not None:
+            own.tallies.add(floats, own.network.whole)
+            own.add(batch_names, floats)
         count += len(batch)
         if progress is not None:
             progress(count, len(images))
     counted = [] if counting is None else counting.counted or []
     result = _evaluation(tallies, counted, count, [tested, trusted], shared)
-    if own is None:
-        return result
-    same = {n: n for n in own.network.names}
-    plain = _evaluation(own.tallies, own.counted or [], count, [own.network, None], same)
-    return replace(result, baseline=plain)
+    return result if own is None else replace(result, baseline=own.evaluation(count))
+
+
+def _shared_outputs(tested: Network, trusted: Network | None) -> dict[str, str]:
+    """The outputs that are measured, by name, with the reference's name for each. Raises
+    ImageError where the two models have none in common."""
+    if trusted is None:
+        return {n: n for n in tested.names}
+    shared = pairs(tested.names, trusted.names)
+    if not shared:
+        raise ImageError(
+            f"The outputs of the reference model are none of the model's, {tested.described}: they"
+            " are not the same network."
+        )
+    return shared
 
 
 @dataclass
@@ -143,6 +146,11 @@ class _Counting:
         truth = np.array([self.classes.get(name, 0) for name in names], dtype=np.int64)
         for tally in self.counted:
             tally.count(found[tally.name], truth, known)
+
+    def evaluation(self, count: int) -> Evaluation:
+        """The network's own accuracy on so many images."""
+        same = {n: n for n in self.network.names}
+        return _evaluation(self.tallies, self.counted or [], count, [self.network, None], same)
 
 
 def _evaluation(

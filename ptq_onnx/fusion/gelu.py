@@ -60,6 +60,7 @@ class GeluMul(_Gelu):
     """The last operation is a product."""
 
     def pattern(self, op: Op, a: Term, b: Term) -> Term:
+        """a · b, of which the polynomial tells what is GELU."""
         return op.Mul(a, b)
 
 
@@ -67,6 +68,7 @@ class GeluDiv(_Gelu):
     """The last operation is a division by two."""
 
     def pattern(self, op: Op, a: Term, b: Term) -> Term:
+        """a / b"""
         return op.Div(a, b)
 
 
@@ -74,6 +76,7 @@ class GeluAdd(_Gelu):
     """The last operation is the sum ½x + ½x·f."""
 
     def pattern(self, op: Op, a: Term, b: Term) -> Term:
+        """a + b"""
         return op.Add(a, b)
 
 
@@ -81,15 +84,18 @@ class QuickGelu(Rule):
     """x·sigmoid(1.702·x), as an op of ours: standard ONNX has none."""
 
     def pattern(self, op: Op, x: Term, u: Term) -> Term:
+        """x · sigmoid(u)"""
         return op.Mul(x, op.Sigmoid(u))
 
     def check(self, context: Context, x: ir.Value, u: ir.Value) -> Result:
+        """Fails unless u = 1.702 · x."""
         result = self.begin(context)
         if not is_polynomial(polynomial(u, (x,)), QUICK):
             return result.fail("The factor must be 1.702.", u)
         return result
 
     def rewrite(self, op: Op, x: ir.Value, **_: object) -> ir.Value:
+        """One QuickGelu of our own domain."""
         return self.named(op.QuickGelu(x, _domain=DOMAIN, _version=1))
 
 

@@ -16,6 +16,7 @@ class L2Norm(Rule):
     """torch's ``normalize``: the norm, held above ε, under x."""
 
     def pattern(self, op: Op, x: Term, epsilon: Term) -> Term:
+        """x / max(‖x‖₂, ε), the maximum as Max or as Clip."""
         norm = op.ReduceL2(
             x, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["norm"]
         )
@@ -25,6 +26,8 @@ class L2Norm(Rule):
         return op.Div(x, held)
 
     def check(self, context: Context, x: ir.Value, epsilon: ir.Value, norm: ir.Value) -> Result:
+        """Fails unless the norm is over the last axis, which it keeps, and ε is one constant in [0,
+        1)."""
         result = self.begin(context)
         dims, found, node = sizes(x), scalar(epsilon), norm.producer()
         clip = None if self.root.inputs[1] is None else self.root.inputs[1].producer()
@@ -44,6 +47,7 @@ class L2Norm(Rule):
         return result
 
     def rewrite(self, op: Op, x: ir.Value, **_: object) -> ir.Value:
+        """One L2Normalization of our own domain."""
         return self.named(op.L2Normalization(x, epsilon=self.epsilon, _domain=DOMAIN, _version=1))
 
 

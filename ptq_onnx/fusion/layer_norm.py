@@ -70,6 +70,7 @@ class LayerNormDiv(_LayerNorm):
     """d / √(σ² + ε)"""
 
     def pattern(self, op: Op, x: Term, epsilon: Term, square: Term, power: Term) -> Term:
+        """d / √(σ² + ε), the root as Sqrt or as Pow."""
         deviation, shifted = self.parts(op, x, epsilon, square)
         return op.Div(deviation, pattern.OrValue([op.Sqrt(shifted), op.Pow(shifted, power)]))
 
@@ -80,6 +81,7 @@ class LayerNormMul(_LayerNorm):
     power = -0.5
 
     def pattern(self, op: Op, x: Term, epsilon: Term, square: Term, power: Term, one: Term) -> Term:
+        """d · 1/√(σ² + ε), in any of its spellings."""
         deviation, shifted = self.parts(op, x, epsilon, square)
         spellings = (
             op.Reciprocal(op.Sqrt(shifted)),
@@ -105,6 +107,7 @@ class LayerNormAffine(_LayerNorm):
         gamma: Term,
         beta: Term,
     ) -> Term:
+        """x·s + (β − μ·s) with s = γ/√(σ² + ε)."""
         mean = op.ReduceMean(
             x, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["mean"]
         )
@@ -130,6 +133,8 @@ class LayerNormAffine(_LayerNorm):
     def check(  # type: ignore[override]
         self, context: Context, x: ir.Value, gamma: ir.Value, beta: ir.Value, **parts: ir.Value
     ) -> Result:
+        """As of any LayerNorm; also fails unless γ and β are constants, one number for each
+        channel."""
         result = super().check(context, x, **parts)
         if not result:
             return result
@@ -141,6 +146,7 @@ class LayerNormAffine(_LayerNorm):
     def rewrite(  # type: ignore[override]
         self, op: Op, x: ir.Value, gamma: ir.Value, beta: ir.Value, **_: object
     ) -> ir.Value:
+        """One LayerNormalization with γ and β [C]."""
         flat = [_flat(self.graph, value) for value in (gamma, beta)]
         return self.named(op.LayerNormalization(x, *flat, axis=-1, epsilon=self.epsilon))
 
@@ -149,6 +155,7 @@ class LayerNormNegated(LayerNormAffine):
     """The same with (-μ)·s + β, as Keras 3 writes it."""
 
     def offset(self, op: Op, beta: Term, mean: Term, scale: Term) -> Term:
+        """(−μ)·s + β"""
         return op.Add(op.Mul(op.Neg(mean), scale), beta)
 
 
@@ -156,6 +163,7 @@ class Gamma(Rule):
     """LayerNormalization without a scale of its own, times γ."""
 
     def pattern(self, op: Op, x: Term, ones: Term, gamma: Term) -> Term:
+        """A LayerNormalization, times γ."""
         return op.Mul(
             op.LayerNormalization(x, ones, _allow_other_attributes=True, _outputs=["norm"]), gamma
         )
@@ -163,6 +171,8 @@ class Gamma(Rule):
     def check(
         self, context: Context, ones: ir.Value, gamma: ir.Value, norm: ir.Value, **_: object
     ) -> Result:
+        """Fails where the norm has a scale other than ones, or γ is not one number for each
+        channel."""
         result = self.begin(context)
         scale = constant(ones)
         if scale is None or not (scale == 1).all():
@@ -174,6 +184,7 @@ class Gamma(Rule):
     def rewrite(
         self, op: Op, x: ir.Value, gamma: ir.Value, norm: ir.Value, **_: object
     ) -> ir.Value:
+        """The norm with γ as its scale [C]."""
         flat = _flat(self.graph, gamma)
         return self.named(op.LayerNormalization(x, flat, **_attributes(norm)))
 
@@ -182,6 +193,7 @@ class Beta(Rule):
     """LayerNormalization without a bias, plus β."""
 
     def pattern(self, op: Op, x: Term, scale: Term, beta: Term) -> Term:
+        """A LayerNormalization without a bias, plus β."""
         return op.Add(
             op.LayerNormalization(x, scale, _allow_other_attributes=True, _outputs=["norm"]), beta
         )
@@ -189,6 +201,7 @@ class Beta(Rule):
     def check(
         self, context: Context, scale: ir.Value, beta: ir.Value, norm: ir.Value, **_: object
     ) -> Result:
+        """Fails where β is not one number for each channel."""
         result = self.begin(context)
         found = constant(scale)
         if found is None or not is_per_channel(beta, norm, found.size):
@@ -198,6 +211,7 @@ class Beta(Rule):
     def rewrite(
         self, op: Op, x: ir.Value, scale: ir.Value, beta: ir.Value, norm: ir.Value
     ) -> ir.Value:
+        """The norm with β as its bias [C]."""
         flat = _flat(self.graph, beta)
         return self.named(op.LayerNormalization(x, scale, flat, **_attributes(norm)))
 

@@ -16,9 +16,11 @@ class MatMulAdd(Rule):
     """x·W + b, the bias on either side."""
 
     def pattern(self, op: Op, x: Term, w: Term, b: Term) -> Term:
+        """x·W + b"""
         return op.Add(op.MatMul(x, w), b)
 
     def check(self, context: Context, x: ir.Value, w: ir.Value, b: ir.Value) -> Result:
+        """Fails unless W is a constant [K, N], x is none, and b is a constant [N]."""
         result = self.begin(context)
         if not _is_weight(x, w):
             return result.fail("W must be a constant [K, N] and x must not.", w)
@@ -27,6 +29,7 @@ class MatMulAdd(Rule):
         return result
 
     def rewrite(self, op: Op, x: ir.Value, w: ir.Value, b: ir.Value) -> ir.Value:
+        """One Linear with a bias."""
         return self.named(op.Linear(x, w, b, _domain=DOMAIN, _version=1))
 
 
@@ -34,13 +37,16 @@ class MatMul(Rule):
     """x·W"""
 
     def pattern(self, op: Op, x: Term, w: Term) -> Term:
+        """x·W"""
         return op.MatMul(x, w)
 
     def check(self, context: Context, x: ir.Value, w: ir.Value) -> Result:
+        """Fails unless W is a constant [K, N] and x is none."""
         result = self.begin(context)
         return result if _is_weight(x, w) else result.fail("W must be a constant [K, N].", w)
 
     def rewrite(self, op: Op, x: ir.Value, w: ir.Value) -> ir.Value:
+        """One Linear without a bias."""
         return self.named(op.Linear(x, w, _domain=DOMAIN, _version=1))
 
 
@@ -74,6 +80,7 @@ class GemmAdd(_Gemm):
     """Gemm with a bias."""
 
     def pattern(self, op: Op, x: Term, w: Term, b: Term) -> Term:
+        """A Gemm with a bias."""
         return op.Gemm(x, w, b, _allow_other_attributes=True)
 
 
@@ -81,6 +88,7 @@ class Gemm(_Gemm):
     """Gemm with two inputs."""
 
     def pattern(self, op: Op, x: Term, w: Term) -> Term:
+        """A Gemm without a bias."""
         return op.Gemm(x, w, _allow_other_attributes=True)
 
 

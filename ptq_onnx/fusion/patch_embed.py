@@ -13,11 +13,13 @@ class ConvBias(Rule):
     """Conv without a bias, plus a constant per channel, [C, 1, 1] or [1, C, 1, 1]."""
 
     def pattern(self, op: Op, x: Term, w: Term, b: Term) -> Term:
+        """Conv(x, W) + b"""
         return op.Add(op.Conv(x, w, _allow_other_attributes=True, _outputs=["conv"]), b)
 
     def check(
         self, context: Context, w: ir.Value, b: ir.Value, conv: ir.Value, **_: object
     ) -> Result:
+        """Fails unless W and b are constants, b float32 with one number for each output channel."""
         result = self.begin(context)
         weight, bias, node = constant(w), constant(b), conv.producer()
         if weight is None or bias is None or node is None:
@@ -29,6 +31,7 @@ class ConvBias(Rule):
         return result
 
     def rewrite(self, op: Op, x: ir.Value, w: ir.Value, b: ir.Value, **_: object) -> ir.Value:
+        """The Conv with b [C] as its bias."""
         flat = new_constant(self.graph, f"{b.name}_flat", self.bias.reshape(-1))
         return self.named(op.Conv(x, w, flat, **self.attributes))
 

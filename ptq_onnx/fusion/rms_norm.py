@@ -68,6 +68,7 @@ class RmsNormDiv(_RmsNorm):
     def pattern(
         self, op: Op, x: Term, epsilon: Term, square: Term, power: Term, gamma: Term
     ) -> Term:
+        """x / √(mean(x²) + ε) · γ, the root as Sqrt or as Pow."""
         shifted = self.shifted(op, x, epsilon, square)
         root = pattern.OrValue([op.Sqrt(shifted), op.Pow(shifted, power)])
         return op.Mul(op.Div(x, root), gamma)
@@ -81,6 +82,7 @@ class RmsNormMul(_RmsNorm):
     def pattern(
         self, op: Op, x: Term, epsilon: Term, square: Term, power: Term, one: Term, gamma: Term
     ) -> Term:
+        """x · 1/√(mean(x²) + ε) · γ, the second factor a Reciprocal, a Div or a Pow."""
         shifted = self.shifted(op, x, epsilon, square)
         spellings = (
             op.Reciprocal(op.Sqrt(shifted)),

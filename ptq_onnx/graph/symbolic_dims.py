@@ -43,6 +43,7 @@ def dynamic_names(dim: Dim) -> list[str]:
 
 
 def as_data(items: Any) -> Data:
+    """The items as an array of objects, which holds numbers and expressions alike."""
     array = np.empty(np.shape(items), dtype=object)
     array[...] = items
     return array
@@ -63,6 +64,7 @@ def tidy(value: Any) -> Dim:
 
 
 def product_of(dims: Sequence[Dim]) -> Dim:
+    """The product of dimensions; 1 of none."""
     total: Dim = 1
     for dim in dims:
         total = total * dim
@@ -82,6 +84,7 @@ def quotient(total: Dim, part: Dim) -> Dim:
 
 
 def remainder(value: Dim, by: Dim) -> Dim:
+    """value − ⌊value / by⌋ · by, of positive dimensions."""
     if isinstance(value, int) and isinstance(by, int):
         return value % by
     return tidy(value - quotient(value, by) * by)

@@ -38,6 +38,11 @@ BROADCAST = frozenset((
 
 
 def broadcast(shapes: Sequence[Shape], keep: bool = False) -> Shape | None:
+    """The shape that the shapes broadcast to; None where two sizes of one axis may differ.
+
+    Of several sizes other than 1, a number counts as what the dynamic ones must be; with
+    ``keep`` the dynamic one is kept.
+    """
     rank = max((len(s) for s in shapes), default=0)
     result: list[Dim] = []
     for position in range(rank):

@@ -56,10 +56,12 @@ class Header:
 
     @property
     def ndim(self) -> int:
+        """Number of axes."""
         return len(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __len__(self) -> int:

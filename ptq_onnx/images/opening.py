@@ -130,6 +130,7 @@ class FolderSource(ImageSource):
 
     @property
     def names(self) -> list[str]:
+        """The chosen files, relative to the folder."""
         return [self.files[index] for index in self._chosen if index is not None]
 
     def others(self, limit: int) -> "FolderSource | None":

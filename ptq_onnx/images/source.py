@@ -117,15 +117,19 @@ class IndexedSource(ImageSource):
 
     @property
     def names(self) -> list[str]:
+        """The place of each chosen image in the array, as text."""
         return [str(index) for index in self._indices]
 
     def _slots(self) -> Sequence[int]:
         return self._indices
 
     def reopened(self, limit: int | None = None) -> Self:
+        """The source once more, with at most ``limit`` of all its images, spread evenly."""
         return self._with(evenly(self._count, limit))
 
     def others(self, limit: int) -> Self | None:
+        """At most ``limit`` images that this source does not have, spread evenly; None without
+        any."""
         used = set(self._indices)
         left = [index for index in range(self._count) if index not in used]
         return self._with([left[i] for i in evenly(len(left), limit)]) if left else None
@@ -148,12 +152,14 @@ class NoiseSource(ImageSource):
 
     @property
     def names(self) -> list[str]:
+        """``noise 0``, ``noise 1``, …"""
         return [f"noise {index}" for index in range(self.count)]
 
     def _slots(self) -> Sequence[int]:
         return range(self.count)
 
     def reopened(self, limit: int | None = None) -> NoiseSource:
+        """The same noise, at most ``limit`` images of it."""
         return NoiseSource(self.preprocess, self.count if limit is None else min(limit, self.count))
 
     def _read(self, slot: int) -> Item:

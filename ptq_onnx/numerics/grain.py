@@ -68,11 +68,14 @@ class Blocks(Grain):
 
     @property
     def block_size(self) -> int:
+        """Rows of a block."""
         return self.rows
 
     def spread(
         self, vector: NDArray[Any], axis: int | None, shape: tuple[int, ...]
     ) -> NDArray[Any]:
+        """A number for each block of rows, repeated for each row of a weight of ``shape`` [K,
+        N]."""
         return np.repeat(vector, self.rows, axis=0)[: shape[0]]
 
 

@@ -78,6 +78,18 @@ class Rule:
             raise ValueError("rows with a maximum of their own have one step")
         object.__setattr__(self, "stored", WIDTHS[self.bits > BYTE][self.stored.startswith("u")])
 
+    def __str__(self) -> str:
+        rows = self.grain.block_size
+        parts = [
+            f"{self.bits}-bit {'signed' if self.signed else 'unsigned'} {self.code.name} codes",
+            *(["symmetric"] if self.symmetric else []),
+            f"a scale per {f'{rows} rows' if rows else self.grain.name}",
+            *(f"around it {around.name}" for around in self.around),
+            f"range by {self.method}",
+            f"stored as {self.stored}",
+        ]
+        return ", ".join(parts)
+
     @property
     def limits(self) -> tuple[int, int]:
         """Smallest and largest code."""

@@ -93,7 +93,6 @@ def measure_curve(
     from ptq_onnx.images.labels import labels_for
     from ptq_onnx.images.opening import open_images
     from ptq_onnx.pipeline import embedded
-    from ptq_onnx.pipeline import quantize as pipeline
     from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 
     sizes = _checked(sizes)
@@ -106,12 +105,7 @@ def measure_curve(
     available = len(open_images(calib, preprocess))
     tested = open_images(val, preprocess)
     labelled = _labelled(model, tested, labels)  # wrong labels are reported before the work
-    usable = [n for n in sizes if n <= available]
-    notes = []
-    if len(usable) < len(sizes):
-        missing = ", ".join(str(n) for n in sizes if n > available)
-        notes.append(f"Left out {missing} images: there are {available} to calibrate with.")
-    runs = [(IMAGES, n) for n in usable] + [(NOISE, n) for n in sizes]
+    runs = [(IMAGES, n) for n in sizes if n <= available] + [(NOISE, n) for n in sizes]
     begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
     begin(RUNNING_FLOAT, 1)
     points = []
@@ -127,13 +121,8 @@ def measure_curve(
         float_top1 = None if right is None else 100 * float(right.mean())
         tell = begin(QUANTIZING, len(runs))
         for source, n in runs:
-            result = pipeline.quantize(
-                model,
-                config=replace(config, images=n, report=False, check_preprocess=False),
-                output=folder / f"{source}_{n}",
-                calib=NOISE if source == NOISE else calib,
-            )
-            file = result.output / QUANTIZED
+            images = NOISE if source == NOISE else calib
+            file = _quantized(model, config, n, images, folder / f"{source}_{n}")
             points.append(measure_point(source, n, reference.measure(file)[0], float_top1))
             tell(1)
     begin.done()
@@ -145,8 +134,24 @@ def measure_curve(
         count=reference.count,
         float_top1=float_top1,
         points=tuple(points),
-        notes=tuple(notes),
+        notes=_left_out(sizes, available),
     )
+
+
+def _left_out(sizes: Sequence[int], available: int) -> tuple[str, ...]:
+    """A note on the sizes beyond the number of calibration images, where there are any."""
+    missing = ", ".join(str(n) for n in sizes if n > available)
+    return (f"Left out {missing} images: there are {available} to calibrate with.",) * bool(missing)
+
+
+def _quantized(
+    model: Path, config: QuantizeConfig, count: int, calib: str | Path, output: Path
+) -> Path:
+    """The file quantized with so many images, without a report."""
+    from ptq_onnx.pipeline import quantize as pipeline
+
+    config = replace(config, images=count, report=False, check_preprocess=False)
+    return pipeline.quantize(model, config=config, output=output, calib=calib).output / QUANTIZED
 
 
 def measure_point(source: str, images: int, found: Closeness, float_top1: float | None) -> Point:

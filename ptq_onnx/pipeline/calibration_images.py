@@ -46,6 +46,10 @@ def calibration_images(
     notes: list[str],
     how: dict[str, Any],
 ) -> ImageSource:
+    """The calibration images, or noise; a note where either says little of real pictures.
+
+    ``how``: keywords of :func:`open_images` besides the limit. Raises ImageError.
+    """
     if isinstance(calib, str) and calib == NOISE:
         notes.append(
             "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"

@@ -6,21 +6,26 @@ import json
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from ptq_onnx.config.names import INTEGER
-from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.files.model_size import model_bytes
 from ptq_onnx.files.result_names import FLOAT, QUANTIZED
 from ptq_onnx.images.items import PictureSource
-from ptq_onnx.images.opening import FolderSource, Preprocess
+from ptq_onnx.images.opening import FolderSource
 from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.numerics.spec import Site
+from ptq_onnx.pipeline.job import Job
+from ptq_onnx.pipeline.request_checks import shown
+from ptq_onnx.pipeline.rewriting import Rewritten
 from ptq_onnx.preparation.prepare import Prepared
 from ptq_onnx.preparation.signature import signature
 from ptq_onnx.version import __version__
+
+if TYPE_CHECKING:
+    from ptq_onnx.quantizers.base import SiteQuantizer
 
 BIAS, GAMMA, BETA = "bias", "gamma", "beta"
 REASONS = {
@@ -38,19 +43,11 @@ REASONS = {
 """Why parameters have no codes: for files with float arithmetic, and for integer files."""
 
 
-def describe(
-    prepared: Prepared,
-    quantizer: Any,
-    config: QuantizeConfig,
-    preprocess: Preprocess,
-    images: ImageSource,
-    work: Path,
-    *,
-    reused: bool,
-) -> dict[str, Any]:
-    """All of the report that does not need running the model. ``work``: where the files lie;
-    ``reused``: the scales are those of an earlier run."""
-    sites = prepared.sites
+def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, Any]:
+    """All of the report that does not need running the model."""
+    prepared, config = made.prepared, made.plan.config
+    sites, images = prepared.sites, job.inputs.images
+    reused = job.request.scales is not None
     model = prepared.model if prepared.fixed is None else prepared.fixed.restore(prepared.model)
     return {
         "ptq_onnx": _version(),
@@ -63,7 +60,7 @@ def describe(
             "outputs": [shown(v) for v in model.graph.outputs],
         },
         "config": json.loads(json.dumps(asdict(config))),
-        "preprocess": json.loads(preprocess.to_json()),
+        "preprocess": json.loads(job.inputs.preprocess.to_json()),
         "cleaned": asdict(prepared.cleaned),
         "fusions": prepared.fusions,
         "blocks": prepared.blocks.count,
@@ -88,13 +85,15 @@ def describe(
         ],
         "floats": _floats(prepared, quantizer, REASONS[config.target == INTEGER]),
         "sizes": {
-            "float": model_bytes(work / FLOAT),
-            "quantized": model_bytes(work / QUANTIZED),
+            "float": model_bytes(job.work / FLOAT),
+            "quantized": model_bytes(job.work / QUANTIZED),
         },
     }
 
 
-def _floats(prepared: Prepared, quantizer: Any, why: dict[str, str]) -> list[dict[str, Any]]:
+def _floats(
+    prepared: Prepared, quantizer: SiteQuantizer, why: dict[str, str]
+) -> list[dict[str, Any]]:
     """Every tensor without codes, with the reason."""
     from ptq_onnx.equalization.experts import left_in_float
 
@@ -132,15 +131,6 @@ def _inputs(model: ir.Model) -> list[dict[str, Any]]:
     return [shown(v) for v in model.graph.inputs if not v.is_initializer()]
 
 
-def shown(value: ir.Value) -> dict[str, Any]:
-    shape = (
-        []
-        if value.shape is None
-        else [d if isinstance(d, int) else str(d.value) for d in value.shape]
-    )
-    return {"name": value.name, "shape": shape}
-
-
 def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[str, Any] | None:
     """What ``--val`` and ``--labels`` name, without their folders."""
     if tested is None:
@@ -152,6 +142,7 @@ def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[st
 
 
 def source_name(images: ImageSource) -> str:
+    """What the report calls the images: a folder by its name, never by its path."""
     if isinstance(images, NoiseSource):
         return NOISE
     if isinstance(images, FolderSource):

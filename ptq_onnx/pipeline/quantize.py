@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptq_onnx.blocks.selectors import check_selectors, known_roles
-from ptq_onnx.blocks.sites import image_input
+import onnx_ir as ir
+
+from ptq_onnx.analysis.decibels import plain
+from ptq_onnx.blocks.selectors import known_roles
 from ptq_onnx.config import stages
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.errors import ConfigError, PtqError
+from ptq_onnx.config.targets import ONNXRUNTIME
+from ptq_onnx.errors import PtqError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.publishing import workshop
 from ptq_onnx.files.result_names import CONFIG, FLOAT, QUANTIZED
-from ptq_onnx.images.opening import METADATA_KEY, Images, open_images
-from ptq_onnx.images.source import ImageSource
+from ptq_onnx.images.opening import Images
 from ptq_onnx.numerics.scales_file import read_scales
-from ptq_onnx.pipeline import embedded
-from ptq_onnx.pipeline.analysing import analyse, measure
-from ptq_onnx.pipeline.calibration_images import calibration_images
+from ptq_onnx.pipeline.analysing import Analysed, analyse, measure
 from ptq_onnx.pipeline.deciding import check_normalisation, decide_floats, resolve_auto
 from ptq_onnx.pipeline.description import describe, validation
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.preprocess_input import Given
-from ptq_onnx.pipeline.preprocessing import preprocess_notes, resolve_preprocess
-from ptq_onnx.pipeline.request_checks import check_attention_blocks, check_blocks, labels_of
+from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+from ptq_onnx.pipeline.reading import read_inputs
+from ptq_onnx.pipeline.request import Request
 from ptq_onnx.pipeline.result import Result
-from ptq_onnx.pipeline.rewriting import rewrite, tell_copies
-from ptq_onnx.pipeline.writing import coverage, formed, integer_costs, quantized_model, write_report
+from ptq_onnx.pipeline.rewriting import Rewritten, rewrite, tell_copies
+from ptq_onnx.pipeline.writing import (
+    coverage,
+    formed,
+    integer_costs,
+    optimised_ops,
+    quantized_model,
+    write_report,
+)
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.preparation.input_size import try_size
-from ptq_onnx.preparation.model_input import typed_name
-from ptq_onnx.preparation.prepare import own_faults, prepare
-from ptq_onnx.preparation.signature import signature
+from ptq_onnx.preparation.prepare import own_faults
 from ptq_onnx.progress import Progress, Stages
-from ptq_onnx.report.reproduce import Invocation, named
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from ptq_onnx.analysis.comparison_results import Automatic
+    from ptq_onnx.analysis.results import Analysis
     from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-    from ptq_onnx.report.attention_page import Sheet
 
 __all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"]
 
@@ -74,179 +80,155 @@ def quantize(
     renamed, so a failure leaves nothing. ``keep_models=False``: without the models. ``given``: a
     preprocessing that no option can name. Raises PtqError.
     """
-    config = config or QuantizeConfig()
     begin = Stages(progress)
     begin(stages.READING, 1)
-    place = Output.at(output) if keep_models else Output.of_reports(output)
-    place.keep(model=model, calib=calib, val=val, labels=labels, scales=scales)
-    output = place.folder
-    if not keep_models and place.model.exists():
-        raise ConfigError(
-            f"--output {output} holds a quantized model, which the analysis would replace;"
-            " name another folder."
-        )
-    asked = calib
-    if calib is None:
-        calib = val if scales is not None and val is not None else embedded.images_for(model)
-    prepared = prepare(model, config.opset, config.size, free=True)
-    check_selectors(config, prepared.blocks, prepared.sites)
-    notes = list(prepared.cleaned.notes)
-    check_blocks(prepared, config)
-    check_attention_blocks(prepared, config)
-    if config.auto and scales is not None:
-        raise ConfigError(
-            f"--scales {scales}: --auto decides what is quantized, so that the scales of another"
-            " run do not fit; leave one out."
-        )
-    given = given or Given()
-    preprocess = resolve_preprocess(prepared.model, config, given, prepared.path)
-    notes += preprocess_notes(prepared, config, given)
-    try_size(prepared.model, prepared.path, image_input(prepared.model), preprocess.shape)
-    if given.transform is None:
-        prepared.model.metadata_props[METADATA_KEY] = preprocess.to_json()
-    else:
-        prepared.model.metadata_props.pop(METADATA_KEY, None)
-    own = signature(prepared.model)
-    name = image_input(prepared.model).name if own is None else own.name
-    how: dict[str, Any] = {"transform": given.transform, "name": name}
-    images = calibration_images(calib, preprocess, config, notes, how)
-    if labels is not None and val is None:
-        raise ConfigError("--labels without --val: name the folder of the labelled images too.")
-    tested = None if val is None else open_images(val, preprocess, **how)
-    truth = None if tested is None else labels_of(tested, labels, prepared, notes)
-    if config.max_drop is not None and truth is None:
-        raise ConfigError(
-            "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
-            " bound the logits with --min-sqnr."
-        )
-    begin.plan(stages.planned(config, 0 if tested is None else len(tested)))
+    request = Request(
+        model=model,
+        config=config or QuantizeConfig(),
+        place=Output.at(output) if keep_models else Output.of_reports(output),
+        calib=calib,
+        val=val,
+        labels=labels,
+        scales=scales,
+        given=given or Given(),
+        keep_models=keep_models,
+    )
+    inputs = read_inputs(request)
+    begin.plan(stages.planned(request.config, len(inputs.tested or ())))
     begin(stages.LOADING, 1)
     # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine.simulator")
-
-    with workshop(output) as work:
-        job = Job(prepared, config, preprocess, images, notes, work, begin, labels=labels)
-        job.again = lambda: prepare(prepared.path, config.opset, config.size, free=True)
-        job.validation = validation(tested, labels)
-        job.invocation = Invocation(
-            command="quantize" if keep_models else "analyse",
-            model=named(typed_name(model)) or str(model),
-            calib=named(asked),
-            val=named(val),
-            labels=named(labels),
-            scales=named(scales),
-            folder=named(output) or str(output),
-            written=named(place.model) if keep_models else None,
-        )
-        try:
-            with own_faults(prepared.path, "quantized"):
-                report = run_stages(job, tested, truth, scales)
-        except PtqError as error:  # the folder that it may name is gone by then
-            text = str(error).replace(str(work), str(output))
-            if text == str(error):
-                raise
-            raise type(error)(text) from error
+    place = request.place
+    with workshop(place.folder) as work:
+        job = Job(request, inputs, work, begin, list(inputs.notes))
+        with _errors_name(place.folder, work), own_faults(inputs.prepared.path, "quantized"):
+            finished = run_stages(job)
         if not keep_models:
-            for name in ("quantized", "fused", "formed"):
-                for path in work.glob(f"{name}.onnx*"):
-                    path.unlink()
+            _remove_models(work)
         files = place.publish(work)
         begin.done()
-    return Result(report, output, files, job.analysis, place.model if keep_models else None)
+    return Result(
+        finished.report,
+        place.folder,
+        files,
+        finished.analysis,
+        place.model if keep_models else None,
+    )
 
 
-def run_stages(
-    job: Job, tested: ImageSource | None, truth: Any, scales: str | Path | None
-) -> dict[str, Any]:
-    """Every stage in turn; returns what ``report.json`` says."""
-    from ptq_onnx.analysis.decibels import plain
+@contextmanager
+def _errors_name(output: Path, work: Path) -> Iterator[None]:
+    """Let errors name the folder that was asked for: the one worked in is gone by then."""
+    try:
+        yield
+    except PtqError as error:
+        text = str(error).replace(str(work), str(output))
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
 
-    checked = None if scales is not None else check_normalisation(job)
+
+def _remove_models(work: Path) -> None:
+    for name in ("quantized", "fused", "formed"):
+        for path in work.glob(f"{name}.onnx*"):
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What ``report.json`` says, and the analysis as dataclasses, where there is one."""
+
+    report: dict[str, Any]
+    analysis: Analysis | None
+
+
+def run_stages(job: Job) -> Finished:
+    """Every stage in turn, each on what those before it made; the files go to ``job.work``."""
+    checked = None if job.request.scales is not None else check_normalisation(job)
     config = resolve_auto(job)
-    graphs.save(job.as_taken(job.prepared.model), job.work / FLOAT)
-    plan, decided = planned(job, config, tested, truth, scales)
-    config = plan.config
-    quantizer = calibrated(job, plan, scales)
-    job.stage(stages.WRITING, 1)
-    lowered = quantized_model(job, quantizer, config)
-    quantized = job.work / QUANTIZED
-    graphs.save(job.as_taken(lowered), quantized)
-    (job.work / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    report = describe(
-        job.prepared, quantizer, config, job.preprocess, job.images, job.work,
-        reused=scales is not None,
-    )  # fmt: skip
-    report["equalization"] = {
-        "forms": dict(plan.forms),
-        "moves": [asdict(move) for move in plan.moves],
-    }
-    report["rotation"] = None if job.turns is None else job.turns.to_json()
-    report["parity"] = _as_dict(job.parity)
-    report["formed"] = formed(job, plan, quantizer)
-    report["validation"] = job.validation
-    report["invocation"] = _as_dict(job.invocation)
+    graphs.save(job.as_taken(job.inputs.prepared.model), job.work / FLOAT)
+    made, decided = planned(job, config)
+    quantizer = calibrated(job, made.plan)
+    lowered = written(job, made, quantizer)
+    report = describe(job, made, quantizer)
+    report |= rewrites(made)
+    report["formed"] = formed(job, made, quantizer)
+    report["validation"] = validation(job.inputs.tested, job.request.labels)
+    report["invocation"] = asdict(job.request.invocation)
     report["auto"] = _as_dict(decided)
     report["preprocess_check"] = _as_dict(checked)
     if config.target == INTEGER and config.report:
-        report["integer"] = integer_costs(job, quantizer, lowered)
-    report["coverage"] = coverage(job, quantizer)
-    if config.target == "onnxruntime" and config.report:
-        from ptq_onnx.targets.checking.optimised import optimised_histogram
-
-        report["optimised"] = optimised_histogram(quantized)
-    analysed: dict[str, Any] = {"analysis": None, "accuracy": None, "fidelity": None}
-    pictures: list[Sheet] = []
-    if config.report:
-        analysed, pictures = analyse(job, quantizer, tested)
-    analysed.update(measure(job, tested, truth))
-    report.update(analysed)
-    report["notes"] = job.notes
+        report["integer"] = integer_costs(job, made, quantizer, lowered)
+    report["coverage"], warning = coverage(job, made, quantizer)
+    if config.target == ONNXRUNTIME.name and config.report:
+        report["optimised"] = optimised_ops(job)
+    analysed = analyse(job, made, quantizer) if config.report else Analysed()
+    report["analysis"] = None if analysed.analysis is None else analysed.analysis.to_json()
+    report |= measure(job, made)
+    report["notes"] = job.notes if warning is None else [warning, *job.notes]
     job.stage(stages.REPORTING, 1)
-    written: dict[str, Any] = plain(report)
-    write_report(job, written, pictures)
-    return written
+    finished = Finished(plain(report), analysed.analysis)
+    write_report(job, finished.report, analysed)
+    return finished
 
 
-def planned(
-    job: Job,
-    config: QuantizeConfig,
-    tested: ImageSource | None,
-    truth: Any,
-    scales: str | Path | None,
-) -> tuple[Plan, Automatic | None]:
+def planned(job: Job, config: QuantizeConfig) -> tuple[Rewritten, Automatic | None]:
     """What is quantized: the rewritten model, its sites, and what ``--auto`` decides."""
     from ptq_onnx.quantizers.base import Plan
 
     tell_copies(job)
-    prepared = job.prepared
+    prepared = job.inputs.prepared
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, job.stage)
     plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
-    plan = rewrite(job, plan, scales)
+    made = rewrite(job, plan)
     if not config.auto:
-        return plan, None
-    return decide_floats(job, plan, tested, labelled=truth is not None)
+        return made, None
+    plan, decided = decide_floats(job, made.plan)
+    return replace(made, plan=plan), decided
 
 
-def calibrated(job: Job, plan: Plan, scales: str | Path | None) -> SiteQuantizer:
+def calibrated(job: Job, plan: Plan) -> SiteQuantizer:
     """The quantizer of the plan, its numbers from the images or from an earlier run's report."""
     from ptq_onnx.equalization.experts import left_in_float
     from ptq_onnx.quantizers.by_name import make_quantizer
 
-    quantizer = make_quantizer(plan)
+    quantizer, scales = make_quantizer(plan), job.request.scales
     if scales is not None:
         quantizer.reuse(read_scales(scales), str(scales))
-    job.calibrate(quantizer, job.images)
+    images = job.inputs.images
+    job.calibrate(quantizer, images)
     job.notes.extend(quantizer.notes)
     stacks = [f"'{value.name}' {reason}" for value, _, reason in left_in_float(plan.model)]
     if stacks:
         more = f" (and {len(stacks) - 1} more)" if len(stacks) > 1 else ""
         job.notes.append(f"The constant {stacks[0]}{more}.")
-    if job.images.skipped:
+    if images.skipped:
         job.notes.append(
-            f"{len(job.images.skipped)} calibration images could not be read and were"
-            f" skipped, the first: {job.images.skipped[0]}."
+            f"{len(images.skipped)} calibration images could not be read and were"
+            f" skipped, the first: {images.skipped[0]}."
         )
     return quantizer
+
+
+def written(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.Model:
+    """The quantized model, which is in its file by then, as are the options decided on."""
+    job.stage(stages.WRITING, 1)
+    lowered = quantized_model(job, made, quantizer)
+    graphs.save(job.as_taken(lowered), job.work / QUANTIZED)
+    (job.work / CONFIG).write_text(made.plan.config.to_yaml(), encoding="utf-8")
+    return lowered
+
+
+def rewrites(made: Rewritten) -> dict[str, Any]:
+    """What the report says of the float rewrites, and how far they are off the original."""
+    return {
+        "equalization": {
+            "forms": dict(made.plan.forms),
+            "moves": [asdict(move) for move in made.plan.moves],
+        },
+        "rotation": None if made.turns is None else made.turns.to_json(),
+        "parity": asdict(made.parity),
+    }
 
 
 def _as_dict(found: DataclassInstance | None) -> dict[str, Any] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.class_output import class_outputs
@@ -13,7 +15,6 @@ from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.calibration_images import has_class_folders
-from ptq_onnx.pipeline.description import shown
 from ptq_onnx.preparation.prepare import Prepared
 
 
@@ -35,7 +36,18 @@ def labels_of(
     return None
 
 
+def shown(value: ir.Value) -> dict[str, Any]:
+    """Name and shape of an input or output, as the report has them; open axes by their names."""
+    shape = (
+        []
+        if value.shape is None
+        else [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    )
+    return {"name": value.name, "shape": shape}
+
+
 def check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
+    """Raises ModelError for a model without blocks where the quantizer works on them."""
     if prepared.blocks.count == 0 and config.quantizer != "vanilla":
         needs, instead = config.quantizer, "--quantizer vanilla"
         if config.target != "onnxruntime":  # others take no vanilla
@@ -47,6 +59,7 @@ def check_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
 
 
 def check_attention_blocks(prepared: Prepared, config: QuantizeConfig) -> None:
+    """Raises ConfigError for blocks or heads that are to be drawn and that the model lacks."""
     beyond = [b for b in config.attention_blocks if b >= prepared.blocks.count]
     if beyond:
         raise ConfigError(

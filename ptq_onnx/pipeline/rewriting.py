@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.pipeline.job import Job
+from ptq_onnx.pipeline.reading import prepared_anew
+from ptq_onnx.preparation.prepare import Prepared
 
 if TYPE_CHECKING:
     from ptq_onnx.equalization.rotation_choice import Turns
@@ -25,119 +27,154 @@ ROTATION, EQUALISATION, FORM = "rotation", "equalisation", "bringing it into for
 """What is done to the float model, in the words of notes."""
 
 
-def rewrite(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
+@dataclass(frozen=True)
+class Rewritten:
+    """The float model that is quantized, the plan for it, and what was done to the original."""
+
+    plan: Plan
+    prepared: Prepared
+    """The plan's model, its blocks and sites, and what is known of the file."""
+    parity: Parity
+    turns: Turns | None
+    """What rotation turned, and by what; None where it was not asked for, or undone."""
+    original: Prepared | None
+    """The model before it was changed, where its attention is drawn beside."""
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A plan on the way there: how far its model is off the original, and what was undone."""
+
+    plan: Plan
+    prepared: Prepared
+    off: Off
+    turns: Turns | None = None
+    original: Prepared | None = None
+    undone: tuple[str, ...] = ()
+
+
+def rewrite(job: Job, plan: Plan) -> Rewritten:
     """The plan for the model equalised, or in the target's form, or as it is: the first that
     computes what the original does (see ``parity.py``)."""
     reference = original_run(job)
-    keep_for_pictures(job)
-    undone: list[str] = []
-
-    def undo(what: str, measured: Off) -> None:
-        undone.append(what)
-        job.notes.append(
-            f"Undone: {what}. The rewritten model was {measured} against the original on"
-            f" {reference.count} calibration images; at most {reference.bound:.0e} is"
-            " explained by rounding. Please report it with the model."
-        )
-
     off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
-    if job.config.rotates and turn(job, plan, scales):
-        after = reference.off(plan.model)
-        if reference.accepts(after):
-            plan, off = turned(job, plan), after
-        else:
-            undo(ROTATION, after)
-            job.turns = None
-            plan = restored(job, plan)
-    ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
-    if job.config.equalizes:
-        ways.insert(0, (EQUALISATION, lambda plan: equalise(job, plan, scales)))
-    for what, way in ways:
-        found = way(plan)
-        measured = off if found.model is plan.model and not found.forms else None
-        measured = measured or reference.off(found.model)
-        if reference.accepts(measured) or measured is off:
-            plan, off = found, measured
-            break
-        undo(what, measured)
-        if what != FORM:
-            plan = restored(job, plan)
+    found = _Attempt(plan, job.inputs.prepared, off, original=kept_for_pictures(job))
+    if job.config.rotates:
+        found = _rotated(job, found, reference)
+    found = _in_form(job, found, reference)
     job.notes.extend(reference.notes)
-    job.parity = Parity(
+    parity = Parity(
         images=reference.count,
         original=reference.fused is not None,
         bound=reference.bound,
         fused=None if reference.fused is None else reference.fused.value,
-        rewritten=off.value,
-        output=off.output,
-        undone=tuple(undone),
+        rewritten=found.off.value,
+        output=found.off.output,
+        undone=found.undone,
     )
-    return adopt(job, plan)
+    plan = with_known_ranges(job, found.plan)
+    prepared = replace(found.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
+    return Rewritten(plan, prepared, parity, found.turns, found.original)
+
+
+def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
+    """With its residual streams turned, unless that made it another function."""
+    turns = turn(job, found.plan)
+    if not turns.changed:
+        return replace(found, turns=turns)
+    off = reference.off(found.plan.model)
+    if reference.accepts(off):
+        return replace(found, plan=turned(found.plan, turns), turns=turns, off=off)
+    return _restored(job, _undone(job, found, ROTATION, off, reference))
+
+
+def _in_form(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
+    """Equalised, or in the target's form, or as it is."""
+    ways: list[tuple[str, Callable[[Plan], Plan]]] = [(FORM, bring_into_form)]
+    if job.config.equalizes:
+        ways.insert(0, (EQUALISATION, partial(equalise, job)))
+    for what, way in ways:
+        plan = way(found.plan)
+        same = plan.model is found.plan.model and not plan.forms
+        off = found.off if same else reference.off(plan.model)
+        if same or reference.accepts(off):
+            return replace(found, plan=plan, off=off)
+        found = _undone(job, found, what, off, reference)
+        if what != FORM:
+            found = _restored(job, found)
+    return found
+
+
+def _undone(job: Job, found: _Attempt, what: str, off: Off, reference: Reference) -> _Attempt:
+    """The attempt, in which something was undone, with a note that says so."""
+    job.notes.append(
+        f"Undone: {what}. The rewritten model was {off} against the original on"
+        f" {reference.count} calibration images; at most {reference.bound:.0e} is"
+        " explained by rounding. Please report it with the model."
+    )
+    return replace(found, undone=(*found.undone, what))
 
 
 def pixel_range(job: Job, plan: Plan) -> dict[str, tuple[float, float]]:
     """The range of an image of pixels, which is known: no image shows more."""
-    if not (job.preprocess.raw and job.images.pictures):
+    if not (job.inputs.preprocess.raw and job.inputs.images.pictures):
         return {}
     return {s.tensor: (0.0, 255.0) for s in plan.sites.values() if s.role == "input"}
 
 
 def original_run(job: Job) -> Reference:
     """The original on a few calibration images; batches as large as the file takes."""
-    fixed = job.prepared.fixed
+    prepared = job.inputs.prepared
+    fixed = prepared.fixed
     size = fixed.size if fixed is not None else job.fixed or IMAGES
     batches: list[Any] = []
     count = 0
-    for batch in job.images.batches(size):
+    for batch in job.inputs.images.batches(size):
         count += len(batch)
         missing = 0 if size == IMAGES else size - len(batch)
         filled = np.repeat(batch[-1:], missing, axis=0)
         batches.append(np.concatenate([batch, filled]) if missing else batch)
         if count + size > IMAGES:
             break
-    threads = job.config.threads
-    return Reference(job.prepared.path, job.prepared.model, batches, count, threads)
+    return Reference(prepared.path, prepared.model, batches, count, job.config.threads)
 
 
-def restored(job: Job, plan: Plan) -> Plan:
-    """The plan for the model as it was before it was changed in place, but for the rotation."""
-    assert job.again is not None
-    prepared = job.again()
-    prepared.model.metadata_props.update(job.prepared.model.metadata_props)
-    job.prepared = prepared
+def _restored(job: Job, found: _Attempt) -> _Attempt:
+    """With the model as it was before it was changed in place, but for the rotation."""
+    prepared = prepared_anew(job.request)
+    prepared.model.metadata_props.update(found.prepared.model.metadata_props)
     plan = replace(
-        plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
+        found.plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
     )
-    if job.turns is None:
-        job.original = None
-        return plan
+    if found.turns is None:
+        return replace(found, plan=plan, prepared=prepared, original=None)
     from ptq_onnx.equalization.rotation_choice import turn_again
 
-    turn_again(prepared.model, job.turns.matrices)
-    return turned(job, plan)
+    turn_again(prepared.model, found.turns.matrices)
+    return replace(found, plan=turned(plan, found.turns), prepared=prepared)
 
 
-def turn(job: Job, plan: Plan, scales: str | Path | None) -> bool:
+def turn(job: Job, plan: Plan) -> Turns:
     """Turn the residual streams of the plan's model, in place, where that lowers the expected
-    error; whether any was (see ``equalization/rotation_choice.py``). Raises ConfigError."""
+    error (see ``equalization/rotation_choice.py``). Raises ConfigError."""
     from ptq_onnx.equalization.rotation_choice import turn_streams
 
-    if scales is not None:
+    if job.request.scales is not None:
         raise ConfigError(
-            f"--scales {scales}: the rotation is chosen on the images, so that the scales of"
-            " another run do not fit; calibrate anew, or use --no-rotate."
+            f"--scales {job.request.scales}: the rotation is chosen on the images, so that the"
+            " scales of another run do not fit; calibrate anew, or use --no-rotate."
         )
     config = plan.config
-    job.turns = turn_streams(
+    turns = turn_streams(
         plan.model,
-        job.batches(job.images),
+        job.batches(),
         1 << config.widths.activations,
         symmetric=norms_are_symmetric(plan),
         threads=config.threads,
         progress=job.stage(stages.TURNING),
     )
-    job.notes.extend(notes_on(job.turns))
-    return job.turns.changed
+    job.notes.extend(notes_on(turns))
+    return turns
 
 
 def notes_on(turns: Turns) -> list[str]:
@@ -170,37 +207,35 @@ def norms_are_symmetric(plan: Plan) -> bool:
     return any(rule.symmetric for name, rule in rules.items() if plan.sites[name].producer in made)
 
 
-def turned(job: Job, plan: Plan) -> Plan:
+def turned(plan: Plan, turns: Turns) -> Plan:
     """The plan for its model once the streams were turned."""
-    assert job.turns is not None
     common.RemoveUnusedNodesPass()(plan.model)
-    return replace(plan, sites=find_sites(plan.model, plan.blocks), searched=dict(job.turns.ranges))
+    return replace(plan, sites=find_sites(plan.model, plan.blocks), searched=dict(turns.ranges))
 
 
-def equalise(job: Job, plan: Plan, scales: str | Path | None) -> Plan:
+def equalise(job: Job, plan: Plan) -> Plan:
     """The plan for the equalised model.
 
     The model as it was is in its file by now.
     """
     from ptq_onnx.equalization.equalize import equalise_in_place
 
-    if scales is not None:
+    if job.request.scales is not None:
         raise ConfigError(
-            f"--scales {scales}: equalisation needs the images, so that the scales of another"
-            " run do not fit; calibrate anew, or use --no-equalize."
+            f"--scales {job.request.scales}: equalisation needs the images, so that the scales of"
+            " another run do not fit; calibrate anew, or use --no-equalize."
         )
-    mean, std = job.preprocess.mean, job.preprocess.std
-    pictures = job.images.pictures
-    return equalise_in_place(
-        replace(plan, pixels=(mean, std) if pictures else None), job.batches(job.images)
-    )
+    mean, std = job.inputs.preprocess.mean, job.inputs.preprocess.std
+    pictures = job.inputs.images.pictures
+    return equalise_in_place(replace(plan, pixels=(mean, std) if pictures else None), job.batches())
 
 
-def keep_for_pictures(job: Job) -> None:
+def kept_for_pictures(job: Job) -> Prepared | None:
     """The model as it is, where it is drawn beside by vanilla and about to be changed."""
     changed = job.config.equalizes or job.config.rotates
-    if changed and job.config.report and job.config.pictures:
-        job.original = replace(job.prepared, model=job.prepared.model.clone())
+    if not (changed and job.config.report and job.config.pictures):
+        return None
+    return replace(job.inputs.prepared, model=job.inputs.prepared.model.clone())
 
 
 def of_copies(plan: Plan) -> dict[str, tuple[float, float]]:
@@ -220,18 +255,17 @@ def bring_into_form(plan: Plan) -> Plan:
     return in_form(plan)
 
 
-def adopt(job: Job, plan: Plan) -> Plan:
-    """The plan, whose model from here on is the prepared one."""
-    plan = replace(
+def with_known_ranges(job: Job, plan: Plan) -> Plan:
+    """The plan with the ranges of the image, and of copies of what was turned."""
+    return replace(
         plan,
         fixed={**pixel_range(job, plan), **plan.fixed},
         searched={**plan.searched, **of_copies(plan)},
     )
-    job.prepared = replace(job.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
-    return plan
 
 
 def tell_copies(job: Job) -> None:
+    """Note a batch size that stays in the graph: every image is run as so many copies."""
     if (job.fixed or 1) > 1:
         job.notes.append(
             f"The graph holds its batch size of {job.fixed} in a way that cannot be taken out:"

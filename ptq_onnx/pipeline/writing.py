@@ -12,27 +12,28 @@ from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ModelError
 from ptq_onnx.files.result_names import FLOAT, FORMED, PAGE, QUANTIZED, REPORT
+from ptq_onnx.pipeline.analysing import Analysed
 from ptq_onnx.pipeline.job import Job
-from ptq_onnx.pipeline.rewriting import EQUALISATION
+from ptq_onnx.pipeline.rewriting import EQUALISATION, Rewritten
 from ptq_onnx.preparation import model_files as graphs
 
 if TYPE_CHECKING:
-    from ptq_onnx.quantizers.base import Plan, SiteQuantizer
-    from ptq_onnx.report.attention_page import Sheet
+    from ptq_onnx.quantizers.base import SiteQuantizer
 
 SEEN_IMAGES = 2
 """Images on which the ranges of an integer file's tensors are seen, beside those proved."""
 
 
-def quantized_model(job: Job, quantizer: SiteQuantizer, config: QuantizeConfig) -> ir.Model:
+def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.Model:
     """The model of the target's file, not yet written. Raises ModelError."""
     from ptq_onnx.preparation.batch import with_batch
     from ptq_onnx.qdq.half import to_float16
     from ptq_onnx.qdq.lowering import lower
     from ptq_onnx.qdq.units import complete
 
+    config = made.plan.config
     if config.target == INTEGER:
-        return integer_file(job, quantizer)
+        return integer_file(config, made, quantizer)
     lowered = lower(quantizer.model, quantizer.specs)
     if config.runtime.fixed_batch:
         lowered = with_batch(lowered, config.batch_size)
@@ -57,27 +58,25 @@ def notes_on_floats(left: list[str], target: str) -> list[str]:
     ]
 
 
-def formed(job: Job, plan: Plan, quantizer: SiteQuantizer) -> str:
+def formed(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> str:
     """The file of the float model whose tensors the report names: equalised, in the target's
     form, its weights rounded and biases corrected. Not written where nothing was changed."""
-    turned = job.turns is not None and job.turns.changed
-    undone = () if job.parity is None else job.parity.undone
-    equalised = job.config.equalizes and EQUALISATION not in undone
-    changed = turned or equalised or any(plan.forms.values())
-    if not changed and quantizer.model is plan.model:
+    turned = made.turns is not None and made.turns.changed
+    equalised = job.config.equalizes and EQUALISATION not in made.parity.undone
+    changed = turned or equalised or any(made.plan.forms.values())
+    if not changed and quantizer.model is made.plan.model:
         return FLOAT
     graphs.save(job.as_taken(quantizer.model), job.work / FORMED)
     return FORMED
 
 
-def integer_file(job: Job, quantizer: SiteQuantizer) -> ir.Model:
+def integer_file(config: QuantizeConfig, made: Rewritten, quantizer: SiteQuantizer) -> ir.Model:
     """The integer file, checked against its own rules. Raises ModelError."""
     from ptq_onnx.targets.integer.lowering import lower_integer
     from ptq_onnx.targets.integer.rules import violations
 
-    config = job.config
     lowered = lower_integer(
-        job.prepared.model, quantizer.specs, config.multiplier_bits, config.gelu
+        made.prepared.model, quantizer.specs, config.multiplier_bits, config.gelu
     )
     broken = violations(lowered)
     if broken:
@@ -85,30 +84,40 @@ def integer_file(job: Job, quantizer: SiteQuantizer) -> ir.Model:
     return lowered
 
 
-def integer_costs(job: Job, quantizer: SiteQuantizer, lowered: ir.Model) -> dict[str, Any]:
+def integer_costs(
+    job: Job, made: Rewritten, quantizer: SiteQuantizer, lowered: ir.Model
+) -> dict[str, Any]:
     """Widths, operations and traffic of an integer file, with ranges seen on images."""
     from ptq_onnx.analysis.integer_costs import integer_report
 
-    first = next(iter(job.batches(job.images, SEEN_IMAGES)))
-    return integer_report(job.prepared.model, quantizer.specs, lowered, [first])
+    first = next(iter(job.batches(size=SEEN_IMAGES)))
+    return integer_report(made.prepared.model, quantizer.specs, lowered, [first])
 
 
-def coverage(job: Job, quantizer: SiteQuantizer) -> dict[str, Any]:
-    """What of the written file runs in integers; a warning stands before all other notes."""
+def coverage(
+    job: Job, made: Rewritten, quantizer: SiteQuantizer
+) -> tuple[dict[str, Any], str | None]:
+    """What of the written file runs in integers, and a warning where that is too little."""
     from ptq_onnx.analysis.coverage import float_reasons, measure_coverage, whole_coverage
 
-    config, sites = job.config, job.prepared.sites
+    config, sites = job.config, made.prepared.sites
     if config.target == INTEGER:
-        return whole_coverage(job.prepared.model).to_json()
+        return whole_coverage(made.prepared.model).to_json(), None
     consumers = {tensor: site.consumers for tensor, site in sites.items()}
     reasons = float_reasons(quantizer.floats, consumers)
     found = measure_coverage(job.work / QUANTIZED, config.target, reasons)
-    if found.warning is not None:
-        job.notes.insert(0, found.warning)
-    return found.to_json()
+    return found.to_json(), found.warning
 
 
-def write_report(job: Job, report: dict[str, Any], pictures: list[Sheet]) -> None:
+def optimised_ops(job: Job) -> dict[str, int]:
+    """How often each op stands in the graph that ONNX Runtime makes of the quantized file."""
+    from ptq_onnx.targets.checking.optimised import optimised_histogram
+
+    return optimised_histogram(job.work / QUANTIZED)
+
+
+def write_report(job: Job, report: dict[str, Any], analysed: Analysed) -> None:
+    """``report.json``, and the page that is drawn from it where one was asked for."""
     text = json.dumps(report, indent=1, allow_nan=False, default=float)
     (job.work / REPORT).write_text(text, encoding="utf-8")
     if not job.config.report:
@@ -119,5 +128,12 @@ def write_report(job: Job, report: dict[str, Any], pictures: list[Sheet]) -> Non
 
     ops = [OpError(**op) for op in report["analysis"]["ops"]]
     narrow = snr_over_blocks(ops, narrow=True)
-    page = render(report, snr_over_blocks(ops), [], job.picture, narrow=narrow, sheets=pictures)
+    page = render(
+        report,
+        snr_over_blocks(ops),
+        [],
+        analysed.picture,
+        narrow=narrow,
+        sheets=list(analysed.sheets),
+    )
     (job.work / PAGE).write_text(page, encoding="utf-8")

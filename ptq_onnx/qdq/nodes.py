@@ -19,6 +19,8 @@ class Nodes:
     names: set[str] = field(default_factory=set, kw_only=True)
 
     def unique(self, name: str) -> str:
+        """The name, or with the first number behind it that makes it new; it is taken from then
+        on."""
         candidate, n = name, 1
         while candidate in self.names:
             candidate, n = f"{name}_{n}", n + 1
@@ -26,6 +28,7 @@ class Nodes:
         return candidate
 
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
+        """A new initializer with the array, its name made unique."""
         name = self.unique(name)
         tensor = ir.Tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
         value = ir.Value(
@@ -82,6 +85,7 @@ class Behind:
     anchor: ir.Node | None
 
     def constant(self, suffix: str, array: NDArray[Any] | np.generic) -> ir.Value:
+        """A new initializer, named after the value and ``suffix``."""
         return self.nodes.constant(f"{self.like.name}_{suffix}", array)
 
     def op(
@@ -94,6 +98,8 @@ class Behind:
         single: int | None = None,
         shaped: bool = True,
     ) -> ir.Value:
+        """A node behind the last one written; ``single``: the axis of which its output keeps one
+        entry, ``shaped`` False: its output's shape is left open."""
         kind = None if dtype is None else ir.DataType.from_numpy(dtype)
         output = self.nodes.add(self.anchor, op_type, inputs, self.like, suffix, kind)
         self.anchor = output.producer()
@@ -106,6 +112,7 @@ class Behind:
         return output
 
     def cast(self, value: ir.Value, suffix: str, dtype: np.dtype[Any]) -> ir.Value:
+        """A Cast behind the last node written."""
         kind = ir.DataType.from_numpy(dtype)
         output = self.nodes.add(
             self.anchor, "Cast", [value], self.like, suffix, kind, {"to": int(kind)}
@@ -114,6 +121,7 @@ class Behind:
         return output
 
     def size(self, axis: int) -> int:
+        """Entries of the value along ``axis``; 0 where that is not known."""
         shape = self.like.shape
         if shape is None or not -len(shape) <= axis < len(shape):
             return 0

@@ -337,8 +337,10 @@ def numbers_of(value: ir.Value) -> Numbers | None:
 def codes_of(value: ir.Value) -> ir.Value:
     """The codes that DequantizeLinear makes a tensor of."""
     node = value.producer()
-    assert node is not None and node.inputs[0] is not None
-    return node.inputs[0]
+    assert node is not None
+    read = node.inputs[0]
+    assert read is not None
+    return read
 
 
 def quantizers(value: ir.Value) -> list[Numbers]:

@@ -31,13 +31,13 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import ALL, MoreBits, Selector
 from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.numerics.fake_quantize import reach
 from ptq_onnx.numerics.grain import PerChannel
-from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
+from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
+from ptq_onnx.quantizers.solved_specs import channel_spec, tensor_spec
 
 Array = NDArray[np.float32]
 Progress = Callable[[int], None]
@@ -86,6 +86,11 @@ class SiteQuantizer(VitQuantizer):
         self._given: dict[str, TensorSpec] | None = None
         self.rules = self._dispatch()
         super().__init__(plan.model)
+
+    @property
+    def decided(self) -> Decided:
+        """The rules by tensor, and the reasons for what stays in float."""
+        return Decided(self.plan.sites, self.rules, self.floats)
 
     # --- dispatch -----------------------------------------------------------------------
 
@@ -347,57 +352,3 @@ class SiteQuantizer(VitQuantizer):
             return None
         node = self.nodes[site.consumers[0]]
         return node if is_linear(node) else None
-
-
-def tensor_spec(
-    site: Site, rule: Rule, low: float, high: float, factor: Array | None = None
-) -> TensorSpec:
-    """One scale and zero point that cover [low, high] (of the tensor divided by ``factor``)."""
-    lows, highs = np.array([low], np.float32), np.array([high], np.float32)
-    found = rule.code.solve(lows, highs, rule.bits, rule.signed, rule.symmetric)
-    spec = TensorSpec(
-        tensor=site.tensor,
-        rule=rule,
-        scale=np.asarray(found.scale[0]),
-        zero_point=np.asarray(found.zero_point[0]),
-        factor=factor,
-        details=found.details,
-    )
-    return replace(spec, clip=reach(spec.with_factor(None)))
-
-
-def clip_range(scale: float, zero: int, rule: Rule) -> tuple[float, float]:
-    """The values of the smallest and the largest code, without any factor."""
-    smallest, largest = rule.limits
-    return (smallest - zero) * scale, (largest - zero) * scale
-
-
-def channel_spec(
-    site: Site, rule: Rule, low: Array, high: Array, shape: tuple[int, ...]
-) -> TensorSpec:
-    """A step of its own for every channel [C]: the largest as scale, ratios as factor."""
-    low64, high64 = low.astype(np.float64), high.astype(np.float64)
-    candidates = {
-        zero: needed_step(low64, high64, zero, rule.limits)
-        for zero in zero_points(low64, high64, rule.limits, rule.symmetric)
-    }
-    zero = min(candidates, key=lambda z: float(np.sum(candidates[z] ** 2)))
-    step = candidates[zero]
-    scale = float(step.max())
-    # A channel that is constantly zero must not get a ratio that underflows.
-    ratio = np.maximum(step / scale, 2.0**-20).astype(np.float32)
-    return TensorSpec(
-        tensor=site.tensor,
-        rule=rule,
-        scale=np.array(scale, np.float32),
-        zero_point=np.array(zero, np.int32),
-        factor=trim(ratio.reshape(shape)),
-        clip=clip_range(scale, zero, rule),
-    )
-
-
-def trim(factor: Array) -> Array:
-    """Drop leading axes of size 1: the factor broadcasts from the right."""
-    while factor.ndim > 1 and factor.shape[0] == 1:
-        factor = factor[0]
-    return factor

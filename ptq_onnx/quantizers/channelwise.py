@@ -39,6 +39,8 @@ class Channelwise(Vanilla):
         return rule
 
     def per_channel(self) -> tuple[Selector, ...]:
+        """What the quantizer has per channel by itself, and what was asked for; blocks of fc2 that
+        were named take the place of all."""
         asked = super().per_channel()
         roles = tuple(Selector(role) for role in (*ROLES, "pos_embed") if self._has(role))
         chosen = {s.role for s in asked}

@@ -19,7 +19,7 @@ from ptq_onnx.calibration.methods import ChannelStatistics, Statistics
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.numerics.spec import Site, TensorSpec
-from ptq_onnx.quantizers.base import trim
+from ptq_onnx.quantizers.solved_specs import trim
 
 Double = NDArray[np.float64]
 

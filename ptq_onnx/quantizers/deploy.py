@@ -58,6 +58,8 @@ class Deploy(SiteQuantizer):
     name: ClassVar[str] = "deploy"
 
     def rule(self, site: Site) -> Rule | str:
+        """Codes for what products read, by the target's rules; all else, with the reason, in
+        float."""
         if self._skips(site):
             target, bits = self.plan.config.runtime, self.plan.config.widths.activations
             code, method = code_named(self.plan.config.code), self.plan.config.effective_method
@@ -189,6 +191,8 @@ class Deploy(SiteQuantizer):
     def collect(
         self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
     ) -> Statistics:
+        """Statistics of the sites; of values without their mean over the tokens where that is what
+        gets codes."""
         centred = [s for s in sites if TokenMean() in self.rules[s.tensor].around]
         threads = self.plan.config.threads
         return collect_centred(
@@ -236,6 +240,8 @@ class Deploy(SiteQuantizer):
         self.notes.append(note)
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
+        """As of any quantizer; refuses numbers of an earlier run where weights or biases are
+        changed by the images. Raises ConfigError."""
         config = self.plan.config
         for option, used, without in (
             (f"--rounding {config.rounding}", config.rounding != "nearest", "--rounding nearest"),

@@ -34,7 +34,8 @@ from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.grain import Grain, PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.quantizers.base import Array, SiteQuantizer, clip_range, tensor_spec, trim
+from ptq_onnx.quantizers.base import Array, SiteQuantizer
+from ptq_onnx.quantizers.solved_specs import clip_range, tensor_spec, trim
 
 PER_TENSOR = frozenset(
     {"input", "qk", "bias", "mask", "head_mix", "softmax", "head", "head_mean", "other"}
@@ -52,6 +53,8 @@ class FqVit(SiteQuantizer):
     name: ClassVar[str] = "fqvit"
 
     def rule(self, site: Site) -> Rule | str:
+        """Codes for every tensor that has a rounding of its own, powers of two per channel for the
+        residual stream, log2 for attention maps."""
         config = self.plan.config
         widths, method = config.widths, config.effective_method
         if site.role in BRANCHES and self._only_added(site):
@@ -96,6 +99,8 @@ class FqVit(SiteQuantizer):
         return any(linear) and len(linear) > 1
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
+        """Specs from statistics; the factor of an input is divided out of the weight that reads it
+        before that is solved."""
         specs: dict[str, TensorSpec] = {}
         rows: dict[str, Array] = {}
         """Factor of the input per weight, in a shape to divide the weight by."""

@@ -41,6 +41,7 @@ class Ptq4Vit(SiteQuantizer):
     name: ClassVar[str] = "ptq4vit"
 
     def rule(self, site: Site) -> Rule | str:
+        """Twin-uniform codes for softmax and GELU, uniform ones for all else that products read."""
         widths, method = self.plan.config.widths, self.plan.config.effective_method
         readers = [self.nodes[name].op_type for name in site.consumers]
         if not readers or not all(kind in PRODUCTS for kind in readers):

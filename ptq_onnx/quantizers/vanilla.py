@@ -18,6 +18,7 @@ class Vanilla(SiteQuantizer):
     name: ClassVar[str] = "vanilla"
 
     def rule(self, site: Site) -> Rule | str:
+        """Symmetric signed codes with one scale, for every site."""
         config = self.plan.config
         bits = config.widths.activations
         if site.is_parameter:

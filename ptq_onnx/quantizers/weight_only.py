@@ -31,6 +31,7 @@ class WeightOnly(Deploy):
     """Quantizes the weights of linears; see the module's text."""
 
     def rule(self, site: Site) -> Rule | str:
+        """4-bit codes in blocks of rows for weights of linears; all else stays in float."""
         if not site.is_parameter or not all(is_linear(self.nodes[n]) for n in site.consumers):
             return FLOAT
         bits = self.plan.config.weights
@@ -54,6 +55,8 @@ class WeightOnly(Deploy):
         )
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
+        """Scale and zero point of each block, searched by the error weighted with the power of the
+        weight's inputs where statistics have it."""
         specs = {}
         for tensor, rule in self.rules.items():
             site, weight = self.plan.sites[tensor], self.constant(tensor)

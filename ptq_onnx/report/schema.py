@@ -163,24 +163,10 @@ def _of_some_runs() -> dict[str, Schema]:
 def report_schema() -> Schema:
     """The schema of the whole report. Keys that it does not name may be added later."""
     place = {"tensor": STRING, "role": STRING, "block": _or_null(COUNT)}
-    accuracy = {"top1": _or_null(NUMBER), "top5": _or_null(NUMBER)}
-    closeness = {"sqnr_db": schema_of(Decibels), "agreement": _or_null(NUMBER)}
-    analysis = schema_of(Graphwise)
-    analysis["properties"] |= {
-        "sensitivity": _or_null(schema_of(Sensitivity)),
-        "variation": _or_null(schema_of(Variation)),
-        "attention": _or_null(schema_of(AttentionAnalysis)),
-        "advice": _list(STRING),
-    }
-    analysis["required"] = list(analysis["properties"])
     whole = _object(
         {
             "ptq_onnx": STRING,
-            "model": _object(
-                {"path": STRING, "bytes": COUNT, "opset": COUNT, "producer": _or_null(STRING),
-                 "inputs": _list(_object({"name": STRING, "shape": _list({})})),
-                 "outputs": _list(_object({"name": STRING, "shape": _list({})}))}
-            ),
+            "model": _model(),
             "config": {"type": "object"},
             "preprocess": {"type": "object"},
             "cleaned": {"type": "object"},
@@ -204,31 +190,62 @@ def report_schema() -> Schema:
             },
             "floats": _list(_object({**place, "reason": STRING})),
             "sizes": _object({"float": COUNT, "quantized": COUNT}),
-            "analysis": _or_null(analysis),
-            "accuracy": _or_null(
-                _object(
-                    {"count": COUNT, "output": STRING, "float": _object(accuracy),
-                     "quantized": _object({**accuracy, **closeness}),
-                     "outputs": _list(_object(
-                         {"name": STRING, "float": _object(accuracy),
-                          "quantized": _object(accuracy)}))}
-                )
-            ),
-            "fidelity": _or_null(
-                _object(
-                    {"images": COUNT, "source": {"enum": ["val", "held apart", "calibration"]},
-                     **closeness, "outputs": _list(_closeness())}
-                )
-            ),
+            "analysis": _or_null(_analysis()),
+            **_measured(),
             "notes": _list(STRING),
         }
-    )  # fmt: skip
+    )
     whole["properties"] |= _of_some_runs()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "report.json of ptq_onnx",
         **whole,
     }
+
+
+def _model() -> Schema:
+    """The file that was read."""
+    ends = _list(_object({"name": STRING, "shape": _list({})}))
+    return _object(
+        {"path": STRING, "bytes": COUNT, "opset": COUNT, "producer": _or_null(STRING),
+         "inputs": ends, "outputs": ends}
+    )  # fmt: skip
+
+
+def _analysis() -> Schema:
+    """Graphwise errors, with the other analyses beside them."""
+    found = schema_of(Graphwise)
+    found["properties"] |= {
+        "sensitivity": _or_null(schema_of(Sensitivity)),
+        "variation": _or_null(schema_of(Variation)),
+        "attention": _or_null(schema_of(AttentionAnalysis)),
+        "advice": _list(STRING),
+    }
+    found["required"] = list(found["properties"])
+    return found
+
+
+def _measured() -> dict[str, Schema]:
+    """What the files do in their runtime: accuracy with labels, closeness without."""
+    accuracy = {"top1": _or_null(NUMBER), "top5": _or_null(NUMBER)}
+    closeness = {"sqnr_db": schema_of(Decibels), "agreement": _or_null(NUMBER)}
+    return {
+        "accuracy": _or_null(
+            _object(
+                {"count": COUNT, "output": STRING, "float": _object(accuracy),
+                 "quantized": _object({**accuracy, **closeness}),
+                 "outputs": _list(_object(
+                     {"name": STRING, "float": _object(accuracy),
+                      "quantized": _object(accuracy)}))}
+            )
+        ),
+        "fidelity": _or_null(
+            _object(
+                {"images": COUNT, "source": {"enum": ["val", "held apart", "calibration"]},
+                 **closeness, "outputs": _list(_closeness())}
+            )
+        ),
+    }  # fmt: skip
 
 
 def _coverage() -> Schema:

@@ -198,6 +198,8 @@ def _sqnr_title(fidelity: Entry | None) -> str:
 
 
 def arithmetic_of(report: Entry) -> str:
+    """How LayerNorm and softmax are computed, in a word or two; empty where the report does not
+    say."""
     if (report.get("config") or {}).get("target") == "integer":
         return "integer file"
     return str(report.get("arithmetic") or "")

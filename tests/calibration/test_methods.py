@@ -21,7 +21,7 @@ from ptq_onnx.calibration.methods import (
 )
 from ptq_onnx.calibration.percentile import PERCENTILE
 from ptq_onnx.calibration.robust import HORIZON, tail_bound
-from ptq_onnx.calibration.search import squared_error
+from ptq_onnx.calibration.search import error_of
 from ptq_onnx.calibration.statistics import BINS, TOP
 from ptq_onnx.config.names import METHOD_NAMES
 
@@ -262,7 +262,7 @@ def test_searches_are_no_worse_than_minmax(method: str, kind: str, limits: tuple
     counts = histogram(x)
     low, high = FROM_HISTOGRAM[method](counts, limits, limits[0] < 0)
     found, plain = (
-        squared_error(counts, np.float64([a]), np.float64([b]), limits, limits[0] < 0)[0]
+        error_of(*counts.finest, np.float64([a]), np.float64([b]), limits, limits[0] < 0)[0]
         for a, b in ((low[0], high[0]), (counts.low[0], counts.high[0]))
     )
     assert found <= plain * (1 + 1e-6)
@@ -337,7 +337,7 @@ def test_squared_error_is_that_of_the_quantizer(symmetric: bool) -> None:
     limits = (-8, 7) if symmetric else (0, 15)
     counts = histogram(laplace(500), laplace(500, seed=1) * 4)
     low, high = counts.low * 0.6, counts.high * 0.7
-    found = squared_error(counts, low, high, limits, symmetric)
+    found = error_of(*counts.finest, low, high, limits, symmetric)
     edges, finest = counts.finest
     for row in range(2):
         values = np.repeat((edges[row, 1:] + edges[row, :-1]) / 2, finest[row])

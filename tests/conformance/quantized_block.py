@@ -409,6 +409,12 @@ def residual_pair(block: Block) -> None:
     block.set("residual", 0, value)
 
 
+def wide_residual(block: Block) -> None:
+    """The residual branch in 16-bit codes, which no product reads."""
+    residual_pair(block)
+    block.const("branch_zero_point", np.uint16(40000))
+
+
 def branch_pair(block: Block) -> None:
     """The product's output in codes at the residual add, not the skip input."""
     value = block.pair("branch", "proj_bias", block.array("norm_zero_point"))

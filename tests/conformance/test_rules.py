@@ -155,6 +155,7 @@ NEAR_MISSES = (
     (T, q.most_tokens),
     (R, q.small_blocks),
     (R, q.conv_with_output),
+    (R, q.wide_residual),
     (V, q.large_blocks),
     (V, q.signed_activation),
     (V, q.middle_value),

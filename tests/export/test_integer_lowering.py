@@ -15,6 +15,7 @@ from small_transformer import Choices, transformer
 
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ModelError
@@ -27,6 +28,7 @@ from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
 from ptq_onnx.targets.integer.interpreter import Interpreter, differing_tensors
 from ptq_onnx.targets.integer.lowering import lower_integer
+from ptq_onnx.targets.integer.nodes import make_plan
 from ptq_onnx.targets.integer.ranges import integer_ranges
 from ptq_onnx.targets.integer.rules import violations
 from ptq_onnx.targets.integer.simulated_steps import integer_overrides
@@ -317,3 +319,24 @@ def test_the_interpreter_keeps_its_outputs_only() -> None:
     found = interpreter.run(batch)
     assert list(found) == ["logits"]
     np.testing.assert_array_equal(found["logits"], run(file, batch))
+
+
+def test_the_plan_reads_as_a_line_for_every_node() -> None:
+    model = transformer(Choices())
+    plan = make_plan(model, calibrated(model).specs)
+    lines = dict(line.split(": ", 1) for line in str(plan).splitlines())
+    assert list(lines) == [name_of(node) for node in plan.steps]
+    assert plan.left == ()
+    by_role = {find_blocks(model).roles[name].name: text for name, text in lines.items()}
+    assert by_role["softmax"] == "SoftmaxStep of codes 0…255 → codes 0…21"
+    assert by_role["fc1"] == "LinearStep of codes 0…255 per channel → codes 0…255 per channel"
+    bound = plan.steps[next(n for n in plan.steps if n.op_type == "MatMul")].made.high
+    assert by_role["qk"].endswith(f"→ accumulator {-bound}…{bound}")
+
+
+def test_what_is_left_in_float_is_in_the_plan() -> None:
+    model = transformer(Choices(mask=True))
+    plan = make_plan(model, calibrated(model).specs, strict=False)
+    assert plan.image is None
+    assert [node.op_type for node in plan.left]
+    assert str(plan).splitlines()[-1] == f"{name_of(plan.left[-1])}: left in float"

@@ -13,6 +13,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.targets.integer.reasons import of_padding, of_weight, without_form
 
+DIGITS = Path(__file__).resolve().parents[2] / "models/digits_vit.onnx"
 CASES = Path(__file__).resolve().parents[3] / "shared/cases"
 
 
@@ -49,6 +50,15 @@ def test_other_ops_without_a_form_are_counted() -> None:
     text = without_form(model, refused, lambda node: node.op_type == "Relu" or None)
     assert text == " It has no integer form of 1 Cos, 1 Sin either."
     assert without_form(model, refused, lambda node: node) == ""
+
+
+def test_integer_kernels_take_bytes(tmp_path: Path) -> None:
+    for bits, more in (("8/16/8", ()), ("8/8/8", ("fc1=16",)), ("8/8/8", ("gelu=9",))):
+        config = QuantizeConfig(
+            target="integer", bits=bits, more_bits=more, images=4, report=False, threads=1
+        )
+        with pytest.raises(ModelError, match="more than 8 bits, and integer kernels and tables"):
+            quantize(DIGITS, config=config, output=tmp_path / "out")
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/cases")

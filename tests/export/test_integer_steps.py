@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from integer_steps import run
+from integer_steps import model_of, run
 
 from ptq_onnx.errors import ModelError
 from ptq_onnx.targets.integer.attention import AttentionStep
@@ -219,9 +219,9 @@ def test_square_root_at_the_ends_and_at_many_random_squares() -> None:
 
 
 def norm(
-    channels: int, alpha: object, rng: np.random.Generator, scale: float = 0.02
+    channels: int, alpha: object, rng: np.random.Generator, scale: float = 0.02, high: int = 255
 ) -> LayerNormStep:
-    read = grid(scale, int(rng.integers(0, 256)), alpha)
+    read = grid(scale, int(rng.integers(0, high + 1)), alpha, high)
     made = grid(float(rng.uniform(0.01, 0.05)), 128, rng.integers(0, 4, channels))
     gamma, beta = rng.normal(1, 0.5, channels), rng.normal(0, 0.5, channels)
     return layer_norm_step("norm", term(read), read, made, gamma, beta, 1e-6)
@@ -278,8 +278,48 @@ def test_layer_norm_at_its_widest_overflows_nowhere(channels: int) -> None:
     np.testing.assert_array_equal(run(step, codes), step(codes.astype(np.int64)))
 
 
+@EASY
+@given(SEEDS, st.sampled_from([(2, 12), (8, 12), (192, 7), (768, 5)]))
+def test_layer_norm_of_sixteen_bits(seed: int, widest: tuple[int, int]) -> None:
+    """Equal in all runtimes and near LayerNorm in float64, at the widest factors that fit."""
+    channels, most = widest
+    rng = np.random.default_rng(seed)
+    alpha = rng.integers(0, most + 1, channels)
+    alpha[0] = most
+    step = norm(channels, alpha, rng, scale=1e-4, high=65535)
+    codes = rng.integers(0, 65536, (6, channels)).astype(np.uint16)
+    codes[0], codes[1], codes[2] = 65535, 0, np.arange(channels) % 2 * 65535
+    found = run(step, codes)
+    np.testing.assert_array_equal(found, step(codes.astype(np.int64)))
+    x = step.term(codes.astype(np.int64)).astype(np.float64)
+    deviation = np.sqrt(x.var(axis=-1, keepdims=True) + step.epsilon / channels**2)
+    t = (x - x.mean(axis=-1, keepdims=True)) / deviation * 2.0**20
+    np.testing.assert_allclose(
+        step.normalised(step.term(codes.astype(np.int64))), t, rtol=1e-6, atol=2
+    )
+
+
+def test_a_sum_of_sixteen_bits() -> None:
+    """Codes of 16 bits and an accumulator to codes of 16 bits: rounding half up, and its type."""
+    of, rng = grid(1.0, 30000, [0, 1, 2], 65535), np.random.default_rng(0)
+    codes = rng.integers(0, 65536, (50, 3)).astype(np.uint16)
+    total = rng.integers(-(1 << 20), 1 << 20, (50, 3)).astype(np.int32)
+    plain = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
+    finish = fixed_point(
+        [np.array(0.5), np.array(0.03)], np.array(9.0), [1 << 18, 1 << 20], (0, 65535)
+    )
+    step = SumStep((term(of), plain), finish)
+    exact = ((codes.astype(np.int64) - 30000) << np.arange(3)) * 0.5 + total * 0.03 + 9
+    found = run(step, codes, total)
+    assert np.abs(found - np.clip(exact, 0, 65535)).max() <= 0.501
+    assert found.max() == 65535
+    assert model_of(step, codes, total).graph.output[0].type.tensor_type.elem_type == 4  # uint16
+
+
 def test_layer_norm_that_could_overflow_is_refused() -> None:
     rng = np.random.default_rng(0)
+    with pytest.raises(ModelError, match=r"768 channels with factors up to 2.6 overflow 64 bits"):
+        norm(768, np.full(768, 6), rng, high=65535)
     with pytest.raises(ModelError, match=r"Node 'norm' .LayerNormalization.*smaller --ptf-k"):
         norm(4096, np.full(4096, 12), rng)
 

@@ -66,12 +66,16 @@ WAYS: dict[str, dict[str, Any]] = {
         "quantizer": "fqvit",
         "more_bits": ("residual1=16", "residual2=16"),
     },
+    "fqvit residual 16/integer": {
+        "target": "integer",
+        "more_bits": ("residual1=16", "residual2=16"),
+    },
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (
     "deploy fp8/tensorrt", "deploy weights 4/onnxruntime", "vanilla rotated/onnxruntime",
     "fqvit rotated/onnxruntime", "deploy rotated/onnxruntime", "fqvit rotated/integer",
-    "fqvit residual 16/onnxruntime",
+    "fqvit residual 16/onnxruntime", "fqvit residual 16/integer",
 )  # fmt: skip
 """These have one format, 8-bit floats or 4-bit weights alone, or the bits change nothing else."""
 DIGITS = "digits"

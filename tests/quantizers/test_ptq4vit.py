@@ -22,7 +22,8 @@ from ptq_onnx.numerics.grain import PerChannel, PerTensor
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
-from ptq_onnx.quantizers.base import SiteQuantizer, tensor_spec
+from ptq_onnx.quantizers.base import SiteQuantizer
+from ptq_onnx.quantizers.solved_specs import tensor_spec
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.integer.nodes import make_plan
 

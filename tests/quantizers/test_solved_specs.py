@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.quantizers.base import channel_spec, tensor_spec
+from ptq_onnx.quantizers.solved_specs import channel_spec, tensor_spec
 
 SITE = Site("x", "fc1", 0, (2,), ("batch", 5, 4), "n", ("m",))
 ENDS = st.floats(-1e3, 1e3, width=32).filter(lambda v: abs(v) > 1e-3)

@@ -20,11 +20,13 @@ class RowMaximum(Around):
     clip_of: ClassVar[ClipOf] = "row"
 
     def relative(self, x: Array, scale: Array) -> Relative:
+        """Rows [..., N] over their largest value, over 1 where that is not positive."""
         top = x.max(axis=-1, keepdims=True)
         top = np.where(top > 0, top, np.float32(1))
         return Relative(np.asarray(x / top, np.float32), factor=top)
 
     def before(self, builder: Builder[V], value: V, numbers: Numbers) -> tuple[V, Restore[V]]:
+        """Divide by the row's maximum, and give the Mul that restores it behind the product."""
         axes = builder.constant("row", np.array([-1], np.int64))
         top = builder.op("ReduceMax", [value, axes], "row_max", single=-1)
         part = builder.op("Div", [value, top], "row_scaled")

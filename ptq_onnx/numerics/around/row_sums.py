@@ -19,10 +19,12 @@ class RowSums(Around):
     name: ClassVar[str] = "renormalize"
 
     def behind(self, product: Array, values: Array) -> Array:
+        """A product [..., N, D] over the sums of the rows of what was multiplied."""
         total = ones_for_zeros(values.sum(axis=-1, keepdims=True))
         return np.asarray(product / total, np.float32)
 
     def emit_behind(self, builder: Builder[V], product: V, values: V) -> V:
+        """ReduceSum over the last axis, and the Div behind the product."""
         axes = builder.constant("last_axis", np.array([-1], np.int64))
         total = builder.op("ReduceSum", [values, axes], "row_sum", shaped=False)
         return builder.op("Div", [product, total], "renormalized")

@@ -29,12 +29,16 @@ class TokenMean(Around):
     clip_of: ClassVar[ClipOf] = "centred"
 
     def relative(self, x: Array, scale: Array) -> Relative:
+        """Values [..., T, C] without their mean over the T tokens, each rounded to steps of
+        ``scale`` before the mean is taken: then no order of summing changes it."""
         step = np.asarray(scale, np.float32)
         whole = np.rint(x * (np.float32(1) / step)).sum(axis=TOKENS, keepdims=True)
         mean = np.asarray(whole * (step / np.float32(x.shape[TOKENS])), np.float32)
         return Relative(np.asarray(x - mean, np.float32), shift=mean)
 
     def before(self, builder: Builder[V], value: V, numbers: Numbers) -> tuple[V, Restore[V]]:
+        """Subtract the mean over the tokens, and give the Add that restores it behind the
+        product."""
         step, tokens = np.float32(numbers.scale), builder.size(TOKENS)
         inverse = builder.constant("mean_inverse_step", np.float32(1) / step)
         axes = builder.constant("tokens", np.array([TOKENS], np.int64))

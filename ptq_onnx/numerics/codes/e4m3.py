@@ -60,28 +60,36 @@ class E4m3(Code):
         return -LARGEST, LARGEST
 
     def solve(self, low: Array, high: Array, bits: int, signed: bool, symmetric: bool) -> Solved:
+        """The scale that puts the larger end on the largest value, 448; the zero point is 0."""
         scale = symmetric_scale(low, high, self.limits(bits, signed))
         return Solved(scale, np.zeros(scale.shape, np.int32))
 
     def codes(self, x: Array, numbers: Numbers) -> Codes:
+        """The nearest 8-bit float of x / scale, as its bits."""
         return e4m3_codes(x / numbers.scale)
 
     def values(self, codes: Codes, numbers: Numbers) -> Array:
+        """The 8-bit float times the scale, float32."""
         return np.asarray(e4m3_values(codes) * numbers.scale.astype(np.float32), np.float32)
 
     def reach(self, numbers: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+        """±448 · scale"""
         return -LARGEST * numbers.scale, LARGEST * numbers.scale
 
     def clipped(self, x: Array, numbers: Numbers) -> NDArray[np.bool_]:
+        """Where |x| would round beyond 448 · scale."""
         return np.asarray(np.abs(x) > EDGE * numbers.scale)
 
     def emit(self, builder: Builder[V], value: V, numbers: Numbers) -> V:
+        """QuantizeLinear to float8e4m3fn, and DequantizeLinear."""
         return quantize_dequantize(builder, value, numbers, self._point(numbers.zero_point))
 
     def weight_scale(self, weight: Array, axis: int | None, bits: int) -> Array:
+        """The largest magnitude, of each slice along ``axis`` or of all, over 448."""
         return weight_scale(weight, axis, bits, LARGEST)
 
     def stored(self, codes: Codes, storage: Storage, signed: bool) -> NDArray[Any]:
+        """The bits as float8_e4m3fn, whatever the storage."""
         return np.asarray(codes).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
 
     @staticmethod

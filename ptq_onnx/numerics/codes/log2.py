@@ -60,22 +60,28 @@ class Log2(Code):
         return 0, top_code(bits)
 
     def solve(self, low: Array, high: Array, bits: int, signed: bool, symmetric: bool) -> Solved:
+        """Scale 1 and zero point 0: the codes hold shares in [0, 1] and nothing else."""
         return Solved(np.ones(np.shape(low), np.float32), np.zeros(np.shape(low), np.int32))
 
     def codes(self, x: Array, numbers: Numbers) -> Codes:
+        """The nearest power of two by its exponent; the top code is zero."""
         return log2_codes(x, numbers.bits)
 
     def values(self, codes: Codes, numbers: Numbers) -> Array:
+        """2^-code, float32; 0 for the top code."""
         return log2_values(codes, numbers.bits)
 
     def reach(self, numbers: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+        """0 and 1, for every scale."""
         shape = np.shape(numbers.scale)
         return np.zeros(shape), np.ones(shape)
 
     def clipped(self, x: Array, numbers: Numbers) -> NDArray[np.bool_]:
+        """Nothing: a share is never beyond 1, and what is too small is zero."""
         return np.zeros(x.shape, np.bool_)
 
     def recognise(self, levels: Levels) -> bool:
+        """A table of at least two different values, all of them zeros and powers of two."""
         some = levels[levels != 0].astype(np.float64)
         mantissas, _ = np.frexp(some)
         return len(np.unique(some)) >= 2 and bool(np.all(mantissas == 0.5))

@@ -56,6 +56,7 @@ class Twin(Code):
     instead: ClassVar[str] = "--quantizer deploy gives uniform ones"
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
+        """Smallest and largest code: half of them for each range, the signed ones around 0."""
         return (1 - half(bits), half(bits) - 1) if signed else (0, 2 * half(bits) - 1)
 
     def solve(self, low: Array, high: Array, bits: int, signed: bool, symmetric: bool) -> Solved:
@@ -75,6 +76,8 @@ class Twin(Code):
         return Solved(scale, np.zeros(scale.shape, np.int32), {"ratio": ratio})
 
     def codes(self, x: Array, numbers: Numbers) -> Codes:
+        """Of the fine range where it reaches, else of the coarse one; signed: fine below 0, coarse
+        above."""
         fine, coarse = self._steps(numbers)
         last = half(numbers.bits) - 1
         with np.errstate(over="ignore"):
@@ -87,6 +90,7 @@ class Twin(Code):
         return np.asarray(np.where(near, below, above + last + 1), np.int32)
 
     def values(self, codes: Codes, numbers: Numbers) -> Array:
+        """Codes times the step of their range, float32."""
         fine, coarse = self._steps(numbers)
         units = codes.astype(np.float32)
         if numbers.signed:
@@ -95,11 +99,14 @@ class Twin(Code):
         return np.where(units < count, units * fine, (units - count) * coarse).astype(np.float32)
 
     def reach(self, numbers: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+        """From 0, or the least of the fine range where codes have a sign, to the most of the coarse
+        range."""
         last, coarse = half(numbers.bits) - 1, numbers.scale * 2.0 ** numbers.details["ratio"]
         low = -last if numbers.signed else 0
         return low * numbers.scale, last * coarse
 
     def clipped(self, x: Array, numbers: Numbers) -> NDArray[np.bool_]:
+        """What lies more than half a step of its range beyond either end."""
         low, high = self.reach(numbers)
         fine, coarse = self._steps(numbers)
         return np.asarray((x < low - fine / 2) | (x > high + coarse / 2))
@@ -135,6 +142,7 @@ class Twin(Code):
         return look_up(builder, level, table)
 
     def misfit(self, numbers: Numbers) -> str | None:
+        """A zero point other than 0."""
         return "its zero point is not 0" if np.any(numbers.zero_point) else None
 
     def recognise(self, levels: Levels) -> bool:

@@ -43,11 +43,14 @@ class Uniform(Code):
     widest: ClassVar[int] = WIDEST
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
+        """Signed −2^(b−1) … 2^(b−1) − 1, unsigned 0 … 2^b − 1."""
         if signed:
             return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
         return 0, (1 << bits) - 1
 
     def solve(self, low: Array, high: Array, bits: int, signed: bool, symmetric: bool) -> Solved:
+        """Symmetric: the scale that covers the larger end, zero point 0; else scale and zero point
+        that cover both."""
         limits = self.limits(bits, signed)
         if symmetric:
             scale = symmetric_scale(low, high, limits)
@@ -55,20 +58,24 @@ class Uniform(Code):
         return Solved(*asymmetric_scale(low, high, limits))
 
     def codes(self, x: Array, numbers: Numbers) -> Codes:
+        """clip(round(x / scale) + z, low, high), rounded half to even."""
         low, high = self.limits(numbers.bits, numbers.signed)
         codes = np.rint(x / numbers.scale) + numbers.zero_point
         return np.asarray(np.clip(codes, low, high), np.int32)
 
     def values(self, codes: Codes, numbers: Numbers) -> Array:
+        """(code − z) · scale, float32."""
         units = (codes - numbers.zero_point).astype(np.float32)
         return np.asarray(units * numbers.scale.astype(np.float32), np.float32)
 
     def reach(self, numbers: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(low − z) · scale and (high − z) · scale."""
         low, high = self.limits(numbers.bits, numbers.signed)
         zero = numbers.zero_point
         return (low - zero) * numbers.scale, (high - zero) * numbers.scale
 
     def clipped(self, x: Array, numbers: Numbers) -> NDArray[np.bool_]:
+        """What lies more than half a step beyond the smallest or the largest value."""
         zero, step = numbers.zero_point.astype(np.float32), numbers.scale
         low, high = (edge - zero for edge in self.limits(numbers.bits, numbers.signed))
         return np.asarray((x < (low - 0.5) * step) | (x > (high + 0.5) * step))
@@ -84,6 +91,7 @@ class Uniform(Code):
         return quantize_dequantize(builder, value, numbers, point)
 
     def misfit(self, numbers: Numbers) -> str | None:
+        """A zero point that is no code, and not the 0 that weights have."""
         low, high = self.limits(numbers.bits, numbers.signed)
         least = min(low, 0)
         if (numbers.zero_point < least).any() or (numbers.zero_point > high).any():
@@ -91,9 +99,12 @@ class Uniform(Code):
         return None
 
     def weight_scale(self, weight: Array, axis: int | None, bits: int) -> Array:
+        """The symmetric scale, of each slice along ``axis`` or of all, that covers the largest
+        magnitude."""
         return weight_scale(weight, axis, bits)
 
     def stored(self, codes: Codes, storage: Storage, signed: bool) -> NDArray[Any]:
+        """In the storage's type; signed codes stored without a sign lie half their range higher."""
         higher = HIGHER.get(storage, 0) if signed else 0
         return np.asarray(codes + higher).astype(TYPES[storage])
 

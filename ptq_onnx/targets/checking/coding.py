@@ -28,6 +28,7 @@ class Coding:
 
     @property
     def name(self) -> str:
+        """Name of the node."""
         return name_of(self.node)
 
     @property

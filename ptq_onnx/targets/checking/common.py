@@ -51,6 +51,8 @@ def first_codings(model: QuantizedModel) -> Iterator[Coding]:
 
 
 def opset_outside(model: QuantizedModel, low: int, high: int, reader: str) -> Iterator[Finding]:
+    """A finding where the model's opset is not from ``low`` to ``high``; ``reader``: who takes
+    these."""
     if not low <= model.opset <= high:
         yield Finding(
             "",

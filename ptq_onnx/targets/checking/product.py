@@ -68,6 +68,7 @@ class Product:
 
     @property
     def name(self) -> str:
+        """Name of the node."""
         return name_of(self.node)
 
     @property

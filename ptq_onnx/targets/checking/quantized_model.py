@@ -36,10 +36,12 @@ class QuantizedModel:
 
     @property
     def opset(self) -> int:
+        """The opset of the standard ops; 0 where the model imports none."""
         return self.graph.opset_imports.get("", 0)
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
+        """All products, with what they read and how it is quantized."""
         return tuple(find_products(self.graph))
 
     @cached_property

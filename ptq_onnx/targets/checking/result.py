@@ -63,10 +63,12 @@ class Report:
 
     @property
     def errors(self) -> tuple[Violation, ...]:
+        """What the runtime refuses, or computes wrongly."""
         return tuple(v for v in self.violations if v.severity == "error")
 
     @property
     def warnings(self) -> tuple[Violation, ...]:
+        """What works, and costs time or accuracy."""
         return tuple(v for v in self.violations if v.severity == "warning")
 
     @property

@@ -39,6 +39,8 @@ class AttentionStep:
     finish: FixedPoint
 
     def __call__(self, codes: Ints, values: Ints) -> Ints:
+        """Codes of A·V from log2 codes of A [..., N, N] and codes of V [..., N, D], divided by the
+        sums of A's rows."""
         w = np.int64(1 << self.last) >> codes
         acc = matmul(w, values - self.zero)
         rows = np.maximum(w.sum(axis=-1, keepdims=True), 1)
@@ -46,6 +48,7 @@ class AttentionStep:
         return self.finish(a)
 
     def emit(self, b: Builder, codes: ir.Value, values: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, A's shifts cut into bytes for MatMulInteger; uint8 codes."""
         w = b.shift(b.number(1 << self.last, U32), b.cast(codes, U32))
         zeros = [b.number(0, U8), b.number(self.zero, U8)]
         acc: ir.Value | None = None

@@ -15,14 +15,21 @@ RANGE_KEY = "ptq_onnx.range"
 TYPES = {
     ir.DataType.UINT8: np.uint8,
     ir.DataType.INT8: np.int8,
+    ir.DataType.UINT16: np.uint16,
     ir.DataType.UINT32: np.uint32,
     ir.DataType.INT32: np.int32,
     ir.DataType.UINT64: np.uint64,
     ir.DataType.INT64: np.int64,
 }
 U8, U32, U64 = ir.DataType.UINT8, ir.DataType.UINT32, ir.DataType.UINT64
+U16 = ir.DataType.UINT16
 I8, I32, I64 = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
 BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
+
+
+def type_of_codes(high: int) -> ir.DataType:
+    """The narrowest type of codes 0 … ``high``."""
+    return U8 if high < 1 << 8 else U16
 
 
 class Builder:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.targets.integer.builder import I32, U8, Builder
+from ptq_onnx.targets.integer.builder import I32, TYPES, Builder, type_of_codes
 from ptq_onnx.targets.integer.fixed_point import FixedPoint
 from ptq_onnx.targets.integer.grid import Double, Grid, Ints
 
@@ -33,9 +33,11 @@ class Term:
     """Codes as uint8; None for an input."""
 
     def __call__(self, x: Ints) -> Ints:
+        """(x − z) ≪ α, or the accumulator as it is."""
         return (x - self.zero) << self.alpha if self.widen else x
 
     def emit(self, b: Builder, x: ir.Value) -> ir.Value:
+        """The same in ONNX; int64 where codes are widened."""
         return b.wide(x, self.zero, self.alpha) if self.widen else x
 
 
@@ -47,11 +49,13 @@ class SumStep:
     finish: FixedPoint
 
     def __call__(self, *inputs: Ints) -> Ints:
+        """Codes of the sum; one input for each term that is not constant, in their order."""
         given = iter(inputs)
         terms = [t(t.constant if t.constant is not None else next(given)) for t in self.terms]
         return self.finish(*terms)
 
     def emit(self, b: Builder, *inputs_and_name: Any) -> ir.Value:
+        """The same in ONNX; the last argument is the output's name."""
         *inputs, name = inputs_and_name
         given = iter(inputs)
         values = []
@@ -74,9 +78,11 @@ class MeanStep:
     finish: FixedPoint
 
     def __call__(self, x: Ints) -> Ints:
+        """Codes of the mean over ``axis``: the sum, its division in the multiplier."""
         return self.finish(self.term(x).sum(axis=self.axis, keepdims=self.keepdims))
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX; uint8 codes."""
         keep = int(self.keepdims)
         total = b.reduce("ReduceSum", self.term.emit(b, x), self.axis, keepdims=keep)
         return self.finish.emit(b, total, name=name)
@@ -117,20 +123,22 @@ class TableStep:
     """y_q = table[pair_c, x_q]: one table of 256 entries per distinct pair of input and output
     factor, exact to the quantized input."""
 
-    tables: NDArray[np.uint8]
+    tables: NDArray[np.uint8] | NDArray[np.uint16]
     """[pairs, 256]"""
     pair: Ints
     """Pair of every channel, [C]; [] where there is one pair."""
 
     def __call__(self, x: Ints) -> Ints:
+        """The code that the table of its channel holds for each code."""
         return np.asarray(self.tables[self.pair, x], np.int64)
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, one Gather from all tables; uint8 codes."""
         index = b.cast(x, I32)
         if self.pair.ndim:
             index = b.op("Add", [index, b.number(self.pair * 256, I32)], I32)
-        table = b.constant(self.tables.reshape(-1), f"{name}_table")
-        return b.op("Gather", [table, index], U8, name=name)
+        table, table_type = b.constant(self.tables.reshape(-1), f"{name}_table"), self.tables.dtype
+        return b.op("Gather", [table, index], ir.DataType.from_numpy(table_type), name=name)
 
 
 def table_step(node: ir.Node, read: Grid, made: Grid) -> TableStep:
@@ -145,7 +153,7 @@ def table_step(node: ir.Node, read: Grid, made: Grid) -> TableStep:
     codes = np.arange(256)
     x = (np.clip(codes, read.low, read.high) - read.zero) * pairs[:, :1]
     y = np.rint(function(x, node) / pairs[:, 1:]) + made.zero
-    tables = np.clip(y, made.low, made.high).astype(np.uint8)
+    tables = np.clip(y, made.low, made.high).astype(TYPES[type_of_codes(made.high)])
     several = len(pairs) > 1
     pair = np.asarray(index, np.int64).reshape(shape) if several else np.zeros((), np.int64)
     return TableStep(tables, pair)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.targets.integer.builder import I64, U8, U64, Builder
+from ptq_onnx.targets.integer.builder import I64, U64, Builder, type_of_codes
 from ptq_onnx.targets.integer.grid import Double, Grid, Ints
 
 MULTIPLIER_BITS = 31
@@ -53,7 +53,7 @@ class FixedPoint:
         return np.asarray(np.clip(total >> self.shift, self.low, self.high), np.int64)
 
     def emit(self, b: Builder, *terms: ir.Value, name: str = "") -> ir.Value:
-        """The same in ONNX; uint8 codes."""
+        """The same in ONNX; uint8 codes, uint16 where they have more bits."""
         total: ir.Value | None = None
         for term, multiplier in zip(terms, self.multipliers, strict=True):
             product = b.op("Mul", [b.cast(term, I64), b.number(multiplier)], I64)
@@ -64,7 +64,7 @@ class FixedPoint:
         shifted = b.shift(b.cast(lifted, U64), b.number(self.shift, U64))
         back = b.op("Sub", [b.cast(shifted, I64), b.number(bias >> self.shift)], I64)
         clipped = b.op("Clip", [back, b.number(self.low), b.number(self.high)], I64)
-        return b.cast(clipped, U8, name=name)
+        return b.cast(clipped, type_of_codes(self.high), name=name)
 
 
 def fixed_point(

@@ -56,12 +56,15 @@ class GeluStep:
     finish: FixedPoint
 
     def __call__(self, x: Ints) -> Ints:
+        """Codes of GELU: d (1 + erf) in fixed point, erf by the polynomial 1 − (EDGE − p)² in p ∝
+        |d|."""
         d = x - self.zero
         p = np.minimum((np.abs(d) * self.multiplier + (1 << (SHIFT - 1))) >> SHIFT, EDGE)
         e = ONE - (EDGE - p) ** 2
         return self.finish(d * np.where(d >= 0, ONE + e, ONE - e))
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, in 32 bits; uint8 codes."""
         d = b.op("Sub", [b.cast(x, I32), b.number(self.zero, I32)], I32)
         magnitude = b.cast(b.op("Abs", [d], I32), U32)
         scaled = b.op("Mul", [magnitude, b.number(self.multiplier, U32)], U32)

@@ -38,6 +38,11 @@ class Grid:
     offset: Double = field(default_factory=no_offset)
     accumulator: bool = False
 
+    def __str__(self) -> str:
+        kind = "accumulator" if self.accumulator else "codes"
+        per = " per channel" if np.size(self.scale) > 1 else ""
+        return f"{kind} {self.low}…{self.high}{per}"
+
     @classmethod
     def of(cls, spec: TensorSpec) -> Grid:
         """The grid of a tensor's uniform codes. Signed codes are stored as they are. Raises
@@ -80,9 +85,11 @@ class LogGrid(Grid):
         return cls(np.ones(()), np.zeros((), np.int64), 0, last + 1, last=last)
 
     def ints(self, values: NDArray[Any]) -> Ints:
+        """The exponents of shares in [0, 1]; what is not positive gets the one beyond ``last``."""
         real = values.astype(np.float64)
         code = -np.log2(np.where(real > 0, real, 2.0 ** -(self.last + 1)))
         return np.asarray(np.rint(code), np.int64)
 
     def floats(self, ints: Ints) -> NDArray[Any]:
+        """2^-code, float32; 0 beyond ``last``."""
         return np.where(ints > self.last, 0.0, np.exp2(-ints.astype(np.float64))).astype(np.float32)

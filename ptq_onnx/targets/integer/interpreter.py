@@ -170,6 +170,8 @@ def absolute(x: Array) -> Array:
 
 
 def bit_shift(inputs: list[Any], attributes: Attributes) -> Array:
+    """BitShift. Raises IntegerOverflow for a shift by the type's width or more, and for lost
+    bits."""
     x, by = inputs
     width = x.dtype.itemsize * 8
     if x.dtype.kind != "u" or by.dtype != x.dtype:
@@ -185,6 +187,7 @@ def bit_shift(inputs: list[Any], attributes: Attributes) -> Array:
 
 
 def cast(inputs: list[Any], attributes: Attributes) -> Array:
+    """Cast. Raises IntegerOverflow where an integer does not fit the new type."""
     x = inputs[0]
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(attributes["to"]))
     if x.dtype.kind in "iu" and not fits(*extremes(x), dtype):
@@ -193,6 +196,7 @@ def cast(inputs: list[Any], attributes: Attributes) -> Array:
 
 
 def reduce_sum(inputs: list[Any], attributes: Attributes) -> Array:
+    """ReduceSum. Raises IntegerOverflow where a sum does not fit the input's type."""
     x, axes = inputs
     axis = tuple(int(a) for a in axes)
     count = math.prod(x.shape[a] for a in axis)
@@ -209,6 +213,7 @@ def reduce_sum(inputs: list[Any], attributes: Attributes) -> Array:
 
 
 def reduce_max(inputs: list[Any], attributes: Attributes) -> Array:
+    """ReduceMax."""
     x, axes = inputs
     keep = bool(attributes.get("keepdims", 1))
     return np.asarray(x.max(axis=tuple(int(a) for a in axes), keepdims=keep))
@@ -225,12 +230,15 @@ def centred(inputs: list[Any], index: int) -> NDArray[np.float64]:
 
 
 def as_int32(x: NDArray[np.float64]) -> Array:
+    """Whole float64 numbers as int32. Raises IntegerOverflow where one does not fit."""
     if x.size and not fits(int(x.min()), int(x.max()), np.dtype(np.int32)):
         raise IntegerOverflow(f"a sum in [{int(x.min())}, {int(x.max())}] does not fit int32")
     return x.astype(np.int32)
 
 
 def matmul_integer(inputs: list[Any], _: Attributes) -> Array:
+    """MatMulInteger, zero points taken off; exact in float64. Raises IntegerOverflow beyond
+    int32."""
     return as_int32(centred(inputs, 0) @ centred(inputs, 1))
 
 
@@ -250,6 +258,7 @@ def conv_integer(inputs: list[Any], attributes: Attributes) -> Array:
 
 
 def quantize_linear(inputs: list[Any], _: Attributes) -> Array:
+    """QuantizeLinear with one scale, rounded half to even and clipped to the type."""
     x, scale, zero = inputs
     limits = np.iinfo(zero.dtype)
     codes = np.rint(x / scale) + zero.astype(np.float32)
@@ -257,6 +266,7 @@ def quantize_linear(inputs: list[Any], _: Attributes) -> Array:
 
 
 def dequantize_linear(inputs: list[Any], _: Attributes) -> Array:
+    """DequantizeLinear with one scale; float32."""
     x, scale, zero = inputs
     return np.asarray((x.astype(np.int32) - zero.astype(np.int32)).astype(np.float32) * scale)
 
@@ -265,6 +275,7 @@ def dequantize_linear(inputs: list[Any], _: Attributes) -> Array:
 
 
 def reshape(inputs: list[Any], attributes: Attributes) -> Array:
+    """Reshape; a 0 keeps the size of its axis, unless ``allowzero``."""
     x, shape = inputs
     keep = not attributes.get("allowzero", 0)
     return np.asarray(
@@ -273,6 +284,7 @@ def reshape(inputs: list[Any], attributes: Attributes) -> Array:
 
 
 def split(inputs: list[Any], attributes: Attributes) -> list[Array]:
+    """Split, by sizes or into equal parts of which the last may be smaller."""
     x, axis = inputs[0], attributes.get("axis", 0)
     if len(inputs) > 1 and inputs[1] is not None:
         ends = np.cumsum(inputs[1])[:-1]
@@ -283,6 +295,7 @@ def split(inputs: list[Any], attributes: Attributes) -> list[Array]:
 
 
 def slice_(inputs: list[Any], _: Attributes) -> Array:
+    """Slice. Raises ModelError for a negative step."""
     x, starts, ends = inputs[:3]
     axes = inputs[3] if len(inputs) > 3 and inputs[3] is not None else range(len(starts))
     steps = inputs[4] if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
@@ -295,11 +308,13 @@ def slice_(inputs: list[Any], _: Attributes) -> Array:
 
 
 def squeeze(inputs: list[Any], _: Attributes) -> Array:
+    """Squeeze, of the axes given or of all of size 1."""
     axes = tuple(int(a) for a in inputs[1]) if len(inputs) > 1 else None
     return np.asarray(np.squeeze(inputs[0], axis=axes))
 
 
 def gather(inputs: list[Any], attributes: Attributes) -> Array:
+    """Gather. Raises IntegerOverflow for an index beyond the axis."""
     x, indices = inputs
     axis = attributes.get("axis", 0)
     low, high = extremes(indices)
@@ -309,16 +324,19 @@ def gather(inputs: list[Any], attributes: Attributes) -> Array:
 
 
 def expand(inputs: list[Any], _: Attributes) -> Array:
+    """Expand: the shapes broadcast against each other."""
     x, shape = inputs
     return np.asarray(np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(map(int, shape)))))
 
 
 def flatten(inputs: list[Any], attributes: Attributes) -> Array:
+    """Flatten to two axes."""
     x, axis = inputs[0], attributes.get("axis", 1)
     return np.asarray(x.reshape(math.prod(x.shape[:axis]), -1))
 
 
 def shape_of(inputs: list[Any], attributes: Attributes) -> Array:
+    """Shape, from ``start`` to ``end``; int64."""
     sizes = inputs[0].shape[attributes.get("start", 0) : attributes.get("end")]
     return np.asarray(sizes, np.int64)
 

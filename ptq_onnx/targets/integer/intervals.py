@@ -31,13 +31,16 @@ class Interval:
 
     @property
     def least(self) -> int:
+        """The smallest value of any channel."""
         return int(self.low.min())
 
     @property
     def most(self) -> int:
+        """The largest value of any channel."""
         return int(self.high.max())
 
     def collapsed(self) -> Interval:
+        """One interval for all channels."""
         return Interval.of(self.least, self.most)
 
 

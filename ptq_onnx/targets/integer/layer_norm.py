@@ -12,8 +12,9 @@ and per channel y = requantize(T) with the multiplier γ / (s_out 2^f) and the c
 s_out + z. FQ-ViT takes M/2^N of γ/(σ s_out) per element with 8 bits; here the row's part has b
 = 31 bits and the channel's part, which is constant, its own 31.
 
-Exactness. |X| ≤ 255 · 2^12 < 2^20. D ΣX² ≤ D² 2^40 stays below 2^63 for D ≤ 2895, so V is
-exact in int64, and V ≥ 0 by Cauchy and Schwarz (it reaches 2^51 on a ViT-Ti). V ≤ D² span²
+Exactness. D ΣX² ≤ D² max X², which is refused from 2^62 on (8-bit codes: |X| ≤ 255 · 2^12 < 2^20,
+so up to D = 2047 whatever the factors; 16-bit codes: D = 768 up to factors of 2^5), so V is exact
+in int64, and V ≥ 0 by Cauchy and Schwarz (it reaches 2^51 on a ViT-Ti). V ≤ D² span²
 / 4 (Popoviciu) with span = max X - min X. |D X - ΣX| ≤ D span, and b is taken smaller where
 D span · 2^b would reach 2^61. |X - μ| / σ ≤ √(D - 1), so |T| ≤ 2^f √D + 1.
 """
@@ -57,6 +58,7 @@ class LayerNormStep:
     finish: FixedPoint
 
     def __call__(self, codes: Ints) -> Ints:
+        """Codes of the norm over the last axis."""
         return self.finish(self.normalised(self.term(codes)))
 
     def normalised(self, x: Ints) -> Ints:
@@ -72,6 +74,7 @@ class LayerNormStep:
         return np.asarray(((self.channels * x - total) * m + half) >> shift, np.int64)
 
     def emit(self, b: Builder, codes: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, the sums in 64 bits; uint8 codes."""
         x = self.term.emit(b, codes)
         total = b.reduce("ReduceSum", x)
         squares = b.reduce("ReduceSum", b.op("Mul", [x, x], I64))

@@ -16,10 +16,10 @@ from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.targets.integer.builder import FLOAT, U8, Builder
+from ptq_onnx.targets.integer.builder import FLOAT, U8, Builder, type_of_codes
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS
 from ptq_onnx.targets.integer.nodes import make_plan
-from ptq_onnx.targets.integer.plan import Plan
+from ptq_onnx.targets.integer.plan import IntegerPlan, places
 
 NAME = "{}_quantized"
 """Names of integer tensors, by the name of the fused graph's tensor."""
@@ -39,7 +39,7 @@ def lower_integer(
 class _Lowering:
     """Writes one graph."""
 
-    def __init__(self, model: ir.Model, plan: Plan) -> None:
+    def __init__(self, model: ir.Model, plan: IntegerPlan) -> None:
         self.model, self.plan = model, plan
         self.b = Builder()
         self.made: dict[ir.Value, ir.Value] = {}
@@ -52,7 +52,8 @@ class _Lowering:
         self.b.unique(str(image.name))
         for output in graph.outputs:
             self.b.unique(str(output.name))
-        self.made[image] = self.quantized(source, self.plan.image_spec())
+        assert self.plan.image is not None
+        self.made[image] = self.quantized(source, self.plan.image)
         self.image, self.source = image, source
         for node in graph:
             self.b.prefix = name_of(node)
@@ -93,7 +94,7 @@ class _Lowering:
         """The logits: codes times their scale, and their factor where they have one."""
         spec = self.plan.specs[str(value.name)]
         scale = self.b.constant(np.asarray(spec.scale, np.float32), f"{value.name}_scale")
-        zero = self.b.number(spec.zero_point, U8)
+        zero = self.b.number(spec.zero_point, type_of_codes(spec.rule.limits[1]))
         self.b.prefix = str(value.name)
         output = self.b.op("DequantizeLinear", [self.made[value], scale, zero], FLOAT)
         if spec.factor is not None:
@@ -153,4 +154,4 @@ class _Lowering:
         own = self.plan.specs.get(str(node.outputs[0].name))
         if own is not None:
             return own
-        return next((spec for _, spec in self.plan.places(node.outputs[0])), None)
+        return next((spec for _, spec in places(node.outputs[0], self.plan.specs)), None)

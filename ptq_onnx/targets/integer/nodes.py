@@ -20,7 +20,7 @@ from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, requantize
 from ptq_onnx.targets.integer.gelu import gelu_step
 from ptq_onnx.targets.integer.grid import Double, Grid, LogGrid
 from ptq_onnx.targets.integer.layer_norm import layer_norm_step
-from ptq_onnx.targets.integer.plan import Plan, Planned, refusal, spread
+from ptq_onnx.targets.integer.plan import IntegerPlan, Planned, Planning, refusal, spread
 from ptq_onnx.targets.integer.products import (
     ConvStep,
     LinearStep,
@@ -31,7 +31,7 @@ from ptq_onnx.targets.integer.products import (
 from ptq_onnx.targets.integer.reasons import INSTEAD, of_weight, without_form
 from ptq_onnx.targets.integer.softmax import SoftmaxStep
 
-Planner = Callable[[Plan, ir.Node], Planned]
+Planner = Callable[[Planning, ir.Node], Planned]
 
 
 def make_plan(
@@ -41,14 +41,14 @@ def make_plan(
     strict: bool = True,
     bits: int = MULTIPLIER_BITS,
     gelu: str = "table",
-) -> Plan:
+) -> IntegerPlan:
     """Plan every compute node of a fused graph.
 
     ``strict``: raises ModelError for a node that cannot be in integers; else it is listed in
     ``left``. ``bits``: width of the fixed-point multipliers. ``gelu``: ``table`` or
     ``polynomial``; raises ModelError for the latter where there is no Gelu.
     """
-    plan = Plan(model, specs, bits, gelu)
+    plan = Planning(model, specs, bits, gelu)
     if gelu == "polynomial" and not any(node.op_type == "Gelu" for node in model.graph):
         raise ModelError("--gelu polynomial: the model has no GELU; leave the option out.")
     for node in model.graph:
@@ -63,12 +63,13 @@ def make_plan(
             if strict:
                 raise ModelError(f"{error}{without_form(model, node, planner_of)}") from error
             plan.left.append(node)
+    image = None
     if strict:
-        plan.image_spec()
+        image = plan.image_spec()
         for value in model.graph.outputs:
             if str(value.name) not in specs:
                 raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
-    return plan
+    return IntegerPlan(specs, plan.steps, tuple(plan.left), image)
 
 
 def planner_of(node: ir.Node) -> Planner | None:
@@ -82,9 +83,9 @@ def planner_of(node: ir.Node) -> Planner | None:
     return PLANNERS.get(node.op_type)
 
 
-def plan_linear(plan: Plan, node: ir.Node) -> Planned:
+def plan_linear(plan: Planning, node: ir.Node) -> Planned:
     """x W + b."""
-    x = plan.read(node, 0)
+    x = plan.byte(node, 0)
     weight, spec = plan.weight(node)
     rows = np.ones(()) if spec.factor is None else spec.factor.astype(np.float64).ravel()
     if x.accumulator or not np.allclose(x.scale * rows, x.step, rtol=1e-6, atol=0):
@@ -96,9 +97,9 @@ def plan_linear(plan: Plan, node: ir.Node) -> Planned:
     return plan.planned(node, LinearStep(weight, int(x.zero), finish), (0,), made)
 
 
-def plan_conv(plan: Plan, node: ir.Node) -> Planned:
+def plan_conv(plan: Planning, node: ir.Node) -> Planned:
     """The patch embedding."""
-    x = plan.read(node, 0)
+    x = plan.byte(node, 0)
     plan.scalar(node, x, 0)
     weight, spec = plan.weight(node)
     kernel = list(weight.shape[2:])
@@ -126,9 +127,9 @@ def plan_conv(plan: Plan, node: ir.Node) -> Planned:
     return plan.planned(node, ConvStep(weight, int(x.zero), finish), (0,), made)
 
 
-def plan_product(plan: Plan, node: ir.Node) -> Planned:
+def plan_product(plan: Planning, node: ir.Node) -> Planned:
     """QKᵀ, or A·V from log2 or uniform codes."""
-    x, y = plan.read(node, 0), plan.read(node, 1)
+    x, y = plan.byte(node, 0), plan.byte(node, 1)
     made = plan.target(node.outputs[0], -1)
     depth = shape_of(node)[-1]
     if isinstance(x, LogGrid):
@@ -174,7 +175,7 @@ def column_scale(scale: Double) -> Double | None:
     return None
 
 
-def plan_add(plan: Plan, node: ir.Node) -> Planned:
+def plan_add(plan: Planning, node: ir.Node) -> Planned:
     """Position embedding and residual."""
     parts = [plan.term(node, i) for i in range(2)]
     free = tuple(i for i, part in enumerate(parts) if part[0].constant is None)
@@ -189,7 +190,7 @@ def plan_add(plan: Plan, node: ir.Node) -> Planned:
     return plan.planned(node, SumStep(tuple(p[0] for p in parts), finish), free, made)
 
 
-def plan_scale(plan: Plan, node: ir.Node) -> Planned:
+def plan_scale(plan: Planning, node: ir.Node) -> Planned:
     """Mul or Div by a constant: 1/√d on QKᵀ, LayerScale."""
     index = next((i for i, v in enumerate(node.inputs) if is_constant(v)), None)
     if index is None or (node.op_type == "Div" and index == 0):
@@ -205,7 +206,7 @@ def plan_scale(plan: Plan, node: ir.Node) -> Planned:
     return plan.planned(node, SumStep((term,), finish), (1 - index,), made)
 
 
-def plan_mean(plan: Plan, node: ir.Node) -> Planned:
+def plan_mean(plan: Planning, node: ir.Node) -> Planned:
     """Pooling over the tokens."""
     axes = axes_of(node)
     shape = shape_of(node)
@@ -231,7 +232,7 @@ def axes_of(node: ir.Node) -> list[int]:
     return list(node.attributes.get_ints("axes", []))
 
 
-def plan_layer_norm(plan: Plan, node: ir.Node) -> Planned:
+def plan_layer_norm(plan: Planning, node: ir.Node) -> Planned:
     """LayerNormalization."""
     shape = shape_of(node)
     if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
@@ -261,7 +262,7 @@ def _per_channel(node: ir.Node, array: Double, channels: int) -> Double:
     return np.broadcast_to(array.ravel(), (channels,))
 
 
-def plan_softmax(plan: Plan, node: ir.Node) -> Planned:
+def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
     """Softmax, to log2 or uniform codes."""
     shape = shape_of(node)
     if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
@@ -269,12 +270,14 @@ def plan_softmax(plan: Plan, node: ir.Node) -> Planned:
     tokens = shape[-1]
     if not isinstance(tokens, int) or tokens > 1 << 15:
         raise refusal(node, "the number of tokens is not known, or beyond 32,768")
-    read = plan.read(node, 0)
+    read = plan.byte(node, 0)
     plan.scalar(node, read, 0)
     name = str(node.outputs[0].name)
     spec = plan.specs.get(name)
     if spec is None or read.accumulator:
         raise refusal(node, "its input or output has no scale")
+    if spec.rule.bits > 8:
+        raise refusal(node, "its output has codes of more than 8 bits; give it 8 at most")
     log2 = spec.rule.code == Log2()
     step = SoftmaxStep(read.step, tokens, spec.rule.bits, log2, read.high - read.low)
     if not log2:
@@ -283,9 +286,9 @@ def plan_softmax(plan: Plan, node: ir.Node) -> Planned:
     return plan.planned(node, step, (0,), plan.log_grids[name])
 
 
-def plan_activation(plan: Plan, node: ir.Node) -> Planned:
+def plan_activation(plan: Planning, node: ir.Node) -> Planned:
     """GELU and its like, by table; GELU by polynomial where asked for."""
-    read, made = plan.read(node, 0), plan.needed(node)
+    read, made = plan.byte(node, 0), plan.needed(node)
     if read.accumulator:
         raise refusal(node, "its input has no scale")
     if node.op_type == "Gelu" and plan.gelu == "polynomial":

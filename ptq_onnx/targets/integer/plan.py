@@ -29,6 +29,7 @@ from ptq_onnx.targets.integer.grid import Double, Grid, Ints, LogGrid
 from ptq_onnx.targets.integer.products import WEIGHT_ZERO
 from ptq_onnx.targets.integer.reasons import WINDOWS, of_batch, of_padding
 
+BYTE = 255
 PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
 """An accumulator as it is."""
 
@@ -48,9 +49,30 @@ class Planned:
         """The values at ``positions``."""
         return tuple(v for i in self.positions if (v := self.node.inputs[i]) is not None)
 
+    def __str__(self) -> str:
+        read = ", ".join(map(str, self.read))
+        return f"{name_of(self.node)}: {type(self.step).__name__} of {read} → {self.made}"
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerPlan:
+    """What every compute node of a graph becomes; prints as a line each."""
+
+    specs: Mapping[str, TensorSpec]
+    steps: Mapping[ir.Node, Planned]
+    """Compute nodes in graph order."""
+    left: tuple[ir.Node, ...] = ()
+    """Compute nodes that cannot be in integers, where that is allowed."""
+    image: TensorSpec | None = None
+    """How the image is quantized; None where nodes may be left."""
+
+    def __str__(self) -> str:
+        lines = [str(planned) for planned in self.steps.values()]
+        return "\n".join([*lines, *(f"{name_of(node)}: left in float" for node in self.left)])
+
 
 @dataclass
-class Plan:
+class Planning:
     """The state of planning one graph, node by node in order (see nodes.py)."""
 
     model: ir.Model
@@ -73,7 +95,7 @@ class Plan:
         bring it (patches cut by Reshape). Raises ModelError."""
         image = image_input(self.model)
         found = [self.specs[str(image.name)]] if str(image.name) in self.specs else []
-        found = found or [spec for _, spec in self.places(image)]
+        found = found or [spec for _, spec in places(image, self.specs)]
         if len(found) != 1 or found[0].factor is not None:
             raise ModelError(f"Input '{image.name}': the integer target needs one scale for it.")
         return found[0]
@@ -101,6 +123,18 @@ class Plan:
             raise refusal(node, f"its input '{name}' stays in float")
         return Grid.of(spec)
 
+    def byte(self, node: ir.Node, index: int) -> Grid:
+        """The grid of an input whose codes must be bytes."""
+        grid = self.read(node, index)
+        if not grid.accumulator and grid.high - min(grid.low, 0) > BYTE:
+            raise refusal(
+                node,
+                f"its input '{named(node, index)}' has codes of more than 8 bits, and integer"
+                " kernels and tables take bytes; 16 bits are for the residual stream and what norms"
+                " read, as --more-bits residual1=16 gives them",
+            )
+        return grid
+
     def scalar(self, node: ir.Node, grid: Grid, index: int) -> None:
         """Refuse a per-channel grid where one scale is needed."""
         if grid.scale.ndim:
@@ -111,33 +145,16 @@ class Plan:
         spec = self.specs.get(str(output.name))
         if spec is not None:
             return Grid.of(spec)
-        places = list(self.places(output))
-        if not places:
+        found_at = list(places(output, self.specs))
+        if not found_at:
             return None
         if output.shape is None or not isinstance(output.shape[axis], int):
             raise ModelError(f"Tensor '{output.name}': the number of channels is not known.")
-        rank = len(output.shape)
         shape = [d if isinstance(d, int) else 1 for d in output.shape]
-        channels = shape[axis]
-        low, high = places[0][1].rule.limits
-        scale, zero = np.zeros(channels), np.zeros(channels, np.int64)
+        scale, zero = np.zeros(shape[axis]), np.zeros(shape[axis], np.int64)
         found: list[tuple[Ints, Grid]] = []
-        for place, spec in places:
-            indices = layout_indices(output, place)
-            if indices is None:
-                raise refusal(
-                    producer(output),
-                    of_padding(output)
-                    or f"its output is reshaped before '{place.name}', or joined there with other"
-                    " values or by sizes that are not fixed",
-                )
-            if indices.size and int(indices.max()) >= math.prod(shape[1:]):
-                raise refusal(
-                    producer(output),
-                    of_batch(image_input(self.model)) or WINDOWS,
-                )
-            channel = np.unravel_index(indices, [1, *shape[1:]])[axis]
-            grid = Grid.of(spec)
+        for place, spec in found_at:
+            channel, grid = self._channels(output, place, shape, axis), Grid.of(spec)
             if not fits(grid.scale.shape, channel.shape):
                 raise refusal(
                     producer(output),
@@ -146,6 +163,7 @@ class Plan:
             scale[channel] = np.broadcast_to(grid.scale, channel.shape)
             zero[channel] = np.broadcast_to(grid.zero, channel.shape)
             found.append((channel, grid))
+        low, high = found_at[0][1].rule.limits
         for channel, grid in found:
             same = (grid.low, grid.high) == (low, high)
             if (
@@ -161,25 +179,22 @@ class Plan:
                 )
         if not bool(np.all(scale > 0)):
             raise ModelError(f"Tensor '{output.name}': some of its channels stay in float.")
-        form = (-1,) + (1,) * (rank - 1 - axis % rank)
+        form = (-1,) + (1,) * (len(shape) - 1 - axis % len(shape))
         return Grid(scale.reshape(form), zero.reshape(form), low, high)
 
-    def places(self, value: ir.Value) -> Iterator[tuple[ir.Value, TensorSpec]]:
-        """Where layout ops bring a value to a quantized place. A Concat's place counts at its
-        input: both have the same channels."""
-        for node, index in consumers(value):
-            if not is_layout(node) or node.op_type == "Shape":
-                continue
-            if index > 0 and node.op_type != "Concat":
-                continue
-            for out in node.outputs:
-                spec = self.specs.get(str(out.name))
-                if spec is None:
-                    yield from self.places(out)
-                elif node.op_type == "Concat":
-                    yield value, spec
-                else:
-                    yield out, spec
+    def _channels(self, output: ir.Value, place: ir.Value, shape: list[int], axis: int) -> Ints:
+        """Which channel of ``output`` each element of ``place`` is, behind layout ops."""
+        indices = layout_indices(output, place)
+        if indices is None:
+            raise refusal(
+                producer(output),
+                of_padding(output)
+                or f"its output is reshaped before '{place.name}', or joined there with other"
+                " values or by sizes that are not fixed",
+            )
+        if indices.size and int(indices.max()) >= math.prod(shape[1:]):
+            raise refusal(producer(output), of_batch(image_input(self.model)) or WINDOWS)
+        return np.unravel_index(indices, [1, *shape[1:]])[axis]
 
     def planned(self, node: ir.Node, step: Any, inputs: tuple[int, ...], made: Grid) -> Planned:
         """The node with its step and the grids of the inputs at those positions."""
@@ -247,10 +262,36 @@ class Plan:
         return np.asarray(value.const_value.numpy(), np.float64)
 
 
+def places(
+    value: ir.Value, specs: Mapping[str, TensorSpec]
+) -> Iterator[tuple[ir.Value, TensorSpec]]:
+    """Where layout ops bring a value to a quantized place. A Concat's place counts at its
+    input: both have the same channels."""
+    for node, index in consumers(value):
+        if not is_layout(node) or node.op_type == "Shape":
+            continue
+        if index > 0 and node.op_type != "Concat":
+            continue
+        for out in node.outputs:
+            spec = specs.get(str(out.name))
+            if spec is None:
+                yield from places(out, specs)
+            elif node.op_type == "Concat":
+                yield value, spec
+            else:
+                yield out, spec
+
+
 def fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """True where an array of that shape broadcasts to the other."""
     pairs = zip(reversed(shape), reversed(other), strict=False)
     return len(shape) <= len(other) and all(a in (1, b) for a, b in pairs)
+
+
+def named(node: ir.Node, index: int) -> str:
+    """The name of an input."""
+    value = node.inputs[index]
+    return "" if value is None else str(value.name)
 
 
 def producer(value: ir.Value) -> ir.Node:

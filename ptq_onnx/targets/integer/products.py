@@ -31,9 +31,12 @@ class LinearStep:
     finish: FixedPoint | None
 
     def __call__(self, x: Ints) -> Ints:
+        """(x − z) · W of codes [..., K] and a weight [K, N]: codes, or the accumulator without
+        ``finish``."""
         return done(matmul(x - self.zero, self.weight), self.finish)
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """MatMulInteger, and what finishes it."""
         inputs = [x, stored(b, self.weight, name), b.number(self.zero, U8)]
         inputs.append(b.number(WEIGHT_ZERO, U8))
         return finished(b, "MatMulInteger", inputs, {}, self.finish, name)
@@ -49,6 +52,8 @@ class ConvStep:
     finish: FixedPoint | None
 
     def __call__(self, x: Ints) -> Ints:
+        """A convolution whose windows do not overlap, of codes [B, C, H, W]: codes, or the
+        accumulator without ``finish``."""
         n, channels, height, width = self.weight.shape
         batch, _, rows, columns = x.shape
         rows, columns = rows // height, columns // width
@@ -59,6 +64,7 @@ class ConvStep:
         return done(out.transpose(0, 3, 1, 2), self.finish)
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """ConvInteger, and what finishes it."""
         inputs = [x, stored(b, self.weight, name), b.number(self.zero, U8)]
         inputs.append(b.number(WEIGHT_ZERO, U8))
         kernel = list(self.weight.shape[2:])
@@ -74,9 +80,11 @@ class ProductStep:
     finish: FixedPoint | None
 
     def __call__(self, x: Ints, y: Ints) -> Ints:
+        """(x − z_x) · (y − z_y) of codes [..., M, K] and [..., K, N]: codes, or the accumulator."""
         return done(matmul(x - self.zeros[0], y - self.zeros[1]), self.finish)
 
     def emit(self, b: Builder, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
+        """MatMulInteger of two activations, and what finishes it."""
         inputs = [x, y, *(b.number(zero, U8) for zero in self.zeros)]
         return finished(b, "MatMulInteger", inputs, {}, self.finish, name)
 
@@ -87,6 +95,7 @@ def matmul(x: Ints, y: Ints) -> Ints:
 
 
 def done(acc: Ints, finish: FixedPoint | None) -> Ints:
+    """The accumulator, requantized where there is a ``finish``."""
     return acc if finish is None else finish(acc)
 
 

@@ -23,6 +23,7 @@ from ptq_onnx.targets.integer.intervals import Interval, corners, truncated
 INTEGERS = {
     ir.DataType.UINT8: (0, 255),
     ir.DataType.INT8: (-128, 127),
+    ir.DataType.UINT16: (0, 65535),
     ir.DataType.UINT32: (0, (1 << 32) - 1),
     ir.DataType.INT32: (-(1 << 31), (1 << 31) - 1),
     ir.DataType.UINT64: (0, (1 << 64) - 1),

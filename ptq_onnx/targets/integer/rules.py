@@ -31,7 +31,8 @@ class Subject(Protocol):
     """What a checker hands to rules."""
 
     @property
-    def model(self) -> ir.Model: ...
+    def model(self) -> ir.Model:
+        """The model that is checked."""
 
 
 def model_of(subject: ir.Model | Subject) -> ir.Model:

@@ -61,6 +61,8 @@ class StepOverride:
     """The spec of the image, where the node reads it: its values are on no grid yet."""
 
     def __call__(self, values: list[Tensor]) -> Tensor:
+        """The step on real values that lie on the grids of its inputs; real values on the grid of
+        its output, on the device of the first input."""
         inputs = []
         for place, grid in zip(self.planned.positions, self.planned.read, strict=True):
             array = values[place].detach().cpu().numpy()

@@ -101,6 +101,7 @@ class SoftmaxStep:
         return np.asarray((c - r * (b - r)) >> np.minimum(q + self.down, 31), np.int64)
 
     def __call__(self, codes: Ints) -> Ints:
+        """Codes of softmax over the last axis: log2 codes, or round(top · e / Σe)."""
         e = self.exponentials(codes)
         total = e.sum(axis=-1, keepdims=True)
         if not self.log2:
@@ -111,6 +112,7 @@ class SoftmaxStep:
         return np.asarray(np.searchsorted(self.thresholds, t, side="right"), np.int64)
 
     def emit(self, b: Builder, codes: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, the exponentials in 32 bits; uint8 codes."""
         ln2, bb, c = self.constants
         top = b.reduce("ReduceMax", codes)
         d = b.op("Sub", [top, codes], U8, bounds=(0, self.span))

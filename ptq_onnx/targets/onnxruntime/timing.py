@@ -33,6 +33,8 @@ class OnnxRuntime:
     def open(
         self, subject: Subject, batch: int, *, threads: int, precision: str
     ) -> SessionRunner | None:
+        """A runner of the file as it is written, or with its floats in 16 bits; None for a
+        quantized file in 16 bits."""
         device = "cuda" if self.on_gpu else "cpu"
         if precision == AS_WRITTEN:
             return SessionRunner(subject, batch, threads, device=device)

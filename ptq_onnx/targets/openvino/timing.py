@@ -34,6 +34,7 @@ class RequestRunner:
             raise self._refusal(error) from error
 
     def run(self) -> None:
+        """One inference. Raises ModelError."""
         try:
             self._request.infer()
         except Exception as error:
@@ -60,6 +61,7 @@ class OpenVino:
         self.half_note = "" if found else "No fp16 column: this CPU computes no 16-bit floats."
 
     def open(self, subject: Subject, batch: int, *, threads: int, precision: str) -> RequestRunner:
+        """A runner of one stream, tuned for latency; as written means float32."""
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32" if precision == AS_WRITTEN else self._half_option,
             "PERFORMANCE_HINT": "LATENCY",

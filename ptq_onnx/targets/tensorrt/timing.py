@@ -99,6 +99,7 @@ class EngineRunner:
         return tensors
 
     def run(self) -> None:
+        """One inference, waited for. Raises ModelError."""
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise ModelError(f"Model {self.path} fails in TensorRT.")
         self._stream.synchronize()
@@ -124,6 +125,7 @@ class TensorRt:
         )
 
     def open(self, subject: Subject, batch: int, *, threads: int, precision: str) -> Runner:
+        """A runner of an engine built for the batch size; half: its float part may have 16 bits."""
         del threads  # the host only waits
         half = precision != AS_WRITTEN
         return EngineRunner(self._trt, self._torch, subject, batch, half=half)
@@ -144,6 +146,7 @@ class TensorRtProvider:
         self.version = f"of onnxruntime {ort.__version__}"
 
     def open(self, subject: Subject, batch: int, *, threads: int, precision: str) -> Runner:
+        """A runner of ONNX Runtime's TensorRT provider, int8 for quantized files."""
         options = {
             "trt_fp16_enable": str(precision != AS_WRITTEN),
             "trt_int8_enable": str(subject.quantized),

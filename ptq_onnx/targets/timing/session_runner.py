@@ -39,6 +39,7 @@ class SessionRunner:
             raise self._refusal(error) from error
 
     def run(self) -> None:
+        """One inference, its outputs waited for. Raises ModelError."""
         try:
             self._session.run_with_iobinding(self._binding)
             self._binding.synchronize_outputs()

@@ -1,0 +1,105 @@
+"""The first stage: the model and the images opened, and what was asked for checked against them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.selectors import check_selectors
+from ptq_onnx.blocks.sites import image_input
+from ptq_onnx.errors import ConfigError
+from ptq_onnx.images.opening import METADATA_KEY, Images, Preprocess, open_images
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.pipeline import embedded
+from ptq_onnx.pipeline.calibration_images import calibration_images
+from ptq_onnx.pipeline.preprocessing import preprocess_notes, resolve_preprocess
+from ptq_onnx.pipeline.request import Request
+from ptq_onnx.pipeline.request_checks import check_attention_blocks, check_blocks, labels_of
+from ptq_onnx.preparation.input_size import try_size
+from ptq_onnx.preparation.prepare import Prepared, prepare
+from ptq_onnx.preparation.signature import signature
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all later stages work on: the model as it was prepared, and the images.
+
+    ``tested`` and ``truth``: the images of ``--val`` and their classes int64 [N], where given.
+    """
+
+    prepared: Prepared
+    preprocess: Preprocess
+    images: ImageSource
+    tested: ImageSource | None
+    truth: NDArray[np.int64] | None
+    notes: tuple[str, ...]
+
+
+def read_inputs(request: Request) -> Inputs:
+    """Prepare the model and open the images. Raises PtqError for what does not fit together."""
+    request.check_place()
+    calib = _calibrated_on(request)
+    prepared = _checked_model(request)
+    notes = list(prepared.cleaned.notes)
+    preprocess = _preprocess(request, prepared, notes)
+    own = signature(prepared.model)
+    how: dict[str, Any] = {
+        "transform": request.given.transform,
+        "name": image_input(prepared.model).name if own is None else own.name,
+    }
+    images = calibration_images(calib, preprocess, request.config, notes, how)
+    if request.labels is not None and request.val is None:
+        raise ConfigError("--labels without --val: name the folder of the labelled images too.")
+    tested = None if request.val is None else open_images(request.val, preprocess, **how)
+    truth = None if tested is None else labels_of(tested, request.labels, prepared, notes)
+    if request.config.max_drop is not None and truth is None:
+        raise ConfigError(
+            "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
+            " bound the logits with --min-sqnr."
+        )
+    return Inputs(prepared, preprocess, images, tested, truth, tuple(notes))
+
+
+def prepared_anew(request: Request) -> Prepared:
+    """The model prepared from its file, of any batch size where its graph allows that."""
+    return prepare(request.model, request.config.opset, request.config.size, free=True)
+
+
+def _calibrated_on(request: Request) -> Images:
+    """The images given; without any those of ``--val``, where numbers are reused, or those of the
+    embedded model. Raises ConfigError for any other model."""
+    if request.calib is not None:
+        return request.calib
+    if request.scales is not None and request.val is not None:
+        return request.val
+    return embedded.images_for(request.model)
+
+
+def _checked_model(request: Request) -> Prepared:
+    """The prepared model, which has what the options name."""
+    prepared, config = prepared_anew(request), request.config
+    check_selectors(config, prepared.blocks, prepared.sites)
+    check_blocks(prepared, config)
+    check_attention_blocks(prepared, config)
+    if config.auto and request.scales is not None:
+        raise ConfigError(
+            f"--scales {request.scales}: --auto decides what is quantized, so that the scales of"
+            " another run do not fit; leave one out."
+        )
+    return prepared
+
+
+def _preprocess(request: Request, prepared: Prepared, notes: list[str]) -> Preprocess:
+    """The preprocessing, which the model runs with and which its metadata hold from here on."""
+    model, given = prepared.model, request.given
+    found = resolve_preprocess(model, request.config, given, prepared.path)
+    notes += preprocess_notes(prepared, request.config, given)
+    try_size(model, prepared.path, image_input(model), found.shape)
+    if given.transform is None:
+        model.metadata_props[METADATA_KEY] = found.to_json()
+    else:
+        model.metadata_props.pop(METADATA_KEY, None)
+    return found
