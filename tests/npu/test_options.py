@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from npu.units import tokens
 from small_transformer import Choices, transformer
 
+from npu.units import tokens
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
-from npu.units import file_of, quantizer_for
 from small_transformer import Choices, transformer
 
+from npu.units import file_of, quantizer_for
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.targets.checking.check import check, explain
 from ptq_onnx.targets.qnn.compiling import Compiler
