@@ -9,6 +9,8 @@ its output. Lowering puts codes where tensors were calibrated; here the rest fol
 * all activations of a unit are of one type: narrower ones are converted, exactly, up to the widest
   (s / 257 and 257 z hold 8-bit codes in 16), but for the second factor of a product, which may be
   the narrower one;
+* ops of ours are spelled by ops that such a runtime has; what stands between those gets its numbers
+  from what it is computed of (x · c: those of x, times c; a sigmoid: 0 to 1);
 * constants get codes too: biases of linears and convolutions int32 by the scales of the product, γ
   uint8 and β int32 by the scale of the output (HTP rounds β to steps of that: measured), all others
   the type of their unit.
@@ -16,68 +18,40 @@ its output. Lowering puts codes where tensors were calibrated; here the rest fol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, is_linear, is_product
-from ptq_onnx.numerics.codes.uniform import asymmetric_scale
+from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
+from ptq_onnx.graph.expansions import expand
+from ptq_onnx.graph.formula import DOMAIN
 from ptq_onnx.qdq.nodes import Nodes, remove_unused
+from ptq_onnx.qdq.unit_numbers import (
+    DEQUANTIZE,
+    QUANTIZE,
+    UINT8,
+    UINT16,
+    Numbers,
+    behind,
+    codes_of,
+    derived,
+    is_coding,
+    is_data,
+    is_float,
+    joined,
+    kept,
+    limits_of,
+    numbers_of,
+    quantizers,
+)
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-UINT8, UINT16 = ir.DataType.UINT8, ir.DataType.UINT16
-WIDER = 257
-"""65535 / 255: a step of 8-bit codes is so many of 16-bit codes with the same range."""
 LARGEST_BIAS = 2.0**31 - 1
+SPELLED = ("QuickGelu", "Silu")
+"""Activation functions that the runtime computes by several ops."""
 PARAMETERS = {"Clip": (0,), "Pad": (0,), "Resize": (0,), "Gather": (0,)}
 """Inputs that are data, of ops whose other inputs are not."""
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """One scale, zero point and type of codes."""
-
-    scale: np.float32
-    zero: int
-    dtype: ir.DataType
-
-    @classmethod
-    def of(cls, node: ir.Node) -> Numbers | None:
-        """Those of a QuantizeLinear or DequantizeLinear with one constant scale."""
-        scale, zero = (None if v is None else v.const_value for v in node.inputs[1:3])
-        if scale is None or zero is None or scale.size != 1:
-            return None
-        return cls(np.float32(scale.numpy().item()), int(zero.numpy().item()), zero.dtype)
-
-    @classmethod
-    def over(cls, low: float, high: float, dtype: ir.DataType) -> Numbers:
-        """Those that hold a range, without a sign."""
-        if low >= 0 and high <= 0:
-            return cls(np.float32(1), 0, dtype)
-        ends = np.array([[low], [high]], np.float32)
-        scale, zero = asymmetric_scale(ends[0], ends[1], limits_of(dtype))
-        return cls(np.float32(scale[0]), int(zero[0]), dtype)
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The values of the first and the last code."""
-        low, high = limits_of(self.dtype)
-        return (low - self.zero) * float(self.scale), (high - self.zero) * float(self.scale)
-
-    def wider(self) -> Numbers:
-        """The same numbers, and 256 between each two, in 16 bits."""
-        if self.dtype != UINT8:
-            return self
-        return Numbers(np.float32(self.scale / WIDER), self.zero * WIDER, UINT16)
-
-
-def limits_of(dtype: ir.DataType) -> tuple[int, int]:
-    """Smallest and largest code of a type."""
-    info = np.iinfo(dtype.numpy())
-    return int(info.min), int(info.max)
 
 
 @dataclass
@@ -113,7 +87,7 @@ class _Units(Nodes):
             inner = next(iter(own), None) or inner or joined(behind(value))
             if inner is not None:
                 self.same_numbers(node, inner)
-        numbers = inner or joined(own or behind(value))
+        numbers = inner or joined(own or behind(value)) or derived(node)
         if numbers is None:
             if value.uses() or value.is_graph_output():
                 self.floats.append(str(value.name) if node is None else node.op_type)
@@ -292,29 +266,21 @@ class _Units(Nodes):
 
 def complete(model: ir.Model) -> list[str]:
     """Complete Q/DQ in a lowered model, in place; returns what stays in float."""
+    spell(model)
     units = _Units(model.graph)
     units.run()
     remove_unused(model.graph)
     return units.floats
 
 
-def is_coding(node: ir.Node) -> bool:
-    """True for QuantizeLinear and DequantizeLinear."""
-    return node.op_type in (QUANTIZE, DEQUANTIZE)
-
-
-def is_float(value: ir.Value) -> bool:
-    """True for a tensor of floats; one without a type is taken for that."""
-    dtype = value.dtype if value.const_value is None else value.const_value.dtype
-    return dtype is None or dtype == ir.DataType.FLOAT
-
-
-def is_data(value: ir.Value | None) -> bool:
-    """True for an activation."""
-    if value is None or is_constant(value) or not is_float(value):
-        return False
-    node = value.producer()
-    return node is None or node.op_type != DEQUANTIZE or not is_constant(node.inputs[0])
+def spell(model: ir.Model) -> None:
+    """Ops of ours by ops of the standard, but for linears."""
+    for node in list(model.graph):
+        if node.op_type == "L2Normalization" and node.domain == DOMAIN:
+            made = ir.node("LpNormalization", [node.inputs[0]], {"axis": -1, "p": 2})
+            expand(model.graph, node, [made])
+        elif node.op_type in SPELLED and node.domain == DOMAIN:
+            expand(model.graph, node)
 
 
 def takes(node: ir.Node, index: int) -> bool:
@@ -326,54 +292,3 @@ def array_of(value: ir.Value) -> NDArray[np.float32]:
     """The numbers of a constant."""
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy(), np.float32)
-
-
-def numbers_of(value: ir.Value) -> Numbers | None:
-    """The numbers of a tensor that DequantizeLinear makes."""
-    node = value.producer()
-    return Numbers.of(node) if node is not None and node.op_type == DEQUANTIZE else None
-
-
-def codes_of(value: ir.Value) -> ir.Value:
-    """The codes that DequantizeLinear makes a tensor of."""
-    node = value.producer()
-    assert node is not None
-    read = node.inputs[0]
-    assert read is not None
-    return read
-
-
-def quantizers(value: ir.Value) -> list[Numbers]:
-    """The numbers of every QuantizeLinear that reads a tensor."""
-    nodes = (node for node, _ in consumers(value) if node.op_type == QUANTIZE)
-    return [found for node in nodes if (found := Numbers.of(node)) is not None]
-
-
-def kept(node: ir.Node) -> Numbers | None:
-    """The numbers of a layout op's data: of its first input, of a Concat's those that all have."""
-    data = [v for v in node.inputs if is_data(v) and v is not None]
-    data = data if node.op_type == "Concat" else data[:1]
-    return joined(set(filter(None, map(numbers_of, data))))
-
-
-def behind(value: ir.Value) -> set[Numbers]:
-    """The numbers that a tensor gets behind layout ops."""
-    return set(_behind(value))
-
-
-def _behind(value: ir.Value) -> Iterator[Numbers]:
-    yield from quantizers(value)
-    for node, index in consumers(value):
-        if is_layout(node) and node.op_type != "Shape" and (index == 0 or node.op_type == "Concat"):
-            for output in node.outputs:
-                yield from _behind(output)
-
-
-def joined(found: Iterable[Numbers]) -> Numbers | None:
-    """Numbers for all of these ranges; None where there are none."""
-    each = list(found)
-    if len(each) < 2:
-        return each[0] if each else None
-    ends = [one.range for one in each]
-    dtype = UINT16 if any(one.dtype == UINT16 for one in each) else each[0].dtype
-    return Numbers.over(min(low for low, _ in ends), max(high for _, high in ends), dtype)

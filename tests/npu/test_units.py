@@ -8,11 +8,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
 
 from npu.units import file_of, quantizer_for, tokens
+from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.qdq.units import Numbers, joined
+from ptq_onnx.qdq.unit_numbers import Numbers, joined
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.coding import Coding
 
@@ -147,3 +149,20 @@ def test_widths_differ_where_they_are_asked_for() -> None:
     ]
     assert conversions
     assert {Coding(n).dtype for n in conversions} <= {UINT8, UINT16}
+
+
+def test_activation_functions_of_several_ops_have_codes_between_them() -> None:
+    g = SmallGraph(("batch", 6, 8))
+    hidden = g("Add", g("MatMul", "x", sample(8, 32, seed=1)), sample(32, seed=2))
+    x = g("Mul", hidden, g("Sigmoid", g("Mul", hidden, 1.702)))
+    model = g.model(g("Add", g("MatMul", x, sample(32, 8, seed=3)), sample(8, seed=4)))
+    fuse(model)
+    assert "QuickGelu" in [n.op_type for n in model.graph]
+    lowered, left = file_of(quantizer_for(model, "8/16/16"))
+    assert left == []
+    (sigmoid,) = [n for n in lowered.graph if n.op_type == "Sigmoid"]
+    (quantize,) = [use.node for use in sigmoid.outputs[0].uses()]
+    assert Coding(quantize).dtype == UINT16
+    assert Coding(quantize).scale == np.float32(1 / 65535)
+    x = tokens(16, seed=1)
+    assert decibels(run(model, x, 16), run(lowered, x, 1)) >= 35

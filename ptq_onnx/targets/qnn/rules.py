@@ -180,8 +180,8 @@ def compiles(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def in_integers(model: QuantizedModel) -> Iterator[Finding]:
-    """The compiler takes every op with its Q/DQ as one unit: one that stands alone runs in float, of
-    16 bits and on an NPU that has them (measured, 2.7.0)."""
+    """The compiler takes every op with its Q/DQ as one unit: one that stands alone runs in 16-bit
+    floats, on an NPU that has them (measured, 2.7.0)."""
     for node, kind in _compiled(model).floats.items():
         yield Finding(
             node,
