@@ -72,13 +72,20 @@ def plugin() -> Any:
         ) from error
     try:
         with stdout_on_stderr():
-            ort.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+            if not devices():  # the program may have registered it itself
+                path = onnxruntime_qnn.get_library_path()
+                ort.register_execution_provider_library(PROVIDER, path)
     except Exception as error:  # its exceptions share no base class
         raise ConfigError(
             f"onnxruntime-qnn does not load into onnxruntime {ort.__version__}"
             f" ({one_line(error)}); take releases that belong together."
         ) from error
     return onnxruntime_qnn
+
+
+def devices() -> list[Any]:
+    """What the provider, once registered, runs on."""
+    return [one for one in ort.get_ep_devices() if one.ep_name == PROVIDER]
 
 
 def npu_session(
@@ -96,8 +103,8 @@ def npu_session(
     without the wheel, ModelError where any node is refused.
     """
     package, device = plugin(), device or Device()
-    devices = [found for found in ort.get_ep_devices() if found.ep_name == PROVIDER]
-    if not devices:
+    found = devices()
+    if not found:
         raise ConfigError(
             "onnxruntime-qnn finds no device, not even its emulator, on this machine."
         )
@@ -109,7 +116,7 @@ def npu_session(
         options.add_session_config_entry("ep.context_enable", "1")
         options.add_session_config_entry("ep.context_embed_mode", "1")
         options.add_session_config_entry("ep.context_file_path", str(context))
-    options.add_provider_for_devices(devices[:1], device.options(package.get_qnn_htp_path()))
+    options.add_provider_for_devices(found[:1], device.options(package.get_qnn_htp_path()))
     try:
         with stdout_on_stderr():
             return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options)
