@@ -25,9 +25,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
-from ptq_onnx.graph.expansions import expand
-from ptq_onnx.graph.formula import DOMAIN
 from ptq_onnx.qdq.nodes import Nodes, remove_unused
+from ptq_onnx.qdq.spelling import spell
 from ptq_onnx.qdq.unit_numbers import (
     DEQUANTIZE,
     QUANTIZE,
@@ -48,8 +47,6 @@ from ptq_onnx.qdq.unit_numbers import (
 )
 
 LARGEST_BIAS = 2.0**31 - 1
-SPELLED = ("QuickGelu", "Silu")
-"""Activation functions that the runtime computes by several ops."""
 PARAMETERS = {"Clip": (0,), "Pad": (0,), "Resize": (0,), "Gather": (0,)}
 """Inputs that are data, of ops whose other inputs are not."""
 
@@ -271,16 +268,6 @@ def complete(model: ir.Model) -> list[str]:
     units.run()
     remove_unused(model.graph)
     return units.floats
-
-
-def spell(model: ir.Model) -> None:
-    """Ops of ours by ops of the standard, but for linears."""
-    for node in list(model.graph):
-        if node.op_type == "L2Normalization" and node.domain == DOMAIN:
-            made = ir.node("LpNormalization", [node.inputs[0]], {"axis": -1, "p": 2})
-            expand(model.graph, node, [made])
-        elif node.op_type in SPELLED and node.domain == DOMAIN:
-            expand(model.graph, node)
 
 
 def takes(node: ir.Node, index: int) -> bool:

@@ -12,12 +12,21 @@ SIDE, WINDOW, WIDTH, HEADS = 4, 2, 8, 2
 COUNT, TOKENS = (SIDE // WINDOW) ** 2, WINDOW**2
 
 
+def _shift(g: SmallGraph, x: str) -> str:
+    """The image moved by one token along both sides, what leaves it coming back."""
+    for axis in (1, 2):
+        first = g("Split", x, np.array([1, SIDE - 1]), axis=axis, outputs=2)
+        x = g("Concat", f"{first}_1", first, axis=axis)
+    return x
+
+
 def swin_block() -> ir.Model:
-    """[batch, 16, 8] → windows of 4 tokens with a relative position bias and a shift's mask."""
+    """[batch, 16, 8] → shifted windows of 4 tokens with a bias of positions and a mask."""
     g = SmallGraph(("batch", SIDE * SIDE, WIDTH))
     norm = g("LayerNormalization", "x", np.full(WIDTH, 1.2), np.full(WIDTH, 0.1), axis=-1)
     grid = np.array([-1, SIDE // WINDOW, WINDOW, SIDE // WINDOW, WINDOW, WIDTH])
-    parts = g("Transpose", g("Reshape", norm, grid), perm=[0, 1, 3, 2, 4, 5])
+    shifted = _shift(g, g("Reshape", norm, np.array([-1, SIDE, SIDE, WIDTH])))
+    parts = g("Transpose", g("Reshape", shifted, grid), perm=[0, 1, 3, 2, 4, 5])
     windows = g("Reshape", parts, np.array([-1, TOKENS, WIDTH]))
     heads = []
     for part in range(3):

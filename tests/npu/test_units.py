@@ -11,6 +11,7 @@ import pytest
 from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
 
+from npu.swin_block import SIDE, swin_block
 from npu.units import file_of, quantizer_for, tokens
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.preparation import model_files as graphs
@@ -169,3 +170,14 @@ def test_activation_functions_of_several_ops_have_codes_between_them() -> None:
     assert Coding(quantize).scale == np.float32(1 / 65535)
     x = tokens(16, seed=1)
     assert decibels(run(model, x, 16), run(lowered, x, 1)) >= 35
+
+
+def test_splits_become_slices_and_axes_of_one_are_reshaped_away() -> None:
+    quantizer = quantizer_for(swin_block(), "8/16/16", count=SIDE * SIDE)
+    lowered, left = file_of(quantizer)
+    assert left == []
+    kinds = {n.op_type for n in lowered.graph}
+    assert {"Slice", "Reshape", "Concat"} <= kinds
+    assert not {"Split", "Squeeze", "Unsqueeze", "Gather"} & kinds
+    x = tokens(8, seed=1, count=SIDE * SIDE)
+    assert decibels(run(swin_block(), x, 8), run(lowered, x, 1)) >= 30
