@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from faults.runs import limited
+from fuzz.oracle import judge
 
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.evaluate import logits
@@ -93,6 +95,22 @@ def test_export(timm: Any, tmp_path: Path) -> None:
         want = model(torch.tensor(pixels)).numpy()
     got = logits(path, open_images(pixels, preprocess), batch_size=3)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of files")
+def test_a_full_disk(timm: Any, tmp_path: Path) -> None:
+    """One line, and neither a part of the file nor a folder that was made for it."""
+    torch.manual_seed(0)
+
+    def export() -> None:
+        export_timm(NAME, tmp_path / "new/m.onnx", pretrained=False, image_size=32)
+
+    for size in (600, 1 << 20):
+        found = judge(limited(size, export), tmp_path)
+        assert found.finding == ""
+        assert found.code == 2
+        assert "File too large" in found.text
+        assert [path.name for path in tmp_path.iterdir()] == ["tmp"]  # the oracle's own
 
 
 def test_real_unknown_name(timm: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.files.output_paths import Output
+from ptq_onnx.files.publishing import added_to
 from ptq_onnx.files.text_file import write_text
 from ptq_onnx.images.source import ImageSource
 
@@ -145,9 +146,10 @@ def write_comparison(found: Comparison, folder: Path) -> None:
     """``compare.json`` and the page, in a folder that is made where it does not exist."""
     from ptq_onnx.report.compare_page import render_comparison
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / NUMBERS, json.dumps(plain(asdict(found)), indent=1, allow_nan=False))
-    write_text(folder / PAGE, render_comparison(found))
+    numbers = json.dumps(plain(asdict(found)), indent=1, allow_nan=False)
+    with added_to(folder) as work:
+        write_text(work / NUMBERS, numbers)
+        write_text(work / PAGE, render_comparison(found))
 
 
 def table(found: Any) -> Any:

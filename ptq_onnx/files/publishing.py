@@ -46,15 +46,37 @@ def workshop(output: Path) -> Iterator[Path]:
     place = output.resolve()
     if place.exists() and not place.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder.")
-    made = [folder for folder in place.parents if not folder.exists()]
     with ExitStack() as stack:
-        stack.callback(_remove_empty, made)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(parents_of(place))
             work = stack.enter_context(held_folder(place))
         except OSError as error:
             raise ConfigError(f"--output {output} cannot be written: {error.strerror}.") from error
         yield work
+
+
+@contextmanager
+def parents_of(place: Path) -> Iterator[None]:
+    """The folders above ``place`` exist; those that were made for it go if nothing came of it.
+    Raises OSError."""
+    made = [folder for folder in place.resolve().parents if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        _remove_empty(made)
+
+
+@contextmanager
+def added_to(output: Path) -> Iterator[Path]:
+    """A hidden folder for files that then move into the folder ``output``, beside what is there:
+    all are written before the first moves. Raises ConfigError where nothing can be written."""
+    with workshop(output) as work:
+        yield work
+        output.mkdir(exist_ok=True)
+        for name in _files(work):
+            if name != Path(LOCK):
+                os.replace(work / name, output / name)
 
 
 def publish(work: Path, output: Path) -> tuple[Path, ...]:

@@ -208,15 +208,16 @@ def draw_curve(curve: Curve) -> Figure:
 
 
 def write_curve(curve: Curve, output: Path) -> tuple[Path, Path]:
-    """``calibration_curve.png`` and ``.json`` in ``output``, each all at once or not at all."""
+    """``calibration_curve.png`` and ``.json`` in ``output``, both or neither."""
+    from ptq_onnx.files.publishing import added_to
     from ptq_onnx.files.text_file import write_text
     from ptq_onnx.report.plots import save_png
 
-    output.mkdir(parents=True, exist_ok=True)
-    picture, data = output / "calibration_curve.png", output / "calibration_curve.json"
-    save_png(draw_curve(curve), picture, dpi=120)
-    write_text(data, json.dumps(curve.to_json(), indent=1, allow_nan=False) + "\n")
-    return picture, data
+    picture, data = "calibration_curve.png", "calibration_curve.json"
+    with added_to(output) as work:
+        save_png(draw_curve(curve), work / picture, dpi=120)
+        write_text(work / data, json.dumps(curve.to_json(), indent=1, allow_nan=False) + "\n")
+    return output / picture, output / data
 
 
 def _checked(sizes: Sequence[int]) -> tuple[int, ...]:

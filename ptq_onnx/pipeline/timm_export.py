@@ -16,6 +16,7 @@ import torch
 
 from ptq_onnx.errors import ConfigError, one_line
 from ptq_onnx.files.held_folder import held_folder
+from ptq_onnx.files.publishing import parents_of
 from ptq_onnx.images.preprocess import METADATA_KEY, Preprocess
 
 _log = logging.getLogger(__name__)
@@ -57,8 +58,7 @@ def export_timm(
     model = _create(timm, name, pretrained, image_size)
     data: dict[str, Any] = timm.data.resolve_model_data_config(model)
     preprocess = _preprocess(name, data, image_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with held_folder(output) as folder:
+    with parents_of(output), held_folder(output) as folder:
         path = folder / output.name
         _export(model, name, path, preprocess, opset)
         proto = onnx.load(path)

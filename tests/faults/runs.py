@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -62,3 +64,24 @@ def content(folder: Path) -> dict[str, bytes]:
     """Bytes by name, without what differs from run to run."""
     files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files if p.name != MANIFEST}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes; Python ignores the signal that comes with it."""
+    import resource  # POSIX has it
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def limited(size: int, call: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        with files_of_at_most(size):
+            call()
+
+    return run

@@ -6,8 +6,6 @@ The limit is that of the size of a file, which ends a write as a full disk does,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,30 +14,11 @@ from fuzz.cases import command
 from fuzz.oracle import judge
 from PIL import Image
 
-from faults.runs import content, model_in, words
+from faults.runs import content, limited, model_in, words
 
-resource = pytest.importorskip("resource", reason="limits are POSIX's")
+pytest.importorskip("resource", reason="limits are POSIX's")
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="the limit ends the process there")
 FEW = ("--analysis-images", "2")
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes; Python ignores the signal that comes with it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def limited(size: int, call: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
-        with files_of_at_most(size):
-            call()
-
-    return run
 
 
 @pytest.fixture(scope="module")

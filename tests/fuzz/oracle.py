@@ -65,7 +65,7 @@ class Outcome:
 def judge(call: Callable[[], object], folder: Path) -> Outcome:
     """Run ``call`` as the command line runs its commands, in ``folder``, and look at the rest.
 
-    Of new files only those in ``folder/output`` may stay, and those only after a success.
+    Of new files and folders only ``folder/output`` and what is in it may stay, after a success.
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def judge(call: Callable[[], object], folder: Path) -> Outcome:
     stderr = captured[0]
     left = sorted(_files(folder) - before)
     if code == 0 and not error:
-        left = [name for name in left if not name.startswith("output/") or "/." in name]
+        left = [name for name in left if not f"{name}/".startswith("output/") or "/." in name]
         left = [name for name in left if name != "output/.ptq_onnx.json"]
     return Outcome(_finding(error, code, stderr, left), code, stderr, seconds)
 
@@ -108,9 +108,7 @@ def _finding(error: str, code: int, stderr: str, left: list[str]) -> str:
 
 
 def _files(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} | {
-        p.relative_to(folder).as_posix() for p in folder.rglob(".*")
-    }
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
 
 
 @contextmanager
