@@ -68,15 +68,6 @@ def numbers_of(value: ir.Value) -> Numbers | None:
     return Numbers.of(node) if node is not None and node.op_type == DEQUANTIZE else None
 
 
-def codes_of(value: ir.Value) -> ir.Value:
-    """The codes that DequantizeLinear makes a tensor of."""
-    node = value.producer()
-    assert node is not None
-    read = node.inputs[0]
-    assert read is not None
-    return read
-
-
 def quantizers(value: ir.Value) -> list[Numbers]:
     """The numbers of every QuantizeLinear that reads a tensor."""
     nodes = (node for node, _ in consumers(value) if node.op_type == QUANTIZE)
