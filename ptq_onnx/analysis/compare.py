@@ -73,8 +73,13 @@ def compare(
     batch: int = 8,
     threads: int = 0,
     progress: Progress | None = None,
+    opened: Callable[[Path], Any] | None = None,
 ) -> Comparison:
-    """Measure every file, and the float model, on the same images. Raises PtqError."""
+    """Measure every file, and the float model, on the same images. Raises PtqError.
+
+    ``opened``: makes the session that the quantized files are measured in, where that is not ONNX
+    Runtime's own; blocks are looked at, and times taken, in ONNX Runtime.
+    """
     if not paths:
         raise ConfigError("compare needs output folders or quantized .onnx files.")
     base = find_reference(paths, reference)
@@ -95,7 +100,7 @@ def compare(
     contenders = []
     for index, (name, file) in enumerate(zip(["float", *names], [base, *files], strict=True)):
         measured = evaluate(
-            file,
+            opened(file) if index and opened is not None else file,
             images,
             labels,
             batch_size=batch,
@@ -103,6 +108,7 @@ def compare(
             reference=base if index else None,
             features=features,
             progress=since(advance),
+            names=(f"Model '{file}'", None),
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
         blocks = floats.blocks(tapped, outputs) if index and floats is not None else ()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_linear, is_product
+from ptq_onnx.config.targets import TARGETS
 from ptq_onnx.targets.checking.coding import constant
 from ptq_onnx.targets.checking.optimised import optimise
 from ptq_onnx.targets.checking.product import Operand, Product
@@ -119,7 +120,8 @@ def measure_coverage(path: Path, target: str, reasons: Mapping[str, str] | None 
     found: list[tuple[Kind, int, str]] = []
     for product in model.products:
         kind = _kind(product)
-        integer = product.quantized and product.name not in floats
+        codes = product.coded if TARGETS[target].all_codes else product.quantized
+        integer = codes and product.name not in floats
         why = "" if integer else _why(product, kind, reasons or {}, target)
         found.append((kind, _macs(product, model), why))
     return _summed(found, "optimised graph" if asked else "Q/DQ")

@@ -39,8 +39,11 @@ FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOU
 PRODUCT_ROLES = {("qk", 0): "q", ("qk", 1): "k", ("av", 0): "softmax", ("av", 1): "v"}
 
 
-def find_sites(model: ir.Model, blocks: Blocks) -> dict[str, Site]:
-    """All quantization sites, by tensor name, activations in graph order, then parameters."""
+def find_sites(model: ir.Model, blocks: Blocks, *, whole: bool = False) -> dict[str, Site]:
+    """All quantization sites, by tensor name, activations in graph order, then parameters.
+
+    ``whole``: also what every other compute op makes, as an unscaled QKᵀ or a mask that was added.
+    """
     sites: dict[str, Site] = {}
     constants: list[Site] = []
     graph_input = image_input(model)
@@ -53,6 +56,10 @@ def find_sites(model: ir.Model, blocks: Blocks) -> dict[str, Site]:
         for place in places(value):
             site = _activation(place, value, blocks)
             if site is not None and site.tensor not in sites:
+                sites[site.tensor] = site
+        if whole and not any(str(place.name) in sites for place in places(value)):
+            site = _activation(value, value, blocks, whole=True)
+            if site is not None:
                 sites[site.tensor] = site
     for node in model.graph:
         constants.extend(_parameters(node, blocks))
@@ -185,14 +192,16 @@ def _last_concat(value: ir.Value) -> ir.Value | None:
             found = current
 
 
-def _activation(place: ir.Value, value: ir.Value, blocks: Blocks) -> Site | None:
+def _activation(
+    place: ir.Value, value: ir.Value, blocks: Blocks, *, whole: bool = False
+) -> Site | None:
     producer = value.producer()
     leaves = readers(place)
     role_of = blocks.roles
     made = None if producer is None else role_of.get(name_of(producer))
     block = None if made is None else made.block
     role = "input" if producer is None else (made.name if made is not None else "other")
-    if role == "mask":
+    if role == "mask" and not whole:
         return None
     if role == "qk_scale":
         role = "qk"

@@ -35,6 +35,7 @@ from ptq_onnx.cli.console import (
 from ptq_onnx.cli.curve import calibration_curve
 from ptq_onnx.cli.given import settings
 from ptq_onnx.cli.inspect import inspect
+from ptq_onnx.cli.npu import WORDS, npu_of
 from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.outputs import decibels as in_json
@@ -104,25 +105,30 @@ def evaluate(
     val: o.Measured = None,
     labels: o.Labels = None,
     reference: o.Reference = None,
+    runtime: o.Runtime = "onnxruntime",
+    soc: o.Soc = None,
+    htp_arch: o.HtpArch = None,
+    context: o.Context = None,
     as_json: o.Json = False,
     config: o.Config = None,
     **given: Any,
 ) -> None:
-    """Measure top-1 and top-5 of a model in ONNX Runtime."""
+    """Measure top-1 and top-5 of a model in ONNX Runtime, or on Qualcomm's NPU."""
     options, paths = settings(config, locals() | given)
     path = find_model(model, written=True)
+    npu = npu_of(runtime, soc, htp_arch, context)
     other = None if reference is None else find_model(reference)
     if "val" not in paths:
         raise ConfigError("evaluate needs images: --val DIR.")
     with progress_bars() as progress:
         from ptq_onnx.calibration.class_output import features_of
         from ptq_onnx.evaluation import evaluate as evaluation
-        from ptq_onnx.evaluation import network as runtime
+        from ptq_onnx.evaluation import network
         from ptq_onnx.images.opening import open_images
         from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 
         source = open_images(paths["val"], resolve_preprocess(path, options))
-        classes = bool(runtime.Network(path, 1).class_outputs)
+        classes = bool(network.Network(path, 1).class_outputs)
         if not classes and other is None:
             raise ConfigError(
                 f"{path} has no output [batch, classes], so that only closeness to the float model"
@@ -135,7 +141,7 @@ def evaluate(
         if other is not None and classes and truth is None:
             features = features_of(other, source.preprocess.size)
         found = evaluation.evaluate(
-            path,
+            path if npu is None else npu.open(path, options.threads),
             source,
             truth,
             batch_size=options.batch,
@@ -145,7 +151,10 @@ def evaluate(
             progress=None
             if progress is None
             else evaluation.since(progress("Measuring the model", len(source))),
+            names=(f"Model '{path}'", None),
         )
+    if npu is not None:
+        print(WORDS, file=sys.stderr)
     if as_json:
         _print_json(path, source, found)
     else:

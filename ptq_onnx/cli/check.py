@@ -12,6 +12,7 @@ from rich.table import Table
 from ptq_onnx.cli import options as o
 from ptq_onnx.cli.console import simple_table
 from ptq_onnx.cli.terminal import plain, stdout
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.pipeline.model_path import find_model
 from ptq_onnx.targets.checking.check import TARGETS, Report, explain
 
@@ -28,13 +29,19 @@ def check(
     model: o.Model,
     target: CheckTarget = "onnxruntime",
     strict: Strict = False,
+    soc: o.Soc = None,
+    htp_arch: o.HtpArch = None,
     as_json: o.Json = False,
 ) -> None:
     """List what a runtime would refuse, or compute in float; exit code 1 if anything."""
     path = find_model(model, written=True)
     from ptq_onnx.targets.checking.check import check as run
 
-    report = run(path, target)
+    given = {"soc": soc, "htp_arch": htp_arch}
+    device = {name: value for name, value in given.items() if value is not None}
+    if device and target != "qnn":
+        raise ConfigError(f"--{next(iter(device)).replace('_', '-')} belongs to --target qnn.")
+    report = run(path, target, device)
     if as_json:
         print(json.dumps({"model": str(path), **report.as_dict()}))
     else:

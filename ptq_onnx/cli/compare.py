@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,7 @@ from ptq_onnx.cli.console import (
     simple_table,
 )
 from ptq_onnx.cli.given import settings
+from ptq_onnx.cli.npu import WORDS, Npu, npu_of
 from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
@@ -57,6 +60,9 @@ def compare(
         str | None,
         o.option("--output -o", "DIR", "no files", "Folder of compare.html and compare.json."),
     ] = None,
+    runtime: o.Runtime = "onnxruntime",
+    soc: o.Soc = None,
+    htp_arch: o.HtpArch = None,
     as_json: o.Json = False,
     config: o.Config = None,
     analysis_images: Annotated[
@@ -67,10 +73,13 @@ def compare(
 ) -> None:
     """Compare quantized files of one float model: accuracy, SQNR, blocks, size, speed."""
     options, paths = settings(config, locals() | given)
+    npu = npu_of(runtime, soc, htp_arch)
     if "val" not in paths:
         raise ConfigError("compare needs images: --val DIR.")
     folder = Output.of_reports(paths["output"]).folder if "output" in paths else None
-    found = compared(models, reference, options, paths)
+    found = compared(models, reference, options, paths, npu)
+    if npu is not None:
+        print(f"{WORDS} Blocks and times are ONNX Runtime's.", file=sys.stderr)
     if folder is not None:
         write_comparison(found, folder)
     if as_json:
@@ -88,9 +97,16 @@ def compare(
 
 
 def compared(
-    models: list[str], reference: str | None, options: QuantizeConfig, paths: Mapping[str, Any]
+    models: list[str],
+    reference: str | None,
+    options: QuantizeConfig,
+    paths: Mapping[str, Any],
+    npu: Npu | None = None,
 ) -> Comparison:
-    """The files measured on the images of ``--val``, with a bar. Raises PtqError."""
+    """The files measured on the images of ``--val``, with a bar; on the NPU where one is given.
+
+    Raises PtqError.
+    """
     with progress_bars() as progress:
         from ptq_onnx.analysis import compare as comparison
         from ptq_onnx.images.opening import open_images
@@ -107,6 +123,7 @@ def compared(
             batch=options.batch,
             threads=options.threads,
             progress=progress,
+            opened=None if npu is None else partial(npu.open, threads=options.threads),
         )
 
 

@@ -20,8 +20,8 @@ OUTPUT = "Output"
 PLACES: Mapping[str, Sequence[str]] = {
     INPUT: ("calib", "val", "labels", "reference", "sizes", "config"),
     NUMBERS: ("scales",),
-    TARGET: ("runtime", "pretrained", "strict"),
-    OUTPUT: ("output", "as_json"),
+    TARGET: ("runtime", "soc", "htp_arch", "pretrained", "strict"),
+    OUTPUT: ("output", "context", "as_json"),
     RUNNING: ("seconds",),
 }
 """The groups of the options that are no fields of the config."""

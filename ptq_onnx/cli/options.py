@@ -143,5 +143,24 @@ Reference = Annotated[
     option("--reference", "FLOAT.onnx", "none", "A float model to compare the logits with."),
 ]
 Json = Annotated[bool, option("--json", None, "a table", "One line of JSON on stdout.")]
+Soc = Annotated[
+    str | None, option("--soc", "N", "the compiler's", "qnn: number of the SoC to compile for.")
+]
+HtpArch = Annotated[
+    str | None, option("--htp-arch", "N", "the compiler's", "qnn: version of its NPU, as in 73.")
+]
+Runtime = Annotated[
+    str,
+    option(
+        "--runtime",
+        "NAME",
+        "onnxruntime",
+        "What computes the quantized file: onnxruntime, or qnn, Qualcomm's NPU or its emulator.",
+    ),
+]
+Context = Annotated[
+    str | None,
+    option("--context", "FILE.onnx", "none", "qnn: where to write the compiled graph (EPContext)."),
+]
 Threads = _of_field("threads")
 Batch = _of_field("batch")

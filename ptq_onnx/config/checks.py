@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.names import INTEGER, WEIGHTS
 from ptq_onnx.config.option_types import no_such
@@ -41,6 +41,7 @@ def check_together(config: Fields) -> None:
         _check_fp8(config)
     _check_target(config)
     _check_widths(config)
+    _check_npu(config)
     if config.weight_only:
         _check_weight_only(config)
     _check_owners(config)
@@ -83,6 +84,36 @@ def _check_widths(config: Fields) -> None:
                 f"{option}: files for {config.target} hold activations of at most {most} bits;"
                 " --target onnxruntime takes 16."
             )
+
+
+def _check_npu(config: Fields) -> None:
+    """Options of files that hold one batch size, all of it codes."""
+    target = config.runtime
+    for option, used, taken in (
+        ("--batch-size", config.batch_size != 1, target.fixed_batch),
+        ("--mixed", bool(config.mixed), target.all_codes),
+    ):
+        if used and not taken:
+            raise ConfigError(f"{option} with --target {config.target}: it is for --target qnn.")
+    if config.mixed and (config.widths.activations > BYTE or config.widths.attention > BYTE):
+        raise ConfigError(f"--mixed with --bits {config.bits}: it widens 8 bits; use 8/8/8.")
+    if target.all_codes and config.keep_float:
+        raise ConfigError(
+            f"--keep-float with --target {config.target}: its ops all take codes; give what 8 bits"
+            " serve badly 16, as in --more-bits residual1=16."
+        )
+    if target.all_codes and config.per_channel:
+        raise ConfigError(
+            f"--per-channel with --target {config.target}: its activations have one scale."
+        )
+    wide = config.mixes or max(config.widths.activations, config.widths.attention) > BYTE
+    wide = wide or any(MoreBits.parse(text).bits > BYTE for text in config.more_bits)
+    if target.fixed_batch and config.batch_size > 1 and wide:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} with 16-bit codes: HTP's compiler 2.7.0 computes"
+            " LayerNormalization of several images wrongly then (measured); take 1, or 8 bits"
+            " everywhere with --no-mixed."
+        )
 
 
 def _check_owners(config: Fields) -> None:

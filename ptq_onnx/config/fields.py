@@ -146,7 +146,7 @@ class Fields:
         None, NUMBERS, None,
         "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
         " in float and free at run time, where one scale per tensor is then expected to lose less.",
-        shown="on with --quantize-residual",
+        shown="on with --quantize-residual, and for qnn",
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
@@ -196,6 +196,14 @@ class Fields:
         0, TARGET, "N",
         f"ONNX opset, up to {OPSETS[-1]}; tensorrt and openvino take 20 by themselves.",
         shown=str(ONNXRUNTIME.opset),
+    )
+    mixed: bool | None = option(
+        None, TARGET, None,
+        "qnn: 16 bits for those activations that 8 hold worst, at most a third of all elements.",
+        shown="on for qnn at --bits 8/8/8",
+    )
+    batch_size: int = option(
+        1, TARGET, "N", "qnn: images that the file takes at a time.", bounds=(1, 64)
     )
     report: bool = option(True, ANALYSIS, None, "Analyse every op and write report.html.")
     sensitivity: bool = option(
@@ -259,7 +267,14 @@ class Fields:
     def rotates(self) -> bool:
         """True where residual streams are turned if that lowers the expected error."""
         unset = self.quantize_residual and self.precision != "fp8"
+        unset = unset or self.runtime.all_codes
         return unset if self.rotate is None else self.rotate
+
+    @property
+    def mixes(self) -> bool:
+        """True where some activations get 16 bits by what 8 would lose."""
+        unset = self.runtime.all_codes and str(self.widths) == "8/8/8"
+        return unset if self.mixed is None else self.mixed
 
     @property
     def effective_method(self) -> str:

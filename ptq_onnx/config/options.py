@@ -55,6 +55,8 @@ class Options(TypedDict, total=False):
     gelu: str
     target: str
     opset: int
+    mixed: bool | None
+    batch_size: int
     report: bool
     sensitivity: bool
     pictures: bool

@@ -57,6 +57,12 @@ class Target:
     """q, k and v as linears of their own."""
     keep_rank: bool = True
     """The head on [batch, 1, C], where a product of two axes would stay float."""
+    all_codes: bool = False
+    """Every op takes codes and gives codes: it has no float part."""
+    narrow_second: bool = False
+    """The second factor of a product of activations counts with 8 bits, whatever its codes have."""
+    fixed_batch: bool = False
+    """Its files hold one batch size."""
 
     def refusal(self, quantizer: str) -> str | None:
         """Why a quantizer is refused; None for one that works."""
@@ -74,6 +80,11 @@ _PRODUCTS_ONLY = (
 
 _NO_INTEGERS = (
     "it has no integer arithmetic of LayerNorm, softmax and residuals; use --quantizer fqvit"
+)
+
+_ONE_STEP = (
+    "the NPU takes one scale per activation and no op between its codes and the next; use"
+    " --quantizer deploy"
 )
 
 LATER = range(20, 24)
@@ -122,4 +133,18 @@ INTEGER = Target(
     keep_rank=False,
 )
 
-TARGETS = {target.name: target for target in (ONNXRUNTIME, TENSORRT, OPENVINO, INTEGER)}
+QNN = Target(
+    "qnn",
+    quantizer="deploy",
+    refuses=_ONE_STEP,
+    widest=WIDEST,
+    rows=False,
+    convolutions=True,
+    patches_as_linear=False,
+    keep_rank=False,
+    all_codes=True,
+    narrow_second=True,
+    fixed_batch=True,
+)
+
+TARGETS = {target.name: target for target in (ONNXRUNTIME, TENSORRT, OPENVINO, INTEGER, QNN)}

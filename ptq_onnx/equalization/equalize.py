@@ -69,6 +69,8 @@ COPIES = (16, 32, 64)
 """Numbers of channels that splitting may add to the hidden ones of an MLP …"""
 MOST_COPIES = 1 / 8
 """… up to this part of them."""
+BYTE_STEPS = 255
+"""γ has 8-bit codes where it has codes at all; factors are chosen so that these hold it exactly."""
 AVERAGED = 0.2
 """Weight of v's own rounding beside that of A·V: the rows of A average over tokens."""
 
@@ -182,6 +184,8 @@ class _Equalizer:
                 self.levels,
                 records=self.records(site.tensor),
             )
+            if self.target.all_codes:
+                choice = replace(choice, factor=norm.on_grid(choice.factor, BYTE_STEPS))
             norm.apply(self.model.graph, shift, choice.factor)
             self.note(site, "LayerNormalization", choice)
             for other in self.same_norm(site, norm.linears):
@@ -207,7 +211,7 @@ class _Equalizer:
             ones = np.ones(len(half))
             plain = output_noise(ones, halves, variance, self.products(linears), self.levels)
             choice = replace(choice, plain=plain)
-        if choice.gain_db >= WORTH_A_MUL:
+        if choice.gain_db >= WORTH_A_MUL and not self.target.all_codes:
             self.insert(site, value, linears, hidden, choice)
 
     def insert(
@@ -374,7 +378,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         plan,
         model=model,
         blocks=blocks,
-        sites=find_sites(model, blocks),
+        sites=find_sites(model, blocks, whole=target.all_codes),
         statistics=stats,
         moves=tuple(state.moves),
         exponents=state.exponents,

@@ -59,6 +59,17 @@ class Norm:
         for linear in self.linears:
             move_rows(graph, linear, factor, shift)
 
+    def on_grid(self, factor: Double, steps: int) -> Double:
+        """Factors near these that leave γ whole multiples of one step, of which its range has
+        ``steps``: rounding γ to codes then loses nothing. None becomes zero."""
+        gamma = np.array(constant(self.node.inputs[1]), np.float64)
+        wanted = gamma / factor
+        step = (max(wanted.max(), 0) - min(wanted.min(), 0)) / steps
+        if step == 0:
+            return factor
+        whole = np.sign(wanted) * np.maximum(np.round(np.abs(wanted) / step), 1)
+        return np.where(gamma == 0, factor, gamma / np.where(gamma == 0, 1, whole * step))
+
 
 def norm_before(value: ir.Value) -> Norm | None:
     """The norm whose output ``value`` is, if it takes factors of the last axis.

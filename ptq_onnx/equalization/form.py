@@ -43,7 +43,7 @@ def take_form(plan: Plan, *, pixels: bool) -> Form:
     common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
     fixed: dict[str, tuple[float, float]] = {}
-    if plan.pixels is not None and pixels:
+    if plan.pixels is not None and pixels and not target.all_codes:
         roles, fixed = image_in_pixels(
             model,
             *plan.pixels,
@@ -52,4 +52,5 @@ def take_form(plan: Plan, *, pixels: bool) -> Form:
         )
         blocks = replace(blocks, roles={**blocks.roles, **roles})
     blocks = with_own_reads(plan, model, blocks)
-    return Form(model, blocks, find_sites(model, blocks), fixed, counts)
+    sites = find_sites(model, blocks, whole=target.all_codes)
+    return Form(model, blocks, sites, fixed, counts)

@@ -33,6 +33,8 @@ def integer_readers(config: QuantizeConfig, blocks: Blocks) -> Takes:
     """What reads codes in a file of ``deploy``: products, and adds that take their skip so."""
 
     def takes(node: ir.Node, index: int) -> bool:
+        if config.runtime.all_codes:
+            return True
         if node.op_type == "Conv":
             return config.runtime.convolutions and index == 0
         if node.op_type == "Add":

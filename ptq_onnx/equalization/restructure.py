@@ -46,7 +46,7 @@ def in_form(plan: Plan) -> Plan:
     counts = restructure(model, plan.config.runtime, products=True)
     common.RemoveUnusedNodesPass()(model)
     blocks = with_own_reads(plan, model, find_blocks(model))
-    sites = find_sites(model, blocks)
+    sites = find_sites(model, blocks, whole=plan.config.runtime.all_codes)
     extra: dict[str, Site] = {}
     if plan.config.runtime.codes_of_convolutions:
         extra = convolution_outputs(model, blocks, sites)

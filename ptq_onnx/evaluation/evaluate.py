@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ImageError, ModelError
@@ -57,7 +58,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
+    model: Model | ort.InferenceSession,
     images: ImageSource,
     labels: NDArray[np.int64] | None = None,
     *,
@@ -71,6 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
 
+    ``model``: a file, its bytes, or a session that is open, on whatever device.
     ``labels`` int64 [N] belong to ``images.names``. Against ``reference``: SQNR and cosine of each
     output, 10·log10(Σ fp² / Σ (fp − q)²) with the sums over all images and values, and the share
     of images with the same top class where the output is [batch, classes]. ``names``: what errors

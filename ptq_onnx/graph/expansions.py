@@ -22,7 +22,7 @@ def standardise(model: ir.Model) -> ir.Model:
     graph = model.graph
     for node in list(graph):
         if node.domain == DOMAIN:
-            _replace(graph, node, EXPANSIONS[node.op_type](graph, node))
+            expand(graph, node)
     graph.opset_imports.pop(DOMAIN, None)
     return model
 
@@ -114,8 +114,10 @@ def _describe(value: ir.Value, name: str, like: ir.Value) -> None:
     value.name, value.type, value.shape = name, like.type, like.shape
 
 
-def _replace(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:
-    """Put the new nodes in the place of one; the last has its output, all have its metadata."""
+def expand(graph: ir.Graph, node: ir.Node, new: list[ir.Node] | None = None) -> None:
+    """Put the new nodes, by default those of its expansion, in the place of one; the last has its
+    output, all have its metadata."""
+    new = new or EXPANSIONS[node.op_type](graph, node)
     old, output = node.outputs[0], new[-1].outputs[0]
     _describe(output, str(old.name), old)
     for item in new:

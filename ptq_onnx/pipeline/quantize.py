@@ -214,7 +214,8 @@ def written(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.Model:
     """The quantized model, which is in its file by then, as are the options decided on."""
     job.stage(stages.WRITING, 1)
     lowered = quantized_model(job, made, quantizer)
-    graphs.save(job.as_taken(lowered), job.work / QUANTIZED)
+    own = job.config.runtime.fixed_batch  # the file's batch is the target's
+    graphs.save(lowered if own else job.as_taken(lowered), job.work / QUANTIZED)
     (job.work / CONFIG).write_text(made.plan.config.to_yaml(), encoding="utf-8")
     return lowered
 

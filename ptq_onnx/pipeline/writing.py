@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -25,19 +26,36 @@ SEEN_IMAGES = 2
 
 def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.Model:
     """The model of the target's file, not yet written. Raises ModelError."""
+    from ptq_onnx.preparation.batch import with_batch
     from ptq_onnx.qdq.half import to_float16
     from ptq_onnx.qdq.lowering import lower
+    from ptq_onnx.qdq.units import complete
 
     config = made.plan.config
     if config.target == INTEGER:
         return integer_file(config, made, quantizer)
     lowered = lower(quantizer.model, quantizer.specs)
+    if config.runtime.fixed_batch:
+        lowered = with_batch(lowered, job.fixed or config.batch_size)
+    if config.runtime.all_codes:
+        job.notes.extend(notes_on_floats(complete(lowered), config.target))
     if not config.float16:
         return lowered
     job.notes.append(
         "--float16: quantized.onnx computes its float part in 16 bits; the analysis computes in 32."
     )
     return to_float16(lowered)
+
+
+def notes_on_floats(left: list[str], target: str) -> list[str]:
+    """What an NPU's file computes in float, though all of it should be codes."""
+    if not left:
+        return []
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(left).most_common())
+    return [
+        f"--target {target}: no codes are known for what these make: {kinds}; `check` tells"
+        " what the runtime makes of them."
+    ]
 
 
 def formed(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> str:

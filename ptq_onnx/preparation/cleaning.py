@@ -84,15 +84,15 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
     if converted:
         notes.append(f"converted {', '.join(converted)} to float32")
     if any(node.domain == "" and node.op_type in WRITTEN_OUT for node in model.graph):
-        _infer_shapes(model)
+        infer_shapes(model)
         notes.extend(write_out(model))
     _convert_opset(model, opset, notes)
     if model.graph.opset_imports[""] <= opset:
         model.ir_version = IR_VERSION
-    _infer_shapes(model)
+    infer_shapes(model)
     if any(node.domain == RUNTIME for node in model.graph):
         notes.extend(read_back(model))
-        _infer_shapes(model)
+        infer_shapes(model)
     for _ in range(ROUNDS):
         before = len(model.graph)
         fold_shapes(model.graph)
@@ -101,11 +101,11 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         _fold(model)
         if len(model.graph) == before:
             break
-    _infer_shapes(model)
+    infer_shapes(model)
     fold_shapes(model.graph)
     simplify_layout(model.graph)
     _tidy(model)
-    _infer_shapes(model)
+    infer_shapes(model)
     fold_shapes(model.graph)
     _name_outputs(model.graph, outputs)
     return CleanReport(
@@ -143,7 +143,7 @@ def flatten(model: ir.Model) -> list[str]:
         return []
     count = inline_branches(model)
     if has_branches(model):  # the runtime's inference knows more ops
-        _infer_shapes(model)
+        infer_shapes(model)
         count += inline_branches(model, inferred=True)
     refuse_unknown(model)
     return [f"{count} If nodes inlined, which shapes or constants decide"] if count else []
@@ -270,7 +270,7 @@ def _restore(old: ir.Graph, new: ir.Graph) -> None:
         new.opset_imports.setdefault(domain, version)
 
 
-def _infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model) -> None:
     """Set type and shape of every value; ONNX Runtime's inference keeps symbols like ``batch``."""
     proto = skeleton(model)
     try:

@@ -25,7 +25,7 @@ from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
 from ptq_onnx.numerics.around.around import Around, Restore
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.qdq.factors import Place, leaves, plan_factors, quantized_values, way
-from ptq_onnx.qdq.nodes import Behind
+from ptq_onnx.qdq.nodes import Behind, remove_unused
 from ptq_onnx.qdq.weights import Weights
 
 
@@ -221,7 +221,7 @@ def lower(model: ir.Model, specs: Mapping[str, TensorSpec]) -> ir.Model:
     lowering = _Lowering(copy.graph, specs)
     lowering.run()
     _remove_copies(copy.graph)
-    _remove_unused(copy.graph)
+    remove_unused(copy.graph)
     return copy
 
 
@@ -232,9 +232,3 @@ def _remove_copies(graph: ir.Graph) -> None:
         if read is not None and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(read)
             graph.remove(node, safe=True)
-
-
-def _remove_unused(graph: ir.Graph) -> None:
-    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
-        if not graph.initializers[name].is_graph_output():
-            del graph.initializers[name]

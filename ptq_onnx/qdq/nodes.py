@@ -127,3 +127,10 @@ class Behind:
             return 0
         found = shape[axis]
         return found if isinstance(found, int) else 0
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Drop initializers that nothing reads."""
+    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]

@@ -23,6 +23,7 @@ from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
@@ -32,15 +33,22 @@ from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
+from ptq_onnx.quantizers.mixed import widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
 
 PRODUCTS = ("Linear", "MatMul")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
 """What makes the residual stream; None: it is the model's input."""
+DEAD = {"Gelu": -4.5, "QuickGelu": -6.0, "Silu": -12.0, "Relu": 0.0}
+"""Below it an activation function gives zero, but for 1e-4: codes there would be wasted. Only where
+what it reads has codes of its own."""
 SEARCHED = "pearson"
 """How the one step of an attention map is found where its rows are not scaled: most of its weights
 lie far below the largest, so that a finer step pays though it clips."""
+SECOND = ("k", "v")
+"""The second factors of QKᵀ and A·V."""
 ALONE = "stays float: another input of the product that reads it does"
+WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
 
@@ -57,14 +65,14 @@ class Deploy(SiteQuantizer):
             code, method = code_named(self.plan.config.code), self.plan.config.effective_method
             return Rule(bits, code=code, method=method, stored=target.stored(True))
         if site.role == "pos_embed":
-            return FLOAT
-        if not site.is_parameter and not self._read_by_product(site):
+            return self._constant()
+        if not site.is_parameter and not self._read_by_product(site) and not self._whole:
             return FLOAT
         widths = self.plan.config.widths
         code = code_named(self.plan.config.code)
         if site.is_parameter:
             if not self._read_by_product(site):
-                return FLOAT
+                return self._constant()
             return Rule(widths.weights, True, True, PerChannel(), code=code, method="minmax")
         method = self.plan.config.effective_method
         target = self.plan.config.runtime
@@ -84,8 +92,11 @@ class Deploy(SiteQuantizer):
         centred = self._centred(site)
         if centred and method in FROM_HISTOGRAM:
             method = "robust"  # histograms are of the tensor with its mean
+        bits = widths.activations
+        if target.narrow_second and site.role in SECOND:
+            bits = min(bits, BYTE)
         return Rule(
-            widths.activations,
+            bits,
             sign,
             sign,
             code=code,
@@ -98,7 +109,7 @@ class Deploy(SiteQuantizer):
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
         rules = super()._dispatch()
         sites = self.plan.sites
-        while True:
+        while not self._whole:
             inputs = Counter(
                 name
                 for tensor in rules
@@ -120,8 +131,17 @@ class Deploy(SiteQuantizer):
             for tensor in lost:
                 del rules[tensor]
                 self.floats[tensor] = ALONE
+        return rules
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
+        """The range of what is read, without values that an activation function makes zero."""
+        low, high = self._range(site, rule, stats)
+        readers = {self.nodes[name].op_type for name in site.consumers}
+        if readers and readers <= DEAD.keys():
+            low = np.maximum(low, np.float32(min(DEAD[kind] for kind in readers)))
+        return low, high
+
+    def _range(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """With ``robust``: one range for all channels, by the weights that read them."""
         # A floating grid has the same relative precision everywhere: its range need not be small.
         if rule.method != "robust" or not rule.per_tensor or rule.code.floating:
@@ -138,6 +158,15 @@ class Deploy(SiteQuantizer):
             exponent=self.plan.exponents.get(site.tensor, 0.0),
         )
         return np.array([low], np.float32), np.array([high], np.float32)
+
+    @property
+    def _whole(self) -> bool:
+        """True where the target's ops all take codes."""
+        return self.plan.config.runtime.all_codes
+
+    def _constant(self) -> str:
+        """Why a constant beside activations has no rule."""
+        return WITH_ITS_OP if self._whole else FLOAT
 
     def _skips(self, site: Site) -> bool:
         """True for what a residual add passes by its branch, where that is to be quantized.
@@ -175,8 +204,9 @@ class Deploy(SiteQuantizer):
         total = np.zeros(stats.power.size)
         for name in site.consumers:
             node = self.nodes[name]
-            weight, read = constant(node.inputs[1]), node.inputs[0]
-            if node.op_type != "Linear" or weight is None or read is None:
+            weight = constant(node.inputs[1]) if node.op_type == "Linear" else None
+            read = node.inputs[0]
+            if weight is None or read is None:
                 return np.ones(stats.power.size)
             start = start_of(read, site.tensor)
             index = np.arange(stats.power.size, dtype=np.float32).reshape(stats.shape)
@@ -192,6 +222,8 @@ class Deploy(SiteQuantizer):
         if self._given is not None:
             return super().calibrate(batches)
         stats = self.measure(batches)
+        if self.plan.config.mixes:
+            self._mix(stats)
         specs = self.searched(self.solve(stats), batches)
         constants, notes = rounded_weights(self.plan, specs, stats, batches)
         self.notes.extend(notes)
@@ -200,6 +232,12 @@ class Deploy(SiteQuantizer):
             constants |= corrected_biases(self.plan.model, sites, specs, stats, constants)
         self.set_constants(constants)
         return specs
+
+    def _mix(self, stats: Statistics) -> None:
+        """Give 16 bits to what 8 hold worst (``mixed.py``)."""
+        wide, note = widened(self.rules, self.solve(stats), self.plan.sites, stats)
+        self.rules = {**self.rules, **wide}
+        self.notes.append(note)
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
         """As of any quantizer; refuses numbers of an earlier run where weights or biases are
@@ -214,6 +252,9 @@ class Deploy(SiteQuantizer):
                     f"--scales {where}: {option} needs the images; calibrate anew, or use"
                     f" {without}."
                 )
+        if config.mixes:
+            bits = {t: s.rule.bits for t, s in specs.items()}
+            self.rules = {t: replace(r, bits=bits.get(t, r.bits)) for t, r in self.rules.items()}
         super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:

@@ -6,6 +6,7 @@ file, and its name in ``TARGETS``. Nothing is imported before it is used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +26,17 @@ TARGETS = (
     "onnxruntime",
     "openvino",
     "integer",
+    "qnn",
 )
 
 
-def check(model: str | Path | ir.Model, target: str) -> Report:
+def check(
+    model: str | Path | ir.Model, target: str, device: Mapping[str, str] | None = None
+) -> Report:
     """Check a file, or a model in memory, against every rule of ``target``.
+
+    ``device``: what the file is compiled for, where the target's rules compile it; for ``qnn``
+    ``soc`` and ``htp_arch``.
 
     Raises ModelError where the file is missing or is not ONNX, ConfigError for a target that
     does not exist.
@@ -39,6 +46,7 @@ def check(model: str | Path | ir.Model, target: str) -> Report:
 
     rules = _target(target).rules
     subject = open_model(model)
+    subject.device.update(device or {})
     violations: list[Violation] = []
     checked: list[str] = []
     skipped: dict[str, str] = {}
@@ -57,7 +65,7 @@ def check(model: str | Path | ir.Model, target: str) -> Report:
         tuple(violations),
         skipped,
         facts=_target(target).facts(subject),
-        **subject.counts(),
+        **subject.counts(sixteen_bits=_target(target).sixteen_bits),
     )
 
 

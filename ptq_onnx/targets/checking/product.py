@@ -97,6 +97,12 @@ class Product:
         return [c in EIGHT_BITS for c in codes] == [True, True]
 
     @property
+    def coded(self) -> bool:
+        """Both factors are quantized, to 8 or 16 bits."""
+        codes = (o.dequantize.dtype for o in self.operands if o.dequantize is not None)
+        return [c in EIGHT_BITS or c in SIXTEEN_BITS for c in codes] == [True, True]
+
+    @property
     def weight_only(self) -> bool:
         """The weight is quantized, the activation is not."""
         return (

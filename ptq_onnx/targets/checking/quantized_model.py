@@ -24,13 +24,14 @@ class QuantizedModel:
     """A graph without local functions, its products and its Q/DQ nodes.
 
     ``source`` is what a runtime loads: the path of the file, or the bytes of a model that has
-    none.
+    none. ``device``: what it is to be compiled for, by the names that the target has for it.
     """
 
     def __init__(self, model: ir.Model, source: str | bytes) -> None:
         self.model = model
         self.graph = model.graph
         self.source = source
+        self.device: dict[str, str] = {}
         self._derived: dict[Callable[..., Any], Any] = {}
 
     @property
@@ -79,11 +80,14 @@ class QuantizedModel:
             self._derived[make] = make(self.source)
         return cast(T, self._derived[make])
 
-    def counts(self) -> dict[str, Any]:
-        """The op histogram and the numbers of quantized products, as in a Report."""
+    def counts(self, *, sixteen_bits: bool = False) -> dict[str, Any]:
+        """The op histogram and the numbers of quantized products, as in a Report.
+
+        ``sixteen_bits``: the runtime multiplies codes of those too.
+        """
         ops = Counter(node.op_type for node in self.graph)
         linear = [p.linear for p in self.products]
-        quantized = [p.quantized for p in self.products]
+        quantized = [p.coded if sixteen_bits else p.quantized for p in self.products]
         for node in self.graph:
             if node.op_type in INTEGER_PRODUCTS:
                 linear.append(constant(node.inputs[INTEGER_PRODUCTS[node.op_type]]) is not None)

@@ -20,10 +20,12 @@ def no_facts(_: QuantizedModel) -> Facts:
 
 @dataclass(frozen=True)
 class Target:
-    """``rules`` run in order; ``facts`` counts what only this target has."""
+    """``rules`` run in order; ``facts`` counts what only this target has; ``sixteen_bits``: its
+    products are of codes of up to those."""
 
     rules: tuple[Rule, ...]
     facts: Count = no_facts
+    sixteen_bits: bool = False
 
 
 def rule_name(rule: Rule) -> str:

@@ -33,8 +33,9 @@ class Case(NamedTuple):
 
 
 WARNING = "warning"
-QDQ = tuple(t for t in TARGETS if t != "integer")
-"""Targets whose files hold Q/DQ pairs; integer files have tests of their own."""
+QDQ = tuple(t for t in TARGETS if t not in ("integer", "qnn"))
+"""Targets whose files hold Q/DQ pairs around products; files of ``integer``, and of ``qnn``, which
+have them around every op, have tests of their own (``tests/npu``)."""
 T, R, V = "tensorrt", "onnxruntime", "openvino"
 CASES = (
     Case(T, "opset-in-range", "", q.later_opset),

@@ -1,0 +1,290 @@
+"""Every op between input and output on codes: Q/DQ completed for runtimes without a float part.
+
+Such a runtime takes an op as a unit: DequantizeLinear on every input, the op, QuantizeLinear on
+its output. Lowering puts codes where tensors were calibrated; here the rest follows from those:
+
+* layout ops keep their numbers: the same codes in front of them and behind;
+* codes that are made behind layout ops are made at the op that computes the tensor already; where
+  its parts have several ranges of one type, all have the range that holds them;
+* all activations of a unit are of one type: narrower ones are converted, exactly, up to the widest
+  (s / 257 and 257 z hold 8-bit codes in 16), but for the second factor of a product, which may be
+  the narrower one;
+* ops of ours are spelled by ops that such a runtime has; what stands between those gets its numbers
+  from what it is computed of (x · c: those of x, times c; a sigmoid: 0 to 1);
+* constants get codes too: biases of linears and convolutions int32 by the scales of the product, γ
+  uint8 and β int32 by the scale of the output (HTP rounds β to steps of that: measured), all others
+  the type of their unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
+from ptq_onnx.qdq.nodes import Nodes, remove_unused
+from ptq_onnx.qdq.spelling import spell
+from ptq_onnx.qdq.unit_numbers import (
+    DEQUANTIZE,
+    QUANTIZE,
+    UINT8,
+    UINT16,
+    Numbers,
+    behind,
+    derived,
+    is_coding,
+    is_data,
+    is_float,
+    joined,
+    kept,
+    limits_of,
+    numbers_of,
+    quantizers,
+)
+
+LARGEST_BIAS = 2.0**31 - 1
+PARAMETERS = {"Clip": (0,), "Pad": (0,), "Resize": (0,), "Gather": (0,)}
+"""Inputs that are data, of ops whose other inputs are not."""
+
+
+@dataclass
+class _Units(Nodes):
+    """The state of completing one graph, changed in place."""
+
+    converted: dict[tuple[ir.Value, Numbers], ir.Value] = field(default_factory=dict)
+    floats: list[str] = field(default_factory=list)
+    """Nodes with a tensor whose numbers nothing tells."""
+
+    def run(self) -> None:
+        values = [*self.graph.inputs, *(v for node in self.graph for v in node.outputs)]
+        self.names.update(str(v.name) for v in [*values, *self.graph.initializers.values()])
+        for value in values:
+            if is_float(value) and not value.is_initializer():
+                self.settle(value)
+        for node in list(self.graph):
+            if not is_coding(node) and not is_layout(node) and node.op_type != "Constant":
+                self.unite(node)
+
+    # --- numbers of every tensor --------------------------------------------------------
+
+    def settle(self, value: ir.Value) -> None:
+        """Give a tensor that an op makes its codes, where it has none."""
+        node = value.producer()
+        if node is not None and is_coding(node):
+            return
+        if node is not None and not any(map(is_data, node.inputs)):
+            return
+        own = set(quantizers(value))
+        inner = kept(node) if node is not None and is_layout(node) else None
+        if node is not None and node.op_type == "Concat":
+            inner = next(iter(own), None) or inner or joined(behind(value))
+            if inner is not None:
+                self.same_numbers(node, inner)
+        numbers = inner or joined(own or behind(value)) or derived(node)
+        if numbers is None:
+            if value.uses() or value.is_graph_output():
+                self.floats.append(str(value.name) if node is None else node.op_type)
+            return
+        alone = len(list(consumers(value))) == 1 and not value.is_graph_output()
+        if not (alone and own == {numbers}):
+            self.code(value, numbers)
+
+    def code(self, value: ir.Value, numbers: Numbers) -> ir.Value:
+        """Put Q and DQ behind a tensor, for all that read it; returns what is read now."""
+        uses = [(n, i) for n, i in consumers(value) if n.op_type != "Shape"]
+        real = self.pair(value.producer(), value, numbers)
+        for node, index in uses:
+            found = Numbers.of(node) if node.op_type == QUANTIZE else None
+            if found is not None and found.dtype == numbers.dtype:
+                self.adopt(node, real)
+            else:
+                node.replace_input_with(index, real)
+        if value.is_graph_output():
+            position = list(self.graph.outputs).index(value)
+            self.graph.outputs[position] = real
+            name = value.name
+            value.name = self.unique(f"{name}_float")
+            real.name = name
+        return real
+
+    def adopt(self, quantize: ir.Node, real: ir.Value) -> None:
+        """Let what reads these codes read values with other numbers of the same type. A pair of
+        its own behind them would go: ONNX Runtime merges two such pairs, and leaves the layout op
+        in front of them between two scales, in float (measured, 1.31)."""
+        for node, _ in list(consumers(quantize.outputs[0])):
+            output = node.outputs[0]
+            output.replace_all_uses_with(real, replace_graph_outputs=True)
+            self.graph.remove(node, safe=True)
+        self.graph.remove(quantize, safe=True)
+
+    def pair(self, anchor: ir.Node | None, value: ir.Value, numbers: Numbers) -> ir.Value:
+        """Q and DQ of a tensor, behind ``anchor``."""
+        scale = self.constant(f"{value.name}_scale", np.float32(numbers.scale))
+        point = np.array(numbers.zero, numbers.dtype.numpy())
+        zero = self.constant(f"{value.name}_zero_point", point)
+        codes = self.add(anchor, QUANTIZE, [value, scale, zero], value, "codes", numbers.dtype)
+        return self.add(codes.producer(), DEQUANTIZE, [codes, scale, zero], value, "values")
+
+    def same_numbers(self, concat: ir.Node, numbers: Numbers) -> None:
+        """All inputs of a Concat with the numbers of what it makes."""
+        for index, value in enumerate(concat.inputs):
+            if value is None:
+                continue
+            if value.const_value is not None and is_float(value):
+                concat.replace_input_with(index, self.coded_constant(value, numbers, concat))
+            elif (found := numbers_of(value)) is not None and found != numbers:
+                concat.replace_input_with(index, self.convert(value, numbers))
+
+    # --- one type in every unit ---------------------------------------------------------
+
+    def unite(self, node: ir.Node) -> None:
+        """One type for the activations of an op, and codes for its constants."""
+        if not is_float(node.outputs[0]):
+            return
+        data = [
+            (i, v)
+            for i, v in enumerate(node.inputs)
+            if v is not None and is_data(v) and takes(node, i)
+        ]
+        found = [numbers_of(v) for _, v in data]
+        made = [n for v in node.outputs for n in quantizers(v)]
+        if not data or None in found or not made:
+            return
+        wide = any(n is not None and n.dtype == UINT16 for n in [*found, *made])
+        for (index, value), numbers in zip(data, found, strict=True):
+            second = is_product(node) and index == 1
+            if wide and numbers is not None and numbers.dtype == UINT8 and not second:
+                node.replace_input_with(index, self.convert(value, numbers.wider()))
+        for value in node.outputs:
+            for numbers in set(quantizers(value)):
+                if wide and numbers.dtype == UINT8:
+                    self.code(value, numbers.wider())
+        self.constants_of(node, UINT16 if wide else UINT8)
+
+    def convert(self, value: ir.Value, numbers: Numbers) -> ir.Value:
+        """The tensor's values in other codes; once for all that want them."""
+        key = value, numbers
+        if key not in self.converted:
+            self.converted[key] = self.pair(value.producer(), value, numbers)
+        return self.converted[key]
+
+    # --- constants ----------------------------------------------------------------------
+
+    def constants_of(self, node: ir.Node, dtype: ir.DataType) -> None:
+        weighted = is_linear(node) or node.op_type in ("Conv", "ConvTranspose", "Gemm")
+        norm = node.op_type == "LayerNormalization"
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or not is_float(value):
+                continue
+            if weighted and index == 2:
+                self.bias(node, value)
+            elif norm and index == 2:
+                self.shift(node, value)
+            elif norm:
+                self.parameter(node, index, value, UINT8)
+            elif not weighted and takes(node, index):
+                self.parameter(node, index, value, dtype)
+
+    def parameter(self, node: ir.Node, index: int, value: ir.Value, dtype: ir.DataType) -> None:
+        """γ, and what is added to activations or multiplied with them: one scale."""
+        array = array_of(value)
+        low, high = float(array.min(initial=0)), float(array.max(initial=0))
+        numbers = Numbers.over(low, high, dtype)
+        node.replace_input_with(index, self.coded_constant(value, numbers, node))
+
+    def shift(self, norm: ir.Node, value: ir.Value) -> None:
+        """β of a norm: int32 codes in steps of the output; without one where it is zero."""
+        array = array_of(value)
+        made = quantizers(norm.outputs[0])
+        if not array.any():
+            norm.resize_inputs(2)
+        elif made:
+            scale = made[0].scale
+            codes = np.rint(array / scale).astype(np.int32)
+            point = np.array(0, np.int32)
+            norm.replace_input_with(2, self.stored(value, codes, np.float32(scale), point, norm))
+
+    def coded_constant(self, value: ir.Value, numbers: Numbers, node: ir.Node) -> ir.Value:
+        """DequantizeLinear of a constant's codes, in front of ``node``."""
+        low, high = limits_of(numbers.dtype)
+        codes = np.clip(np.rint(array_of(value) / numbers.scale) + numbers.zero, low, high)
+        kind = numbers.dtype.numpy()
+        point = np.array(numbers.zero, kind)
+        return self.stored(value, codes.astype(kind), np.float32(numbers.scale), point, node)
+
+    def bias(self, node: ir.Node, value: ir.Value) -> None:
+        """int32 codes, whose scale is that of the product, per output channel as the weight's."""
+        weight = None if node.inputs[1] is None else node.inputs[1].producer()
+        data = None if node.inputs[0] is None else numbers_of(node.inputs[0])
+        scales = None if weight is None else weight.inputs[1]
+        if weight is None or weight.op_type != DEQUANTIZE or data is None or scales is None:
+            return
+        array = array_of(value).reshape(-1)
+        scale = self.roomy(weight, array, float(data.scale)) * float(data.scale)
+        codes = np.clip(np.rint(array / scale), -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)
+        zero = np.zeros(scale.shape, np.int32)
+        made = self.stored(value, codes, scale.astype(np.float32), zero, node)
+        made.shape = ir.Shape(codes.shape)
+        node.replace_input_with(2, made)
+
+    def roomy(self, weight: ir.Node, bias: NDArray[np.float32], step: float) -> NDArray[np.float64]:
+        """The weight's scales, made larger where the bias would not fit 32 bits, its codes with
+        them."""
+        codes, scales = (v.const_value.numpy() for v in weight.inputs[:2])  # type: ignore[union-attr]
+        scale = np.asarray(scales, np.float64)
+        least = np.abs(bias.astype(np.float64)) / (LARGEST_BIAS * step)
+        wanted = np.maximum(scale, least if scale.ndim else least.max(initial=0))
+        if np.array_equal(wanted, scale):
+            return scale
+        name = str(weight.outputs[0].name)
+        axis = weight.attributes.get_int("axis", 0)
+        shape = [-1 if i == axis else 1 for i in range(codes.ndim)] if scale.ndim else []
+        fewer = np.rint(codes * (scale / wanted).reshape(shape)).astype(codes.dtype)
+        weight.replace_input_with(0, self.constant(f"{name}_fewer_codes", fewer))
+        weight.replace_input_with(1, self.constant(f"{name}_larger", wanted.astype(np.float32)))
+        return wanted
+
+    def stored(
+        self,
+        value: ir.Value,
+        codes: NDArray[np.generic],
+        scale: NDArray[np.float32] | np.float32,
+        zero: NDArray[np.generic],
+        node: ir.Node,
+    ) -> ir.Value:
+        """Codes as an initializer, dequantized in front of ``node``."""
+        inputs = [
+            self.constant(f"{value.name}_codes", codes),
+            self.constant(f"{value.name}_scale", scale),
+            self.constant(f"{value.name}_zero_point", zero),
+        ]
+        attributes = {"axis": 0} if np.ndim(scale) else {}
+        made = ir.node(DEQUANTIZE, inputs, attributes, name=self.unique(f"{value.name}_dequantize"))
+        output = made.outputs[0]
+        output.name = self.unique(f"{value.name}_dequantized")
+        output.shape, output.type = value.shape, value.type
+        self.graph.insert_before(node, made)
+        return output
+
+
+def complete(model: ir.Model) -> list[str]:
+    """Complete Q/DQ in a lowered model, in place; returns what stays in float."""
+    spell(model)
+    units = _Units(model.graph)
+    units.run()
+    remove_unused(model.graph)
+    return units.floats
+
+
+def takes(node: ir.Node, index: int) -> bool:
+    """Whether an input holds numbers that the op computes with."""
+    return index in PARAMETERS.get(node.op_type, (index,))
+
+
+def array_of(value: ir.Value) -> NDArray[np.float32]:
+    """The numbers of a constant."""
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy(), np.float32)

@@ -1,0 +1,66 @@
+"""Which activations get 16 bits where 8 serve most: those that 8-bit codes hold worst.
+
+The expected noise of a tensor's 8-bit codes is s² / 12; over the mean of its squares it says how
+much of the tensor is lost. A stream with a massive channel, the hidden layer that makes it: they
+stand at the top of that list by a wide margin. The factors of attention's products stay at 8 bits:
+their noise averages out over tokens and channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ptq_onnx.calibration.methods import Statistics
+from ptq_onnx.config.bits import BYTE, WIDEST
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
+
+BUDGET = 1 / 3
+"""Of the elements of all activations of one image."""
+FACTORS = frozenset(("q", "k", "v", "qk", "softmax", "av"))
+ENOUGH = 40.0
+"""dB of the codes from which on 16 bits are not worth it."""
+
+
+def size_of(site: Site) -> int:
+    """Elements of one image."""
+    return math.prod(d for d in site.shape[1:] if isinstance(d, int))
+
+
+def widened(
+    rules: Mapping[str, Rule],
+    specs: Mapping[str, TensorSpec],
+    sites: Mapping[str, Site],
+    stats: Statistics,
+) -> tuple[dict[str, Rule], str]:
+    """Rules of 16 bits for what 8 hold worst, and a sentence that says how much that is."""
+    acts = [s for s in sites.values() if s.tensor in specs and not s.is_parameter]
+    total = sum(map(size_of, acts))
+    losses = {
+        s.tensor: _loss(specs[s.tensor], stats)
+        for s in acts
+        if s.role not in FACTORS and rules[s.tensor].bits <= BYTE and s.tensor in stats.channels
+    }
+    spent = sum(size_of(s) for s in acts if rules[s.tensor].bits > BYTE)
+    chosen: dict[str, Rule] = {}
+    for tensor in sorted(losses, key=lambda t: -losses[t]):
+        size = size_of(sites[tensor])
+        if losses[tensor] < 10 ** (-ENOUGH / 10) or spent + size > BUDGET * total:
+            continue
+        spent += size
+        chosen[tensor] = replace(rules[tensor], bits=WIDEST)
+    worst = sorted({sites[t].role for t in chosen})
+    note = (
+        f"Mixed: {len(chosen)} of {len(acts)} activations, {100 * spent / max(total, 1):.0f} % of"
+        f" their elements, have {WIDEST} bits, those that {BYTE} hold worst, of the roles"
+        f" {', '.join(worst) or 'none'}; --no-mixed leaves {BYTE} everywhere."
+    )
+    return chosen, note
+
+
+def _loss(spec: TensorSpec, stats: Statistics) -> float:
+    """Noise of the codes over the signal."""
+    found = stats.channels[spec.tensor]
+    signal = float(found.power.sum()) / max(found.count * found.power.size, 1)
+    return float(spec.scale) ** 2 / 12 / max(signal, 1e-30)

@@ -1,0 +1,105 @@
+"""Small files on Qualcomm's emulator: every node there, in integers, with the CPU's numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from small_image_model import image_model
+from small_transformer import Choices, transformer
+
+from npu.swin_block import SIDE, swin_block
+from npu.test_units import MIXED, decibels, run
+from npu.units import file_of, quantizer_for, tokens
+from ptq_onnx.api import quantize
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.qnn.session import npu_session
+
+pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
+
+MODELS = {
+    "plain": lambda: transformer(Choices(), blocks=2),
+    "LayerScale": lambda: transformer(Choices(layer_scale=True)),
+    "masked, pooled": lambda: transformer(Choices(mask=True, pool=True)),
+    "windows": swin_block,
+}
+CASES = [
+    ("plain", "8/8/8", (), 20, 25),
+    ("plain", "8/16/16", (), 32, 40),
+    ("plain", "8/8/8", tuple(t for t in MIXED if t != "embed=16"), 22, 25),
+    ("LayerScale", "8/16/16", (), 32, 40),
+    ("masked, pooled", "8/16/16", (), 28, 35),
+    ("windows", "8/8/8", (), 15, 20),
+    ("windows", "8/16/16", (), 30, 30),
+]
+
+
+def on_npu(path: Path, x: np.ndarray) -> np.ndarray:
+    session = npu_session(path, threads=1)
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: one[None]})[0] for one in x])
+
+
+@pytest.mark.parametrize(("name", "bits", "more", "floor", "agree"), CASES)
+def test_every_node_runs_there_in_integers(
+    name: str, bits: str, more: tuple[str, ...], floor: float, agree: float, tmp_path: Path
+) -> None:
+    model: ir.Model = MODELS[name]()
+    count = SIDE * SIDE if name == "windows" else 6
+    lowered, left = file_of(quantizer_for(model, bits, more, count))
+    assert left == []
+    path = tmp_path / "quantized.onnx"
+    graphs.save(lowered, path)
+    x = tokens(8, seed=1, count=count)
+    found = on_npu(path, x)
+    assert decibels(run(model, x, 8), found) >= floor
+    assert decibels(run(lowered, x, 1), found) >= agree
+    if bits == "8/8/8":  # a process of its own, which takes a second
+        report = check(path, "qnn")
+        assert report.violations == ()
+        assert report.skipped == {}
+        assert report.facts["units on the NPU"]["Gemm"] >= 4
+
+
+def test_refused_nodes_are_named_with_the_reason(tmp_path: Path) -> None:
+    path = image_model(tmp_path / "float.onnx", batch=1)
+    graph = graphs.read(path)
+    node = next(n for n in graph.graph if n.op_type == "Softmax")
+    erf = ir.node("Erf", [node.outputs[0]], name="strange")
+    erf.outputs[0].name, erf.outputs[0].type = "strange_out", node.outputs[0].type
+    node.outputs[0].replace_all_uses_with(erf.outputs[0])
+    erf.replace_input_with(0, node.outputs[0])
+    graph.graph.insert_after(node, erf)
+    graphs.save(graph, path)
+    found = {v.node: v.text for v in check(path, "qnn").violations if v.rule == "compiles"}
+    assert "`Erf`" in found["strange"]
+
+
+def test_evaluate_runs_there_and_writes_the_context(tmp_path: Path) -> None:
+    path = image_model(tmp_path / "float.onnx")
+    pictures = np.random.default_rng(0).normal(size=(12, 3, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "images.npy", pictures)
+    out = tmp_path / "out"
+    quantize(
+        path, calib=tmp_path / "images.npy", output=out, target="qnn", mixed=False, threads=1,
+        report=False, batch_size=2,
+    )  # fmt: skip
+    context = tmp_path / "context.onnx"
+    command = [
+        sys.executable, "-m", "ptq_onnx", "evaluate", str(out), "--val",
+        str(tmp_path / "images.npy"), "--reference", str(path), "--runtime", "qnn", "--threads",
+        "1", "--context", str(context), "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["sqnr_db"] >= 25
+    assert "says nothing of the" in done.stderr
+    ops = [node.op_type for node in graphs.outline(context).graph]
+    assert ops == ["EPContext"]

@@ -1,0 +1,183 @@
+"""Every op between input and output on codes, as an NPU takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from small_graph import SmallGraph, sample
+from small_transformer import Choices, transformer
+
+from npu.swin_block import SIDE, swin_block
+from npu.units import file_of, quantizer_for, tokens
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.unit_numbers import Numbers, joined
+from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.checking.coding import Coding
+from ptq_onnx.targets.qnn.compiling import Compiler
+
+CHOICES = {
+    "packed": Choices(),
+    "apart": Choices(packed=False, scale="before"),
+    "masked, pooled": Choices(mask=True, pool=True, layer_scale=True),
+    "relu": Choices(activation="Relu"),
+}
+MIXED = ("residual1=16", "residual2=16", "embed=16", "norm1=16")
+WIDTHS = {"8/8/8": (), "8/16/16": (), "8/8/8, mixed": MIXED}
+UINT8, UINT16 = ir.DataType.UINT8, ir.DataType.UINT16
+
+
+def decibels(expected: np.ndarray, found: np.ndarray) -> float:
+    noise = float(((expected - found).astype(np.float64) ** 2).sum())
+    return float(10 * np.log10(float((expected.astype(np.float64) ** 2).sum()) / max(noise, 1e-30)))
+
+
+def run(model: ir.Model, x: np.ndarray, batch: int) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    data = graphs.serialize(model)
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    parts = [session.run(None, {name: x[i : i + batch]})[0] for i in range(0, len(x), batch)]
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", CHOICES)
+def test_nothing_is_left_in_float(
+    name: str, width: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Compiler, "__call__", lambda *_: None)  # that is test_npu.py's
+    model = transformer(CHOICES[name], blocks=2)
+    more = [text for text in WIDTHS[width] if text != "embed=16"]
+    lowered, left = file_of(quantizer_for(model, width.partition(",")[0], more))
+    assert left == []
+    path = tmp_path / "quantized.onnx"
+    graphs.save(lowered, path)
+    report = check(path, "qnn")
+    assert report.violations == ()
+    assert report.quantized_linears == report.linears
+    assert report.quantized_products == report.products
+    x = tokens(16, seed=1)
+    assert decibels(run(model, x, 16), run(lowered, x, 1)) >= (33 if width == "8/16/16" else 17)
+
+
+def test_it_computes_what_lowering_alone_computes() -> None:
+    """Codes of layout ops, conversions and int32 biases change nothing that is not rounding."""
+    from ptq_onnx.qdq.lowering import lower
+
+    quantizer = quantizer_for(transformer(Choices(), blocks=2), "8/16/16")
+    x = tokens(16, seed=1)
+    plain = run(lower(quantizer.model, quantizer.specs), x, 16)
+    assert decibels(plain, run(file_of(quantizer)[0], x, 1)) >= 60
+
+
+def test_the_batch_is_fixed_and_no_shape_is_computed() -> None:
+    lowered, _ = file_of(quantizer_for(transformer(Choices(pool=True)), "8/8/8"), batch=4)
+    assert lowered.graph.inputs[0].shape[0] == 4
+    shapes = [v.shape for node in lowered.graph for v in node.outputs]
+    assert all(s is not None and all(isinstance(d, int) for d in s) for s in shapes)
+    assert not [n for n in lowered.graph if n.op_type in ("Shape", "Expand")]
+
+
+def test_biases_are_int32_by_the_scales_of_the_product() -> None:
+    lowered, _ = file_of(quantizer_for(transformer(Choices()), "8/8/8"))
+    linears = [n for n in lowered.graph if n.op_type == "Linear"]
+    assert len(linears) == 7
+    for node in linears:
+        data, weight, bias = (Coding(v.producer()) for v in node.inputs)
+        assert bias.dtype == ir.DataType.INT32
+        np.testing.assert_allclose(bias.scale, data.scale * weight.scale, rtol=1e-6)
+
+
+def test_norms_have_uint8_gamma_without_loss_and_beta_in_steps_of_the_output() -> None:
+    quantizer = quantizer_for(transformer(Choices(), blocks=2), "8/16/16")
+    lowered, _ = file_of(quantizer)
+    floats = {n.name: n for n in quantizer.model.graph if n.op_type == "LayerNormalization"}
+    norms = [n for n in lowered.graph if n.op_type == "LayerNormalization"]
+    assert len(norms) == 5
+    for node in norms:
+        gamma = Coding(node.inputs[1].producer())
+        codes = gamma.node.inputs[0].const_value.numpy().astype(np.float64)
+        real = (codes - gamma.zero_point) * gamma.scale
+        assert gamma.dtype == UINT8
+        wanted = floats[node.name].inputs[1].const_value.numpy()
+        np.testing.assert_allclose(real, wanted, rtol=1e-4)
+        if len(node.inputs) > 2:
+            (quantize,) = [use.node for use in node.outputs[0].uses()]
+            beta = Coding(node.inputs[2].producer())
+            assert beta.dtype == ir.DataType.INT32
+            assert beta.scale == Coding(quantize).scale
+
+
+def test_eight_bit_codes_are_held_exactly_by_sixteen() -> None:
+    narrow = Numbers(np.float32(0.02), 37, UINT8)
+    wide = narrow.wider()
+    assert (wide.dtype, wide.zero) == (UINT16, 37 * 257)
+    codes = np.arange(256)
+    values = (codes - narrow.zero) * np.float64(narrow.scale)
+    again = np.rint(values / np.float64(wide.scale)) + wide.zero
+    np.testing.assert_array_equal(again, codes * 257)
+    np.testing.assert_allclose(wide.range, narrow.range, rtol=1e-6)
+
+
+def test_parts_of_several_ranges_share_the_range_that_holds_all() -> None:
+    parts = [Numbers(np.float32(0.01), 0, UINT8), Numbers(np.float32(0.02), 128, UINT8)]
+    both = joined(parts)
+    assert both is not None
+    low, high = both.range
+    assert low <= -2.56 + 0.03
+    assert high >= 2.55 - 0.03
+    assert joined([]) is None
+
+
+def test_widths_differ_where_they_are_asked_for() -> None:
+    quantizer = quantizer_for(transformer(Choices()), "8/8/8", ["residual1=16"])
+    lowered, _ = file_of(quantizer)
+    kinds = {
+        node.op_type: {Coding(use.node).dtype for use in node.outputs[0].uses()}
+        for node in lowered.graph
+        if node.op_type in ("Add", "Softmax", "Gelu")
+    }
+    assert kinds["Softmax"] == kinds["Gelu"] == {UINT8}
+    conversions = [
+        n
+        for n in lowered.graph
+        if n.op_type == "QuantizeLinear"
+        and (made := n.inputs[0].producer()) is not None
+        and made.op_type == "DequantizeLinear"
+    ]
+    assert conversions
+    assert {Coding(n).dtype for n in conversions} <= {UINT8, UINT16}
+
+
+def test_activation_functions_of_several_ops_have_codes_between_them() -> None:
+    g = SmallGraph(("batch", 6, 8))
+    hidden = g("Add", g("MatMul", "x", sample(8, 32, seed=1)), sample(32, seed=2))
+    x = g("Mul", hidden, g("Sigmoid", g("Mul", hidden, 1.702)))
+    model = g.model(g("Add", g("MatMul", x, sample(32, 8, seed=3)), sample(8, seed=4)))
+    fuse(model)
+    assert "QuickGelu" in [n.op_type for n in model.graph]
+    lowered, left = file_of(quantizer_for(model, "8/16/16"))
+    assert left == []
+    (sigmoid,) = [n for n in lowered.graph if n.op_type == "Sigmoid"]
+    (quantize,) = [use.node for use in sigmoid.outputs[0].uses()]
+    assert Coding(quantize).dtype == UINT16
+    assert Coding(quantize).scale == np.float32(1 / 65535)
+    x = tokens(16, seed=1)
+    assert decibels(run(model, x, 16), run(lowered, x, 1)) >= 35
+
+
+def test_splits_become_slices_and_axes_of_one_are_reshaped_away() -> None:
+    quantizer = quantizer_for(swin_block(), "8/16/16", count=SIDE * SIDE)
+    lowered, left = file_of(quantizer)
+    assert left == []
+    kinds = {n.op_type for n in lowered.graph}
+    assert {"Slice", "Reshape", "Concat"} <= kinds
+    assert not {"Split", "Squeeze", "Unsqueeze", "Gather"} & kinds
+    x = tokens(8, seed=1, count=SIDE * SIDE)
+    assert decibels(run(swin_block(), x, 8), run(lowered, x, 1)) >= 30
