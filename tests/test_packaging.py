@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import tomllib
@@ -83,3 +84,15 @@ def test_readme_lines_for_installing_are_those_that_were_tried() -> None:
     line = f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime=={pin[1]}"
     assert line in README
     assert line in quickstart
+
+
+def test_one_onnxruntime_is_installed() -> None:
+    """Two overwrite each other's files, and what asks for one may bring it beside the other."""
+    names = {"onnxruntime", "onnxruntime-gpu"}
+    found = {str(d.metadata["Name"]).lower() for d in importlib.metadata.distributions()} & names
+    assert len(found) == 1
+    asked = (ROOT / "requirements-qnn.txt").read_text(encoding="utf-8")
+    assert "--no-deps --requirement requirements-qnn.txt" in (ROOT / "Makefile").read_text()
+    assert [line for line in asked.splitlines() if not line.startswith("#")] == [
+        "onnxruntime-qnn==2.7.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
+    ]

@@ -59,6 +59,7 @@ class _Units(Nodes):
     """Nodes with a tensor whose numbers nothing tells."""
 
     def run(self) -> None:
+        """Codes for every tensor that an op makes, then one type in every unit."""
         values = [*self.graph.inputs, *(v for node in self.graph for v in node.outputs)]
         self.names.update(str(v.name) for v in [*values, *self.graph.initializers.values()])
         for value in values:
@@ -174,6 +175,7 @@ class _Units(Nodes):
     # --- constants ----------------------------------------------------------------------
 
     def constants_of(self, node: ir.Node, dtype: ir.DataType) -> None:
+        """Codes for an op's constants, of ``dtype`` where nothing else is said of them."""
         weighted = is_linear(node) or node.op_type in ("Conv", "ConvTranspose", "Gemm")
         norm = node.op_type == "LayerNormalization"
         for index, value in enumerate(node.inputs):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from small_graph import run
 from test_rotation import image_network, images, massive
 
-from ptq_onnx.equalization.rotation_choice import Turns, turn_streams
+from ptq_onnx.equalization.rotation_choice import Codes, Turns, turn_streams
 from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.numerics.rotations import flattened, spreading
 
@@ -77,7 +77,7 @@ def expected(levels: int, symmetric: bool) -> tuple[dict[str, float], dict[str, 
 
 
 def turned(levels: int, symmetric: bool) -> Turns:
-    return turn_streams(massive(image_network()), BATCHES, levels, symmetric=symmetric, threads=1)
+    return turn_streams(massive(image_network()), BATCHES, Codes(levels, symmetric), threads=1)
 
 
 @pytest.mark.parametrize(("levels", "symmetric"), [(256, False), (16, True), (64, False)])

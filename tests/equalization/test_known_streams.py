@@ -113,6 +113,8 @@ TURNED: dict[str, tuple[Part, Part]] = {
     "the mean behind": (chain(), more("ReduceMean", TOKENS, keepdims=0)),
     "its sizes too": (chain(), sized),
     "padded before": (more("Pad", np.array([0, 1, 0, 0, 0, 0])), chain()),
+    "padded behind": (chain(), more("Pad", np.array([0, 1, 0, 0, 0, 0]))),
+    "the sum behind": (chain(), more("ReduceSum", TOKENS, keepdims=0)),
 }  # fmt: skip
 
 
@@ -176,12 +178,10 @@ STAYS: list[tuple[Part, Part, dict[str, object], str]] = [
      "multiplies each channel by another factor"),
     (more("Div", sample(D, seed=2)), chain(), {}, "multiplies each channel by another factor"),
     (more("Div", np.array(3.0), first=True), chain(), {}, "multiplies two tensors"),
-    (normed_again, chain(), {}, "is added to the stream"),
+    (normed_again, chain(), {}, "mixes channels with others"),
     (chain(), more("Relu"), {}, "(Relu) reads the norm"),
     (chain(), joined, {}, "with other data"),
     (chain(), second_norm, {}, "with other data"),
-    (chain(), more("ReduceSum", TOKENS, keepdims=0), {}, "adds up what"),
-    (chain(), more("Pad", np.array([0, 1, 0, 0, 0, 0])), {}, "(Pad) reads the norm"),
     (chain(), more("Add", sample(D)), {}, "(Add) reads the norm"),
     (chain(), more("Slice", np.array([0]), np.array([D]), np.array([2])), {}, "reads the norm"),
     (chain(), chain(), {"outputs": ("stream",)}, "is an output of the model"),

@@ -83,7 +83,7 @@ def test_a_broken_rotation_is_undone(
     model = image_model(tmp_path / "m.onnx")
 
     def broken(graph, stream, matrix):  # type: ignore[no-untyped-def]
-        turn(graph, stream, 1.1 * matrix)
+        return turn(graph, stream, 1.1 * matrix)
 
     monkeypatch.setattr("ptq_onnx.equalization.rotation_choice.turn", broken)
     options: dict[str, Any] = {"target": "tensorrt", "quantize_residual": True}

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptq_onnx.errors import PtqError
+from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.targets.qnn.session import Device, npu_session, plugin
 
 LIMIT = 900
@@ -57,13 +57,13 @@ class Compiler:
 
     def __call__(self, source: str | bytes) -> Compiled | None:
         """What the compiler says of a file, or of a model's bytes; None where it is not
-        installed."""
+        installed. Raises ConfigError where no temporary folder can be made."""
         try:
             plugin()
         except PtqError:
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(source if isinstance(source, str) else Path(folder) / "model.onnx")
+        with scratch_folder() as folder:
+            path = Path(source) if isinstance(source, str) else folder / "model.onnx"
             if isinstance(source, bytes):
                 path.write_bytes(source)
             command = [sys.executable, "-m", __name__, str(path)]
