@@ -1,8 +1,8 @@
 """Rules of Qualcomm's NPU (HTP) for ONNX files with Q/DQ, run by ONNX Runtime's QNN provider.
 
 Sources: ONNX Runtime, "QNN Execution Provider" (Running a model with QNN EP's HTP backend;
-Supported ONNX operators); Qualcomm AI Engine Direct, "HTP Backend" and its "Op Definition
-Supplement"; what onnxruntime-qnn 2.7.0 makes of files, measured; and its compiler, which has the
+Supported ONNX operators); Qualcomm AI Engine Direct, the page of the HTP backend ("QNN HTP
+Supported Operations") and its supplement to the op definitions; what onnxruntime-qnn 2.7.0 makes of files, measured; and its compiler, which has the
 last word where it is installed.
 """
 
@@ -53,8 +53,8 @@ def opset_in_range(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def batch_fixed(model: QuantizedModel) -> Iterator[Finding]:
-    """All shapes are fixed: the provider takes no dynamic ones (QNN Execution Provider, "Build a
-    model for QNN")."""
+    """All shapes are fixed: the provider takes no dynamic ones (QNN Execution Provider, "Running a
+    model with QNN EP's HTP backend")."""
     for value in model.graph.inputs:
         shape = value.shape
         if value.is_initializer() or shape is None:
@@ -69,8 +69,8 @@ def batch_fixed(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def code_type(model: QuantizedModel) -> Iterator[Finding]:
-    """Codes have 8 or 16 bits, of weights 4 or 8, of biases 32 (HTP Backend, "Supported data
-    types")."""
+    """Codes have 8 or 16 bits, of weights 4 or 8, of biases 32 (HTP backend, "QNN HTP
+    Supported Operations")."""
     for coding in common.other_codings(model, CODES):
         yield Finding(
             coding.name,
@@ -96,12 +96,14 @@ def scale_positive(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def activation_per_tensor(model: QuantizedModel) -> Iterator[Finding]:
-    """Activations have one scale: scales per axis are for weights (HTP Backend, "Quantization")."""
+    """Activations have one scale: scales per axis are for weights (HTP backend, "QNN HTP Supported
+    Operations")."""
     yield from common.once(common.per_axis_activations(model))
 
 
 def weight_axis(model: QuantizedModel) -> Iterator[Finding]:
-    """Scales per channel lie on the output channels (HTP Backend, "Quantization")."""
+    """Scales per channel lie on the output channels (HTP backend, "QNN HTP Supported
+    Operations")."""
     yield from common.once(common.wrong_weight_axes(model))
 
 
@@ -155,7 +157,7 @@ def one_type(model: QuantizedModel) -> Iterator[Finding]:
 
 def norm_constants(model: QuantizedModel) -> Iterator[Finding]:
     """γ of LayerNormalization has uint8 codes and β int32, else HTP refuses it or computes it in
-    float (Op Definition Supplement, LayerNorm; measured, 2.7.0)."""
+    float (HTP's supplement to the op definitions, LayerNorm; measured, 2.7.0)."""
     for node in model.graph:
         if node.op_type != "LayerNormalization":
             continue
