@@ -2,8 +2,8 @@
 
 Sources: ONNX Runtime, "QNN Execution Provider" (Running a model with QNN EP's HTP backend;
 Supported ONNX operators); Qualcomm AI Engine Direct, the page of the HTP backend ("QNN HTP
-Supported Operations") and its supplement to the op definitions; what onnxruntime-qnn 2.7.0 makes of files, measured; and its compiler, which has the
-last word where it is installed.
+Supported Operations") and its supplement to the op definitions; what onnxruntime-qnn 2.7.0 makes of
+files, measured; and its compiler, which has the last word where it is installed.
 """
 
 from __future__ import annotations
