@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.calibration.finite import check_finite
 from ptq_onnx.calibration.statistics import copies_in, open_taps
 from ptq_onnx.preparation import model_files as graphs
 
@@ -123,7 +124,10 @@ def collect_samples(
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, RowSample], dict[str, PairSample]]:
-    """Run all batches [B, C, H, W] once: row samples by tensor, pair samples by product."""
+    """Run all batches [B, C, H, W] once: row samples by tensor, pair samples by product.
+
+    Raises ModelError where a tensor is NaN or infinite (it names it).
+    """
     tensors = dict.fromkeys([*wanted.rows, *(t for pair in wanted.pairs.values() for t in pair)])
     copy = graphs.to_standard(model)
     session, feed, names = open_taps(copy, tensors, threads)
@@ -133,6 +137,7 @@ def collect_samples(
     for batch in batches:
         found = dict(zip(names, session.run(names, {feed: batch}), strict=True)) if names else {}
         found[feed] = batch
+        check_finite(found, tensors)
         for tensor, (as_rows, factor) in wanted.rows.items():
             array = as_rows(found[tensor])
             array = array[: len(array) // copies]

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.calibration.finite import check_finite
 from ptq_onnx.calibration.statistics import copies_in, open_taps
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation import model_files as graphs
@@ -69,7 +70,10 @@ def collect_rows(
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, Array]]:
     """Samples [R, C] of the sites, by tensor, in groups of at most ``LIMIT`` bytes, each from
-    another run of the batches [B, C, H, W]."""
+    another run of the batches [B, C, H, W].
+
+    Raises ModelError where a tensor is NaN or infinite (it names it).
+    """
     for group in groups(sites):
         session, feed, names = open_taps(
             graphs.to_standard(model), [s.tensor for s in group], threads
@@ -79,6 +83,7 @@ def collect_rows(
         for batch in batches:
             found = dict(zip(names, session.run(names, {feed: batch}), strict=True))
             found[feed] = batch
+            check_finite(found, names)
             for site in group:
                 value = found[site.tensor]
                 value = value[: len(value) // copies]

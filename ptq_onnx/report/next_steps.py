@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_onnx.files.result_names import FLOAT, FORMED
+from ptq_onnx.targets.timing.runtimes import RUNTIMES
 
 FLOATS = (FLOAT, FORMED)
 """Float models among the files of a run."""
@@ -37,7 +38,7 @@ def next_steps(report: Mapping[str, Any], files: Sequence[Path]) -> list[tuple[s
     target = str((report.get("config") or {}).get("target") or "onnxruntime")
     check = ["ptq-onnx", "check", str(file), "--target", target]
     found.append(("what the runtime makes of it", shlex.join(check)))
-    if target != "integer" and floats:
+    if floats and target in RUNTIMES:
         words = ["ptq-onnx", "benchmark", str(floats[0]), str(file)]
         words += [] if target == "onnxruntime" else ["--runtime", target]
         found.append(("speed", shlex.join(words)))

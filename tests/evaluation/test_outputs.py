@@ -19,6 +19,7 @@ from ptq_onnx.auto.closeness import Recorded
 from ptq_onnx.cli.app import app
 from ptq_onnx.cli.console import show
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.targets import TARGETS
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.evaluation.network import Network
@@ -28,6 +29,7 @@ from ptq_onnx.pipeline.quantize import Result, quantize
 from ptq_onnx.report.next_steps import next_steps
 from ptq_onnx.report.page import render
 from ptq_onnx.report.schema import report_schema, violations
+from ptq_onnx.targets.timing.runtimes import RUNTIMES
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.normal(size=(20, 3, SIZE, SIZE)).astype(np.float32)
@@ -384,3 +386,16 @@ def test_without_val_there_are_figures_and_the_next_commands(
     for command in (evaluate_, f"check {out}/quantized.onnx --target onnxruntime", "benchmark"):
         assert f": ptq-onnx {command}" in shown
     assert next_steps(found.report, [p for p in found.files if p.suffix != ".onnx"]) == []
+
+
+def test_only_what_can_be_timed_is_to_be_timed() -> None:
+    files = [Path("o/quantized.onnx"), Path("o/fused.onnx")]
+    timed = {
+        target: any(
+            " benchmark " in text for _, text in next_steps({"config": {"target": target}}, files)
+        )
+        for target in TARGETS
+    }
+    assert timed == {name: name in RUNTIMES for name in TARGETS}
+    assert timed["tensorrt"]
+    assert not timed["qnn"]

@@ -71,7 +71,7 @@ def plugin() -> Any:
             f"Qualcomm's compiler is not installed ({one_line(error)}): {MISSING}."
         ) from error
     try:
-        with stdout_on_stderr():
+        with without_stdout():
             if not devices():  # the program may have registered it itself
                 path = onnxruntime_qnn.get_library_path()
                 ort.register_execution_provider_library(PROVIDER, path)
@@ -118,7 +118,7 @@ def npu_session(
         options.add_session_config_entry("ep.context_file_path", str(context))
     options.add_provider_for_devices(found[:1], device.options(package.get_qnn_htp_path()))
     try:
-        with stdout_on_stderr():
+        with without_stdout():
             return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options)
     except Exception as error:
         name = "The model" if isinstance(model, bytes) else f"Model {model}"
@@ -129,8 +129,8 @@ def npu_session(
 
 
 @contextlib.contextmanager
-def stdout_on_stderr() -> Iterator[None]:
-    """What native code prints to stdout meanwhile, the vendor's libraries among it, on stderr."""
+def without_stdout() -> Iterator[None]:
+    """What native code prints to stdout meanwhile, the vendor's libraries among it, is dropped."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)
@@ -138,7 +138,8 @@ def stdout_on_stderr() -> Iterator[None]:
         yield
         return
     try:
-        os.dup2(2, 1)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
         yield
     finally:
         os.dup2(kept, 1)
