@@ -10,6 +10,7 @@ from typing import Any
 
 from ptq_onnx.report.page_text import decibel_text, size
 from ptq_onnx.report.reproduce import following
+from ptq_onnx.targets.timing.runtimes import RUNTIMES
 
 Entry = Mapping[str, Any]
 
@@ -176,7 +177,7 @@ def cards(report: Entry) -> list[tuple[str, str, str]]:
         found.append(
             ("MACs in integers", f"{covered['percent']:.1f} %", ", ".join(parts) or "no products")
         )
-    if config and config.get("target") != "integer":
+    if config and (config.get("target") or "onnxruntime") in RUNTIMES:
         names = [Path(word).name for word in shlex.split(following(report).get("speed", ""))]
         small = " ".join(("needs", *names)) if names else "needs the file, which quantize writes"
         found.append(("Speed-up", "not measured", small))

@@ -29,6 +29,7 @@ from ptq_onnx.pipeline.quantize import Result, quantize
 from ptq_onnx.report.next_steps import next_steps
 from ptq_onnx.report.page import render
 from ptq_onnx.report.schema import report_schema, violations
+from ptq_onnx.report.summary import cards
 from ptq_onnx.targets.timing.runtimes import RUNTIMES
 
 RNG = np.random.default_rng(0)
@@ -399,3 +400,5 @@ def test_only_what_can_be_timed_is_to_be_timed() -> None:
     assert timed == {name: name in RUNTIMES for name in TARGETS}
     assert timed["tensorrt"]
     assert not timed["qnn"]
+    shown = {name: [c[0] for c in cards({"config": {"target": name}})] for name in TARGETS}
+    assert {name: "Speed-up" in found for name, found in shown.items()} == timed
