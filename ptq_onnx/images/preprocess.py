@@ -224,8 +224,10 @@ def from_pixels(pixels: NDArray[np.uint8], preprocess: Preprocess) -> FloatArray
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     """Any mode as 8-bit RGB or gray."""
     if image.mode.startswith("I"):  # 16-bit gray; Pillow would clip it at 255
-        deep = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).clip(0, 255).astype("u1"))
+        deep = np.asarray(image)  # in its own type: a wider one takes gigabytes of a large picture
+        gray = np.empty(deep.shape, np.uint8)
+        np.clip(deep >> 8 if deep.max() > 255 else deep, 0, 255, out=gray, casting="unsafe")
+        image = Image.fromarray(gray)
     if image.mode == "P":  # the palette's transparency would raise a warning on the direct way
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     mode = "L" if channels == 1 else "RGB"

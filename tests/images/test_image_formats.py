@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import EpsImagePlugin, Image, features
 
 from ptq_onnx.errors import ImageError
 from ptq_onnx.images.opening import EXTENSIONS, Preprocess, load_image, open_images
-from ptq_onnx.images.preprocess import open_picture
+from ptq_onnx.images.preprocess import _convert, open_picture
 
 AT_32 = Preprocess.named("inception", 32)
 PICTURE = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
@@ -77,3 +78,16 @@ def test_too_many_pixels_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     PICTURE.save(tmp_path / "a.png")
     with pytest.raises(ImageError, match=r"1024 pixels.*exceeds limit"):
         load_image(tmp_path / "a.png", AT_32)
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "<i4"])
+def test_a_deep_gray_picture_takes_few_times_its_size(kind: str) -> None:
+    """16 bits and 32, either order: the upper byte; no copy in a wider type."""
+    values = (np.arange(1 << 20).reshape(1024, 1024) % 65536).astype(kind)
+    image = Image.fromarray(values)
+    tracemalloc.start()
+    found = np.asarray(_convert(image, 1))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, (values >> 8).clip(0, 255))
+    assert most <= 4 * values.nbytes
