@@ -10,7 +10,6 @@ from typing import Any
 
 from ptq_onnx.report.page_text import decibel_text, size
 from ptq_onnx.report.reproduce import following
-from ptq_onnx.targets.timing.runtimes import RUNTIMES
 
 Entry = Mapping[str, Any]
 
@@ -142,6 +141,8 @@ def _top1(accuracy: Entry) -> float | None:
 
 def cards(report: Entry) -> list[tuple[str, str, str]]:
     """Title, figure and small print of the boxes on top."""
+    from ptq_onnx.targets.timing.runtimes import RUNTIMES
+
     config = report.get("config") or {}
     found: list[tuple[str, str, str]] = []
     accuracy, fidelity = report.get("accuracy"), report.get("fidelity")
