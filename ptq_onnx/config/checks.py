@@ -42,16 +42,13 @@ def check_together(config: Fields) -> None:
     _check_target(config)
     _check_widths(config)
     _check_npu(config)
+    if config.quantizer == "lowbit":
+        _check_lowbit(config)
     if config.weight_only:
         _check_weight_only(config)
     _check_owners(config)
     _check_selectors(config)
     _check_auto(config)
-    if config.auto and config.quantizer == "lowbit":
-        raise ConfigError(
-            "--auto with --quantizer lowbit: its ranges are found for their widths before anything"
-            " is left out; name what is to have 8 bits with --more-bits."
-        )
 
 
 def _check_target(config: Fields) -> None:
@@ -102,6 +99,11 @@ def _check_npu(config: Fields) -> None:
             f"--keep-float with --target {config.target}: its ops all take codes; give what 8 bits"
             " serve badly 16, as in --more-bits residual1=16."
         )
+    if target.all_codes and config.auto:
+        raise ConfigError(
+            f"--auto with --target {config.target}: it leaves ops in float, and these all take"
+            " codes; --mixed chooses what gets 16 bits."
+        )
     if target.all_codes and config.per_channel:
         raise ConfigError(
             f"--per-channel with --target {config.target}: its activations have one scale."
@@ -113,6 +115,20 @@ def _check_npu(config: Fields) -> None:
             f"--batch-size {config.batch_size} with 16-bit codes: HTP's compiler 2.7.0 computes"
             " LayerNormalization of several images wrongly then (measured); take 1, or 8 bits"
             " everywhere with --no-mixed."
+        )
+
+
+def _check_lowbit(config: Fields) -> None:
+    """What comes too late for ranges that are found while the model is rewritten."""
+    if config.auto:
+        raise ConfigError(
+            "--auto with --quantizer lowbit: its ranges are found for their widths before anything"
+            " is left out; name what is to have 8 bits with --more-bits."
+        )
+    if config.per_channel:
+        raise ConfigError(
+            "--per-channel with --quantizer lowbit: every channel has a range of its own already;"
+            " leave it out."
         )
 
 
