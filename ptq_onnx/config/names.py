@@ -11,6 +11,8 @@ ROUNDING_NAMES = ("nearest", "gptq", "adaround")
 GELU_NAMES = ("table", "polynomial")
 ARITHMETIC_NAMES = ("float", "integer")
 TARGETS = tuple(BY_NAME)
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
+"""Those that files can be timed in; each has a folder in ``targets`` with a module ``timing``."""
 INTEGER = "integer"
 WEIGHTS = (8, 4)
 OPSETS = range(20, 24)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq_onnx.config.names import RUNTIMES
 from ptq_onnx.files.result_names import FLOAT, FORMED
 
 FLOATS = (FLOAT, FORMED)
@@ -34,8 +35,6 @@ def next_steps(report: Mapping[str, Any], files: Sequence[Path]) -> list[tuple[s
             found.append(("accuracy on labelled images", text))
         elif fidelity.get("source") != "val":
             found.append(("on images of your own", shlex.join([*words, "--val"]) + " DIR"))
-    from ptq_onnx.targets.timing.runtimes import RUNTIMES
-
     target = str((report.get("config") or {}).get("target") or "onnxruntime")
     check = ["ptq-onnx", "check", str(file), "--target", target]
     found.append(("what the runtime makes of it", shlex.join(check)))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptq_onnx.config.names import RUNTIMES
 from ptq_onnx.report.page_text import decibel_text, size
 from ptq_onnx.report.reproduce import following
 
@@ -141,8 +142,6 @@ def _top1(accuracy: Entry) -> float | None:
 
 def cards(report: Entry) -> list[tuple[str, str, str]]:
     """Title, figure and small print of the boxes on top."""
-    from ptq_onnx.targets.timing.runtimes import RUNTIMES
-
     config = report.get("config") or {}
     found: list[tuple[str, str, str]] = []
     accuracy, fidelity = report.get("accuracy"), report.get("fidelity")

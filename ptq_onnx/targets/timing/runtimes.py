@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from ptq_onnx.config.names import RUNTIMES
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.targets.timing.runner import Runtime
-
-RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
-"""Those that files can be timed in; each has a folder with a module ``timing``."""
 
 
 def open_runtime(name: str) -> Runtime:
