@@ -52,8 +52,7 @@ def cost(
     for site in sites.values():
         if site.consumers and products.keys() >= set(site.consumers):
             continue
-        size = math.prod(d for d in site.shape[1:] if isinstance(d, int))
-        total += size * (_bits(after, site.tensor) - _bits(before, site.tensor))
+        total += site.elements * (_bits(after, site.tensor) - _bits(before, site.tensor))
     return total / UNIT
 
 

@@ -14,7 +14,12 @@ def check_finite(values: Mapping[str, NDArray[np.float32]], tensors: Iterable[st
     """Raises ModelError for the first of the tensors that is NaN or infinite anywhere."""
     for tensor in tensors:
         if not np.isfinite(values[tensor]).all():
-            raise ModelError(
-                f"Tensor '{tensor}' is NaN or infinite on a calibration image; check the model and"
-                " its preprocessing."
-            )
+            raise not_finite(f"'{tensor}'")
+
+
+def not_finite(tensor: str) -> ModelError:
+    """The error of a tensor that is NaN or infinite."""
+    return ModelError(
+        f"Tensor {tensor} is NaN or infinite on a calibration image; check the model and its"
+        " preprocessing."
+    )

@@ -15,9 +15,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ptq_onnx.calibration.finite import not_finite
 from ptq_onnx.calibration.histogram import BINS, Histogram
 from ptq_onnx.calibration.range_growth import RangeTrace
-from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.model_sessions import open_session
@@ -304,11 +304,8 @@ def collect(
             # ONNX Runtime's ReduceMin and ReduceMax over inner axes pass NaN by; the sum does not.
             finite = np.isfinite(low).all() and np.isfinite(high).all()
             if not finite or np.isnan(power).any():
-                raise ModelError(
-                    f"Tensor '{site.tensor}' ({site.label}) is NaN or infinite on a calibration"
-                    " image; check the model and its preprocessing."
-                )
-            values = len(low) * int(np.prod([d for d in site.shape[1:] if isinstance(d, int)]))
+                raise not_finite(f"'{site.tensor}' ({site.label})")
+            values = len(low) * site.elements
             if _is_dynamic(site):
                 values = int(found[f"tap/Size/{site.tensor}"])
             result.channels[site.tensor].update(

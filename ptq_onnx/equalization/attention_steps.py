@@ -15,11 +15,12 @@ from ptq_onnx.equalization.foldings import (
     columns_behind,
     insert_affine,
     keys_may_shift,
+    new_nodes_as,
     value_path,
 )
 from ptq_onnx.equalization.linear_weights import move_rows, turn_rows
-from ptq_onnx.numerics.codes.code import TINY, Solved
-from ptq_onnx.numerics.ptf import needed_step, zero_points
+from ptq_onnx.numerics.codes.code import Solved
+from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.range_search import channel_bounds, share_rate
 from ptq_onnx.numerics.rotations import even
 from ptq_onnx.numerics.spec import Site
@@ -68,23 +69,16 @@ class AttentionSteps(Steps):
         flat = rows.reshape(len(rows), heads, -1).transpose(0, 2, 1).reshape(-1, heads)
         low, high = channel_bounds(flat[:: max(1, flat.shape[0] // len(rows) // 8)], levels)
         rule = self.rules[site.tensor]
-        zeros = zero_points(low, high, rule.limits, rule.symmetric)
-        found = {zero: needed_step(low, high, zero, rule.limits) for zero in zeros}
-        zero = min(found, key=lambda z: float(np.sum(found[z] ** 2)))
-        step = np.maximum(found[zero], TINY)
+        zero, step = least_steps(low, high, rule.limits, rule.symmetric)
         scale = float(np.exp(np.mean(np.log(step))))
         self.note(site, low, high)
         return step / scale, numbers(scale, zero)
 
     def scores(self, site: Site, product: ir.Node, factor: Double) -> None:
         """Multiply QKᵀ by a factor per head [H]."""
-        before = {name_of(node) for node in self.graph}
-        insert_affine(
-            self.graph, product.outputs[0], np.zeros(1), 1 / factor.reshape(-1, 1, 1), "headwise"
-        )
-        for node in self.graph:
-            if name_of(node) not in before:
-                self.roles[name_of(node)] = Role(site.block, "qk_scale")
+        inverse = 1 / factor.reshape(-1, 1, 1)
+        with new_nodes_as(self.graph, Role(site.block, "qk_scale"), self.roles):
+            insert_affine(self.graph, product.outputs[0], np.zeros(1), inverse, "headwise")
 
     def attended(self, v: Site) -> None:
         """(v - m) / s, which A·V passes on, into the rows of proj."""

@@ -13,7 +13,12 @@ from ptq_onnx.blocks.roles import Role
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.equalization.equalize import Move
 from ptq_onnx.equalization.factor_search import Product, choose_factor, normalized
-from ptq_onnx.equalization.foldings import insert_affine, norm_before, readers_of
+from ptq_onnx.equalization.foldings import (
+    insert_affine,
+    new_nodes_as,
+    norm_before,
+    readers_of,
+)
 from ptq_onnx.equalization.form import Form
 from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.graph.formula import constant
@@ -87,12 +92,8 @@ class Steps:
 
     def behind(self, site: Site, value: ir.Value, shift: Double, factor: Double) -> ir.Value:
         """A Mul and an Add behind a value; they have the site's role."""
-        before = {name_of(node) for node in self.graph}
-        made = insert_affine(self.graph, value, shift, factor, "stepped")
-        for node in self.graph:
-            if name_of(node) not in before:
-                self.roles[name_of(node)] = Role(site.block, site.role)
-        return made
+        with new_nodes_as(self.graph, Role(site.block, site.role), self.roles):
+            return insert_affine(self.graph, value, shift, factor, "stepped")
 
     def linear_input(self, site: Site) -> None:
         """A norm's output, or what linears alone read."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.roles import Blocks, Role
 from ptq_onnx.blocks.sites import find_sites
-from ptq_onnx.blocks.walking import is_product, name_of
+from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.calibration.robust import robust_range
@@ -48,6 +48,7 @@ from ptq_onnx.equalization.foldings import (
     hidden_channels,
     insert_affine,
     keys_may_shift,
+    new_nodes_as,
     norm_before,
     readers_of,
     value_path,
@@ -57,7 +58,7 @@ from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.signed_range import signed_range
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
-from ptq_onnx.numerics.ptf import needed_step, zero_points
+from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.quantizers.base import Plan
 
@@ -160,12 +161,8 @@ class _Equalizer:
     def unshifted(self, low: Double, high: Double, symmetric: bool) -> Double:
         """Half of the range that a channel takes up where all share one zero point."""
         limits = (-(self.levels // 2), self.levels // 2 - 1) if symmetric else (0, self.levels - 1)
-        steps = [
-            needed_step(low, high, zero, limits)
-            for zero in zero_points(low, high, limits, symmetric)
-        ]
-        least = min(steps, key=lambda step: float(np.sum(step**2)))
-        return least * (self.levels - 1) / 2
+        _, step = least_steps(low, high, limits, symmetric)
+        return step * (self.levels - 1) / 2
 
     # --- sites --------------------------------------------------------------------------
 
@@ -238,13 +235,10 @@ class _Equalizer:
         if self.target.symmetric:
             moved = stats.moved(shift, factor)
             shift, fixed = signed_range(moved, linears, factor, self.levels, choice.exponent)
-        before = {name_of(node) for node in self.model.graph}
-        made = insert_affine(self.model.graph, value, shift, factor, "equalized")
+        with new_nodes_as(self.model.graph, Role(site.block, site.role), self.roles):
+            made = insert_affine(self.model.graph, value, shift, factor, "equalized")
         for linear in linears:
             move_rows(self.model.graph, linear, factor, shift)
-        for node in self.model.graph:
-            if name_of(node) not in before:
-                self.roles[name_of(node)] = Role(site.block, site.role)
         self.note(site, "Mul, Add" if shift.any() else "Mul", choice)
         self.move_statistics(site.tensor, shift, factor, str(made.name))
         self.exponents[str(made.name)] = choice.exponent

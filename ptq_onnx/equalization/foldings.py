@@ -7,6 +7,8 @@ takes it in (GELU): one Mul, or Mul and Add.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.element_map import channel_map
+from ptq_onnx.blocks.role_map import Role
 from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
     is_layout,
@@ -225,6 +228,15 @@ def insert_affine(
     for node, index in readers:
         node.replace_input_with(index, current)
     return current
+
+
+@contextmanager
+def new_nodes_as(graph: ir.Graph, role: Role, roles: dict[str, Role]) -> Iterator[None]:
+    """Nodes that are put into the graph meanwhile have a role, by name."""
+    before = {name_of(node) for node in graph}
+    yield
+    after = (name_of(node) for node in graph)
+    roles.update(dict.fromkeys((name for name in after if name not in before), role))
 
 
 def value_path(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:

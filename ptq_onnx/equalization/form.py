@@ -42,15 +42,16 @@ def take_form(plan: Plan, *, pixels: bool) -> Form:
     counts = restructure(model, target)
     common.RemoveUnusedNodesPass()(model)
     blocks = find_blocks(model)
-    fixed: dict[str, tuple[float, float]] = {}
+    fixed: Mapping[str, tuple[float, float]] = plan.fixed
     if plan.pixels is not None and pixels and not target.all_codes:
-        roles, fixed = image_in_pixels(
+        roles, known = image_in_pixels(
             model,
             *plan.pixels,
             centred=target.symmetric,
             convolutions=target.convolutions,
         )
         blocks = replace(blocks, roles={**blocks.roles, **roles})
+        fixed = {**fixed, **known}
     blocks = with_own_reads(plan, model, blocks)
     sites = find_sites(model, blocks, whole=target.all_codes)
     return Form(model, blocks, sites, fixed, counts)

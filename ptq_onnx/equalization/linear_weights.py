@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -49,9 +51,7 @@ def scale_columns(
     shift: NDArray[np.float64] | np.float64 | None = None,
 ) -> None:
     """Columns of the linear's output become (y - shift) / factor ([columns] each)."""
-    weight = constant(linear.inputs[1])
-    if weight is None:
-        raise ValueError(f"The weight of '{name_of(linear)}' is not a constant.")
+    weight = _weight(linear)
     new = weight.astype(np.float64)
     new[:, columns] /= factor
     bias = bias_of(linear, weight.shape[1])
@@ -63,9 +63,7 @@ def turn_columns(
     graph: ir.Graph, linear: ir.Node, heads: NDArray[np.int64], rotation: NDArray[np.float64]
 ) -> None:
     """Columns [H, d] of the linear's output become y R, head by head."""
-    weight = constant(linear.inputs[1])
-    if weight is None:
-        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+    weight = _weight(linear)
     new = weight.astype(np.float64)
     bias = bias_of(linear, weight.shape[1])
     new[:, heads] = new[:, heads] @ rotation
@@ -80,9 +78,7 @@ def move_rows(
     shift: NDArray[np.float64],
 ) -> None:
     """The linear for inputs that have become (x - shift) / factor ([K] each)."""
-    weight = constant(linear.inputs[1])
-    if weight is None:
-        raise ValueError(f"The weight of '{name_of(linear)}' is not a constant.")
+    weight = _weight(linear)
     old = weight.astype(np.float64)
     bias = bias_of(linear, weight.shape[1]) + shift @ old
     set_linear(graph, linear, old * factor[:, None], bias)
@@ -92,9 +88,7 @@ def turn_rows(
     graph: ir.Graph, linear: ir.Node, heads: NDArray[np.int64], rotation: NDArray[np.float64]
 ) -> None:
     """The linear for inputs whose rows [H, d] have become x R, R being orthogonal."""
-    weight = constant(linear.inputs[1])
-    if weight is None:
-        raise ValueError(f"The weight of '{name_of(linear)}' is no constant.")
+    weight = _weight(linear)
     new = weight.astype(np.float64)
     new[heads] = rotation.T @ new[heads]
     set_linear(graph, linear, new, bias_of(linear, weight.shape[1]))
@@ -108,9 +102,7 @@ def move_input_channels(
     A shift is exact only where nothing is padded: padding stays zero, which then stands for
     ``shift``. Raises ValueError there; :func:`pad_apart` takes the padding out.
     """
-    weight = constant(conv.inputs[1])
-    if weight is None:
-        raise ValueError(f"The weight of '{name_of(conv)}' is not a constant.")
+    weight = _weight(conv)
     if np.any(shift) and pads_of(conv) != 0:
         raise ValueError(f"'{name_of(conv)}' pads with zeros, which a shift would move.")
     old = weight.astype(np.float64)
@@ -123,6 +115,14 @@ def move_input_channels(
     spread = (*read.shape, *(1,) * (old.ndim - 2))
     bias = bias + np.sum(old * shift[read].reshape(spread), axis=tuple(range(1, old.ndim)))
     set_linear(graph, conv, old * factor[read].reshape(spread), bias)
+
+
+def _weight(node: ir.Node) -> NDArray[Any]:
+    """The weight of a linear or convolution. Raises ValueError where it is computed."""
+    found = constant(node.inputs[1])
+    if found is None:
+        raise ValueError(f"The weight of '{name_of(node)}' is not a constant.")
+    return found
 
 
 def bias_of(linear: ir.Node, width: int) -> NDArray[np.float64]:

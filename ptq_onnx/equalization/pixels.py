@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.roles import Role
 from ptq_onnx.blocks.sites import image_input
-from ptq_onnx.blocks.walking import is_linear, name_of, through_layout
-from ptq_onnx.equalization.foldings import insert_affine
+from ptq_onnx.blocks.walking import is_linear, through_layout
+from ptq_onnx.equalization.foldings import insert_affine, new_nodes_as
 from ptq_onnx.equalization.linear_weights import move_input_channels, move_rows
 from ptq_onnx.equalization.padding import pad_apart
 from ptq_onnx.graph.formula import constant
@@ -43,28 +43,26 @@ def image_in_pixels(
         return {}, {}
     node, read = found
     units = _Units.of(mean, std, centred)
-    before = {name_of(n) for n in model.graph}
-    direct = read is image
-    if is_linear(node):
-        index = np.arange(len(mean), dtype=np.float32).reshape(-1, 1, 1)
-        rows = rows_of(image, read, index)
-        if rows is None:
-            return {}, {}
-        order = rows.astype(np.int64)
-        move_rows(model.graph, node, units.factor[order], units.shift[order])
-    else:
-        padded = pad_apart(model.graph, node, image)
-        if padded is None:
-            return {}, {}
-        image = padded
-        move_input_channels(model.graph, node, units.factor, units.shift)
-    spread = (len(mean), 1, 1)
-    made = insert_affine(
-        model.graph, image, units.shift.reshape(spread), units.factor.reshape(spread), "pixels"
-    )
-    new = [n for n in model.graph if name_of(n) not in before]
-    tensor = str(made.name) if direct else str(read.name)
-    return {name_of(n): Role(None, "input") for n in new}, {tensor: units.ends}
+    direct, roles = read is image, dict[str, Role]()
+    with new_nodes_as(model.graph, Role(None, "input"), roles):
+        if is_linear(node):
+            index = np.arange(len(mean), dtype=np.float32).reshape(-1, 1, 1)
+            rows = rows_of(image, read, index)
+            if rows is None:
+                return {}, {}
+            order = rows.astype(np.int64)
+            move_rows(model.graph, node, units.factor[order], units.shift[order])
+        else:
+            padded = pad_apart(model.graph, node, image)
+            if padded is None:
+                return {}, {}
+            image = padded
+            move_input_channels(model.graph, node, units.factor, units.shift)
+        spread = (len(mean), 1, 1)
+        made = insert_affine(
+            model.graph, image, units.shift.reshape(spread), units.factor.reshape(spread), "pixels"
+        )
+    return roles, {str(made.name) if direct else str(read.name): units.ends}
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,18 @@ def zero_points(low: Double, high: Double, limits: tuple[int, int], symmetric: b
     return sorted({min(max(end, smallest), largest) for end in ends})
 
 
+def least_steps(
+    low: Double, high: Double, limits: tuple[int, int], symmetric: bool
+) -> tuple[int, Double]:
+    """The zero point that all channels share with the least Σ step², and the steps [C] then."""
+    found = {
+        zero: needed_step(low, high, zero, limits)
+        for zero in zero_points(low, high, limits, symmetric)
+    }
+    zero = min(found, key=lambda z: float(np.sum(found[z] ** 2)))
+    return zero, found[zero]
+
+
 def exponents(step: Double, strength: float, offset: float, max_k: int) -> NDArray[np.int32]:
     """α in [0, max_k] that follows the needed steps [C] with the given strength."""
     alpha = np.floor(strength * np.log2(step / step.max()) + offset + 1e-9)

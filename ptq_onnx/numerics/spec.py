@@ -8,6 +8,7 @@ export all read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +49,11 @@ class Site:
     producer: str | None
     consumers: tuple[str, ...]
     is_parameter: bool = False
+
+    @property
+    def elements(self) -> int:
+        """How many it has for one image; an axis whose size is not known counts once."""
+        return math.prod(d for d in self.shape[1:] if isinstance(d, int))
 
     @property
     def label(self) -> str:

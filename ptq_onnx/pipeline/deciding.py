@@ -33,7 +33,8 @@ def check_normalisation(job: Job) -> PreprocessCheck | None:
     It takes pictures of the user's own, and a transformer with an output of logits: features
     have no classes to be sure of.
     """
-    source, model = job.inputs.images, job.inputs.prepared.model
+    source, prepared = job.inputs.images, job.inputs.prepared
+    model = prepared.model
     logits = logits_output(model)
     if not (job.config.check_preprocess and logits and isinstance(source, FolderSource)):
         return None
@@ -41,9 +42,7 @@ def check_normalisation(job: Job) -> PreprocessCheck | None:
         return None
     if job.inputs.preprocess.raw:  # there is no normalisation to be wrong
         return None
-    if (
-        job.inputs.prepared.blocks.count == 0
-    ):  # without LayerNorm, larger inputs alone make it surer
+    if prepared.blocks.count == 0:  # without LayerNorm, larger inputs alone make it surer
         return None
     from ptq_onnx.evaluation.network import Classifier
 

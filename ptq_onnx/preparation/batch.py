@@ -7,12 +7,11 @@ import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
 from ptq_onnx.blocks.sites import image_input
+from ptq_onnx.graph.codings import is_coding
 from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.graph.shape_folding import simplify_layout
 from ptq_onnx.graph.symbolic_shapes import fold_shapes
 from ptq_onnx.preparation.cleaning import FOLD_LIMIT, ROUNDS, infer_shapes
-
-CODINGS = frozenset(("QuantizeLinear", "DequantizeLinear"))
 
 
 def with_batch(model: ir.Model, size: int) -> ir.Model:
@@ -32,7 +31,7 @@ def with_batch(model: ir.Model, size: int) -> ir.Model:
             copy,
             input_size_limit=FOLD_LIMIT,
             output_size_limit=FOLD_LIMIT,
-            should_fold=lambda node: False if node.op_type in CODINGS else None,
+            should_fold=lambda node: False if is_coding(node) else None,
         )
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
         common.RemoveUnusedNodesPass()(copy)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.errors import ModelError
+from ptq_onnx.graph.codings import is_coding
 from ptq_onnx.graph.formula import new_constant, unique_name
 from ptq_onnx.qdq.small_scales import SMALLEST_NORMAL, enlarge_small_scales
 from ptq_onnx.qdq.sums import sums_to_means
@@ -24,7 +25,6 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = 65504.0
 IN_FLOAT = ("RMSNormalization", "L2Normalization")
 """Ops computed in 32 bits: they sum squares."""
-CODERS = ("QuantizeLinear", "DequantizeLinear")
 TYPES = ("to", "dtype", "output_dtype")
 """Attributes that name an element type."""
 
@@ -97,7 +97,7 @@ def _convert_constant(graph: ir.Graph, value: ir.Value) -> None:
     readers = [use for use in uses if not _wants_float(use)]
     if tensor is None or tensor.dtype != FLOAT or not readers:
         return
-    scale = any(node.op_type in CODERS and index == 1 for node, index in readers)
+    scale = any(is_coding(node) and index == 1 for node, index in readers)
     array = half(tensor.numpy(), str(value.name), scale)
     if len(readers) == len(uses):
         value.const_value = ir.Tensor(array, name=value.name)

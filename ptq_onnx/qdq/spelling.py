@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.graph.expansions import expand
-from ptq_onnx.graph.formula import DOMAIN, constant, new_constant, unique_name
+from ptq_onnx.graph.formula import DOMAIN, constant, new_constant, sizes, unique_name
 
 SPELLED = ("QuickGelu", "Silu")
 """Activation functions that the runtime computes by several ops."""
@@ -30,25 +30,24 @@ def spell(model: ir.Model) -> None:
         elif node.op_type == "Split":
             _split(graph, node)
         elif node.op_type in ("Squeeze", "Unsqueeze", "Flatten"):
-            shape = sizes(node.outputs[0])
+            shape = fixed_sizes(node.outputs[0])
             if shape is not None:
                 expand(graph, node, [_reshape(graph, node.inputs[0], shape)])
         elif node.op_type == "Gather":
             _gather(graph, node)
 
 
-def sizes(value: ir.Value | None) -> list[int] | None:
+def fixed_sizes(value: ir.Value | None) -> list[int] | None:
     """A fixed shape; None where it is not."""
-    if value is None or value.shape is None:
-        return None
-    dims = [d for d in value.shape if isinstance(d, int)]
-    return dims if len(dims) == len(value.shape) else None
+    found = sizes(value)
+    dims = [d for d in found or () if isinstance(d, int)]
+    return dims if found is not None and len(dims) == len(found) else None
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
     """A Slice for every part."""
-    data, parts = node.inputs[0], [sizes(v) for v in node.outputs]
-    shape, axis = sizes(data), node.attributes.get_int("axis", 0)
+    data, parts = node.inputs[0], [fixed_sizes(v) for v in node.outputs]
+    shape, axis = fixed_sizes(data), node.attributes.get_int("axis", 0)
     if data is None or shape is None or None in parts:
         return
     start = 0
@@ -68,7 +67,7 @@ def _split(graph: ir.Graph, node: ir.Node) -> None:
 def _gather(graph: ir.Graph, node: ir.Node) -> None:
     """One index of an axis as a Slice and a Reshape."""
     data, index = node.inputs[0], constant(node.inputs[1])
-    shape, result = sizes(data), sizes(node.outputs[0])
+    shape, result = fixed_sizes(data), fixed_sizes(node.outputs[0])
     if data is None or index is None or index.size != 1 or shape is None or result is None:
         return
     axis = node.attributes.get_int("axis", 0) % len(shape)

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import consumers, is_constant, is_layout
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE
 from ptq_onnx.graph.formula import scalar
 from ptq_onnx.numerics.codes.uniform import asymmetric_scale
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 UINT8, UINT16 = ir.DataType.UINT8, ir.DataType.UINT16
 WIDER = 257
 """65535 / 255: a step of 8-bit codes is so many of 16-bit codes with the same range."""
@@ -116,11 +116,6 @@ def derived(node: ir.Node | None) -> Numbers | None:
     if factor is None or factor <= 0:
         return None
     return Numbers(np.float32(found.scale * factor), found.zero, found.dtype)
-
-
-def is_coding(node: ir.Node) -> bool:
-    """True for QuantizeLinear and DequantizeLinear."""
-    return node.op_type in (QUANTIZE, DEQUANTIZE)
 
 
 def is_float(value: ir.Value) -> bool:

@@ -25,17 +25,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE, is_coding
 from ptq_onnx.qdq.nodes import Nodes, remove_unused
 from ptq_onnx.qdq.spelling import spell
 from ptq_onnx.qdq.unit_numbers import (
-    DEQUANTIZE,
-    QUANTIZE,
     UINT8,
     UINT16,
     Numbers,
     behind,
     derived,
-    is_coding,
     is_data,
     is_float,
     joined,

@@ -238,9 +238,10 @@ class SiteQuantizer(VitQuantizer):
         self._given = specs
 
     def measure(self, batches: Iterable[Any]) -> Statistics:
-        """Statistics of all activations with a rule."""
+        """Statistics of all activations with a rule, but for those whose numbers are known."""
         plan = self.plan
-        sites = [s for s in plan.sites.values() if not s.is_parameter and s.tensor in self.rules]
+        wanted = self.rules.keys() - plan.solved.keys()
+        sites = [s for s in plan.sites.values() if not s.is_parameter and s.tensor in wanted]
         report = plan.progress or (lambda _: lambda __: None)
         threads = plan.config.threads
         known = plan.statistics
@@ -307,10 +308,10 @@ class SiteQuantizer(VitQuantizer):
 
     def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
         """One scale per tensor, or a scale and a ratio per channel."""
-        if rule.method == "fixed" and site.tensor not in self.plan.solved:
-            return tensor_spec(site, rule, 0.0, 1.0)
-        if site.tensor in self.plan.solved and not rule.grain.per_channel:
+        if site.tensor in self.plan.solved:
             return solved_spec(site, rule, self.plan.solved[site.tensor])
+        if rule.method == "fixed":
+            return tensor_spec(site, rule, 0.0, 1.0)
         if site.tensor in self.plan.fixed:
             return tensor_spec(site, rule, *self.plan.fixed[site.tensor])
         if site.tensor in self.plan.searched and rule.per_tensor:

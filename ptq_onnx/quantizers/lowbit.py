@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from ptq_onnx.blocks.walking import ACTIVATIONS
-from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
@@ -60,15 +59,6 @@ class LowBit(Deploy):
         if made in ACTIVATIONS and self.hidden_code == LOGARITHMIC:
             return replace(rule, signed=False, symmetric=False, code=LOGARITHMIC)
         return rule
-
-    def measure(self, batches: Iterable[Any]) -> Statistics:
-        """Statistics of what was not solved before."""
-        known = {**self.rules}
-        self.rules = {t: r for t, r in known.items() if t not in self.plan.solved}
-        try:
-            return super().measure(batches)
-        finally:
-            self.rules = known
 
     def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
         """Specs; then weights and biases from a walk through the quantized model."""

@@ -8,7 +8,6 @@ their noise averages out over tokens and channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -23,11 +22,6 @@ ENOUGH = 40.0
 """dB of the codes from which on 16 bits are not worth it."""
 
 
-def size_of(site: Site) -> int:
-    """Elements of one image."""
-    return math.prod(d for d in site.shape[1:] if isinstance(d, int))
-
-
 def widened(
     rules: Mapping[str, Rule],
     specs: Mapping[str, TensorSpec],
@@ -36,16 +30,16 @@ def widened(
 ) -> tuple[dict[str, Rule], str]:
     """Rules of 16 bits for what 8 hold worst, and a sentence that says how much that is."""
     acts = [s for s in sites.values() if s.tensor in specs and not s.is_parameter]
-    total = sum(map(size_of, acts))
+    total = sum(s.elements for s in acts)
     losses = {
         s.tensor: _loss(specs[s.tensor], stats)
         for s in acts
         if s.role not in FACTORS and rules[s.tensor].bits <= BYTE and s.tensor in stats.channels
     }
-    spent = sum(size_of(s) for s in acts if rules[s.tensor].bits > BYTE)
+    spent = sum(s.elements for s in acts if rules[s.tensor].bits > BYTE)
     chosen: dict[str, Rule] = {}
     for tensor in sorted(losses, key=lambda t: -losses[t]):
-        size = size_of(sites[tensor])
+        size = sites[tensor].elements
         if losses[tensor] < 10 ** (-ENOUGH / 10) or spent + size > BUDGET * total:
             continue
         spent += size

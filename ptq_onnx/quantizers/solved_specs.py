@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.numerics.codes.code import Solved
 from ptq_onnx.numerics.fake_quantize import reach
-from ptq_onnx.numerics.ptf import needed_step, zero_points
+from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -48,12 +48,7 @@ def channel_spec(
 ) -> TensorSpec:
     """A step of its own for every channel [C]: the largest as scale, ratios as factor."""
     low64, high64 = low.astype(np.float64), high.astype(np.float64)
-    candidates = {
-        zero: needed_step(low64, high64, zero, rule.limits)
-        for zero in zero_points(low64, high64, rule.limits, rule.symmetric)
-    }
-    zero = min(candidates, key=lambda z: float(np.sum(candidates[z] ** 2)))
-    step = candidates[zero]
+    zero, step = least_steps(low64, high64, rule.limits, rule.symmetric)
     scale = float(step.max())
     # A channel that is constantly zero must not get a ratio that underflows.
     ratio = np.maximum(step / scale, 2.0**-20).astype(np.float32)

@@ -15,7 +15,7 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
-from ptq_onnx.quantizers.mixed import BUDGET, FACTORS, size_of
+from ptq_onnx.quantizers.mixed import BUDGET, FACTORS
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_mixed_widens_what_eight_bits_hold_worst() -> None:
     assert not {sites[t].role for t in wide} & FACTORS
     assert all(specs[t].rule.stored == "uint16" for t in wide)
     acts = [s for s in sites.values() if s.tensor in specs and not s.is_parameter]
-    share = sum(size_of(s) for s in acts if s.tensor in wide) / sum(map(size_of, acts))
+    share = sum(s.elements for s in acts if s.tensor in wide) / sum(s.elements for s in acts)
     assert 0 < share <= BUDGET
     (note,) = [n for n in quantizer.notes if n.startswith("Mixed")]
     assert f"{len(wide)} of {len(acts)} activations, {100 * share:.0f} %" in note

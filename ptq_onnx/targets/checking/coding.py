@@ -11,8 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.graph.codings import QUANTIZE
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
 FP8 = ir.DataType.FLOAT8E4M3FN
 FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)

@@ -9,14 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_constant, name_of, through_layout
-from ptq_onnx.targets.checking.coding import (
-    DEQUANTIZE,
-    INT32,
-    QUANTIZE,
-    Coding,
-    back_through_moves,
-    constant,
-)
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE
+from ptq_onnx.targets.checking.coding import INT32, Coding, back_through_moves, constant
 from ptq_onnx.targets.checking.product import PRODUCTS, Operand, Product, weight_axis
 from ptq_onnx.targets.checking.quantized_model import QuantizedModel
 from ptq_onnx.targets.checking.result import Finding, Severity

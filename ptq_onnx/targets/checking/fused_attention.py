@@ -13,14 +13,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, name_of
-from ptq_onnx.targets.checking.coding import (
-    DEQUANTIZE,
-    FP8,
-    QUANTIZE,
-    Coding,
-    back_through_moves,
-    is_move,
-)
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE
+from ptq_onnx.targets.checking.coding import FP8, Coding, back_through_moves, is_move
 from ptq_onnx.targets.checking.product import Product
 from ptq_onnx.targets.checking.quantized_model import QuantizedModel
 from ptq_onnx.targets.checking.result import Finding

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE
 from ptq_onnx.numerics.codes import by_name
 from ptq_onnx.numerics.codes.code import Code
 from ptq_onnx.targets.checking.coding import (
-    DEQUANTIZE,
     EIGHT_BITS,
     FOUR_BITS,
     INT8,
-    QUANTIZE,
     SIXTEEN_BITS,
     UINT8,
     Coding,

@@ -13,8 +13,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from ptq_onnx.errors import one_line
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE
 from ptq_onnx.preparation import model_files as graph
-from ptq_onnx.targets.checking.coding import DEQUANTIZE, QUANTIZE, Coding, constant
+from ptq_onnx.targets.checking.coding import Coding, constant
 from ptq_onnx.targets.checking.product import INTEGER_PRODUCTS, Product, find_products
 
 T = TypeVar("T")

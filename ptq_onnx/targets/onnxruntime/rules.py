@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ptq_onnx.blocks.walking import consumers, name_of, through_layout
+from ptq_onnx.graph.codings import QUANTIZE
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import (
     FOUR_BITS,
     INT8,
     INT32,
-    QUANTIZE,
     SIXTEEN_BITS,
     UINT8,
     Coding,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ptq_onnx.errors import PtqError
 from ptq_onnx.files.held_folder import scratch_folder
+from ptq_onnx.graph.codings import CODINGS
 from ptq_onnx.targets.qnn.session import Device, npu_session, plugin
 
 LIMIT = 900
@@ -25,7 +26,6 @@ REASON = re.compile(r"REASON : (.*)")
 BACKEND = re.compile(r"backendValidateOpConfig\(\) failed for node `.+?` of type `(\w+)`")
 WORDLESS = "Failed to add"
 """How reasons begin that tell nothing but that the compiler said no."""
-CODINGS = frozenset(("QuantizeLinear", "DequantizeLinear"))
 
 
 @dataclass(frozen=True)

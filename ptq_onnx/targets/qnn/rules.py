@@ -14,13 +14,13 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_constant, is_layout, name_of
 from ptq_onnx.errors import PtqError
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE, is_coding
+from ptq_onnx.qdq.unit_numbers import is_float
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import (
-    DEQUANTIZE,
     FOUR_BITS,
     INT8,
     INT32,
-    QUANTIZE,
     SIXTEEN_BITS,
     UINT8,
     Coding,
@@ -114,7 +114,7 @@ def whole_units(model: QuantizedModel) -> Iterator[Finding]:
     for node in model.graph:
         if not _computes(node):
             continue
-        bare = [v for v in node.inputs if v is not None and _is_float(v) and not _is_coded(v)]
+        bare = [v for v in node.inputs if v is not None and is_float(v) and not _is_coded(v)]
         if bare:
             yield Finding(
                 name_of(node),
@@ -122,8 +122,8 @@ def whole_units(model: QuantizedModel) -> Iterator[Finding]:
                 f" '{bare[0].name}'; quantize it.",
             )
             continue
-        loose = [v for v in node.outputs if v.uses() and _is_float(v) and not _is_quantized(v)]
-        if loose or any(v.is_graph_output() and _is_float(v) for v in node.outputs):
+        loose = [v for v in node.outputs if v.uses() and is_float(v) and not _is_quantized(v)]
+        if loose or any(v.is_graph_output() and is_float(v) for v in node.outputs):
             yield Finding(
                 name_of(node),
                 f"expected codes behind {node.op_type}, found floats; quantize what it makes.",
@@ -193,14 +193,11 @@ def in_integers(model: QuantizedModel) -> Iterator[Finding]:
 
 
 def _computes(node: ir.Node) -> bool:
-    return node.op_type not in (QUANTIZE, DEQUANTIZE, "Constant", "Shape") and any(
-        _is_float(v) for v in node.outputs
+    return (
+        not is_coding(node)
+        and node.op_type not in ("Constant", "Shape")
+        and any(is_float(v) for v in node.outputs)
     )
-
-
-def _is_float(value: ir.Value) -> bool:
-    dtype = value.dtype if value.const_value is None else value.const_value.dtype
-    return dtype is None or dtype == ir.DataType.FLOAT
 
 
 def _is_coded(value: ir.Value) -> bool:

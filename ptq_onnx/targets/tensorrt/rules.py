@@ -14,13 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_constant, name_of
+from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import (
-    DEQUANTIZE,
     FOUR_BITS,
     FP8,
     INT8,
-    QUANTIZE,
     Coding,
     back_through_moves,
     constant,
