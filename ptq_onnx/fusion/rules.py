@@ -9,7 +9,9 @@ import onnx_ir.passes.common as common
 
 from ptq_onnx.fusion.attention import fuse_attention_order, fuse_attention_scale, split_mask
 from ptq_onnx.fusion.batch_norm import fuse_linear_batch_norm
+from ptq_onnx.fusion.conv_affine import fuse_conv_affine
 from ptq_onnx.fusion.gelu import fuse_gelu, fuse_quick_gelu
+from ptq_onnx.fusion.hard_swish import fuse_hard_swish
 from ptq_onnx.fusion.l2_norm import fuse_l2_norm
 from ptq_onnx.fusion.layer_norm import fuse_layer_norm
 from ptq_onnx.fusion.linear import fuse_linear
@@ -25,11 +27,13 @@ RULES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("Gelu", fuse_gelu),
     ("QuickGelu", fuse_quick_gelu),
     ("Silu", fuse_silu),
+    ("HardSwish", fuse_hard_swish),
     ("AttentionOrder", fuse_attention_order),
     ("AttentionScale", fuse_attention_scale),
     ("AttentionMask", split_mask),
     ("ConvBias", fuse_conv_bias),
     ("Normalisation", fold_normalisation),
+    ("ConvAffine", fuse_conv_affine),
     ("Linear", fuse_linear),
     ("LinearBatchNorm", fuse_linear_batch_norm),
     ("PatchEmbed", count_patch_embeds),
