@@ -163,6 +163,7 @@ def sized(path: Path) -> Path:
     model = onnx.load(str(path))
     make_input_shape_fixed(model.graph, model.graph.input[0].name, [1, 3, HEIGHT, WIDTH])
     del model.graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model)
     onnx.save(model, str(path.with_suffix(".sized.onnx")))
     return path.with_suffix(".sized.onnx")
 
@@ -202,6 +203,7 @@ def main() -> None:
             threads=given.threads,
         )  # fmt: skip
         made = quantize(given.model, config=config, output=work / "out", calib=work / "calib.npy")
+        print("quantized", flush=True)
         print("\n".join(str(note) for note in made.report["notes"]))
         print(made.report["coverage"]["line"], *made.report["coverage"]["reasons"], sep="\n")
         found = {"FP32": given.model, "deploy": work / "out/quantized.onnx"}

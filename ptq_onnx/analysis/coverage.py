@@ -201,7 +201,7 @@ def _why(product: Product, kind: Kind, reasons: Mapping[str, str], target: str) 
     if product.quantized:
         return "it has Q/DQ, but the runtime computes it in float"
     if kind == "convolutions" and target == "onnxruntime":
-        return CONVOLUTIONS
+        return given if given and "only products" not in given else CONVOLUTIONS
     if any(o.weight and _rank(o) > 2 for o in product.operands) and kind == "linears":
         return "weights of three axes (experts) are not quantized"
     if product.touched:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, option
 from ptq_onnx.config.names import (
     ARITHMETIC_NAMES,
@@ -262,6 +262,17 @@ class Fields:
     def products_only(self) -> bool:
         """True where nothing but what products read is quantized, in the form of the target."""
         return self.quantizer in ("deploy", "lowbit")
+
+    @property
+    def regions(self) -> bool:
+        """True where convolutions, and what stands between them, are put on codes."""
+        return (
+            self.quantizer == "deploy"
+            and self.runtime.codes_of_convolutions
+            and not self.weight_only
+            and self.code == "uniform"
+            and self.widths.activations == BYTE
+        )
 
     @property
     def rotates(self) -> bool:

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.roles import Blocks, Role
-from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.config import stages
 from ptq_onnx.config.targets import Target
+from ptq_onnx.equalization.code_forms import sites_of
 from ptq_onnx.equalization.factor_search import (
     Choice,
     Product,
@@ -347,7 +347,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     target = plan.config.runtime
     moves = not code_named(plan.config.code).floating  # see the module's text
     form = take_form(plan, pixels=moves)
-    model, blocks, sites, wanted = form.model, form.blocks, form.sites, form.read_by_products
+    model, blocks, sites, wanted = form.model, form.blocks, form.sites, form.measured
     report = plan.progress or (lambda _: lambda __: None)
     values = {str(v.name): v for n in model.graph for v in n.outputs}
     centred = [
@@ -372,7 +372,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         plan,
         model=model,
         blocks=blocks,
-        sites=find_sites(model, blocks, whole=target.all_codes),
+        sites=sites_of(model, blocks, plan.config),
         statistics=stats,
         moves=tuple(state.moves),
         exponents=state.exponents,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.roles import RESIDUALS, Blocks, Role
 from ptq_onnx.blocks.sites import places, readers
 from ptq_onnx.blocks.walking import (
@@ -29,14 +30,19 @@ Takes = Callable[[ir.Node, int], bool]
 """Whether the runtime computes an op, as the reader of its input of that index, in integers."""
 
 
-def integer_readers(config: QuantizeConfig, blocks: Blocks) -> Takes:
-    """What reads codes in a file of ``deploy``: products, and adds that take their skip so."""
+def integer_readers(
+    config: QuantizeConfig, blocks: Blocks, regions: Regions | None = None
+) -> Takes:
+    """What reads codes in a file of ``deploy``: products, and adds that take their skip so.
+    Where ``regions`` make a tensor as codes, there is one set of them for all that read it."""
+    inside = Regions() if regions is None else regions
 
     def takes(node: ir.Node, index: int) -> bool:
         if config.runtime.all_codes:
             return True
         if node.op_type == "Conv":
-            return config.runtime.convolutions and index == 0
+            enters = node in inside.convolutions and node.inputs[0] in inside.entering
+            return (config.runtime.convolutions or enters) and index == 0
         if node.op_type == "Add":
             return config.quantize_residual and blocks.roles[name_of(node)].name in RESIDUALS
         return is_product(node) or (is_linear(node) and index == 0)

@@ -9,10 +9,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ptq_onnx.blocks.roles import Blocks, find_blocks
-from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import name_of, through_layout
 from ptq_onnx.config.targets import Target
 from ptq_onnx.equalization import runtime_forms as forms
+from ptq_onnx.equalization.code_forms import regions_of, sites_of, write_on_codes
 from ptq_onnx.equalization.experts import experts_as_linears
 from ptq_onnx.equalization.patch_forms import packed_pixels_as_linear, patches_as_linear
 from ptq_onnx.equalization.reads import integer_readers, own_reads
@@ -45,14 +45,24 @@ def in_form(plan: Plan) -> Plan:
     model = plan.model.clone()
     counts = restructure(model, plan.config.runtime, products=True)
     common.RemoveUnusedNodesPass()(model)
-    blocks = with_own_reads(plan, model, find_blocks(model))
-    sites = find_sites(model, blocks, whole=plan.config.runtime.all_codes)
+    blocks, more = on_codes(plan, model, find_blocks(model))
+    counts |= more
+    blocks = with_own_reads(plan, model, blocks)
+    sites = sites_of(model, blocks, plan.config)
     extra: dict[str, Site] = {}
-    if plan.config.runtime.codes_of_convolutions:
+    if plan.config.runtime.codes_of_convolutions and not plan.config.regions:
         extra = convolution_outputs(model, blocks, sites)
-    if not extra and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
+    same = sites.keys() == plan.sites.keys()
+    if not extra and same and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
         return plan
     return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
+
+
+def on_codes(plan: Plan, model: ir.Model, blocks: Blocks) -> tuple[Blocks, dict[str, int]]:
+    """The blocks once the activation functions between convolutions are written as ops on codes,
+    in place, and how many of them there were."""
+    roles, counts = write_on_codes(model, blocks, regions_of(model, plan.config))
+    return replace(blocks, roles={**blocks.roles, **roles}), counts
 
 
 def with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
@@ -60,7 +70,8 @@ def with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
     model."""
     if not plan.config.products_only or plan.config.weight_only:
         return blocks
-    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
+    takes = integer_readers(plan.config, blocks, regions_of(model, plan.config))
+    roles = own_reads(model, blocks, takes)
     return replace(blocks, roles={**blocks.roles, **roles})
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.fusion.rule import Context, Op, Result, Rule, Term, fuse_with
-from ptq_onnx.graph.formula import constant, new_constant
+from ptq_onnx.graph.formula import constant, new_constant, unique_name
 
 Double = NDArray[np.float64]
 OPEN = {"_allow_other_inputs": True, "_allow_other_attributes": True}
@@ -260,6 +260,8 @@ class AffineConv(_ConvRule):
         shift = self.shift[0] if self.single else self.shift.reshape(-1, *[1] * (self.weight.ndim - 2))
         divided = new_constant(self.graph, f"{d.name}_divided", np.asarray(shift, np.float32))
         moved = op.Add(x, divided)
+        moved.name, moved.shape, moved.type = unique_name(self.graph, f"{x.name}_shifted"), x.shape, x.type
+        moved.producer().name = f"{moved.name}_node"
         return self.made(
             op, moved, self.weight * spread(self.conv, self.weight, self.rows), self.bias
         )

@@ -104,7 +104,7 @@ def coverage(
     if config.target == INTEGER:
         return whole_coverage(made.prepared.model).to_json(), None
     consumers = {tensor: site.consumers for tensor, site in sites.items()}
-    reasons = float_reasons(quantizer.floats, consumers)
+    reasons = {**float_reasons(quantizer.floats, consumers), **quantizer.float_nodes}
     found = measure_coverage(job.work / QUANTIZED, config.target, reasons)
     return found.to_json(), found.warning
 

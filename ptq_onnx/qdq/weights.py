@@ -153,9 +153,10 @@ class Weights(Nodes):
         scale = np.asarray(spec.scale, np.float32) if scale is None else scale
         rule, same = spec.rule, scale.shape == spec.zero_point.shape
         zero = spec.zero_point if same else np.zeros(scale.shape, np.int32)
-        stored, point = (
-            rule.code.stored(v, rule.grain.storage, rule.signed) for v in (codes, zero)
-        )
+        # A number beside codes of activations is of their type; a weight's codes are its grain's.
+        beside = not rule.signed and not rule.grain.block_size
+        storage = rule.stored if beside else rule.grain.storage
+        stored, point = (rule.code.stored(v, storage, rule.signed) for v in (codes, zero))
         inputs: list[ir.Value | None] = [
             self.constant(f"{weight.name}_quantized", stored),
             self.constant(f"{weight.name}_scale", scale),

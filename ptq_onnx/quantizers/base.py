@@ -98,6 +98,11 @@ class SiteQuantizer(VitQuantizer):
         """The rules by tensor, and the reasons for what stays in float."""
         return Decided(self.plan.sites, self.rules, self.floats)
 
+    @property
+    def float_nodes(self) -> Mapping[str, str]:
+        """Why ops stay float, by name, where that is not for a tensor's sake."""
+        return {}
+
     # --- dispatch -----------------------------------------------------------------------
 
     @abstractmethod

@@ -1,6 +1,8 @@
 """Deploy: only what the runtime computes in int8 is quantized.
 
-The inputs and weights of the products (patch embedding, linears, QKᵀ, A·V); LayerNorm,
+The inputs and weights of the products (patch embedding, linears, QKᵀ, A·V), and, where the
+runtime's integer convolution gives codes, convolutions and what stands between them
+(``code_regions.py``); LayerNorm,
 softmax, GELU and the residual stream stay float, and so does every product's output, so
 that ONNX Runtime fuses each product to one MatMulIntegerToFloat. Weights int8 per output
 channel, activations 8 bits with one scale per tensor, with or without a sign as the target
@@ -16,14 +18,17 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
+from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
 from ptq_onnx.config.bits import BYTE
+from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
@@ -31,10 +36,19 @@ from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.quantizers.base import Array, Progress, SiteQuantizer
+from ptq_onnx.quantizers.base import Array, Plan, Progress, SiteQuantizer
+from ptq_onnx.quantizers.code_regions import (
+    known_range,
+    least,
+    number_spec,
+    regions_with,
+    row_power,
+    with_same_numbers,
+)
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.quantizers.mixed import widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
+from ptq_onnx.quantizers.solved_specs import tensor_spec
 
 PRODUCTS = ("Linear", "MatMul")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
@@ -57,9 +71,15 @@ class Deploy(SiteQuantizer):
 
     name: ClassVar[str] = "deploy"
 
+    def __init__(self, plan: Plan) -> None:
+        self._values: dict[str, ir.Value] = {}
+        super().__init__(plan)
+
     def rule(self, site: Site) -> Rule | str:
         """Codes for what products read, by the target's rules; all else, with the reason, in
         float."""
+        if site.tensor in self._on_codes:
+            return self._region_rule(site)
         if self._skips(site):
             target, bits = self.plan.config.runtime, self.plan.config.widths.activations
             code, method = code_named(self.plan.config.code), self.plan.config.effective_method
@@ -105,8 +125,40 @@ class Deploy(SiteQuantizer):
             around=(TokenMean(),) if centred else (),
         )
 
+    def _region_rule(self, site: Site) -> Rule:
+        """Codes of what convolutions read and give, and of what stands between them."""
+        config = self.plan.config
+        if site.tensor in self._numbers:
+            return Rule(BYTE, False, False, method="minmax")
+        if site.is_parameter:
+            return Rule(config.widths.weights, True, True, PerChannel(), method="minmax")
+        method, sign = config.effective_method, config.runtime.symmetric
+        return Rule(
+            config.widths.activations, sign, sign, method=method, stored=config.runtime.stored(sign)
+        )
+
+    def _draw_regions(self) -> None:
+        """Decide what convolutions are on codes, without what is kept in float by request."""
+        self.regions = Regions()
+        self._numbers = self._on_codes = frozenset[str]()
+        if not self.plan.config.regions:
+            return
+        kept = [Selector.parse(text) for text in self.plan.config.keep_float]
+        sites = self.plan.sites
+        floats = {s.tensor for s in sites.values() if any(self._concerns(k, s) for k in kept)}
+        self.regions = regions_with(self.plan.model.graph, sites, floats)
+        weights = {str(n.inputs[1].name) for n in self.regions.convolutions if n.inputs[1]}
+        self._numbers = frozenset(str(v.name) for v in self.regions.constants)
+        self._on_codes = self.regions.tensors | weights | self._numbers
+
+    @property
+    def float_nodes(self) -> dict[str, str]:
+        """Why convolutions stay float, by name."""
+        return {name: f"stays float: {why}" for name, why in self.regions.floats.items()}
+
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
+        self._draw_regions()
         rules = super()._dispatch()
         sites = self.plan.sites
         while not self._whole:
@@ -117,14 +169,17 @@ class Deploy(SiteQuantizer):
                 if not sites[tensor].is_parameter
             )
             for name in inputs:  # a weight that several linears share is one site
-                weight = self.nodes[name].inputs[1]
+                read = self.nodes[name].inputs
+                weight = read[1] if len(read) > 1 else None
                 tensor = "" if weight is None else str(weight.name)
                 inputs[name] += tensor in rules and sites[tensor].is_parameter
             whole = {name for name, count in inputs.items() if count == 2}
             lost = [
                 t
                 for t in rules
-                if not whole.issuperset(sites[t].consumers) and not self._skips(sites[t])
+                if t not in self._on_codes
+                and not whole.issuperset(sites[t].consumers)
+                and not self._skips(sites[t])
             ]
             if not lost:
                 return rules
@@ -136,6 +191,8 @@ class Deploy(SiteQuantizer):
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """The range of what is read, without values that an activation function makes zero."""
         low, high = self._range(site, rule, stats)
+        if site.tensor in self._on_codes:
+            return np.maximum(low, np.float32(least(self._value(site)))), high
         readers = {self.nodes[name].op_type for name in site.consumers}
         if readers and readers <= DEAD.keys():
             low = np.maximum(low, np.float32(min(DEAD[kind] for kind in readers)))
@@ -158,6 +215,33 @@ class Deploy(SiteQuantizer):
             exponent=self.plan.exponents.get(site.tensor, 0.0),
         )
         return np.array([low], np.float32), np.array([high], np.float32)
+
+    def _value(self, site: Site) -> ir.Value:
+        """The tensor of a site that is no parameter."""
+        if site.producer is None:
+            return next(v for v in self.plan.model.graph.inputs if v.name == site.tensor)
+        if not self._values:
+            graph = self.plan.model.graph
+            self._values.update((str(v.name), v) for n in graph for v in n.outputs)
+        return self._values[site.tensor]
+
+    def activation(self, site: Site, rule: Rule, stats: Statistics) -> TensorSpec:
+        """As of any quantizer; what gates make has a known range."""
+        if site.tensor in self._on_codes and site.producer is not None:
+            known = known_range(self._value(site))
+            if known is not None:
+                return tensor_spec(site, rule, *known)
+        return super().activation(site, rule, stats)
+
+    def parameter(self, site: Site, rule: Rule, factor: Array | None = None) -> TensorSpec:
+        """As of any quantizer; a number beside codes is one of them."""
+        if site.tensor in self._numbers:
+            return number_spec(site, rule, float(self.constant(site.tensor).ravel()[0]))
+        return super().parameter(site, rule, factor)
+
+    def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
+        """As of any quantizer; ops that pick numbers keep the codes."""
+        return with_same_numbers(self.regions, super().solve(stats))
 
     @property
     def _whole(self) -> bool:
@@ -204,6 +288,12 @@ class Deploy(SiteQuantizer):
         total = np.zeros(stats.power.size)
         for name in site.consumers:
             node = self.nodes[name]
+            if node.op_type == "Conv" and site.tensor in self._on_codes:
+                behind = row_power(node)
+                if behind is None or len(behind) != len(total):
+                    return np.ones(stats.power.size)
+                total += behind
+                continue
             weight = constant(node.inputs[1]) if node.op_type == "Linear" else None
             read = node.inputs[0]
             if weight is None or read is None:

@@ -1,0 +1,63 @@
+"""What ops of a convolutional region cost in ONNX Runtime, in floats and on codes.
+
+Nanoseconds per element of the output, on one core of a CPU with VNNI (AVX-512, ONNX Runtime 1.31),
+as ``benchmarks/convolutions.py`` prints them: they are compared with each other only, and both
+sides grow alike on another CPU. A region ends where codes become floats or floats codes: its tensor
+is converted, and mostly transposed too, since integer kernels take channels last.
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+ENTER = LEAVE = 0.4
+"""QuantizeLinear or DequantizeLinear, and a Transpose."""
+NODE = 1500.0
+"""Nanoseconds to start a node, whatever its size."""
+ARITHMETIC = {"HardSwish": 0.35, "Silu": 0.9, "Sigmoid": 0.7, "Add": 0.1, "Mul": 0.1}
+"""Of floats behind an integer convolution; others as ``OTHER``."""
+CODES = {"HardSwish": 0.23, "Silu": 0.3, "Sigmoid": 0.15, "Add": 0.12, "Mul": 0.12}
+OTHER = 0.1
+UNKNOWN = 32
+"""What an axis of unknown size counts: both sides of a comparison have it."""
+FEW = 16
+"""Input channels below which pixels are gathered one by one."""
+NARROW = 32
+"""Channels of a group below which the integer kernel is slower than the float one."""
+
+
+def elements(value: ir.Value | None) -> int:
+    """How many a tensor has for one image."""
+    if value is None or value.shape is None:
+        return 0
+    return math.prod(d if isinstance(d, int) else UNKNOWN for d in list(value.shape)[1:])
+
+
+def terms(conv: ir.Node) -> tuple[int, int, int]:
+    """Channels of a group, pixels of the kernel and groups."""
+    weight = conv.inputs[1]
+    dims = [] if weight is None or weight.shape is None else list(weight.shape)
+    numbers = [d if isinstance(d, int) else 1 for d in dims]
+    return numbers[1], math.prod(numbers[2:]), conv.attributes.get_int("group", 1)
+
+
+def float_time(conv: ir.Node) -> float:
+    """Nanoseconds of a convolution of floats."""
+    channels, pixels, groups = terms(conv)
+    each = 0.15 + 0.018 * pixels if channels == 1 < groups else 0.05 + 0.0185 * channels * pixels
+    return NODE + each * elements(conv.outputs[0])
+
+
+def integer_time(conv: ir.Node) -> float:
+    """Nanoseconds of one on codes."""
+    channels, pixels, groups = terms(conv)
+    if groups == 1:
+        gathered = channels < FEW and pixels > 1
+        each = (0.7 + 0.0085 * channels * pixels) if gathered else 0.15 + 0.0053 * channels * pixels
+    elif channels == 1:
+        each = 0.25 + 0.033 * pixels
+    else:
+        each = 0.5 + 0.008 * channels * pixels if channels >= NARROW else math.inf
+    return NODE + each * elements(conv.outputs[0])

@@ -1,0 +1,295 @@
+"""Regions of a graph that a runtime computes on codes: convolutions and what stands between them.
+
+Of a runtime whose integer convolution takes codes and gives codes. Between two of them Add, Mul,
+Sigmoid, pools, Concat and the like stay on codes too; an activation that only clips (Relu, Clip
+from 0 on) is part of the codes of what it reads. Where a region borders on floats, its tensors are
+converted: a convolution that saves less time than the conversions it causes stays float
+(``region_costs.py``). One that nothing but floats surround pays twice, one in a chain not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from ptq_onnx.blocks import region_costs as costs
+from ptq_onnx.blocks.walking import consumers, data_inputs, is_constant, name_of
+from ptq_onnx.graph.formula import DOMAIN, constant, is_private, scalar
+
+ON_CODES = frozenset((
+    "Add", "Mul", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool", "MaxPool", "Concat",
+    "HardSwish", "Silu", "Resize",
+))  # fmt: skip
+"""Ops with an integer kernel, or that are written with such (``HardSwish``, ``Silu``)."""
+MOVING = frozenset(("MaxPool", "Resize"))
+"""Those whose codes are those that they read."""
+GATE = 16
+"""A factor or summand this much smaller than the result is made codes of its own."""
+COSTS_MORE = "codes around it would cost more time than its integers save"
+NO_KERNEL = "its weight is no constant, or its image has no two sides"
+SLOW_GROUPS = "the integer kernel is slower than the float one where groups have few channels"
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What runs on codes, and why other convolutions do not."""
+
+    convolutions: frozenset[ir.Node] = frozenset()
+    ops: frozenset[ir.Node] = frozenset()
+    codes: tuple[ir.Value, ...] = ()
+    """Tensors that have codes, in graph order."""
+    entering: frozenset[ir.Value] = frozenset()
+    """Those of them that ops of floats make, and the graph's inputs."""
+    constants: tuple[ir.Value, ...] = ()
+    """Numbers beside codes."""
+    floats: dict[str, str] = field(default_factory=dict)
+    """Reasons by name of a convolution."""
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of what has codes, but for constants."""
+        return frozenset(str(value.name) for value in self.codes)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The region of some convolutions: the ops on codes, what they make, what enters."""
+
+    ops: frozenset[ir.Node]
+    made: frozenset[ir.Value]
+    entering: frozenset[ir.Value]
+
+
+def find_regions(graph: ir.Graph, blocked: Collection[str] = ()) -> Regions:
+    """The regions that save time; ``blocked``: tensors that are to have no codes."""
+    return _Finder(graph, frozenset(blocked)).run()
+
+
+class _Finder:
+    def __init__(self, graph: ir.Graph, blocked: frozenset[str]) -> None:
+        self.nodes, self.blocked = list(graph), blocked
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.inputs = [v for v in graph.inputs if not v.is_initializer()]
+        self.floats: dict[str, str] = {}
+        self.able = [n for n in self.nodes if self._may(n)]
+
+    def run(self) -> Regions:
+        """Begin with all convolutions; leave out what costs more than it saves."""
+        wanted = {n for n in self.nodes if n.op_type == "Conv" and self._takes(n)}
+        wanted = self._pruned(wanted)
+        drawn = self.drawn(wanted)
+        codes = drawn.made | drawn.entering
+        every = [*self.inputs, *(v for node in self.nodes for v in node.outputs)]
+        numbers = [
+            v for n in self.nodes if n in drawn.ops for v in n.inputs
+            if v is not None and n.op_type in ("Add", "Mul") and is_constant(v)
+        ]  # fmt: skip
+        return Regions(
+            frozenset(wanted),
+            drawn.ops,
+            tuple(v for v in every if v in codes),
+            drawn.entering,
+            tuple(dict.fromkeys(numbers)),
+            self.floats,
+        )
+
+    # --- candidates -----------------------------------------------------------------------
+
+    def _takes(self, conv: ir.Node) -> bool:
+        """True for a convolution with an integer kernel that is not to stay float."""
+        weight, output = constant(conv.inputs[1]), conv.outputs[0]
+        why = ""
+        if weight is None or weight.ndim != 4 or weight.dtype != np.float32:
+            why = NO_KERNEL
+        elif costs.integer_time(conv) == np.inf:
+            why = SLOW_GROUPS
+        elif any(self._is_blocked(v) for v in (*conv.inputs[:2], output, result_of(conv))):
+            return False
+        if why:
+            self.floats[name_of(conv)] = why
+        return not why
+
+    def _is_blocked(self, value: ir.Value | None) -> bool:
+        return value is not None and value.name in self.blocked
+
+    def _may(self, node: ir.Node) -> bool:
+        """True for another op with an integer kernel."""
+        if node.op_type not in ON_CODES or node.domain not in ("", DOMAIN):
+            return False
+        output = result_of(node)
+        if len(node.outputs) != 1 or output.shape is None or len(output.shape) != 4:
+            return False
+        if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
+            return False
+        if node.op_type == "Concat" and node.attributes.get_int("axis", 0) not in (1, -3):
+            return False
+        if node.op_type == "HardSwish" and not _is_made_by_convolution(node.inputs[0]):
+            return False
+        if node.op_type in ("Add", "Mul"):
+            fixed = [v for v in node.inputs if is_constant(v)]
+            if any(not scalar(v) for v in fixed):
+                return False
+        return not any(self._is_blocked(v) for v in (*node.inputs, node.outputs[0], output))
+
+    # --- regions --------------------------------------------------------------------------
+
+    def drawn(self, convolutions: set[ir.Node]) -> _Drawn:
+        """The ops between these convolutions that stay on codes: all they read is codes, and
+        something takes their codes."""
+        active = set(self.able)
+        while True:
+            before = len(active)
+            made: set[ir.Value] = set()
+            for node in self.nodes:
+                if node in convolutions or (node in active and self._fed(node, made)):
+                    made.add(result_of(node))
+                else:
+                    active.discard(node)
+            for node in reversed(self.nodes):
+                if node in active and not self._read(node, convolutions, active):
+                    active.discard(node)
+            if len(active) == before:
+                break
+        entering = {
+            v for n in (*convolutions, *active) for v in self._data(n) if v not in made
+        }  # fmt: skip
+        return _Drawn(frozenset(active), frozenset(made), frozenset(entering))
+
+    def _data(self, node: ir.Node) -> list[ir.Value]:
+        """What of a node's inputs is to have codes."""
+        found = data_inputs(node)
+        return found if node.op_type in ("Add", "Mul", "Concat") else found[:1]
+
+    def _fed(self, node: ir.Node, made: set[ir.Value]) -> bool:
+        """Inputs are codes; of two, one may be small."""
+        data = self._data(node)
+        there = [v in made for v in data]
+        if node.op_type not in ("Add", "Mul") or len(data) < 2:
+            return bool(data) and all(there)
+        most = costs.elements(node.outputs[0])
+        small = [costs.elements(v) * GATE <= most for v in data]
+        return any(there) and all(a or b for a, b in zip(there, small, strict=True))
+
+    def _read(self, node: ir.Node, convolutions: set[ir.Node], active: set[ir.Node]) -> bool:
+        """Something takes the codes."""
+        return any(
+            reader in convolutions or reader in active for reader, _ in consumers(result_of(node))
+        )
+
+    # --- what pays ------------------------------------------------------------------------
+
+    def cost(self, convolutions: set[ir.Node]) -> float:
+        """Nanoseconds of all that depends on the choice."""
+        drawn = self.drawn(convolutions)
+        total = 0.0
+        for node in self.nodes:
+            if node.op_type == "Conv":
+                took = costs.integer_time if node in convolutions else costs.float_time
+                total += took(node)
+            elif node in self.able and node not in drawn.ops:
+                behind = node.inputs[0] in drawn.made
+                fused = node.op_type == "HardSwish" and not behind
+                each = 0.05 if fused else costs.ARITHMETIC.get(node.op_type, costs.OTHER)
+                total += each * costs.elements(node.outputs[0])
+            elif node in drawn.ops and not scales_hard_swish(node):
+                each = costs.CODES.get(node.op_type, costs.OTHER)
+                total += each * costs.elements(node.outputs[0])
+        takers = convolutions | drawn.ops
+        for value in drawn.entering:
+            total += costs.NODE + costs.ENTER * costs.elements(value)
+        for value in drawn.made:
+            if value.is_graph_output() or any(n not in takers for n, _ in consumers(value)):
+                total += costs.NODE + costs.LEAVE * costs.elements(value)
+        return total
+
+    def _pruned(self, wanted: set[ir.Node]) -> set[ir.Node]:
+        """Without whole pieces, then without single convolutions, that cost more than they save."""
+        cost = self.cost(wanted)
+        for pieces in (self._connected, self._single):
+            for piece in pieces(wanted):
+                fewer = self.cost(wanted - piece)
+                if fewer < cost:
+                    wanted, cost = wanted - piece, fewer
+                    self.floats.update((name_of(n), COSTS_MORE) for n in piece)
+        return wanted
+
+    def _single(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
+        return [{n} for n in self.nodes if n in wanted]
+
+    def _connected(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
+        """Convolutions that codes join, in graph order."""
+        drawn = self.drawn(wanted)
+        members = wanted | drawn.ops
+        piece: dict[ir.Node, set[ir.Node]] = {}
+        for node in self.nodes:
+            if node not in members:
+                continue
+            mine = {node}
+            for value in self._data(node):
+                maker = _maker(value)
+                if maker in piece and value in drawn.made:
+                    mine |= piece[maker]
+            for one in mine:
+                piece[one] = mine
+        distinct = {id(found): found for found in piece.values()}
+        return [found & wanted for found in distinct.values() if found & wanted]
+
+
+def result_of(node: ir.Node) -> ir.Value:
+    """What a node makes, behind an activation of its own that only clips."""
+    value = node.outputs[0]
+    while not value.is_graph_output():
+        uses = list(consumers(value))
+        if len(uses) != 1 or not only_clips(uses[0][0]):
+            break
+        value = uses[0][0].outputs[0]
+    return value
+
+
+def scales_hard_swish(node: ir.Node) -> bool:
+    """True for a positive factor of a HardSwish, which its form on codes takes in."""
+    before = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node.op_type != "Mul" or before is None or before.op_type != "HardSwish":
+        return False
+    return is_private(before.outputs[0]) and (scalar(node.inputs[1]) or 0.0) > 0
+
+
+def only_clips(node: ir.Node) -> bool:
+    """True for Relu, and for a Clip to 0 and more: codes from 0 on hold no other numbers."""
+    if node.op_type == "Relu":
+        return True
+    if node.op_type != "Clip" or len(node.inputs) < 3:
+        return False
+    low, high = scalar(node.inputs[1]), scalar(node.inputs[2])
+    return low == 0.0 and high is not None and high > 0
+
+
+def clipped_to(value: ir.Value) -> tuple[float, float] | None:
+    """The bounds of a tensor that a Clip makes; None for others, whose upper bound is open."""
+    node = value.producer()
+    if node is None or node.op_type != "Clip" or not only_clips(node):
+        return None
+    return 0.0, float(scalar(node.inputs[2]) or 0.0)
+
+
+def _is_made_by_convolution(value: ir.Value | None) -> bool:
+    """True for what one alone makes for one reader, with constants that can be scaled."""
+    node = None if value is None else value.producer()
+    return (
+        node is not None
+        and value is not None
+        and node.op_type == "Conv"
+        and is_private(value)
+        and all(map(is_constant, node.inputs[1:]))
+    )
+
+
+def _maker(value: ir.Value) -> ir.Node | None:
+    """The op in front of activations that only clip."""
+    node = value.producer()
+    while node is not None and only_clips(node) and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node
