@@ -31,7 +31,6 @@ import ptq_onnx  # noqa: F401  (switches off onnxruntime's telemetry, before tha
 import onnxruntime as ort
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from onnxruntime.tools.onnx_model_utils import make_input_shape_fixed
 
 from ptq_onnx.analysis.coverage import measure_coverage
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -161,7 +160,8 @@ def peer(model: Path, output: Path, lines: Array, **options: Any) -> None:
 def sized(path: Path) -> Path:
     """The same file for one line of that size, so that its multiplications can be counted."""
     model = onnx.load(str(path))
-    make_input_shape_fixed(model.graph, model.graph.input[0].name, [1, 3, HEIGHT, WIDTH])
+    for axis, size in ((1, 3), (2, HEIGHT), (3, WIDTH)):  # an open batch, as in the file
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
     del model.graph.value_info[:]
     model = onnx.shape_inference.infer_shapes(model)
     onnx.save(model, str(path.with_suffix(".sized.onnx")))

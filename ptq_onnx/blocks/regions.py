@@ -130,7 +130,7 @@ class _Finder:
             return False
         if node.op_type in ("Add", "Mul"):
             fixed = [v for v in node.inputs if is_constant(v)]
-            if any(not scalar(v) for v in fixed):
+            if any(not _per_channel(v) for v in fixed):
                 return False
         return not any(self._is_blocked(v) for v in (*node.inputs, node.outputs[0], output))
 
@@ -285,6 +285,16 @@ def _is_made_by_convolution(value: ir.Value | None) -> bool:
         and is_private(value)
         and all(map(is_constant, node.inputs[1:]))
     )
+
+
+def _per_channel(value: ir.Value | None) -> bool:
+    """True for a float constant with one number, or one per channel, all of one sign."""
+    array = constant(value)
+    if array is None or array.dtype != np.float32 or not np.isfinite(array).all():
+        return False
+    sizes = (1,) * (4 - array.ndim) + array.shape
+    alike = bool((array > 0).all() or (array < 0).all())
+    return len(sizes) == 4 and sizes[0] == sizes[2] == sizes[3] == 1 and alike
 
 
 def _maker(value: ir.Value) -> ir.Node | None:

@@ -26,6 +26,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
+from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.roles import Blocks, Role
 from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
@@ -33,7 +34,7 @@ from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.config import stages
 from ptq_onnx.config.targets import Target
-from ptq_onnx.equalization.code_forms import sites_of
+from ptq_onnx.equalization.code_forms import regions_of, sites_of
 from ptq_onnx.equalization.factor_search import (
     Choice,
     Product,
@@ -54,6 +55,7 @@ from ptq_onnx.equalization.foldings import (
     value_path,
 )
 from ptq_onnx.equalization.form import take_form
+from ptq_onnx.equalization.gates import choose_gate, gated, in_steps
 from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.signed_range import signed_range
 from ptq_onnx.graph.formula import constant
@@ -123,6 +125,49 @@ class _Equalizer:
                 self.attended(site, places.get(("av", site.block)))
             elif site.role not in ("k", "av", "softmax", "input"):
                 self.linear_input(site)
+
+    def gates(self, regions: Regions) -> None:
+        """What convolutions give to gated activations (``gates.py``)."""
+        for one in gated(regions):
+            site = self.sites.get(str(one.value.name))
+            if site is None or site.tensor not in self.stats.channels:
+                continue
+            low, high = self.bounds(site.tensor)
+            low = np.maximum(low, one.least)
+            half = one.slope * self.unshifted(low, np.maximum(high, low), symmetric=False)
+            made = [
+                self.unshifted(*self.bounds(str(v.name)), symmetric=False)
+                for v in one.carriers
+                if str(v.name) in self.stats.channels
+            ]
+            variance = self.stats.channels[str(one.product.outputs[0].name)].variance
+            dense = [n for n in one.readers if n.attributes.get_int("group", 1) == 1]
+            choice = choose_gate(half, made, variance, self.of_convolutions(dense), self.levels)
+            factor = in_steps(choice.factor)
+            before = self.stats.channels[site.tensor]
+            with new_nodes_as(self.model.graph, Role(site.block, site.role), self.roles):
+                made = one.apply(self.model.graph, factor)
+            self.stats.channels[str(made.name)] = before
+            zero = np.zeros(len(factor))
+            for carried in (one.value, *one.carriers):
+                if str(carried.name) in self.stats.channels:
+                    self.move_statistics(str(carried.name), zero, factor)
+            moved = self.stats.channels[site.tensor]
+            lowest = np.maximum(moved.lowest, np.float32(one.least) / factor.astype(np.float32))
+            self.stats.channels[site.tensor] = replace(moved, lowest=lowest)
+            self.note(site, "the gate and the convolutions behind", replace(choice, factor=factor))
+
+    def of_convolutions(self, nodes: Iterable[ir.Node]) -> list[Product]:
+        """The magnitudes of convolutions of one group, [C, N · pixels], for the search."""
+        found = [constant(node.inputs[1]) for node in nodes]
+        return [
+            Product(
+                np.abs(np.moveaxis(w, 1, 0).reshape(w.shape[1], -1)).astype(np.float32),
+                self.weight_bits,
+            )
+            for w in found
+            if w is not None
+        ]
 
     # --- pieces -------------------------------------------------------------------------
 
@@ -367,6 +412,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
     if moves and not plan.config.weight_only:  # factors do not help weights alone (measured)
         state.run()
+        state.gates(regions_of(model, plan.config))
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(
         plan,

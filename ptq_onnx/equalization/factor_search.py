@@ -151,8 +151,8 @@ def choose_factor(
     additional channels that may be spent on copies; each must lower the noise by
     ``WORTH_COPIES`` dB against the number before.
     """
-    ranges = _positive(np.max([half, *(o for o, _ in others or [])], axis=0))
-    weights = _positive(np.max([p.magnitude.max(axis=1) for p in products], axis=0))
+    ranges = positive(np.max([half, *(o for o, _ in others or [])], axis=0))
+    weights = positive(np.max([p.magnitude.max(axis=1) for p in products], axis=0))
     ones = np.ones(len(half))
     plain = output_noise(ones, half, variance, products, levels, others)
     best = Choice(ones, plain, plain)
@@ -214,7 +214,7 @@ def balance(
 
     plain = noise(ones)
     best = Choice(ones, plain, plain)
-    ratio = _positive(half_q) / _positive(half_k)
+    ratio = positive(half_q) / positive(half_k)
     for a in RANGE_POWERS:
         factor = normalized(ratio ** (a / 2))
         found = noise(factor)
@@ -230,7 +230,7 @@ def normalized(factor: Double) -> Double:
     return np.asarray(np.exp2(logs - logs.mean()), np.float64)
 
 
-def _positive(values: Double) -> Double:
+def positive(values: Double) -> Double:
     """Zeros replaced by the median of what is positive (1 where nothing is)."""
     usable = values[values > 0]
     middle = float(np.median(usable)) if usable.size else 1.0

@@ -39,21 +39,42 @@ def known_range(value: ir.Value) -> tuple[float, float] | None:
     node = value.producer()
     if node is not None and node.op_type in UNIT:
         return 0.0, 1.0
+    found = _into_gate(value)
+    if found is not None:
+        return found
     bounds = clipped_to(value)
     return bounds if bounds is not None and _gates(value) else None
 
 
+def _into_gate(value: ir.Value) -> tuple[float, float] | None:
+    """−c to d − c for what only clip(· + c, 0, d) reads: it is that range of it that shows."""
+    readers = [n for n, _ in consumers(value)]
+    shift = scalar(readers[0].inputs[1]) if [n.op_type for n in readers] == ["Add"] else None
+    behind = [] if shift is None else [n for n, _ in consumers(readers[0].outputs[0])]
+    if shift is None or len(behind) != 1:
+        return None
+    bounds = clipped_to(behind[0].outputs[0]) if only_clips(behind[0]) else None
+    return None if bounds is None else (-shift, bounds[1] - shift)
+
+
 def least(value: ir.Value) -> float:
     """Below it HardSwish is zero, where that alone reads the value: −∞ else."""
-    readers = list(consumers(value))
-    sums = [node for node, _ in readers if node.op_type == "Add"]
-    products = [node for node, _ in readers if node.op_type == "Mul"]
-    if len(readers) != 2 or len(sums) != 1 or len(products) != 1:
+    readers = [node for node, _ in consumers(value)]
+    gates = [node for node in readers if any(constant(v) is not None for v in node.inputs)]
+    products = [node for node in readers if node.op_type == "Mul" and node not in gates]
+    if len(readers) != 2 or len(gates) != 1 or len(products) != 1:
         return -np.inf
-    shift, clip = scalar(sums[0].inputs[1]), list(consumers(sums[0].outputs[0]))
-    if shift is None or len(clip) != 1 or not only_clips(clip[0][0]):
+    factor, gate = 1.0, gates[0]
+    if gate.op_type == "Mul":  # divided by factors per channel (``equalization/gates.py``)
+        numbers, behind = constant(gate.inputs[1]), [n for n, _ in consumers(gate.outputs[0])]
+        if numbers is None or len(behind) != 1 or float(numbers.min()) <= 0:
+            return -np.inf
+        factor, gate = float(numbers.min()), behind[0]
+    shift = scalar(gate.inputs[1]) if gate.op_type == "Add" else None
+    clips = [n for n, _ in consumers(gate.outputs[0])]
+    if shift is None or len(clips) != 1 or not only_clips(clips[0]):
         return -np.inf
-    return -shift if clip[0][0].outputs[0] in products[0].inputs else -np.inf
+    return -shift / factor if clips[0].outputs[0] in products[0].inputs else -np.inf
 
 
 def _gates(value: ir.Value) -> bool:
@@ -63,18 +84,22 @@ def _gates(value: ir.Value) -> bool:
     readers = [n for n, _ in consumers(value)]
     if before is None or before.op_type != "Add" or len(readers) != 1:
         return False
-    return readers[0].op_type == "Mul" and before.inputs[0] in readers[0].inputs
+    start = before.inputs[0]
+    scaled = None if start is None else start.producer()
+    starts = {start, None if scaled is None or scaled.op_type != "Mul" else scaled.inputs[0]}
+    return readers[0].op_type == "Mul" and any(v in starts for v in readers[0].inputs)
 
 
-def number_spec(site: Site, rule: Rule, number: float) -> TensorSpec:
-    """Codes of one number that hold it exactly: the largest code, or the smallest below zero."""
-    step = max(abs(number), np.finfo(np.float32).tiny) / LEVELS
+def number_spec(site: Site, rule: Rule, numbers: Array) -> TensorSpec:
+    """Codes of numbers of one sign: the largest has the last code, and a single one is exact."""
+    low, high = float(numbers.min()), float(numbers.max())
+    step = max(abs(low), abs(high), float(np.finfo(np.float32).tiny)) / LEVELS
     return TensorSpec(
         tensor=site.tensor,
         rule=rule,
         scale=np.array(step, np.float32),
-        zero_point=np.array(LEVELS if number < 0 else 0, np.int32),
-        clip=(min(number, 0.0), max(number, 0.0)),
+        zero_point=np.array(LEVELS if low < 0 else 0, np.int32),
+        clip=(min(low, 0.0), max(high, 0.0)),
     )
 
 

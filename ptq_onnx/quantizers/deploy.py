@@ -236,7 +236,7 @@ class Deploy(SiteQuantizer):
     def parameter(self, site: Site, rule: Rule, factor: Array | None = None) -> TensorSpec:
         """As of any quantizer; a number beside codes is one of them."""
         if site.tensor in self._numbers:
-            return number_spec(site, rule, float(self.constant(site.tensor).ravel()[0]))
+            return number_spec(site, rule, self.constant(site.tensor))
         return super().parameter(site, rule, factor)
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
