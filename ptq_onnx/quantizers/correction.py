@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.channels import rows_of
+from ptq_onnx.blocks.channels import is_convolution, rows_in_weight, rows_of
 from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.calibration.methods import ChannelStatistics, Statistics
 from ptq_onnx.graph.formula import constant
@@ -37,6 +37,8 @@ def corrected_biases(
     found: dict[str, NDArray[np.float32]] = {}
     for node in model.graph:
         mean = corrected_mean(node, sites, statistics)
+        if mean is None and is_convolution(node):
+            mean = pixel_mean(node, statistics)
         if mean is None:
             continue
         weight, bias = node.inputs[1], node.inputs[2]
@@ -46,6 +48,8 @@ def corrected_biases(
             continue
         exact = np.asarray(value, np.float32)
         quantized = (rounded or {}).get(str(weight.name), exact)
+        if is_convolution(node):
+            mean = np.asarray(rows_in_weight(node, mean.astype(np.float32)), np.float64)
         found[str(bias.name)] = corrected_bias(
             exact, np.asarray(old, np.float32), spec, mean, quantized
         )
@@ -59,10 +63,13 @@ def corrected_bias(
     mean: Double,
     quantized: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """b - E[x] (Ŵ - W) for weight [K, N], bias [N] and input mean [K]; Ŵ is ``quantized`` in
-    codes, or the weight itself."""
+    """b - E[x] (Ŵ - W) for weight [K, N], bias [N] and input mean [K]; of a convolution's weight
+    [N, C, …] the mean in the shape in which it multiplies it. Ŵ is ``quantized`` in codes, or the
+    weight itself."""
     codes = quantize(weight if quantized is None else quantized, spec)
     error = dequantize(codes, spec).astype(np.float64) - weight
+    if mean.ndim > 1:
+        return np.asarray(bias - (mean * error).reshape(len(error), -1).sum(axis=1), np.float32)
     return np.asarray(bias - mean @ error, np.float32)
 
 
@@ -76,6 +83,20 @@ def corrected_mean(
     if constant(bias) is None or len(bias.uses()) != 1:
         return None
     return input_mean(node, sites, statistics)
+
+
+def pixel_mean(conv: ir.Node, statistics: Statistics) -> Double | None:
+    """E[x] of a convolution's input, [C], where it has a bias of its own to correct with it; else
+    None. What is padded counts as the rest: its part is small."""
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    weight, read = constant(conv.inputs[1]), conv.inputs[0]
+    if constant(bias) is None or bias is None or len(bias.uses()) != 1:
+        return None
+    stats = None if read is None else statistics.channels.get(str(read.name))
+    if stats is None or weight is None:
+        return None
+    channels = weight.shape[1] * conv.attributes.get_int("group", 1)
+    return stats.mean if stats.mean.size == channels else None
 
 
 def input_mean(linear: ir.Node, sites: Mapping[str, Site], statistics: Statistics) -> Double | None:
