@@ -55,7 +55,7 @@ from ptq_onnx.equalization.foldings import (
     value_path,
 )
 from ptq_onnx.equalization.form import take_form
-from ptq_onnx.equalization.gates import choose_gate, gated, in_steps
+from ptq_onnx.equalization.gates import Gated, Source, choose_factors, in_steps, sources
 from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.signed_range import signed_range
 from ptq_onnx.graph.formula import constant
@@ -126,36 +126,49 @@ class _Equalizer:
             elif site.role not in ("k", "av", "softmax", "input"):
                 self.linear_input(site)
 
-    def gates(self, regions: Regions) -> None:
-        """What convolutions give to gated activations (``gates.py``)."""
-        for one in gated(regions):
+    def convolutions(self, regions: Regions) -> None:
+        """What stands between convolutions on codes (``gates.py``)."""
+        for one in sources(regions):
             site = self.sites.get(str(one.value.name))
-            if site is None or site.tensor not in self.stats.channels:
+            measured = [str(v.name) for v in one.made if str(v.name) in self.stats.channels]
+            if site is None or site.tensor not in measured:
                 continue
-            low, high = self.bounds(site.tensor)
-            low = np.maximum(low, one.least)
-            half = one.slope * self.unshifted(low, np.maximum(high, low), symmetric=False)
-            made = [
-                self.unshifted(*self.bounds(str(v.name)), symmetric=False)
-                for v in one.carriers
-                if str(v.name) in self.stats.channels
-            ]
-            variance = self.stats.channels[str(one.product.outputs[0].name)].variance
-            dense = [n for n in one.readers if n.attributes.get_int("group", 1) == 1]
-            choice = choose_gate(half, made, variance, self.of_convolutions(dense), self.levels)
-            factor = in_steps(choice.factor)
-            before = self.stats.channels[site.tensor]
-            with new_nodes_as(self.model.graph, Role(site.block, site.role), self.roles):
-                made = one.apply(self.model.graph, factor)
-            self.stats.channels[str(made.name)] = before
-            zero = np.zeros(len(factor))
-            for carried in (one.value, *one.carriers):
-                if str(carried.name) in self.stats.channels:
-                    self.move_statistics(str(carried.name), zero, factor)
+            bounds = {tensor: self.bounds(tensor) for tensor in measured}
+            slope = 1.0
+            if isinstance(one, Gated):
+                low, high = bounds[site.tensor]
+                slope, low = one.slope, np.maximum(low, one.least)
+                bounds[site.tensor] = low, np.maximum(high, low)
+            half = [self.unshifted(*pair, symmetric=False) for pair in bounds.values()]
+            half[0] = slope * half[0]
+            variance = self.stats.channels[measured[min(1, len(measured) - 1)]].variance
+            dense = [n for n in one.carried.readers if n.attributes.get_int("group", 1) == 1]
+            weights = self.of_convolutions(dense)
+            choice = choose_factors(half[0], half[1:], variance, weights, self.levels)
+            if one.costs and choice.gain_db < WORTH_A_MUL:
+                continue
+            self.divide(site, one, measured, choice)
+
+    def divide(self, site: Site, one: Source, measured: list[str], choice: Choice) -> None:
+        """Write the factor of one tensor between convolutions, and move the statistics."""
+        before, factor = self.stats.channels[site.tensor], choice.factor
+        if isinstance(one, Gated):
+            factor = in_steps(factor)
+        with new_nodes_as(self.model.graph, Role(site.block, site.role), self.roles):
+            new = one.divide(self.model.graph, factor)
+            one.carried.take_in(self.model.graph, factor)
+        zero = np.zeros(len(factor))
+        for name, old in new.items():
+            if old in self.stats.channels:
+                self.move_statistics(old, zero, factor, name)
+        for tensor in set(measured) - set(new.values()):
+            self.move_statistics(tensor, zero, factor)
+        if isinstance(one, Gated):
+            self.stats.channels[one.whole] = before
             moved = self.stats.channels[site.tensor]
             lowest = np.maximum(moved.lowest, np.float32(one.least) / factor.astype(np.float32))
             self.stats.channels[site.tensor] = replace(moved, lowest=lowest)
-            self.note(site, "the gate and the convolutions behind", replace(choice, factor=factor))
+        self.note(site, one.name, replace(choice, factor=factor))
 
     def of_convolutions(self, nodes: Iterable[ir.Node]) -> list[Product]:
         """The magnitudes of convolutions of one group, [C, N · pixels], for the search."""
@@ -412,7 +425,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     state = _Equalizer(model, blocks, sites, stats, 1 << widths.activations, target, widths.weights)
     if moves and not plan.config.weight_only:  # factors do not help weights alone (measured)
         state.run()
-        state.gates(regions_of(model, plan.config))
+        state.convolutions(regions_of(model, plan.config))
     blocks = replace(blocks, roles={**blocks.roles, **state.roles})
     return replace(
         plan,

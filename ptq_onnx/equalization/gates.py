@@ -1,6 +1,7 @@
-"""Factors per channel of what a convolution gives to a gated activation: HardSwish and Silu.
+"""Factors per channel of tensors on codes, which the convolutions behind take in.
 
-Both are u · gate(u). With u / f out of the convolution, gate(f · (u / f)) and the product u / f · gate
+What a convolution gives is divided in its weight, and Relu lets that pass. HardSwish and Silu are
+u · gate(u). With u / f out of the convolution, gate(f · (u / f)) and the product u / f · gate
 are functions of the same u, and the product comes out divided by f: the rows of the convolutions
 that read it take f in, through sums with constants, pools and factors per channel on the way. It
 costs one Mul in front of the gate, on codes, in which 1 … 255 steps hold f exactly.
@@ -11,14 +12,15 @@ Correction" (arXiv 1906.04721), section 4.1, whose activations need no gate.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_in_weight
-from ptq_onnx.blocks.regions import Regions, only_clips
-from ptq_onnx.blocks.walking import consumers, is_constant
+from ptq_onnx.blocks.regions import Regions, only_clips, result_of
+from ptq_onnx.blocks.walking import consumers, is_constant, is_layout
 from ptq_onnx.equalization.factor_search import (
     Choice,
     Product,
@@ -31,71 +33,198 @@ from ptq_onnx.graph.formula import constant, new_constant
 
 Double = NDArray[np.float64]
 STEPS = 255
+SILU = -12.0
+"""Below it Silu is zero, but for 1e-4."""
 PASSING = frozenset(("GlobalAveragePool", "AveragePool", "MaxPool"))
 
 
 @dataclass
-class Gated:
-    """One u · gate(u) on codes: the convolution, the first op of the gate, what carries the
-    factor on, and who takes it in."""
+class Carried:
+    """What a factor per channel of a tensor goes through, and who takes it in."""
 
-    convolution: ir.Node
-    value: ir.Value
-    gate: ir.Node
-    product: ir.Node
-    least: float
-    """Below it the product is (all but) zero."""
-    slope: float = 1.0
-    """How much of a change of u the product shows, where the gate is open."""
-    carriers: list[ir.Value] = field(default_factory=list)
+    values: list[ir.Value] = field(default_factory=list)
     sums: list[ir.Node] = field(default_factory=list)
     readers: list[ir.Node] = field(default_factory=list)
 
-    def apply(self, graph: ir.Graph, factor: Double) -> ir.Value:
-        """Divide by the factor [C] and take it in behind; returns what the gate reads now."""
-        shape = (-1, 1, 1)
-        conv = self.convolution
-        weight, bias = _array(conv.inputs[1]), None
-        if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-            bias = _array(conv.inputs[2])
-        _replace(graph, conv, 1, weight / factor.reshape(-1, 1, 1, 1))
-        if bias is not None:
-            _replace(graph, conv, 2, bias / factor)
-        write = Writer(graph, self.gate)
-        number = new_constant(graph, f"{self.value.name}_factor", _single(factor.reshape(shape)))
-        sizes = [] if self.value.shape is None else list(self.value.shape)
-        made = write.node("Mul", [self.value, number], sizes, self.value, "whole")
-        self.gate.replace_input_with(0, made)
+    def take_in(self, graph: ir.Graph, factor: Double) -> None:
+        """Let the readers take values that are divided by the factor [C]."""
         for node in self.sums:
             index = 1 if is_constant(node.inputs[1]) else 0
             shift = np.broadcast_to(_array(node.inputs[index]), (len(factor), 1, 1))
-            _replace(graph, node, index, shift / factor.reshape(shape))
+            _replace(graph, node, index, shift / factor.reshape(-1, 1, 1))
         for node in self.readers:
             rows = rows_in_weight(node, factor.astype(np.float32)).astype(np.float64)
             _replace(graph, node, 1, _array(node.inputs[1]) * rows)
-        return made
 
 
-def gated(regions: Regions) -> list[Gated]:
-    """Every gate in the regions whose factor can be taken in."""
-    found: list[Gated] = []
+@dataclass(frozen=True)
+class Source:
+    """A tensor on codes whose channels can be divided by factors."""
+
+    value: ir.Value
+    carried: Carried
+    name: ClassVar[str]
+    costs: ClassVar[bool] = False
+    """It takes an op of floats for each element."""
+
+    @property
+    def made(self) -> list[ir.Value]:
+        """The tensors that come out divided."""
+        return list(dict.fromkeys((self.value, *self.carried.values)))
+
+    def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
+        """Divide the tensor by the factor [C]; what reads it is not changed yet. Returns which new
+        tensors are those of old names, divided."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Plain(Source):
+    """A convolution, with or without Relu behind it."""
+
+    convolution: ir.Node
+    name: ClassVar[str] = "the convolutions behind"
+
+    def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
+        """In its weight and bias."""
+        _divide_outputs(graph, self.convolution, factor)
+        return {}
+
+
+@dataclass(frozen=True)
+class Gated(Source):
+    """u · gate(u) on codes, u out of a convolution."""
+
+    convolution: ir.Node
+    gate: ir.Node
+    least: float
+    """Below it the product is (all but) zero."""
+    slope: float
+    """How much of a change of u the product shows, where the gate is open."""
+    name: ClassVar[str] = "the gate and the convolutions behind"
+
+    def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
+        """In the convolution's weight and bias; a Mul gives the gate u as it was."""
+        _divide_outputs(graph, self.convolution, factor)
+        write, value = Writer(graph, self.gate), self.value
+        number = _single(factor.reshape(-1, 1, 1))
+        sizes = [] if value.shape is None else list(value.shape)
+        factors = new_constant(graph, f"{value.name}_factor", number)
+        whole = write.node("Mul", [value, factors], sizes, value, "whole")
+        self.gate.replace_input_with(0, whole)
+        return {}
+
+    @property
+    def whole(self) -> str:
+        """What the gate reads, once that was done."""
+        read = self.gate.inputs[0]
+        return "" if read is None else str(read.name)
+
+
+@dataclass(frozen=True)
+class Excited(Source):
+    """A tensor times a small gate of floats, one number per channel: squeeze and excitation."""
+
+    product: ir.Node
+    index: int
+    name: ClassVar[str] = "the small gate and the convolutions behind"
+
+    def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
+        """In a Mul of the small gate."""
+        gate = self.product.inputs[self.index]
+        made = _multiply(graph, self.product, self.index, 1 / factor)
+        return {} if gate is None else {str(made.name): str(gate.name)}
+
+
+@dataclass(frozen=True)
+class Entering(Source):
+    """What ops of floats make and convolutions alone read."""
+
+    name: ClassVar[str] = "Mul"
+    costs: ClassVar[bool] = True
+
+    def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
+        """In a Mul of its own."""
+        first = self.carried.readers[0]
+        made = _multiply(graph, first, 0, 1 / factor)
+        for node in self.carried.readers[1:]:
+            node.replace_input_with(0, made)
+        return {str(made.name): str(self.value.name)}
+
+
+def sources(regions: Regions) -> list[Source]:
+    """Every tensor of the regions whose factor can be taken in, as the data flows."""
+    found: list[Source] = []
     for conv in regions.convolutions:
-        value = conv.outputs[0]
-        readers = [node for node, _ in consumers(value)]
-        if len(readers) != 2 or value.is_graph_output() or not regions.ops.issuperset(readers):
+        gated = _gated(conv, regions)
+        value = result_of(conv)
+        maker = value.producer()
+        if gated is not None:
+            found.append(gated)
+        elif all(map(is_constant, conv.inputs[1:])) and (
+            maker is conv or (maker is not None and maker.op_type == "Relu")
+        ):
+            carried = Carried()
+            if _follow(carried, value, regions) and carried.readers:
+                found.append(Plain(value, carried, conv))
+    for node in regions.ops:
+        small = [i for i, v in enumerate(node.inputs) if _is_small(v, regions)]
+        if node.op_type == "Mul" and len(small) == 1:
+            carried, value = Carried(), node.outputs[0]
+            if _follow(carried, value, regions) and carried.readers:
+                found.append(Excited(value, carried, node, small[0]))
+    for value in regions.entering:
+        maker, carried = value.producer(), Carried()
+        if maker is None or is_layout(maker) or _is_small(value, regions):
             continue
-        product = next((n for n in readers if n.op_type == "Mul"), None)
-        gate = next((n for n in readers if n.op_type in ("Add", "Sigmoid")), None)
-        if product is None or gate is None or not _closes(gate, product):
-            continue
-        shift = constant(gate.inputs[1]) if gate.op_type == "Add" else None
-        least = -12.0 if shift is None else -float(shift.ravel()[0])
-        slope = 1.0 if shift is None else 2 * float(shift.ravel()[0])
-        one = Gated(conv, value, gate, product, least, slope)
-        if _follow(one, product.outputs[0], regions) and one.readers:
-            found.append(one)
+        readers = [n for n, _ in consumers(value)]
+        if regions.convolutions.issuperset(readers) and _follow(carried, value, regions):
+            found.append(Entering(value, carried))
     order = {v: i for i, v in enumerate(regions.codes)}
     return sorted(found, key=lambda one: order.get(one.value, 0))
+
+
+def _gated(conv: ir.Node, regions: Regions) -> Gated | None:
+    value = conv.outputs[0]
+    readers = [node for node, _ in consumers(value)]
+    if len(readers) != 2 or value.is_graph_output() or not regions.ops.issuperset(readers):
+        return None
+    product = next((n for n in readers if n.op_type == "Mul"), None)
+    gate = next((n for n in readers if n.op_type in ("Add", "Sigmoid")), None)
+    if product is None or gate is None or not _closes(gate, product):
+        return None
+    shift = constant(gate.inputs[1]) if gate.op_type == "Add" else None
+    carried = Carried()
+    if not _follow(carried, product.outputs[0], regions) or not carried.readers:
+        return None
+    if shift is None:
+        return Gated(value, carried, conv, gate, SILU, 1.0)
+    number = float(shift.ravel()[0])
+    return Gated(value, carried, conv, gate, -number, 2 * number)
+
+
+def _is_small(value: ir.Value | None, regions: Regions) -> bool:
+    """True for one float per channel and image that becomes codes."""
+    if value is None or value not in regions.entering or value.shape is None:
+        return False
+    return list(value.shape)[2:] == [1, 1]
+
+
+def _divide_outputs(graph: ir.Graph, conv: ir.Node, factor: Double) -> None:
+    _replace(graph, conv, 1, _array(conv.inputs[1]) / factor.reshape(-1, 1, 1, 1))
+    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
+        _replace(graph, conv, 2, _array(conv.inputs[2]) / factor)
+
+
+def _multiply(graph: ir.Graph, node: ir.Node, index: int, factor: Double) -> ir.Value:
+    """Let the node read its input times the factor [C]."""
+    value = node.inputs[index]
+    assert value is not None
+    number = new_constant(graph, f"{value.name}_factor", _single(factor.reshape(-1, 1, 1)))
+    sizes = [] if value.shape is None else list(value.shape)
+    made = Writer(graph, node).node("Mul", [value, number], sizes, value, "equalized")
+    node.replace_input_with(index, made)
+    return made
 
 
 def _closes(gate: ir.Node, product: ir.Node) -> bool:
@@ -109,9 +238,9 @@ def _closes(gate: ir.Node, product: ir.Node) -> bool:
     return made in product.inputs and len(list(consumers(made))) == 1
 
 
-def _follow(one: Gated, value: ir.Value, regions: Regions) -> bool:
+def _follow(one: Carried, value: ir.Value, regions: Regions) -> bool:
     """Collect what carries the factor on; False where something cannot take it in."""
-    one.carriers.append(value)
+    one.values.append(value)
     if value.is_graph_output():
         return False
     for node, index in consumers(value):
@@ -127,7 +256,7 @@ def _follow(one: Gated, value: ir.Value, regions: Regions) -> bool:
             one.sums.append(node)
         elif node.op_type == "Mul" and other is not None and not is_constant(other):
             dims = [] if other.shape is None else list(other.shape)
-            if len(dims) != 4 or dims[2:] != [1, 1] or other in one.carriers:
+            if len(dims) != 4 or dims[2:] != [1, 1] or other in one.values:
                 return False
         elif node.op_type not in PASSING:
             return False
@@ -136,7 +265,7 @@ def _follow(one: Gated, value: ir.Value, regions: Regions) -> bool:
     return True
 
 
-def choose_gate(
+def choose_factors(
     half: Double, made: list[Double], variance: Double, products: list[Product], levels: int
 ) -> Choice:
     """The factor for half ranges [C] of what the gate reads and of what is made of it: of the least
@@ -154,13 +283,6 @@ def in_steps(factor: Double) -> Double:
     """The factor in whole parts of 1/255 of the largest, none of them 0."""
     largest = float(factor.max())
     return np.asarray(np.clip(np.round(STEPS * factor / largest), 1, STEPS) * (largest / STEPS))
-
-
-def hard_swish_range(low: Double, high: Double, shift: float) -> tuple[Double, Double]:
-    """The range of u · clip(u + c, 0, 2c), c = ``shift``, for u from ``low`` to ``high`` [C]."""
-    ends = [u * np.clip(u + shift, 0, 2 * shift) for u in (low, high)]
-    lowest = np.where((low < -shift / 2) & (high > -shift / 2), -(shift**2) / 4, np.inf)
-    return np.minimum(np.minimum(*ends), lowest), np.maximum(*ends)
 
 
 def _array(value: ir.Value | None) -> Double:
