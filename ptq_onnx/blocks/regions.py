@@ -258,21 +258,23 @@ def scales_hard_swish(node: ir.Node) -> bool:
 
 
 def only_clips(node: ir.Node) -> bool:
-    """True for Relu, and for a Clip to 0 and more: codes from 0 on hold no other numbers."""
+    """True for Relu, and for a Clip around or from 0: codes of that range hold no other numbers."""
     if node.op_type == "Relu":
         return True
     if node.op_type != "Clip" or len(node.inputs) < 3:
         return False
     low, high = scalar(node.inputs[1]), scalar(node.inputs[2])
-    return low == 0.0 and high is not None and high > 0
+    return low is not None and high is not None and low <= 0 < high
 
 
 def clipped_to(value: ir.Value) -> tuple[float, float] | None:
-    """The bounds of a tensor that a Clip makes; None for others, whose upper bound is open."""
+    """The bounds of a tensor that Relu or a Clip makes; None for others."""
     node = value.producer()
-    if node is None or node.op_type != "Clip" or not only_clips(node):
+    if node is None or not only_clips(node):
         return None
-    return 0.0, float(scalar(node.inputs[2]) or 0.0)
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    return float(scalar(node.inputs[1]) or 0.0), float(scalar(node.inputs[2]) or 0.0)
 
 
 def _is_made_by_convolution(value: ir.Value | None) -> bool:

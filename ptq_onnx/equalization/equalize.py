@@ -63,6 +63,7 @@ from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.code_regions import BEYOND
 
 Double = NDArray[np.float64]
 
@@ -137,7 +138,7 @@ class _Equalizer:
             slope = 1.0
             if isinstance(one, Gated):
                 low, high = bounds[site.tensor]
-                slope, low = one.slope, np.maximum(low, one.least)
+                slope, low = one.slope, np.maximum(low, BEYOND * one.least)
                 bounds[site.tensor] = low, np.maximum(high, low)
             half = [self.unshifted(*pair, symmetric=False) for pair in bounds.values()]
             half[0] = slope * half[0]
@@ -166,7 +167,7 @@ class _Equalizer:
         if isinstance(one, Gated):
             self.stats.channels[one.whole] = before
             moved = self.stats.channels[site.tensor]
-            lowest = np.maximum(moved.lowest, np.float32(one.least) / factor.astype(np.float32))
+            lowest = np.maximum(moved.lowest, np.float32(BEYOND * one.least) / factor.astype(np.float32))
             self.stats.channels[site.tensor] = replace(moved, lowest=lowest)
         self.note(site, one.name, replace(choice, factor=factor))
 

@@ -33,6 +33,8 @@ from ptq_onnx.graph.formula import constant, new_constant
 
 Double = NDArray[np.float64]
 STEPS = 255
+REACH = 128 / 127 * (1 + 1e-6)
+"""Codes of −c … c have 128 steps below zero and 127 above: c is one of them."""
 SILU = -12.0
 """Below it Silu is zero, but for 1e-4."""
 PASSING = frozenset(("GlobalAveragePool", "AveragePool", "MaxPool"))
@@ -111,6 +113,17 @@ class Gated(Source):
         sizes = [] if value.shape is None else list(value.shape)
         factors = new_constant(graph, f"{value.name}_factor", number)
         whole = write.node("Mul", [value, factors], sizes, value, "whole")
+        if self.gate.op_type == "Add":
+            ends = (self.least * REACH, -self.least * (1 + 1e-6))
+            low, high = (
+                new_constant(graph, f"{value.name}_{name}", _single(np.array(end)))
+                for name, end in zip(("least", "most"), ends, strict=True)
+            )
+            whole = write.node("Clip", [whole, low, high], sizes, value, "clipped")
+            clip = next(iter(consumers(self.gate.outputs[0])))[0]
+            open_above = write_behind(graph, clip, "Relu")
+            graph.remove(clip, safe=True)
+            open_above.name = clip.name
         self.gate.replace_input_with(0, whole)
         return {}
 
@@ -208,6 +221,18 @@ def _is_small(value: ir.Value | None, regions: Regions) -> bool:
     if value is None or value not in regions.entering or value.shape is None:
         return False
     return list(value.shape)[2:] == [1, 1]
+
+
+def write_behind(graph: ir.Graph, clip: ir.Node, op: str) -> ir.Node:
+    """An op of one input in place of a Clip, whose name its output takes."""
+    node, old = ir.node(op, [clip.inputs[0]], num_outputs=1), clip.outputs[0]
+    made, name = node.outputs[0], old.name
+    made.type, made.shape = old.type, old.shape
+    node.metadata_props.update(clip.metadata_props)
+    graph.insert_before(clip, node)
+    old.replace_all_uses_with(made)
+    old.name, made.name = f"{name}_replaced", name
+    return node
 
 
 def _divide_outputs(graph: ir.Graph, conv: ir.Node, factor: Double) -> None:

@@ -39,7 +39,12 @@ from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
 from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
-from ptq_onnx.quantizers.solved_specs import channel_spec, solved_spec, tensor_spec
+from ptq_onnx.quantizers.solved_specs import (
+    channel_spec,
+    solved_spec,
+    tensor_spec,
+    with_room_for_biases,
+)
 
 Array = NDArray[np.float32]
 Progress = Callable[[int], None]
@@ -295,7 +300,7 @@ class SiteQuantizer(VitQuantizer):
                 specs[site.tensor] = self.parameter(site, rule)
             else:
                 specs[site.tensor] = self.activation(site, rule, stats)
-        return specs
+        return {**specs, **with_room_for_biases(self.plan.model.graph, specs)}
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """Lower and upper bound by the rule's method: [C] per channel, else [1]."""

@@ -17,6 +17,8 @@ from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
 LEVELS = 255
+BEYOND = 1.03
+"""How far past the end of what counts codes reach: a zero point is a whole number of steps."""
 UNIT = frozenset(("Sigmoid", "HardSigmoid"))
 """Activation functions from 0 to 1."""
 
@@ -35,59 +37,57 @@ def regions_with(
 
 
 def known_range(value: ir.Value) -> tuple[float, float] | None:
-    """The range that a tensor has whatever the image: of a gate, and of what a sigmoid makes."""
+    """The range that a tensor has whatever the image: of what a sigmoid makes, and of the gate
+    clip(u + c, 0, 2c). Where u is clipped first, all steps of it are steps of the gate: nothing is
+    rounded twice, and its top, which most large values have, is exact."""
     node = value.producer()
     if node is not None and node.op_type in UNIT:
         return 0.0, 1.0
-    found = _into_gate(value)
-    if found is not None:
-        return found
     bounds = clipped_to(value)
-    return bounds if bounds is not None and _gates(value) else None
-
-
-def _into_gate(value: ir.Value) -> tuple[float, float] | None:
-    """−c to d − c for what only clip(· + c, 0, d) reads: it is that range of it that shows."""
-    readers = [n for n, _ in consumers(value)]
-    shift = scalar(readers[0].inputs[1]) if [n.op_type for n in readers] == ["Add"] else None
-    behind = [] if shift is None else [n for n, _ in consumers(readers[0].outputs[0])]
-    if shift is None or len(behind) != 1:
+    if node is None or bounds is None or node.inputs[0] is None:
         return None
-    bounds = clipped_to(behind[0].outputs[0]) if only_clips(behind[0]) else None
-    return None if bounds is None else (-shift, bounds[1] - shift)
+    if node.op_type == "Clip" and _shift_behind(value) is not None:
+        return bounds
+    shift = _shift_of(node.inputs[0].producer())
+    if shift is None:
+        return None
+    if node.op_type == "Clip":
+        return bounds if bounds[1] == np.float32(2 * shift) or _near(bounds[1], 2 * shift) else None
+    first = node.inputs[0].producer()
+    before = None if first is None or first.inputs[0] is None else clipped_to(first.inputs[0])
+    if before is None or not np.isfinite(before[1]):
+        return None
+    return 0.0, (before[1] + shift) * LEVELS / (LEVELS - 1)
+
+
+def _shift_behind(value: ir.Value) -> float | None:
+    """The constant of a sum that alone reads the value."""
+    readers = [n for n, _ in consumers(value)]
+    return _shift_of(readers[0]) if len(readers) == 1 else None
+
+
+def _shift_of(node: ir.Node | None) -> float | None:
+    return scalar(node.inputs[1]) if node is not None and node.op_type == "Add" else None
+
+
+def _near(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-5 * abs(other)
 
 
 def least(value: ir.Value) -> float:
-    """Below it HardSwish is zero, where that alone reads the value: −∞ else."""
+    """Below it u · clip(u + c, 0, 2c) is zero, where that alone reads u: −∞ else. A step further
+    counts as well, so that the codes reach it."""
     readers = [node for node, _ in consumers(value)]
     gates = [node for node in readers if any(constant(v) is not None for v in node.inputs)]
-    products = [node for node in readers if node.op_type == "Mul" and node not in gates]
-    if len(readers) != 2 or len(gates) != 1 or len(products) != 1:
+    if len(readers) != 2 or len(gates) != 1:
         return -np.inf
-    factor, gate = 1.0, gates[0]
-    if gate.op_type == "Mul":  # divided by factors per channel (``equalization/gates.py``)
-        numbers, behind = constant(gate.inputs[1]), [n for n, _ in consumers(gate.outputs[0])]
-        if numbers is None or len(behind) != 1 or float(numbers.min()) <= 0:
+    factor, shift = 1.0, _shift_of(gates[0])
+    if gates[0].op_type == "Mul":  # divided by factors per channel (``equalization/gates.py``)
+        numbers, clip = constant(gates[0].inputs[1]), [n for n, _ in consumers(gates[0].outputs[0])]
+        if numbers is None or len(clip) != 1 or not only_clips(clip[0]) or numbers.min() <= 0:
             return -np.inf
-        factor, gate = float(numbers.min()), behind[0]
-    shift = scalar(gate.inputs[1]) if gate.op_type == "Add" else None
-    clips = [n for n, _ in consumers(gate.outputs[0])]
-    if shift is None or len(clips) != 1 or not only_clips(clips[0]):
-        return -np.inf
-    return -shift / factor if clips[0].outputs[0] in products[0].inputs else -np.inf
-
-
-def _gates(value: ir.Value) -> bool:
-    """True for clip(u + c, 0, d) that u alone is multiplied by."""
-    node = value.producer()
-    before = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
-    readers = [n for n, _ in consumers(value)]
-    if before is None or before.op_type != "Add" or len(readers) != 1:
-        return False
-    start = before.inputs[0]
-    scaled = None if start is None else start.producer()
-    starts = {start, None if scaled is None or scaled.op_type != "Mul" else scaled.inputs[0]}
-    return readers[0].op_type == "Mul" and any(v in starts for v in readers[0].inputs)
+        factor, shift = float(numbers.min()), _shift_behind(clip[0].outputs[0])
+    return -np.inf if shift is None else -shift * BEYOND / factor
 
 
 def number_spec(site: Site, rule: Rule, numbers: Array) -> TensorSpec:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
-from ptq_onnx.blocks.regions import Regions
+from ptq_onnx.blocks.regions import Regions, clipped_to
 from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
@@ -192,7 +192,10 @@ class Deploy(SiteQuantizer):
         """The range of what is read, without values that an activation function makes zero."""
         low, high = self._range(site, rule, stats)
         if site.tensor in self._on_codes:
-            return np.maximum(low, np.float32(least(self._value(site)))), high
+            value = self._value(site)
+            bottom, top = clipped_to(value) or (-np.inf, np.inf)
+            low = np.maximum(low, np.float32(max(bottom, least(value))))
+            return low, np.minimum(high, np.float32(top))
         readers = {self.nodes[name].op_type for name in site.consumers}
         if readers and readers <= DEAD.keys():
             low = np.maximum(low, np.float32(min(DEAD[kind] for kind in readers)))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import Solved
 from ptq_onnx.numerics.fake_quantize import reach
 from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
+LARGEST_BIAS = 2.0**30
+"""Of int32 codes, with room for what is corrected."""
 
 
 def tensor_spec(
@@ -60,6 +65,29 @@ def channel_spec(
         factor=trim(ratio.reshape(shape)),
         clip=clip_range(scale, zero, rule),
     )
+
+
+def with_room_for_biases(
+    graph: ir.Graph, specs: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """The weights of convolutions on codes whose steps are too small for their biases, with larger
+    ones: those are int32 codes in steps of weight times input, and a channel whose weights are all
+    (but) zero would lose its bias."""
+    found: dict[str, TensorSpec] = {}
+    for node in graph:
+        if node.op_type != "Conv" or len(node.inputs) < 3 or None in node.inputs[:3]:
+            continue
+        read, weight, bias = (specs.get(str(v.name)) for v in node.inputs[:3] if v is not None)
+        offset = constant(node.inputs[2])
+        if read is None or weight is None or bias is not None or offset is None:
+            continue
+        if read.scale.ndim or weight.axis != 0 or weight.factor is not None:
+            continue
+        least = np.abs(np.asarray(offset, np.float64)) / (float(read.scale) * LARGEST_BIAS)
+        if (least > weight.scale).any():
+            scale = np.maximum(weight.scale, least).astype(np.float32)
+            found[weight.tensor] = replace(weight, scale=scale)
+    return found
 
 
 def trim(factor: Array) -> Array:
