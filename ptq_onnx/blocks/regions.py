@@ -29,6 +29,7 @@ MOVING = frozenset(("MaxPool", "Resize"))
 GATE = 16
 """A factor or summand this much smaller than the result is made codes of its own."""
 COSTS_MORE = "codes around it would cost more time than its integers save"
+ONE_PIXEL = "one number per channel and image: no time to save, and whole channels hang on it"
 NO_KERNEL = "its weight is no constant, or its image has no two sides"
 SLOW_GROUPS = "the integer kernel is slower than the float one where groups have few channels"
 
@@ -104,6 +105,8 @@ class _Finder:
         why = ""
         if weight is None or weight.ndim != 4 or weight.dtype != np.float32:
             why = NO_KERNEL
+        elif _is_one_pixel(output):
+            why = ONE_PIXEL
         elif costs.integer_time(conv) == np.inf:
             why = SLOW_GROUPS
         elif any(self._is_blocked(v) for v in (*conv.inputs[:2], output, result_of(conv))):
@@ -287,6 +290,10 @@ def _is_made_by_convolution(value: ir.Value | None) -> bool:
         and is_private(value)
         and all(map(is_constant, node.inputs[1:]))
     )
+
+
+def _is_one_pixel(value: ir.Value) -> bool:
+    return value.shape is not None and list(value.shape)[2:] == [1, 1]
 
 
 def _per_channel(value: ir.Value | None) -> bool:

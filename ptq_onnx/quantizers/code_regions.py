@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_in_weight
-from ptq_onnx.blocks.regions import MOVING, Regions, clipped_to, find_regions, only_clips
+from ptq_onnx.blocks.regions import MOVING, Regions, clipped_to, find_regions, only_clips, result_of
 from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.graph.formula import constant, scalar
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
@@ -106,14 +106,37 @@ def number_spec(site: Site, rule: Rule, numbers: Array) -> TensorSpec:
 def with_same_numbers(
     regions: Regions, specs: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
-    """The specs, where an op that only picks numbers gives the codes that it reads."""
+    """The specs, where an op that only picks numbers gives the codes that it reads, and a sum with
+    constants has the steps of what it reads, so that it rounds nothing."""
     found = dict(specs)
     for node in sorted_by_graph(regions):
-        read, made = node.inputs[0], node.outputs[0]
-        spec = None if read is None else found.get(str(read.name))
-        if node.op_type in MOVING and spec is not None and str(made.name) in found:
-            found[str(made.name)] = replace(spec, tensor=str(made.name))
+        read, made = node.inputs[0], result_of(node)
+        one, other = (found.get(str(v.name)) for v in (read or made, made))
+        if one is None or other is None:
+            continue
+        if node.op_type in MOVING:
+            found[other.tensor] = replace(one, tensor=other.tensor)
+        number = None if node.op_type != "Add" else found.get(str((node.inputs[1] or made).name))
+        if number is not None and known_range(made) is None:
+            scale = np.maximum(one.scale, other.scale)
+            for spec in (one, other):
+                found[spec.tensor] = with_step(spec, scale)
+            found[number.tensor] = replace(number, scale=scale)
     return found
+
+
+def with_step(spec: TensorSpec, scale: Array) -> TensorSpec:
+    """The spec with a larger step, around the same range."""
+    ratio = float(spec.scale) / float(scale)
+    if ratio == 1.0:
+        return spec
+    smallest, largest = spec.rule.limits
+    middle = (smallest + largest) / 2
+    # What is left over goes to both sides; zero stays a code.
+    zero = np.clip(np.rint(middle + (spec.zero_point - middle) * ratio), smallest, largest)
+    zero = zero.astype(np.int32)
+    clip = tuple(float((edge - int(zero)) * scale) for edge in spec.rule.limits)
+    return replace(spec, scale=np.asarray(scale), zero_point=zero, clip=clip)
 
 
 def sorted_by_graph(regions: Regions) -> Iterable[ir.Node]:
