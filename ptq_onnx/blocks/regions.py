@@ -17,13 +17,16 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks import region_costs as costs
 from ptq_onnx.blocks.walking import consumers, data_inputs, is_constant, name_of
-from ptq_onnx.graph.formula import DOMAIN, constant, is_private, scalar
+from ptq_onnx.graph.formula import constant, is_private, scalar
 
 ON_CODES = frozenset((
     "Add", "Mul", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool", "MaxPool", "Concat",
-    "HardSwish", "Silu", "Resize",
+    "HardSwish", "Resize",
 ))  # fmt: skip
-"""Ops with an integer kernel, or that are written with such (``HardSwish``, ``Silu``)."""
+"""Ops with an integer kernel, or that are written with such (``HardSwish``)."""
+SMOOTH = frozenset(("Silu", "Gelu", "QuickGelu", "HardSwish"))
+"""Activation functions of floats between convolutions: in any layout, so that nothing is transposed
+for them (an integer sigmoid takes longer than both conversions: measured)."""
 MOVING = frozenset(("MaxPool", "Resize"))
 """Those whose codes are those that they read."""
 GATE = 16
@@ -120,7 +123,7 @@ class _Finder:
 
     def _may(self, node: ir.Node) -> bool:
         """True for another op with an integer kernel."""
-        if node.op_type not in ON_CODES or node.domain not in ("", DOMAIN):
+        if node.op_type not in ON_CODES or node.domain != "":
             return False
         output = result_of(node)
         if len(node.outputs) != 1 or output.shape is None or len(output.shape) != 4:
@@ -202,11 +205,23 @@ class _Finder:
                 total += each * costs.elements(node.outputs[0])
         takers = convolutions | drawn.ops
         for value in drawn.entering:
-            total += costs.NODE + costs.ENTER * costs.elements(value)
+            each = costs.CONVERT if self._is_smooth(value.producer(), drawn) else costs.ENTER
+            total += costs.NODE + each * costs.elements(value)
         for value in drawn.made:
-            if value.is_graph_output() or any(n not in takers for n, _ in consumers(value)):
-                total += costs.NODE + costs.LEAVE * costs.elements(value)
+            floats = [n for n, _ in consumers(value) if n not in takers]
+            if value.is_graph_output() or floats:
+                inside = not value.is_graph_output() and all(
+                    self._is_smooth(n, drawn) for n in floats
+                )
+                each = costs.CONVERT if inside else costs.LEAVE
+                total += costs.NODE + each * costs.elements(value)
         return total
+
+    def _is_smooth(self, node: ir.Node | None, drawn: _Drawn) -> bool:
+        """True for an activation function of floats from codes to codes."""
+        if node is None or node.op_type not in SMOOTH or node in drawn.ops:
+            return False
+        return node.inputs[0] in drawn.made and node.outputs[0] in drawn.entering
 
     def _pruned(self, wanted: set[ir.Node]) -> set[ir.Node]:
         """Without whole pieces, then without single convolutions, that cost more than they save."""

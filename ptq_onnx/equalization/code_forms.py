@@ -1,9 +1,8 @@
-"""Activation functions between convolutions as ops that runtimes compute on codes.
+"""HardSwish between convolutions as ops that runtimes compute on codes.
 
 HardSwish: let the convolution give u = a·x; then u · clip(u + 3a, 0, 6a) = 6a² · hardswish(x), so
 that a = √(c/6) makes it c · hardswish(x) for any c > 0, without another factor. The clip is the
-range of the codes of the sum: two integer ops in all. Silu is written as x · sigmoid(x).
-Exact in float but for rounding.
+range of the codes of the sum: two integer ops in all. Exact in float but for rounding.
 """
 
 from __future__ import annotations
@@ -33,22 +32,19 @@ def regions_of(model: ir.Model, config: QuantizeConfig) -> Regions:
 def write_on_codes(
     model: ir.Model, blocks: Blocks, regions: Regions
 ) -> tuple[dict[str, Role], dict[str, int]]:
-    """Write the activation functions of the regions so, in place; the roles of new nodes, and how
-    many of each kind there were."""
+    """Write every HardSwish of the regions so, in place; the roles of new nodes, and how many there
+    were."""
     roles: dict[str, Role] = {}
-    counts = {"HardSwishOnCodes": 0, "SiluOnCodes": 0}
+    count = 0
     for node in list(model.graph):
-        if node not in regions.ops or node.op_type not in ("HardSwish", "Silu"):
+        if node not in regions.ops or node.op_type != "HardSwish":
             continue
         role = blocks.roles.get(name_of(node), Role(None, "activation"))
         before = {name_of(n) for n in model.graph}
-        if node.op_type == "HardSwish":
-            _hard_swish(model.graph, node)
-        else:
-            _silu(model.graph, node)
-        counts[f"{node.op_type}OnCodes"] += 1
+        _hard_swish(model.graph, node)
+        count += 1
         roles.update({n: role for n in map(name_of, model.graph) if n not in before})
-    return roles, {name: count for name, count in counts.items() if count}
+    return roles, {"HardSwishOnCodes": count} if count else {}
 
 
 def _hard_swish(graph: ir.Graph, node: ir.Node) -> None:
@@ -78,14 +74,6 @@ def _hard_swish(graph: ir.Graph, node: ir.Node) -> None:
     _replace(graph, last, write.node("Mul", [x, gate], shape, x, "gated"))
     if last is not node:
         graph.remove(node, safe=True)
-
-
-def _silu(graph: ir.Graph, node: ir.Node) -> None:
-    x = node.inputs[0]
-    assert x is not None
-    write, shape = Writer(graph, node), [] if x.shape is None else list(x.shape)
-    gate = write.node("Sigmoid", [x], shape, x, "gate")
-    _replace(graph, node, write.node("Mul", [x, gate], shape, x, "gated"))
 
 
 def _replace(graph: ir.Graph, node: ir.Node, new: ir.Value) -> None:

@@ -167,7 +167,9 @@ class _Equalizer:
         if isinstance(one, Gated):
             self.stats.channels[one.whole] = before
             moved = self.stats.channels[site.tensor]
-            lowest = np.maximum(moved.lowest, np.float32(BEYOND * one.least) / factor.astype(np.float32))
+            lowest = np.maximum(
+                moved.lowest, np.float32(BEYOND * one.least) / factor.astype(np.float32)
+            )
             self.stats.channels[site.tensor] = replace(moved, lowest=lowest)
         self.note(site, one.name, replace(choice, factor=factor))
 

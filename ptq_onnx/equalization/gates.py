@@ -1,6 +1,6 @@
 """Factors per channel of tensors on codes, which the convolutions behind take in.
 
-What a convolution gives is divided in its weight, and Relu lets that pass. HardSwish and Silu are
+What a convolution gives is divided in its weight, and Relu lets that pass. HardSwish is
 u · gate(u). With u / f out of the convolution, gate(f · (u / f)) and the product u / f · gate
 are functions of the same u, and the product comes out divided by f: the rows of the convolutions
 that read it take f in, through sums with constants, pools and factors per channel on the way. It
@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_in_weight
-from ptq_onnx.blocks.regions import Regions, only_clips, result_of
+from ptq_onnx.blocks.regions import Regions, result_of
 from ptq_onnx.blocks.walking import consumers, is_constant, is_layout
 from ptq_onnx.equalization.factor_search import (
     Choice,
@@ -35,8 +35,6 @@ Double = NDArray[np.float64]
 STEPS = 255
 REACH = 128 / 127 * (1 + 1e-6)
 """Codes of −c … c have 128 steps below zero and 127 above: c is one of them."""
-SILU = -12.0
-"""Below it Silu is zero, but for 1e-4."""
 PASSING = frozenset(("GlobalAveragePool", "AveragePool", "MaxPool"))
 
 
@@ -113,17 +111,16 @@ class Gated(Source):
         sizes = [] if value.shape is None else list(value.shape)
         factors = new_constant(graph, f"{value.name}_factor", number)
         whole = write.node("Mul", [value, factors], sizes, value, "whole")
-        if self.gate.op_type == "Add":
-            ends = (self.least * REACH, -self.least * (1 + 1e-6))
-            low, high = (
-                new_constant(graph, f"{value.name}_{name}", _single(np.array(end)))
-                for name, end in zip(("least", "most"), ends, strict=True)
-            )
-            whole = write.node("Clip", [whole, low, high], sizes, value, "clipped")
-            clip = next(iter(consumers(self.gate.outputs[0])))[0]
-            open_above = write_behind(graph, clip, "Relu")
-            graph.remove(clip, safe=True)
-            open_above.name = clip.name
+        ends = (self.least * REACH, -self.least * (1 + 1e-6))
+        low, high = (
+            new_constant(graph, f"{value.name}_{name}", _single(np.array(end)))
+            for name, end in zip(("least", "most"), ends, strict=True)
+        )
+        whole = write.node("Clip", [whole, low, high], sizes, value, "clipped")
+        clip = next(iter(consumers(self.gate.outputs[0])))[0]
+        open_above = write_behind(graph, clip, "Relu")
+        graph.remove(clip, safe=True)
+        open_above.name = clip.name
         self.gate.replace_input_with(0, whole)
         return {}
 
@@ -203,15 +200,14 @@ def _gated(conv: ir.Node, regions: Regions) -> Gated | None:
     if len(readers) != 2 or value.is_graph_output() or not regions.ops.issuperset(readers):
         return None
     product = next((n for n in readers if n.op_type == "Mul"), None)
-    gate = next((n for n in readers if n.op_type in ("Add", "Sigmoid")), None)
+    gate = next((n for n in readers if n.op_type == "Add"), None)
     if product is None or gate is None or not _closes(gate, product):
         return None
-    shift = constant(gate.inputs[1]) if gate.op_type == "Add" else None
-    carried = Carried()
+    shift, carried = constant(gate.inputs[1]), Carried()
     if not _follow(carried, product.outputs[0], regions) or not carried.readers:
         return None
     if shift is None:
-        return Gated(value, carried, conv, gate, SILU, 1.0)
+        return None
     number = float(shift.ravel()[0])
     return Gated(value, carried, conv, gate, -number, 2 * number)
 
@@ -253,13 +249,11 @@ def _multiply(graph: ir.Graph, node: ir.Node, index: int, factor: Double) -> ir.
 
 
 def _closes(gate: ir.Node, product: ir.Node) -> bool:
-    """True where the product's other factor is the gate, clipped where it is a sum."""
-    made = gate.outputs[0]
-    if gate.op_type == "Add":
-        behind = [n for n, _ in consumers(made)]
-        if len(behind) != 1 or not only_clips(behind[0]) or not is_constant(gate.inputs[1]):
-            return False
-        made = behind[0].outputs[0]
+    """True where the product's other factor is the clipped sum."""
+    behind = [n for n, _ in consumers(gate.outputs[0])]
+    if len(behind) != 1 or behind[0].op_type != "Clip" or not is_constant(gate.inputs[1]):
+        return False
+    made = behind[0].outputs[0]
     return made in product.inputs and len(list(consumers(made))) == 1
 
 

@@ -53,7 +53,12 @@ def in_form(plan: Plan) -> Plan:
     if plan.config.runtime.codes_of_convolutions and not plan.config.regions:
         extra = convolution_outputs(model, blocks, sites)
     same = sites.keys() == plan.sites.keys()
-    if not extra and same and len(model.graph) == len(plan.model.graph) and not any(counts.values()):
+    if (
+        not extra
+        and same
+        and len(model.graph) == len(plan.model.graph)
+        and not any(counts.values())
+    ):
         return plan
     return replace(plan, model=model, blocks=blocks, sites={**extra, **sites}, forms=counts)
 

@@ -238,9 +238,7 @@ class AffineConv(_ConvRule):
         """Conv(x · f + d)"""
         return op.Conv(op.Add(op.Mul(x, f), d), w, **OPEN)
 
-    def check(
-        self, context: Context, x: ir.Value, f: ir.Value, d: ir.Value, **_: object
-    ) -> Result:
+    def check(self, context: Context, x: ir.Value, f: ir.Value, d: ir.Value, **_: object) -> Result:
         """Fails unless both have a number for each input channel, the factor none that is 0."""
         result = self.read(context.root, self.begin(context))
         if not result:
@@ -257,10 +255,16 @@ class AffineConv(_ConvRule):
 
     def rewrite(self, op: Op, x: ir.Value, d: ir.Value, **_: object) -> ir.Value:
         """Conv(x + d/f), f in the weight."""
-        shift = self.shift[0] if self.single else self.shift.reshape(-1, *[1] * (self.weight.ndim - 2))
+        shift = (
+            self.shift[0] if self.single else self.shift.reshape(-1, *[1] * (self.weight.ndim - 2))
+        )
         divided = new_constant(self.graph, f"{d.name}_divided", np.asarray(shift, np.float32))
         moved = op.Add(x, divided)
-        moved.name, moved.shape, moved.type = unique_name(self.graph, f"{x.name}_shifted"), x.shape, x.type
+        moved.name, moved.shape, moved.type = (
+            unique_name(self.graph, f"{x.name}_shifted"),
+            x.shape,
+            x.type,
+        )
         moved.producer().name = f"{moved.name}_node"
         return self.made(
             op, moved, self.weight * spread(self.conv, self.weight, self.rows), self.bias

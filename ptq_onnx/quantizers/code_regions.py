@@ -23,9 +23,7 @@ UNIT = frozenset(("Sigmoid", "HardSigmoid"))
 """Activation functions from 0 to 1."""
 
 
-def regions_with(
-    graph: ir.Graph, sites: Mapping[str, Site], kept: Collection[str]
-) -> Regions:
+def regions_with(graph: ir.Graph, sites: Mapping[str, Site], kept: Collection[str]) -> Regions:
     """The regions without tensors that are kept in float, or are no sites."""
     blocked = set(kept)
     while True:
@@ -103,9 +101,7 @@ def number_spec(site: Site, rule: Rule, numbers: Array) -> TensorSpec:
     )
 
 
-def with_same_numbers(
-    regions: Regions, specs: Mapping[str, TensorSpec]
-) -> dict[str, TensorSpec]:
+def with_same_numbers(regions: Regions, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """The specs, where an op that only picks numbers gives the codes that it reads, and a sum with
     constants has the steps of what it reads, so that it rounds nothing."""
     found = dict(specs)

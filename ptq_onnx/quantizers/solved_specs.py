@@ -67,9 +67,7 @@ def channel_spec(
     )
 
 
-def with_room_for_biases(
-    graph: ir.Graph, specs: Mapping[str, TensorSpec]
-) -> dict[str, TensorSpec]:
+def with_room_for_biases(graph: ir.Graph, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """The weights of convolutions on codes whose steps are too small for their biases, with larger
     ones: those are int32 codes in steps of weight times input, and a channel whose weights are all
     (but) zero would lose its bias."""
