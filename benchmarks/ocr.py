@@ -41,12 +41,12 @@ from ptq_onnx.targets.timing.interleaving import interleave
 Array = NDArray[np.float32]
 
 HEIGHT, WIDTH = 48, 320
-WORDS = (
-    "harbour signal morning copper invoice window garden bridge quiet motor paper yellow station "
-    "number delivery address winter summer river mountain letter orange total amount customer "
-    "account service street market energy history printer silver ticket record balance receipt "
-    "Berlin Madrid Oslo Kyoto Lima Cairo Monday Friday October March North South Room Gate Table"
-).split()
+WORDS = """
+harbour signal morning copper invoice window garden bridge quiet motor paper yellow station
+number delivery address winter summer river mountain letter orange total amount customer
+account service street market energy history printer silver ticket record balance receipt
+Berlin Madrid Oslo Kyoto Lima Cairo Monday Friday October March North South Room Gate Table
+"""
 FOLDERS = ("/usr/share/fonts", "/Library/Fonts", "C:/Windows/Fonts")
 
 OTHER_SIGNS = ("math", "emoji", "stix", "cm", "lastresort", "display", "symbol")
@@ -69,7 +69,7 @@ def fonts() -> list[Path]:
 
 def text(rng: np.random.Generator) -> str:
     """A few words, a date, a price, a code or an address."""
-    kind, word = rng.integers(6), lambda: str(rng.choice(WORDS))
+    kind, word = rng.integers(6), lambda: str(rng.choice(WORDS.split()))
     if kind == 0:
         return f"{rng.integers(1, 32):02d}.{rng.integers(1, 13):02d}.{rng.integers(1990, 2031)}"
     if kind == 1:

@@ -313,11 +313,13 @@ def _is_one_pixel(value: ir.Value) -> bool:
 
 def _per_channel(value: ir.Value | None) -> bool:
     """True for a float constant with one number, or one per channel, all of one sign."""
-    array = constant(value)
-    if array is None or array.dtype != np.float32 or not np.isfinite(array).all():
+    held = constant(value)
+    if held is None or held.dtype != np.float32:
         return False
+    array = np.asarray(held, np.float32)
     sizes = (1,) * (4 - array.ndim) + array.shape
     alike = bool((array > 0).all() or (array < 0).all())
+    alike = alike and bool(np.isfinite(array).all())
     return len(sizes) == 4 and sizes[0] == sizes[2] == sizes[3] == 1 and alike
 
 

@@ -55,7 +55,8 @@ def _hard_swish(graph: ir.Graph, node: ir.Node) -> None:
     scale = math.sqrt(factor / TOP)
     x = node.inputs[0]
     conv = None if x is None else x.producer()
-    assert x is not None and conv is not None
+    assert x is not None
+    assert conv is not None
     for index in (1, 2):
         old = conv.inputs[index] if len(conv.inputs) > index else None
         array = constant(old)

@@ -26,7 +26,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
-from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.roles import Blocks, Role
 from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
@@ -35,6 +34,7 @@ from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.config import stages
 from ptq_onnx.config.targets import Target
 from ptq_onnx.equalization.code_forms import regions_of, sites_of
+from ptq_onnx.equalization.convolution_steps import WORTH_A_MUL, ConvolutionSteps
 from ptq_onnx.equalization.factor_search import (
     Choice,
     Product,
@@ -55,7 +55,6 @@ from ptq_onnx.equalization.foldings import (
     value_path,
 )
 from ptq_onnx.equalization.form import take_form
-from ptq_onnx.equalization.gates import Gated, Source, choose_factors, in_steps, sources
 from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.signed_range import signed_range
 from ptq_onnx.graph.formula import constant
@@ -63,12 +62,9 @@ from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.quantizers.code_regions import BEYOND
 
 Double = NDArray[np.float64]
 
-WORTH_A_MUL = 0.5
-"""dB of expected noise that a factor must save where it costs a Mul at run time."""
 COPIES = (16, 32, 64)
 """Numbers of channels that splitting may add to the hidden ones of an MLP …"""
 MOST_COPIES = 1 / 8
@@ -95,7 +91,7 @@ class Move:
 
 
 @dataclass
-class _Equalizer:
+class _Equalizer(ConvolutionSteps):
     """The state of equalising one model, changed in place."""
 
     model: ir.Model
@@ -126,64 +122,6 @@ class _Equalizer:
                 self.attended(site, places.get(("av", site.block)))
             elif site.role not in ("k", "av", "softmax", "input"):
                 self.linear_input(site)
-
-    def convolutions(self, regions: Regions) -> None:
-        """What stands between convolutions on codes (``gates.py``)."""
-        for one in sources(regions):
-            site = self.sites.get(str(one.value.name))
-            measured = [str(v.name) for v in one.made if str(v.name) in self.stats.channels]
-            if site is None or site.tensor not in measured:
-                continue
-            bounds = {tensor: self.bounds(tensor) for tensor in measured}
-            slope = 1.0
-            if isinstance(one, Gated):
-                low, high = bounds[site.tensor]
-                slope, low = one.slope, np.maximum(low, BEYOND * one.least)
-                bounds[site.tensor] = low, np.maximum(high, low)
-            half = [self.unshifted(*pair, symmetric=False) for pair in bounds.values()]
-            half[0] = slope * half[0]
-            variance = self.stats.channels[measured[min(1, len(measured) - 1)]].variance
-            dense = [n for n in one.carried.readers if n.attributes.get_int("group", 1) == 1]
-            weights = self.of_convolutions(dense)
-            choice = choose_factors(half[0], half[1:], variance, weights, self.levels)
-            if one.costs and choice.gain_db < WORTH_A_MUL:
-                continue
-            self.divide(site, one, measured, choice)
-
-    def divide(self, site: Site, one: Source, measured: list[str], choice: Choice) -> None:
-        """Write the factor of one tensor between convolutions, and move the statistics."""
-        before, factor = self.stats.channels[site.tensor], choice.factor
-        if isinstance(one, Gated):
-            factor = in_steps(factor)
-        with new_nodes_as(self.model.graph, Role(site.block, site.role), self.roles):
-            new = one.divide(self.model.graph, factor)
-            one.carried.take_in(self.model.graph, factor)
-        zero = np.zeros(len(factor))
-        for name, old in new.items():
-            if old in self.stats.channels:
-                self.move_statistics(old, zero, factor, name)
-        for tensor in set(measured) - set(new.values()):
-            self.move_statistics(tensor, zero, factor)
-        if isinstance(one, Gated):
-            self.stats.channels[one.whole] = before
-            moved = self.stats.channels[site.tensor]
-            lowest = np.maximum(
-                moved.lowest, np.float32(BEYOND * one.least) / factor.astype(np.float32)
-            )
-            self.stats.channels[site.tensor] = replace(moved, lowest=lowest)
-        self.note(site, one.name, replace(choice, factor=factor))
-
-    def of_convolutions(self, nodes: Iterable[ir.Node]) -> list[Product]:
-        """The magnitudes of convolutions of one group, [C, N · pixels], for the search."""
-        found = [constant(node.inputs[1]) for node in nodes]
-        return [
-            Product(
-                np.abs(np.moveaxis(w, 1, 0).reshape(w.shape[1], -1)).astype(np.float32),
-                self.weight_bits,
-            )
-            for w in found
-            if w is not None
-        ]
 
     # --- pieces -------------------------------------------------------------------------
 

@@ -131,8 +131,8 @@ def with_step(spec: TensorSpec, scale: Array) -> TensorSpec:
     # What is left over goes to both sides; zero stays a code.
     zero = np.clip(np.rint(middle + (spec.zero_point - middle) * ratio), smallest, largest)
     zero = zero.astype(np.int32)
-    clip = tuple(float((edge - int(zero)) * scale) for edge in spec.rule.limits)
-    return replace(spec, scale=np.asarray(scale), zero_point=zero, clip=clip)
+    ends = (float((edge - int(zero)) * scale) for edge in (smallest, largest))
+    return replace(spec, scale=np.asarray(scale), zero_point=zero, clip=(next(ends), next(ends)))
 
 
 def sorted_by_graph(regions: Regions) -> Iterable[ir.Node]:
