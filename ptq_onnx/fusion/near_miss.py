@@ -13,17 +13,29 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult
 
+from ptq_onnx.fusion.conv_affine import ConvBatchNorm
 from ptq_onnx.fusion.gelu import GeluAdd, GeluDiv, GeluMul, QuickGelu
+from ptq_onnx.fusion.hard_swish import (
+    HardSigmoidDiv,
+    HardSigmoidMul,
+    HardSwishDiv,
+    HardSwishMulMul,
+)
 from ptq_onnx.fusion.l2_norm import L2Norm
 from ptq_onnx.fusion.layer_norm import LayerNormAffine, LayerNormDiv, LayerNormMul
 from ptq_onnx.fusion.linear import Gemm, GemmAdd, MatMul, MatMulAdd
 from ptq_onnx.fusion.rms_norm import RmsNormDiv, RmsNormMul
 from ptq_onnx.fusion.rule import Rule
+from ptq_onnx.graph.formula import scalar
 
 NORMS: tuple[type[Rule], ...] = (
     LayerNormDiv, LayerNormMul, LayerNormAffine, RmsNormDiv, RmsNormMul,
 )  # fmt: skip
 GELUS: tuple[type[Rule], ...] = (GeluMul, GeluDiv, GeluAdd)
+
+HARD: tuple[type[Rule], ...] = (
+    HardSwishDiv, HardSwishMulMul, HardSigmoidDiv, HardSigmoidMul,
+)  # fmt: skip
 
 ANCHORS: dict[str, tuple[str, int, tuple[type[Rule], ...]]] = {
     "Erf": ("Gelu", 4, GELUS),
@@ -31,6 +43,8 @@ ANCHORS: dict[str, tuple[str, int, tuple[type[Rule], ...]]] = {
     "Sigmoid": ("QuickGelu", 1, (QuickGelu,)),
     "Sqrt": ("LayerNormalization", 4, NORMS),
     "Reciprocal": ("LayerNormalization", 3, NORMS),
+    "BatchNormalization": ("ConvAffine", 0, (ConvBatchNorm,)),
+    "Clip": ("HardSwish", 2, HARD),
     "ReduceL2": ("L2Normalization", 2, (L2Norm,)),
     "MatMul": ("Linear", 1, (MatMulAdd, MatMul)),
     "Gemm": ("Linear", 0, (GemmAdd, Gemm)),
@@ -83,6 +97,14 @@ def _is_suspect(node: ir.Node) -> bool:
     """A product of two activations is none, nor a gate's sigmoid that scales something else."""
     if node.op_type == "MatMul":
         return any(v is not None and v.const_value is not None for v in node.inputs)
+    if node.op_type == "Clip":  # of a sum with a number: of anything else it is ReLU6
+        before = None if node.inputs[0] is None else node.inputs[0].producer()
+        return (
+            before is not None and before.op_type == "Add" and scalar(before.inputs[1]) is not None
+        )
+    if node.op_type == "BatchNormalization":
+        before = None if node.inputs[0] is None else node.inputs[0].producer()
+        return before is not None and before.op_type == "Conv"
     if node.op_type in ("Sqrt", "Reciprocal"):
         return _reads_mean(node, 3)
     return True

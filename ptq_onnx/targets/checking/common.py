@@ -166,10 +166,11 @@ def quantized_biases(model: QuantizedModel) -> Iterator[Coding]:
     return (c for c in model.codings if not c.quantizes and c.dtype == INT32)
 
 
-def stray_pairs(model: QuantizedModel) -> Iterator[Finding]:
+def stray_pairs(model: QuantizedModel, on_codes: Container[str] = ()) -> Iterator[Finding]:
     """Q/DQ pairs on activations that no product and no residual add reads.
 
-    A pair right behind a product is not stray: the runtimes fuse it into the product.
+    A pair right behind a product is not stray: the runtimes fuse it into the product. Nor is one
+    in front of an op that has an integer kernel (``on_codes``), if its result has codes too.
     """
     for coding in model.codings:
         quantize = None if coding.quantizes else _quantizer(coding)
@@ -180,7 +181,7 @@ def stray_pairs(model: QuantizedModel) -> Iterator[Finding]:
         readers = [node for node, _ in through_layout(coding.node.outputs[0])]
         if is_constant(data) or (before is not None and before.op_type in PRODUCTS):
             continue
-        if any(_wants_codes(node) for node in readers):
+        if any(_wants_codes(node) or _stays_on_codes(node, on_codes) for node in readers):
             continue
         found = ", ".join(f"{n.op_type} '{name_of(n)}'" for n in readers[:3]) or "graph output"
         yield Finding(
@@ -263,6 +264,20 @@ def _quantizer(coding: Coding) -> Coding | None:
 
 def _same(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
     return a.size == b.size and bool(np.array_equal(a.ravel(), b.ravel()))
+
+
+def _stays_on_codes(node: ir.Node, kinds: Container[str]) -> bool:
+    """An op of those kinds whose result, clipped or not, nothing but QuantizeLinear reads."""
+    return node.op_type in kinds and output_quantized(node)
+
+
+def output_quantized(node: ir.Node) -> bool:
+    """Only QuantizeLinear reads the output, at once or behind ops that move elements, or behind
+    one Relu or Clip, which runtimes fuse into it."""
+    readers = [reader for reader, _ in through_layout(node.outputs[0])]
+    while len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        readers = [reader for reader, _ in through_layout(readers[0].outputs[0])]
+    return bool(readers) and all(reader.op_type == QUANTIZE for reader in readers)
 
 
 def _wants_codes(node: ir.Node) -> bool:

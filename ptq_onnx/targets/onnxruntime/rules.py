@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ptq_onnx.blocks.walking import consumers, name_of, through_layout
-from ptq_onnx.graph.codings import QUANTIZE
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import (
     FOUR_BITS,
@@ -32,6 +31,11 @@ NAME = "ONNX Runtime"
 OPSETS = 13, 26
 """From the axis attribute of Q/DQ to the last opset that 1.31 loads and fuses (measured)."""
 CODES = (INT8, UINT8, *FOUR_BITS)
+ON_CODES = frozenset((
+    "Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat",
+    "Resize",
+))  # fmt: skip
+"""Ops beside products that run on codes: QLinearAdd and the like (measured, 1.31)."""
 DOMAINS = ("", "com.microsoft", "com.ms.internal.nhwc", "com.microsoft.nchwc", "ai.onnx.ml")
 
 
@@ -193,7 +197,7 @@ def conv_output(model: QuantizedModel) -> Iterator[Finding]:
     (measured, 1.31)."""
     for product in model.products:
         convolution = product.node.op_type in ("Conv", "ConvTranspose")
-        if convolution and product.quantized and not _output_quantized(product):
+        if convolution and product.quantized and not common.output_quantized(product.node):
             yield Finding(
                 product.name,
                 f"expected a QuantizeLinear on the output of {product.node.op_type}, found "
@@ -211,7 +215,7 @@ def gemm_bias(model: QuantizedModel) -> Iterator[Finding]:
         bias = node.inputs[2]
         producer = None if bias is None else bias.producer()
         coded = producer is not None and Coding(producer).dtype == INT32
-        if bias is not None and not coded and not _output_quantized(product):
+        if bias is not None and not coded and not common.output_quantized(product.node):
             yield Finding(
                 product.name,
                 "expected an int32 bias behind DequantizeLinear, found a float bias: the Gemm "
@@ -240,8 +244,9 @@ def output_float(model: QuantizedModel) -> Iterator[Finding]:
 
 def stray_pair(model: QuantizedModel) -> Iterator[Finding]:
     """LayerNorm, softmax and GELU have no integer kernel that pays: a pair between float ops is
-    only converted forth and back (measured, 1.31)."""
-    yield from common.stray_pairs(model)
+    only converted forth and back (measured, 1.31). Add, Mul, Sigmoid, LeakyRelu and pools have one
+    where their results are codes too."""
+    yield from common.stray_pairs(model, ON_CODES)
 
 
 def whole_gelu(model: QuantizedModel) -> Iterator[Finding]:
@@ -289,12 +294,6 @@ def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
                 )
             text = f"expected an integer product, found {found}; {advice}."
             yield Finding(product.name, text)
-
-
-def _output_quantized(product: Product) -> bool:
-    """Only QuantizeLinear reads the output, at once or behind ops that move elements."""
-    readers = [node for node, _ in through_layout(product.node.outputs[0])]
-    return bool(readers) and all(node.op_type == QUANTIZE for node in readers)
 
 
 def _left_over(model: QuantizedModel, op: str, whole: str, advice: str) -> Iterator[Finding]:

@@ -1,0 +1,190 @@
+"""Convolutions on codes in ``deploy``: what is decided, the file's kernels, and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from small_graph import SmallGraph, run, sample
+
+from ptq_onnx.blocks.regions import find_regions
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.equalization.by_quantizer import rewritten
+from ptq_onnx.equalization.restructure import in_form
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.graph.expansions import standardise
+from ptq_onnx.preparation.model_files import serialize
+from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.quantizers.base import Plan, SiteQuantizer
+from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.quantizers.solved_specs import LARGEST_BIAS
+from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.checking.optimised import optimised_histogram
+
+WIDE, SIDE = 64, 12
+BATCHES = [sample(2, WIDE, SIDE, SIDE, seed=s) for s in range(4)]
+
+
+def conv(g: SmallGraph, x: str, seed: int, *, groups: int = 1, kernel: int = 1) -> str:
+    """[WIDE → WIDE], outputs of about the size of its inputs, each channel in another range."""
+    inside = WIDE // groups
+    weight = sample(WIDE, inside, kernel, kernel, seed=seed) / (kernel * np.sqrt(inside))
+    levels = np.exp2(np.random.default_rng(seed).uniform(-4, 2, WIDE)).reshape(-1, 1, 1, 1)
+    bias = sample(WIDE, seed=seed + 50)
+    pads = [kernel // 2] * 4
+    return g("Conv", x, weight * levels, bias, pads=pads, group=groups)
+
+
+def hard_swish(g: SmallGraph, x: str) -> str:
+    return g("HardSwish", x)
+
+
+def mobile(g: SmallGraph) -> str:
+    """Pointwise and depthwise convolutions, HardSwish, a scaled and a shifted one, a skip."""
+    x = hard_swish(g, conv(g, "x", 1))
+    y = g("Add", g("Mul", hard_swish(g, conv(g, x, 2)), 0.7), 0.3)
+    y = hard_swish(g, conv(g, y, 3, groups=WIDE, kernel=3))
+    y = g("Relu", conv(g, y, 4))
+    y = g("Add", conv(g, y, 5), conv(g, x, 6))
+    return conv(g, y, 7)
+
+
+def plan_of(model: ir.Model, **options: object) -> Plan:
+    blocks = find_blocks(model)
+    config = QuantizeConfig(quantizer="deploy", threads=1, **options)  # type: ignore[arg-type]
+    plan = Plan(model, blocks, find_sites(model, blocks), config)
+    return rewritten(plan, BATCHES) if config.equalizes else in_form(plan)
+
+
+def quantized(model: ir.Model, **options: object) -> SiteQuantizer:
+    made = make_quantizer(plan_of(model, **options))
+    made.run(torch.from_numpy(BATCHES[0]), BATCHES)
+    return made
+
+
+def fused(outputs: Sequence[str], g: SmallGraph) -> ir.Model:
+    model = g.model(*outputs)
+    fuse(model)
+    return model
+
+
+def decibels(found: np.ndarray, expected: np.ndarray) -> float:
+    noise = np.square(found.astype(np.float64) - expected).sum()
+    return float(-10 * np.log10(noise / np.square(expected.astype(np.float64)).sum()))
+
+
+@pytest.fixture(scope="module")
+def network() -> ir.Model:
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    return fused([mobile(g)], g)
+
+
+@pytest.mark.parametrize("equalize", [True, False])
+def test_a_chain_stays_on_codes(network: ir.Model, equalize: bool) -> None:
+    made = quantized(network, equalize=equalize)
+    file = standardise(lower(made.model, made.specs))
+    report = check(file, "onnxruntime")
+    assert report.errors == ()
+    assert [f for f in report.findings if f.rule == "stray-pair"] == []
+    found = optimised_histogram(serialize(file))
+    assert found["QLinearConv"] == 7
+    assert not {"Conv", "FusedConv", "HardSigmoid", "Clip", "Relu"} & found.keys()
+    assert found["DequantizeLinear"] == found["QuantizeLinear"] == 1
+    # A HardSwish is one integer sum and one product, with equalisation one more.
+    assert found["QLinearAdd"] == 3 + 1 + 1
+    assert found["QLinearMul"] == (6 if equalize else 3)
+
+
+def test_factors_per_channel_save_decibels(network: ir.Model) -> None:
+    expected = run(network, BATCHES[0])[0]
+    sqnr = {}
+    for equalize in (True, False):
+        made = quantized(network, equalize=equalize)
+        np.testing.assert_allclose(
+            run(made.plan.model, BATCHES[0])[0], expected, rtol=1e-3, atol=1e-3
+        )
+        file = standardise(lower(made.model, made.specs))
+        sqnr[equalize] = decibels(run(file, BATCHES[0])[0], expected)
+    assert sqnr[True] > 27
+    assert sqnr[True] > sqnr[False] + 3
+
+
+def test_the_simulation_has_the_codes_of_the_file(network: ir.Model) -> None:
+    made = quantized(network)
+    simulator = Simulator(made.model, made, threads=1)
+    names = [t for t in made.regions.tensors if made.plan.sites[t].producer is not None]
+    values = simulator.run(BATCHES[1], [t for t in names if not t.startswith("x")])
+    model = standardise(lower(made.model, made.specs))
+    expected = run(model, BATCHES[1])[0]
+    output = next(iter(simulator.graph.outputs))
+    assert decibels(simulator.run(BATCHES[1])[output], expected) > 30
+    for tensor, value in values.items():
+        spec = made.specs[tensor]
+        codes = value / spec.scale
+        np.testing.assert_allclose(codes, np.rint(codes), atol=2e-3)
+
+
+def test_what_is_kept_in_float_is_decided_without(network: ir.Model) -> None:
+    regions = find_regions(network.graph)
+    last = next(n for n in reversed(list(network.graph)) if n.op_type == "Conv")
+    assert last in regions.convolutions
+    kept = find_regions(network.graph, {str(last.outputs[0].name)})
+    assert kept.convolutions == regions.convolutions - {last}
+
+
+def test_a_lone_depthwise_convolution_stays_float() -> None:
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    model = fused([g("Tanh", conv(g, g("Tanh", "x"), 1, groups=WIDE, kernel=3))], g)
+    regions = find_regions(model.graph)
+    assert not regions.convolutions
+    (reason,) = regions.floats.values()
+    assert reason.startswith("codes around it would cost more time")
+    made = quantized(model)
+    assert made.specs == {}
+    assert list(made.float_nodes.values()) == [f"stays float: {reason}"]
+
+
+def test_narrow_groups_and_single_pixels_stay_float() -> None:
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    grouped = conv(g, conv(g, "x", 1), 2, groups=16, kernel=3)
+    squeezed = conv(g, g("GlobalAveragePool", grouped), 3)
+    model = fused([g("Mul", grouped, g("HardSigmoid", squeezed))], g)
+    floats = find_regions(model.graph).floats
+    convs = [name_of(n) for n in model.graph if n.op_type == "Conv"]
+    assert "groups have few channels" in floats[convs[1]]
+    assert floats[convs[2]].startswith("one number per channel and image")
+
+
+def test_a_dead_channel_keeps_its_bias() -> None:
+    """Its weights are zero: int32 codes of the bias in steps of almost nothing would overflow."""
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    weight = sample(WIDE, WIDE, 1, 1, seed=1) / 8
+    weight[5] = 0
+    bias = np.full(WIDE, 0.5, np.float32)
+    y = g("Conv", conv(g, "x", 2), weight, bias)
+    model = fused([conv(g, g("Relu", y), 3)], g)
+    made = quantized(model, equalize=False)
+    node = [n for n in model.graph if n.op_type == "Conv"][1]
+    spec = made.specs[str(node.inputs[1].name)]
+    read = made.specs[str(node.inputs[0].name)]
+    assert spec.scale[5] * float(read.scale) * LARGEST_BIAS >= 0.5 * (1 - 1e-6)
+    file = standardise(lower(made.model, made.specs))
+    assert decibels(run_optimised(file), run(model, BATCHES[0])[0]) > 25
+
+
+def run_optimised(model: ir.Model) -> np.ndarray:
+    """With ONNX Runtime's own fusions, which put biases into codes."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = ort.InferenceSession(serialize(model), options, providers=["CPUExecutionProvider"])
+    found: np.ndarray = session.run(None, {session.get_inputs()[0].name: BATCHES[0]})[0]
+    return found
