@@ -59,6 +59,9 @@ class ConvolutionSteps:
             if site is None or site.tensor not in measured:
                 continue
             bounds = {tensor: self.bounds(tensor) for tensor in measured}
+            shape = one.value.shape  # of some tensors the channels counted are on another axis
+            if shape is None or any(len(low) != shape[1] for low, _ in bounds.values()):
+                continue
             slope = 1.0
             if isinstance(one, Gated):
                 low, high = bounds[site.tensor]
