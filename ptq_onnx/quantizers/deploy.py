@@ -76,6 +76,8 @@ class Deploy(SiteQuantizer):
 
     def __init__(self, plan: Plan) -> None:
         self._values: dict[str, ir.Value] = {}
+        self.regions = Regions()
+        self._numbers = self._on_codes = frozenset[str]()
         super().__init__(plan)
 
     def rule(self, site: Site) -> Rule | str:
