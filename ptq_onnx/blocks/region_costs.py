@@ -20,7 +20,7 @@ NODE = 1500.0
 """Nanoseconds to start a node, whatever its size."""
 ARITHMETIC = {"HardSwish": 0.35, "Sigmoid": 0.7, "Add": 0.1, "Mul": 0.1}
 """Of floats behind an integer convolution; others as ``OTHER``."""
-CODES = {"HardSwish": 0.4, "Sigmoid": 0.9, "Add": 0.12, "Mul": 0.12}
+CODES = {"HardSwish": 0.35, "Sigmoid": 0.9, "Add": 0.12, "Mul": 0.12}
 OTHER = 0.1
 UNKNOWN = 32
 """What an axis of unknown size counts: both sides of a comparison have it."""

@@ -224,15 +224,22 @@ class _Finder:
         return node.inputs[0] in drawn.made and node.outputs[0] in drawn.entering
 
     def _pruned(self, wanted: set[ir.Node]) -> set[ir.Node]:
-        """Without whole pieces, then without single convolutions, that cost more than they save."""
-        cost = self.cost(wanted)
-        for pieces in (self._connected, self._single):
-            for piece in pieces(wanted):
+        """Without the first convolutions (of few channels and many pixels), then single ones, then
+        whole pieces, that cost more than they save."""
+        for choices in (self._beginnings, self._single, self._connected, self._single):
+            cost = self.cost(wanted)
+            for piece in choices(wanted):
                 fewer = self.cost(wanted - piece)
                 if fewer < cost:
                     wanted, cost = wanted - piece, fewer
                     self.floats.update((name_of(n), COSTS_MORE) for n in piece)
         return wanted
+
+    def _beginnings(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
+        """The first convolutions up to where leaving them out saves most."""
+        ordered = [n for n in self.nodes if n in wanted]
+        cuts = [set(ordered[:end]) for end in range(len(ordered) + 1)]
+        return [min(cuts, key=lambda cut: self.cost(wanted - cut))]
 
     def _single(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
         return [{n} for n in self.nodes if n in wanted]
