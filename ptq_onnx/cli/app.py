@@ -41,10 +41,12 @@ from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.outputs import decibels as in_json
 from ptq_onnx.files.output_paths import OUTPUT, Output
 from ptq_onnx.pipeline.model_path import find_model
+from ptq_onnx.report.page_text import metric_text, number, truth_text
 from ptq_onnx.version import __version__
 
 if TYPE_CHECKING:
     from ptq_onnx.evaluation.evaluate import Evaluation
+    from ptq_onnx.evaluation.metrics.metric import Score
     from ptq_onnx.images.source import ImageSource
 
 app = typer.Typer(
@@ -74,6 +76,7 @@ def quantize(
     calib: o.Calib = None,
     val: o.Val = None,
     labels: o.Labels = None,
+    targets: o.Targets = None,
     output: o.Output = None,
     config: o.Config = None,
     scales: o.Scales = None,
@@ -99,11 +102,12 @@ app.command(cls=cli_help.Command, short_help="Put quantized files side by side."
 
 
 @app.command(cls=cli_help.Command, short_help="Measure the accuracy of a model on images.")
-@o.takes(*o.PICTURES, "batch", "threads")
+@o.takes(*o.PICTURES, *o.METRIC, "batch", "threads")
 def evaluate(
     model: o.Model,
     val: o.Measured = None,
     labels: o.Labels = None,
+    targets: o.Targets = None,
     reference: o.Reference = None,
     runtime: o.Runtime = "onnxruntime",
     soc: o.Soc = None,
@@ -124,19 +128,23 @@ def evaluate(
         from ptq_onnx.calibration.class_output import features_of
         from ptq_onnx.evaluation import evaluate as evaluation
         from ptq_onnx.evaluation import network
+        from ptq_onnx.evaluation.metrics.by_name import make_metric
         from ptq_onnx.images.opening import open_images
         from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 
         source = open_images(paths["val"], resolve_preprocess(path, options))
         classes = bool(network.Network(path, 1).class_outputs)
-        if not classes and other is None:
+        metric = make_metric(
+            options.metric, options.metric_option, source, other or path, paths.get("targets")
+        )
+        if not classes and other is None and metric is None:
             raise ConfigError(
                 f"{path} has no output [batch, classes], so that only closeness to the float model"
                 " can be measured: name that with --reference FLOAT.onnx."
             )
         truth = None
         if classes or "labels" in paths:  # the second is refused, before any image is read
-            truth = _truth(source, paths.get("labels"), needed=other is None)
+            truth = _truth(source, paths.get("labels"), needed=other is None and metric is None)
         features = []
         if other is not None and classes and truth is None:
             features = features_of(other, source.preprocess.size)
@@ -152,6 +160,7 @@ def evaluate(
             if progress is None
             else evaluation.since(progress("Measuring the model", len(source))),
             names=(f"Model '{path}'", None),
+            metric=metric,
         )
     if npu is not None:
         print(WORDS, file=sys.stderr)
@@ -217,7 +226,8 @@ def _print_json(path: Path, source: ImageSource, found: Evaluation) -> None:
         "agreement": found.agreement,
     }
     text = {"model": str(path), **{k: _finite(v) for k, v in numbers.items()}}
-    print(json.dumps({**text, "outputs": [asdict(one) for one in found.outputs]}))
+    score = {} if found.score is None else {"metric": asdict(found.score)}
+    print(json.dumps({**text, **score, "outputs": [asdict(one) for one in found.outputs]}))
 
 
 def _print_table(path: Path, source: ImageSource, found: Evaluation, *, compared: bool) -> None:
@@ -238,11 +248,23 @@ def _print_table(path: Path, source: ImageSource, found: Evaluation, *, compared
         if found.agreement is not None:
             where = f" in '{found.main}'" if several else ""
             rows.append((f"same top class as the reference{where}", percent(found.agreement)))
+    if found.score is not None:
+        rows += _score_rows(found.score)
     stdout().print(simple_table((path.name, ""), rows))
     if several and compared:
         stdout().print(outputs_table([asdict(one) for one in found.outputs]))
     for note in found.notes:
         stdout().say(f"note: {note}")
+
+
+def _score_rows(score: Score) -> list[tuple[str, str]]:
+    """A metric, the float model's beside it, and what else it says."""
+    value = metric_text(score.value, score.unit)
+    if score.float_value is not None:
+        value += f" (float {metric_text(score.float_value, score.unit)})"
+    rows = [(f"{score.figure}, {truth_text(score.targets)}", value)]
+    others = [(name, v) for name, v in score.figures.items() if name != score.figure]
+    return rows + [(name, number(round(v, 4))) for name, v in others]
 
 
 def _truth(source: Any, labels: str | None, needed: bool) -> Any:

@@ -64,5 +64,6 @@ PARSERS: dict[str, Callable[[str, str], tuple[Any, ...]]] = {
     "keep_float": _one,
     "more_bits": _one,
     "per_channel": _one,
+    "metric_option": _one,
 }
 """Options whose text is not their value yet."""

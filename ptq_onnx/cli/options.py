@@ -17,9 +17,10 @@ from ptq_onnx.cli.help import REQUIRED
 from ptq_onnx.config.flags import Flag, flags
 from ptq_onnx.config.quantize_config import QuantizeConfig
 
-PATHS = ("calib", "val", "labels", "scales", "output")
+PATHS = ("calib", "val", "labels", "targets", "scales", "output")
 """Options that decide no numbers; a config file may hold them too."""
 FIELDS = tuple(field.name for field in fields(QuantizeConfig))
+METRIC = ("metric", "metric_option")
 PICTURES = ("preprocess", "mean", "std", "size", "crop_pct", "interpolation")
 """From a picture to the model's input."""
 AS_TEXT = ("mean", "std", "size")
@@ -119,6 +120,16 @@ Measured = Annotated[
 Labels = Annotated[
     str | None,
     option("--labels", "FILE", "the class folders of --val", "Lines 'name label' for --val."),
+]
+Targets = Annotated[
+    str | None,
+    option(
+        "--targets",
+        "PATH",
+        "the float model's answers",
+        "metric: the truth of --val: a folder of a file for each image, an array, lines 'name"
+        " value', or COCO's JSON.",
+    ),
 ]
 Output = Annotated[
     str | None,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.fields import Fields
+from ptq_onnx.config.metric_options import check_metric
 from ptq_onnx.config.names import INTEGER, WEIGHTS
 from ptq_onnx.config.option_types import no_such
 from ptq_onnx.config.selector import AUTO, MoreBits, Selector
@@ -48,6 +49,7 @@ def check_together(config: Fields) -> None:
         _check_weight_only(config)
     _check_owners(config)
     _check_selectors(config)
+    check_metric(config.metric, config.metric_option)
     _check_auto(config)
 
 

@@ -12,6 +12,7 @@ from ptq_onnx.config.names import (
     GELU_NAMES,
     MAX_DROP,
     METHOD_NAMES,
+    METRIC_NAMES,
     MIN_SQNR,
     OPSETS,
     PRECISION_NAMES,
@@ -24,6 +25,8 @@ from ptq_onnx.config.targets import TARGETS as BY_NAME
 
 SELECTORS = ("keep_float", "more_bits", "per_channel")
 """Options that name roles."""
+SEVERAL = (*SELECTORS, "metric_option")
+"""Options of several words, of which one may stand by itself."""
 ON_PIXELS = "it is for pixels on the scale 0 to 1, as in 0.485,0.456,0.406 or 0.229,0.224,0.225"
 
 
@@ -204,6 +207,16 @@ class Fields:
     )
     batch_size: int = option(
         1, TARGET, "N", "qnn: images that the file takes at a time.", bounds=(1, 64)
+    )
+    metric: str | None = option(
+        None, ANALYSIS, "NAME",
+        f"What the model is measured by: {', '.join(METRIC_NAMES)}, or a function of your own as"
+        " module:function.",
+        shown="top-1 where there are labels",
+    )
+    metric_option: tuple[str, ...] = option(
+        (), ANALYSIS, "KEY=VALUE",
+        "An option of the metric, as output=logits or threshold=0.5; repeatable.", shown="none",
     )
     report: bool = option(True, ANALYSIS, None, "Analyse every op and write report.html.")
     sensitivity: bool = option(

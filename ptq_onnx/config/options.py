@@ -57,6 +57,8 @@ class Options(TypedDict, total=False):
     opset: int
     mixed: bool | None
     batch_size: int
+    metric: str | None
+    metric_option: Roles
     report: bool
     sensitivity: bool
     pictures: bool

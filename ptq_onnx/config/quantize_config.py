@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ptq_onnx.config.checks import check_together, check_values
-from ptq_onnx.config.fields import SELECTORS, Fields
+from ptq_onnx.config.fields import SEVERAL, Fields
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.option_file import read_yaml
 from ptq_onnx.config.option_types import check_choices, check_options, shown
@@ -27,7 +27,7 @@ class QuantizeConfig(Fields):
             value = getattr(self, one.name)
             if isinstance(value, list):
                 object.__setattr__(self, one.name, tuple(value))
-            elif isinstance(value, str) and one.name in SELECTORS:  # one, not one per letter
+            elif isinstance(value, str) and one.name in SEVERAL:  # one, not one per letter
                 object.__setattr__(self, one.name, (value,))
         check_options(self)
         check_choices(self)

@@ -164,6 +164,7 @@ def measure(job: Job, made: Rewritten) -> dict[str, Any]:
         threads=job.config.threads,
         features=feature_outputs(made.prepared.model),
         stage=job.stage,
+        metric=job.metric(source),
     )
     job.notes.extend(notes)
     return found

@@ -18,6 +18,7 @@ from ptq_onnx.pipeline.request import Request
 from ptq_onnx.progress import Advance, Stages
 
 if TYPE_CHECKING:
+    from ptq_onnx.evaluation.metrics.metric import Metric
     from ptq_onnx.quantizers.base import SiteQuantizer
 
 
@@ -59,6 +60,13 @@ class Job:
     def stage(self, name: str, total: int | None = None, runs: int = 1) -> Advance:
         """Begin a stage: of the calibration images, run so many times, where no total is given."""
         return self.progress(name, runs * len(self.inputs.images) if total is None else total)
+
+    def metric(self, images: ImageSource) -> Metric | None:
+        """What images are measured by besides closeness; None where nothing was named."""
+        from ptq_onnx.evaluation.metrics.by_name import make_metric
+
+        config, path = self.config, self.inputs.prepared.path
+        return make_metric(config.metric, config.metric_option, images, path, self.request.targets)
 
     def as_taken(self, model: ir.Model) -> ir.Model:
         """The model with the batch size that the file was given with."""

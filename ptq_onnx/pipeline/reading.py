@@ -17,7 +17,12 @@ from ptq_onnx.pipeline import embedded
 from ptq_onnx.pipeline.calibration_images import calibration_images
 from ptq_onnx.pipeline.preprocessing import preprocess_notes, resolve_preprocess
 from ptq_onnx.pipeline.request import Request
-from ptq_onnx.pipeline.request_checks import check_attention_blocks, check_blocks, labels_of
+from ptq_onnx.pipeline.request_checks import (
+    check_attention_blocks,
+    check_blocks,
+    check_metric,
+    labels_of,
+)
 from ptq_onnx.preparation.input_size import try_size
 from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.preparation.signature import signature
@@ -55,10 +60,11 @@ def read_inputs(request: Request) -> Inputs:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
     tested = None if request.val is None else open_images(request.val, preprocess, **how)
     truth = None if tested is None else labels_of(tested, request.labels, prepared, notes)
-    if request.config.max_drop is not None and truth is None:
+    check_metric(request, prepared.path, images if tested is None else tested)
+    if request.config.max_drop is not None and truth is None and request.config.metric is None:
         raise ConfigError(
             "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
-            " bound the logits with --min-sqnr."
+            " bound the logits with --min-sqnr, or name a --metric."
         )
     return Inputs(prepared, preprocess, images, tested, truth, tuple(notes))
 

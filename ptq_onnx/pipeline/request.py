@@ -28,6 +28,7 @@ class Request:
     calib: Images | None = None
     val: Images | None = None
     labels: str | Path | None = None
+    targets: str | Path | None = None
     scales: str | Path | None = None
     given: Given = field(default_factory=Given)
     keep_models: bool = True
@@ -36,8 +37,9 @@ class Request:
         """Refuse results that would replace what is read, or a model that is not written anew.
         Raises ConfigError."""
         self.place.keep(
-            model=self.model, calib=self.calib, val=self.val, labels=self.labels, scales=self.scales
-        )
+            model=self.model, calib=self.calib, val=self.val, labels=self.labels,
+            targets=self.targets, scales=self.scales,
+        )  # fmt: skip
         if not self.keep_models and self.place.model.exists():
             raise ConfigError(
                 f"--output {self.place.folder} holds a quantized model, which the analysis would"
@@ -54,6 +56,7 @@ class Request:
             calib=named(self.calib),
             val=named(self.val),
             labels=named(self.labels),
+            targets=named(self.targets),
             scales=named(self.scales),
             folder=named(folder) or str(folder),
             written=named(self.place.model) if keep else None,

@@ -29,6 +29,7 @@ class Invocation:
     calib: str | None
     val: str | None
     labels: str | None
+    targets: str | None
     scales: str | None
     folder: str
     written: str | None
@@ -61,8 +62,8 @@ def command(report: Entry, *more: str, name: str | None = None) -> list[str]:
         words += ["--scales", run["scales"]]
     elif in_python(report):
         words += ["--calib", "calib"]
-    for option in ("calib", "val", "labels"):
-        if run[option] is not None:
+    for option in ("calib", "val", "labels", "targets"):
+        if run.get(option) is not None:
             words += [f"--{option}", run[option]]
     words += more
     return [*words, "--output", f"{folder.rstrip('/')}-again"] if folder else words

@@ -25,6 +25,7 @@ from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.equalize import Move
 from ptq_onnx.equalization.rotation_choice import Turned
 from ptq_onnx.equalization.streams import Refused
+from ptq_onnx.evaluation.metrics.metric import Score
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity
 from ptq_onnx.files.result_names import FLOAT, FORMED
@@ -156,6 +157,7 @@ def _of_some_runs() -> dict[str, Schema]:
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
         "invocation": _or_null(schema_of(Invocation)),
         "auto": _or_null(schema_of(Automatic)),
+        "metric": _or_null(schema_of(Score)),
         "coverage": _coverage(),
     }  # fmt: skip
 
