@@ -127,7 +127,7 @@ def compared(
             batch=options.batch,
             threads=options.threads,
             progress=progress,
-            metric=make_metric(*chosen, source, base, paths.get("targets")),
+            metric=make_metric(*chosen, source, base, paths.get("targets"), paths.get("labels")),
             opened=None if npu is None else partial(npu.open, threads=options.threads),
         )
 

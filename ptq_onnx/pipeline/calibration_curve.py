@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ptq_onnx.analysis.comparison_results import Closeness
+    from ptq_onnx.auto.closeness import Recorded
 
 SIZES = (1, 4, 16, 64, 256)
 QUANTIZING = "Quantizing and measuring"
@@ -112,7 +113,7 @@ def measure_curve(
     available = len(open_images(calib, preprocess))
     tested = open_images(val, preprocess)
     labelled = _labelled(model, tested, labels)  # wrong labels are reported before the work
-    metric = make_metric(config.metric, config.metric_option, tested, model, targets)
+    metric = make_metric(config.metric, config.metric_option, tested, model, targets, labels)
     runs = [(IMAGES, n) for n in sizes if n <= available] + [(NOISE, n) for n in sizes]
     begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
     begin(RUNNING_FLOAT, 1)
@@ -129,22 +130,35 @@ def measure_curve(
         right = None if reference.truth is None else reference.hits()
         float_top1 = None if right is None else 100 * float(right.mean())
         tell = begin(QUANTIZING, len(runs))
+        known = float_top1 if metric is None else None
         for source, n in runs:
             images = NOISE if source == NOISE else calib
             file = _quantized(model, config, n, images, folder / f"{source}_{n}")
-            known = float_top1 if metric is None else None
             points.append(measure_point(source, n, reference.measure(file)[0], known))
             tell(1)
     begin.done()
+    return _curve(model.name, config, reference, float_top1, points, _left_out(sizes, available))
+
+
+def _curve(
+    model: str,
+    config: QuantizeConfig,
+    reference: Recorded,
+    float_top1: float | None,
+    points: Sequence[Point],
+    notes: tuple[str, ...],
+) -> Curve:
+    """The points under the names of what they are of."""
+    metric = reference.metric
     return Curve(
-        model=model.name,
+        model=model,
         quantizer=config.quantizer,
         bits=config.bits,
         method=config.effective_method,
         count=reference.count,
         float_top1=float_top1,
         points=tuple(points),
-        notes=_left_out(sizes, available),
+        notes=notes,
         metric=None if metric is None else metric.figure,
         unit="" if metric is None else metric.unit,
         float_score=reference.float_score,

@@ -66,7 +66,8 @@ class Job:
         from ptq_onnx.evaluation.metrics.by_name import make_metric
 
         config, path = self.config, self.inputs.prepared.path
-        return make_metric(config.metric, config.metric_option, images, path, self.request.targets)
+        given = self.request.targets, self.request.labels
+        return make_metric(config.metric, config.metric_option, images, path, *given)
 
     def as_taken(self, model: ir.Model) -> ir.Model:
         """The model with the batch size that the file was given with."""

@@ -48,7 +48,8 @@ def check_metric(request: Request, model: Path, images: ImageSource) -> None:
         raise ConfigError("--targets without --val: name the images that they belong to too.")
     if request.targets is not None and config.metric is None:
         raise ConfigError("--targets without --metric: say what is measured with them.")
-    metric = make_metric(config.metric, config.metric_option, images, model, request.targets)
+    given = request.targets, request.labels
+    metric = make_metric(config.metric, config.metric_option, images, model, *given)
     if metric is not None:
         metric.begin()
 

@@ -40,11 +40,13 @@ def verdict(report: Entry) -> tuple[str, str]:
 
 
 def _by_metric(found: Entry) -> tuple[str, str]:
-    """By what was asked for: points of percent, or percent of what the float model has."""
+    """By what was asked for: points of percent, or percent of what the float model has, where that
+    is more than nothing."""
     lost = found["float_value"] - found["value"]
     lost = lost if found["higher"] else -lost
     if found["unit"] != "%":
-        lost *= 100 / (abs(found["float_value"]) or 1)
+        base = abs(found["float_value"])
+        lost *= 100 / (base if base > abs(found["value"]) / 100 else 1)
     grade = "good" if lost <= 1 else "fair" if lost <= 3 else "bad"
     word = {"good": "holds", "fair": "is a little worse", "bad": "is much worse"}[grade]
     before, after = (metric_text(found[k], found["unit"]) for k in ("float_value", "value"))

@@ -216,7 +216,8 @@ def test_boxes_of_a_detr(tmp_path: Path) -> None:
     kinds = sorted(text.split("=")[0] for text in run.score().guessed)
     assert kinds == ["activation", "form", "units"]
     again = Detection({}, None, input_size=(SIDE, SIDE))
-    same = scored(again, {"logits": logits, "b": rows}, {"logits": logits, "b": rows}, step=1)
+    own = {"logits": logits, "pred_boxes": rows}
+    same = scored(again, own, own, step=1)
     assert same.value == pytest.approx(100.0)
 
 

@@ -22,6 +22,8 @@ from ptq_onnx.images.source import ImageSource
 METRICS: tuple[type[Metric], ...] = (
     Classification, Features, Segmentation, Detection, Depth, Text,
 )  # fmt: skip
+BY_CLASS = (Classification.name, Features.name)
+"""Their targets may be called labels."""
 CHARACTERS = "character"
 """The key of a model's metadata under which readers of text keep their dictionary."""
 
@@ -32,13 +34,17 @@ def make_metric(
     images: ImageSource,
     model: Path,
     targets: str | Path | None = None,
+    labels: str | Path | None = None,
 ) -> Metric | None:
     """The metric that the options name; None where they name none. ``model``: whose metadata may
-    hold a dictionary. Raises ConfigError, ImageError."""
+    hold a dictionary; ``labels``: the targets of metrics of classes, where they have no others.
+    Raises ConfigError, ImageError."""
     if name is None:
         return None
     options = metric_options(given)
     truth = None
+    if targets is None and name in BY_CLASS:
+        targets = labels
     if targets is not None:
         truth = Targets(Path(targets), list(images.names), images.preprocess)
     kind = next((kind for kind in METRICS if kind.name == name), None)
