@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ptq_onnx.config.options import Options, configured
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.images.opening import Images, open_images
+from ptq_onnx.images.opening import Images
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.preprocess_input import Given, Preprocessing, taken
 from ptq_onnx.pipeline.result import Result
@@ -155,6 +155,7 @@ def compare(
     metric_option: Sequence[str] = (),
     targets: Path | None = None,
     preprocess: Preprocessing | None = None,
+    input: Sequence[str] = (),
     block_images: int = 32,
     batch: int = 8,
     threads: int = 0,
@@ -163,8 +164,8 @@ def compare(
     """Quantized files of one float model side by side: accuracy, SQNR, blocks, size, speed.
 
     ``models``: folders or files that ``quantize`` wrote, or files of any tool. ``reference``: the
-    float model; None: that of the first folder. ``metric``, ``metric_option``, ``targets``: as of
-    :func:`evaluate`. Raises PtqError.
+    float model; None: that of the first folder. ``metric``, ``metric_option``,
+    ``targets``, ``input``: as of :func:`evaluate`. Raises PtqError.
     """
     from ptq_onnx.analysis import compare as comparison
 
@@ -172,7 +173,7 @@ def compare(
         models = [models]
     named = [os.fspath(path) for path in models]
     base = comparison.find_reference(named, None if reference is None else os.fspath(reference))
-    source, truth = _measured(base, images, labels, preprocess)
+    source, truth = _measured(base, images, labels, preprocess, input)
     return comparison.compare(
         named,
         source,
@@ -196,6 +197,7 @@ def evaluate(
     metric_option: Sequence[str] = (),
     targets: Path | None = None,
     preprocess: Preprocessing | None = None,
+    input: Sequence[str] = (),
     batch_size: int = 8,
     threads: int = 0,
     progress: Callable[[int, int], Any] | None = None,
@@ -204,7 +206,8 @@ def evaluate(
 
     ``images``: what :func:`open_images` takes, or returned. ``metric``: another measure, a name or
     ``module:function``, with its options ``KEY=VALUE``, against ``targets``, else against the
-    ``reference``: ``score`` of the result. Raises PtqError.
+    ``reference``: ``score`` of the result. ``input``: what inputs besides the images get, as
+    ``NAME=FILE.npz``. Raises PtqError.
     """
     from ptq_onnx.calibration.class_output import features_of
     from ptq_onnx.evaluation import evaluate as evaluation
@@ -212,7 +215,7 @@ def evaluate(
     with ExitStack() as files:
         path = files.enter_context(model_file(model))
         other = None if reference is None else files.enter_context(model_file(reference))
-        source, truth = _measured(path, images, labels, preprocess)
+        source, truth = _measured(path, images, labels, preprocess, input)
         features = []
         if other is not None and truth is None:
             features = features_of(other, source.preprocess.size)
@@ -302,11 +305,13 @@ def _opened(path: Any, images: Images, settings: QuantizeConfig, given: Given) -
         return images
     from ptq_onnx.blocks.sites import image_input
     from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+    from ptq_onnx.pipeline.several_inputs import open_source
     from ptq_onnx.preparation import model_files as graphs
 
     shown = resolve_preprocess(path, settings, given)
     name = image_input(graphs.outline(path)).name
-    return open_images(images, shown, transform=given.transform, name=name)
+    how: dict[str, Any] = {"transform": given.transform, "name": name}
+    return open_source(path, images, shown, settings.input, **how)
 
 
 def _metric(
@@ -342,14 +347,19 @@ def _labelled(
 
 
 def _measured(
-    path: Any, images: Images, labels: Labels | None, preprocess: Preprocessing | None
+    path: Any,
+    images: Images,
+    labels: Labels | None,
+    preprocess: Preprocessing | None,
+    given_inputs: Sequence[str] = (),
 ) -> tuple[ImageSource, NDArray[np.int64] | None]:
     """Images, and their classes where there are any; folders are none to a model without."""
     from ptq_onnx.evaluation.network import Network
     from ptq_onnx.images.labels import labels_for
     from ptq_onnx.pipeline.calibration_images import has_class_folders
 
-    settings, given = taken(preprocess, QuantizeConfig())
+    own = (given_inputs,) if isinstance(given_inputs, str) else tuple(given_inputs)
+    settings, given = taken(preprocess, QuantizeConfig(input=own))
     if labels is not None and not isinstance(labels, str | os.PathLike):
         source = _labelled(path, images, labels, settings, given)
         return source, source.labels

@@ -112,11 +112,12 @@ def compared(
     with progress_bars() as progress:
         from ptq_onnx.analysis import compare as comparison
         from ptq_onnx.evaluation.metrics.by_name import make_metric
-        from ptq_onnx.images.opening import open_images
         from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+        from ptq_onnx.pipeline.several_inputs import open_source
 
         base = comparison.find_reference(models, reference)
-        source = open_images(paths["val"], resolve_preprocess(base, options))
+        shown = resolve_preprocess(base, options)
+        source = open_source(base, paths["val"], shown, options.input)
         chosen = options.metric, options.metric_option
         return comparison.compare(
             models,

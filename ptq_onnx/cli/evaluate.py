@@ -73,10 +73,11 @@ def _measured(
     from ptq_onnx.evaluation import evaluate as evaluation
     from ptq_onnx.evaluation import network
     from ptq_onnx.evaluation.metrics.by_name import make_metric
-    from ptq_onnx.images.opening import open_images
     from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+    from ptq_onnx.pipeline.several_inputs import open_source
 
-    source = open_images(paths["val"], resolve_preprocess(path, options))
+    shown = resolve_preprocess(path, options)
+    source = open_source(path, paths["val"], shown, options.input)
     classes = bool(network.Network(path, 1).class_outputs)
     truths = paths.get("targets"), paths.get("labels")
     metric = make_metric(options.metric, options.metric_option, source, other or path, *truths)

@@ -65,5 +65,6 @@ PARSERS: dict[str, Callable[[str, str], tuple[Any, ...]]] = {
     "more_bits": _one,
     "per_channel": _one,
     "metric_option": _one,
+    "input": _one,
 }
 """Options whose text is not their value yet."""

@@ -21,7 +21,7 @@ PATHS = ("calib", "val", "labels", "targets", "scales", "output")
 """Options that decide no numbers; a config file may hold them too."""
 FIELDS = tuple(field.name for field in fields(QuantizeConfig))
 METRIC = ("metric", "metric_option")
-PICTURES = ("preprocess", "mean", "std", "size", "crop_pct", "interpolation")
+PICTURES = ("preprocess", "mean", "std", "size", "crop_pct", "interpolation", "input")
 """From a picture to the model's input."""
 AS_TEXT = ("mean", "std", "size")
 """Options of several numbers in one word."""

@@ -25,7 +25,7 @@ from ptq_onnx.config.targets import TARGETS as BY_NAME
 
 SELECTORS = ("keep_float", "more_bits", "per_channel")
 """Options that name roles."""
-SEVERAL = (*SELECTORS, "metric_option")
+SEVERAL = (*SELECTORS, "metric_option", "input")
 """Options of several words, of which one may stand by itself."""
 ON_PIXELS = "it is for pixels on the scale 0 to 1, as in 0.485,0.456,0.406 or 0.229,0.224,0.225"
 
@@ -100,6 +100,12 @@ class Fields:
     interpolation: str | None = option(
         None, INPUT, "NAME", "bicubic, bilinear, nearest or lanczos.",
         shown="the model's metadata, else bicubic",
+    )
+    input: tuple[str, ...] = option(
+        (), INPUT, "NAME=FILE|NUMBER",
+        "What an input besides the images gets: an array .npz or .npy with an entry for each image,"
+        " or one for all, or a number; repeatable.",
+        shown="none; an .npz in place of images may hold all inputs by name",
     )
     check_preprocess: bool = option(
         True, INPUT, None,

@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     size: int | tuple[int, int] | None
     crop_pct: float | None
     interpolation: str | None
+    input: Roles
     check_preprocess: bool
     keep_float: Roles
     more_bits: Roles

@@ -197,11 +197,13 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
         """Nothing: the graph was cleaned and fused before PPQ saw it."""
         return QuantizationOptimizationPipeline([])
 
-    def run(self, image: torch.Tensor, batches: Iterable[Any], device: str = "cpu") -> None:
+    def run(
+        self, image: Mapping[str, torch.Tensor], batches: Iterable[Any], device: str = "cpu"
+    ) -> None:
         """Dispatch, calibrate and activate (PPQ's ``quantize``)."""
         with without_clones():
             self.quantize(
-                inputs=image,
+                inputs=dict(image),
                 calib_dataloader=batches,
                 executor=Executor(self._graph, device=device),
                 setting=QuantizationSetting(),

@@ -99,9 +99,9 @@ def measure_curve(
     from ptq_onnx.auto.closeness import Recorded
     from ptq_onnx.evaluation.metrics.by_name import make_metric
     from ptq_onnx.images.labels import labels_for
-    from ptq_onnx.images.opening import open_images
     from ptq_onnx.pipeline import embedded
     from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+    from ptq_onnx.pipeline.several_inputs import open_source
 
     sizes = _checked(sizes)
     calib = embedded.images_for(model) if calib is None else calib
@@ -110,8 +110,8 @@ def measure_curve(
     if calib == NOISE:
         raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
     preprocess = resolve_preprocess(model, config)
-    available = len(open_images(calib, preprocess))
-    tested = open_images(val, preprocess)
+    available = len(open_source(model, calib, preprocess, config.input))
+    tested = open_source(model, val, preprocess, config.input)
     labelled = _labelled(model, tested, labels)  # wrong labels are reported before the work
     metric = make_metric(config.metric, config.metric_option, tested, model, targets, labels)
     runs = [(IMAGES, n) for n in sizes if n <= available] + [(NOISE, n) for n in sizes]

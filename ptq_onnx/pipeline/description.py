@@ -15,6 +15,7 @@ from ptq_onnx.files.model_size import model_bytes
 from ptq_onnx.files.result_names import FLOAT, QUANTIZED
 from ptq_onnx.images.items import PictureSource
 from ptq_onnx.images.opening import FolderSource
+from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.pipeline.job import Job
@@ -126,9 +127,13 @@ def _float(site: Site, reason: str) -> dict[str, Any]:
 def _inputs(model: ir.Model) -> list[dict[str, Any]]:
     """The inputs of the file."""
     own = signature(model)
-    if own is not None:
-        return [{"name": own.name, "shape": list(own.shape)}]
-    return [shown(v) for v in model.graph.inputs if not v.is_initializer()]
+    return [
+        {"name": own.name, "shape": list(own.shape)}
+        if own is not None and v.name == own.inner
+        else shown(v)
+        for v in model.graph.inputs
+        if not v.is_initializer()
+    ]
 
 
 def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[str, Any] | None:
@@ -143,6 +148,8 @@ def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[st
 
 def source_name(images: ImageSource) -> str:
     """What the report calls the images: a folder by its name, never by its path."""
+    if isinstance(images, PackedSource):
+        images = images.pictures_of or images
     if isinstance(images, NoiseSource):
         return NOISE
     if isinstance(images, FolderSource):

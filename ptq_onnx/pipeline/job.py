@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.calibration_images import Batches
 from ptq_onnx.pipeline.reading import Inputs
@@ -52,10 +54,13 @@ class Job:
 
     def calibrate(self, quantizer: SiteQuantizer, images: ImageSource) -> None:
         """Give a quantizer its numbers, from these images or from those that it has."""
-        import torch
+        from ptq_onnx.engine.simulator import inputs_of, tensors_of
 
-        example = torch.zeros(self.fixed or 1, *self.inputs.preprocess.shape)
-        quantizer.run(example, self.batches(images))
+        example = np.zeros((self.fixed or 1, *self.inputs.preprocess.shape), np.float32)
+        if isinstance(images, PackedSource):
+            example = np.repeat(next(images.batches(1)), self.fixed or 1, axis=0)
+        graph = inputs_of(self.inputs.prepared.model)
+        quantizer.run(tensors_of(graph, example), self.batches(images))
 
     def stage(self, name: str, total: int | None = None, runs: int = 1) -> Advance:
         """Begin a stage: of the calibration images, run so many times, where no total is given."""

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.selectors import check_selectors
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.images.opening import METADATA_KEY, Images, Preprocess, open_images
+from ptq_onnx.images.opening import METADATA_KEY, Images, Preprocess
+from ptq_onnx.images.packed_source import NO_PICTURE
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline import embedded
 from ptq_onnx.pipeline.calibration_images import calibration_images
@@ -22,7 +23,9 @@ from ptq_onnx.pipeline.request_checks import (
     check_blocks,
     check_metric,
     labels_of,
+    refuse_packed,
 )
+from ptq_onnx.pipeline.several_inputs import item_shapes, note_on, open_source, taken_by
 from ptq_onnx.preparation.input_size import try_size
 from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.preparation.signature import signature
@@ -55,12 +58,17 @@ def read_inputs(request: Request) -> Inputs:
         "transform": request.given.transform,
         "name": image_input(prepared.model).name if own is None else own.name,
     }
-    images = calibration_images(calib, preprocess, request.config, notes, how)
+    path = prepared.path
+    images = calibration_images(path, calib, preprocess, request.config, notes, how)
+    refuse_packed(request.config, images)
+    notes += note_on(request.config, images)
     if request.labels is not None and request.val is None:
         raise ConfigError("--labels without --val: name the folder of the labelled images too.")
-    tested = None if request.val is None else open_images(request.val, preprocess, **how)
+    tested = None
+    if request.val is not None:
+        tested = open_source(path, request.val, preprocess, request.config.input, **how)
     truth = None if tested is None else labels_of(tested, request.labels, prepared, notes)
-    check_metric(request, prepared.path, images if tested is None else tested)
+    check_metric(request, path, images if tested is None else tested)
     if request.config.max_drop is not None and truth is None and request.config.metric is None:
         raise ConfigError(
             "--max-drop: top-1 needs labelled images, --val DIR and --labels FILE; without,"
@@ -71,16 +79,21 @@ def read_inputs(request: Request) -> Inputs:
 
 def prepared_anew(request: Request) -> Prepared:
     """The model prepared from its file, of any batch size where its graph allows that."""
-    return prepare(request.model, request.config.opset, request.config.size, free=True)
+    config = request.config
+    given = request.calib if request.calib is not None else request.val
+    shapes = item_shapes(request.model, given, config.input)
+    return prepare(request.model, config.opset, config.size, free=True, shapes=shapes)
 
 
-def _calibrated_on(request: Request) -> Images:
+def _calibrated_on(request: Request) -> Images | None:
     """The images given; without any those of ``--val``, where numbers are reused, or those of the
     embedded model. Raises ConfigError for any other model."""
     if request.calib is not None:
         return request.calib
     if request.scales is not None and request.val is not None:
         return request.val
+    if request.config.input and taken_by(request.model).image is None:
+        return None
     return embedded.images_for(request.model)
 
 
@@ -103,7 +116,10 @@ def _preprocess(request: Request, prepared: Prepared, notes: list[str]) -> Prepr
     model, given = prepared.model, request.given
     found = resolve_preprocess(model, request.config, given, prepared.path)
     notes += preprocess_notes(prepared, request.config, given)
-    try_size(model, prepared.path, image_input(model), found.shape)
+    if found is NO_PICTURE:
+        return found
+    if taken_by(prepared.path).plain:
+        try_size(model, prepared.path, image_input(model), found.shape)
     if given.transform is None:
         model.metadata_props[METADATA_KEY] = found.to_json()
     else:

@@ -10,9 +10,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.class_output import class_outputs
+from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.targets import QNN
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.calibration_images import has_class_folders
 from ptq_onnx.preparation.prepare import Prepared
@@ -52,6 +55,15 @@ def check_metric(request: Request, model: Path, images: ImageSource) -> None:
     metric = make_metric(config.metric, config.metric_option, images, model, *given)
     if metric is not None:
         metric.begin()
+
+
+def refuse_packed(config: QuantizeConfig, images: ImageSource) -> None:
+    """Several inputs are for targets whose files may have them. Raises ConfigError."""
+    if isinstance(images, PackedSource) and config.target in (INTEGER, QNN.name):
+        raise ConfigError(
+            f"--target {config.target}: its files take one image and nothing else; use --target"
+            " onnxruntime, openvino or tensorrt."
+        )
 
 
 def shown(value: ir.Value) -> dict[str, Any]:
