@@ -8,6 +8,7 @@ from typing import Literal
 from ptq_onnx.config.bits import Bits
 from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, option
 from ptq_onnx.config.names import (
+    ACTIVATION_NAMES,
     ARITHMETIC_NAMES,
     GELU_NAMES,
     MAX_DROP,
@@ -71,6 +72,12 @@ class Fields:
     method: str | None = option(
         None, NUMBERS, "NAME", f"One of {', '.join(METHOD_NAMES)}.",
         shown="percentile for vanilla, robust for the others", choices=METHOD_NAMES,
+    )
+    activations: str = option(
+        "static", NUMBERS, "NAME",
+        "deploy for onnxruntime: static ranges by calibration; dynamic: one for each tensor, found"
+        " at run time; dynamic-token: one for each token. Without static no images are needed.",
+        choices=ACTIVATION_NAMES,
     )
     images: int = option(128, INPUT, "N", "Calibration images to use.", bounds=(1, 1_000_000))
     batch: int = option(8, RUNNING, "N", "Images per batch.", bounds=(1, 4096))
@@ -246,6 +253,11 @@ class Fields:
         0, RUNNING, "N", "Threads to compute with; 0: the runtime decides.", bounds=(0, 256)
     )
     # fmt: on
+
+    @property
+    def at_run_time(self) -> bool:
+        """True where ranges of activations are found at run time."""
+        return self.activations != "static"
 
     @property
     def weight_only(self) -> bool:

@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     precision: str
     weights: int
     method: str | None
+    activations: str
     images: int
     batch: int
     mean: Sequence[float] | None

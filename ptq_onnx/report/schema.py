@@ -29,9 +29,9 @@ from ptq_onnx.evaluation.metrics.metric import Score
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity
 from ptq_onnx.files.result_names import FLOAT, FORMED
-from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.codes.by_name import CODES, CodeName
 from ptq_onnx.numerics.grain import GRAINS
+from ptq_onnx.numerics.spec import RUN_TIME
 from ptq_onnx.report.reproduce import Invocation
 
 Schema = dict[str, Any]
@@ -114,7 +114,7 @@ def _closeness() -> Schema:
 
 def _tensor(place: dict[str, Schema]) -> Schema:
     """The numbers of one quantized tensor, and what its code adds to them."""
-    granularities = [*(grain.name for grain in GRAINS), RowMaximum.name]
+    granularities = [*(grain.name for grain in GRAINS), *(around.name for around in RUN_TIME)]
     spec = {
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
         "symmetric": {"type": "boolean"}, "granularity": {"enum": granularities},
