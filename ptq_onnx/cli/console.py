@@ -286,6 +286,7 @@ def on_images(fidelity: Mapping[str, Any]) -> str:
     """Which images a figure is of, in words."""
     kind = fidelity.get("source", "val")
     words = {"held apart": " held out from calibration", "calibration": " of the calibration"}
+    words["noise"] = " of Gaussian noise"
     return f"{fidelity['images']} images{words.get(kind, '')}"
 
 

@@ -107,7 +107,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "required; only models/digits_vit.onnx brings its own",
+        "required, but where --activations are dynamic; models/digits_vit.onnx brings its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]

@@ -48,7 +48,10 @@ def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, A
     """All of the report that does not need running the model."""
     prepared, config = made.prepared, made.plan.config
     sites, images = prepared.sites, job.inputs.images
-    reused = job.request.scales is not None
+    reused, used = job.request.scales is not None, job.request.calibrated
+    calibrated_on = "scales of an earlier run" if reused else source_name(images)
+    if not used:
+        calibrated_on = "none"
     model = prepared.model if prepared.fixed is None else prepared.fixed.restore(prepared.model)
     return {
         "ptq_onnx": _version(),
@@ -68,8 +71,8 @@ def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, A
         "roles": {n: {"role": r.name, "block": r.block} for n, r in prepared.blocks.roles.items()},
         "unrecognised": list(prepared.blocks.unrecognised),
         "calibration": {
-            "source": "scales of an earlier run" if reused else source_name(images),
-            "images": 0 if reused else len(images),
+            "source": calibrated_on,
+            "images": len(images) if used and not reused else 0,
             "skipped": list(images.skipped),
             "method": config.effective_method,
         },

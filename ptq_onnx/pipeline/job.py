@@ -84,6 +84,8 @@ class Job:
         """Images of the analysis, and whether calibration did not see them: the others of its
         folder, else those of ``--val``, else, with a note, its own."""
         limit, images = self.config.analysis_images, self.inputs.images
+        if not self.request.calibrated:
+            return images.reopened(limit), True
         others = images.others(limit)
         if others is not None:
             return others, True

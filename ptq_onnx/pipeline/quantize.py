@@ -29,7 +29,7 @@ from ptq_onnx.pipeline.description import describe, validation
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.preprocess_input import Given
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
-from ptq_onnx.pipeline.reading import read_inputs
+from ptq_onnx.pipeline.reading import read_inputs, without_images
 from ptq_onnx.pipeline.request import Request
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.pipeline.rewriting import Rewritten, rewrite, tell_copies
@@ -96,6 +96,7 @@ def quantize(
         given=given or Given(),
         keep_models=keep_models,
     )
+    request = without_images(request)
     inputs = read_inputs(request)
     begin.plan(stages.planned(request.config, len(inputs.tested or ())))
     begin(stages.LOADING, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.images.opening import METADATA_KEY, Images, Preprocess
 from ptq_onnx.images.packed_source import NO_PICTURE
-from ptq_onnx.images.source import ImageSource
+from ptq_onnx.images.source import NOISE, ImageSource
 from ptq_onnx.pipeline import embedded
 from ptq_onnx.pipeline.calibration_images import calibration_images
 from ptq_onnx.pipeline.preprocessing import preprocess_notes, resolve_preprocess
@@ -29,6 +29,12 @@ from ptq_onnx.pipeline.several_inputs import item_shapes, note_on, open_source, 
 from ptq_onnx.preparation.input_size import try_size
 from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.preparation.signature import signature
+
+NOT_CALIBRATED = (
+    "Ranges are found at run time, and no images were given: equalisation and bias correction,"
+    " which need some (--calib), are off."
+)
+ON_NOISE = " What is measured here is on Gaussian noise, and says little: give --val."
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,10 @@ def read_inputs(request: Request) -> Inputs:
         "name": image_input(prepared.model).name if own is None else own.name,
     }
     path = prepared.path
-    images = calibration_images(path, calib, preprocess, request.config, notes, how)
+    told = notes if request.calibrated else []
+    images = calibration_images(path, calib, preprocess, request.config, told, how)
+    if not request.calibrated:
+        notes.append(NOT_CALIBRATED + (ON_NOISE if request.val is None else ""))
     refuse_packed(request.config, images)
     notes += note_on(request.config, images)
     if request.labels is not None and request.val is None:
@@ -85,13 +94,32 @@ def prepared_anew(request: Request) -> Prepared:
     return prepare(request.model, config.opset, config.size, free=True, shapes=shapes)
 
 
+def without_images(request: Request) -> Request:
+    """What remains of a request for ranges found at run time that names no images to calibrate
+    with: no equalisation, no corrected biases. Raises ConfigError for options that need them."""
+    config = request.config
+    if not config.at_run_time or request.images_given or embedded.is_embedded(request.model):
+        return request
+    for option, used in (
+        ("--rotate", bool(config.rotate)),
+        (f"--rounding {config.rounding}", config.rounding != "nearest"),
+        ("--auto", config.auto),
+    ):
+        if used:
+            raise ConfigError(f"{option} needs calibration images: name them with --calib.")
+    config = replace(config, equalize=False, bias_correction=False, check_preprocess=False)
+    return replace(request, config=config, calibrated=False)
+
+
 def _calibrated_on(request: Request) -> Images | None:
     """The images given; without any those of ``--val``, where numbers are reused, or those of the
     embedded model. Raises ConfigError for any other model."""
     if request.calib is not None:
         return request.calib
-    if request.scales is not None and request.val is not None:
+    if request.val is not None and (request.scales is not None or not request.calibrated):
         return request.val
+    if not request.calibrated:
+        return NOISE
     if request.config.input and taken_by(request.model).image is None:
         return None
     return embedded.images_for(request.model)

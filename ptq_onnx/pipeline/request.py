@@ -32,6 +32,8 @@ class Request:
     scales: str | Path | None = None
     given: Given = field(default_factory=Given)
     keep_models: bool = True
+    calibrated: bool = True
+    """Whether images say what is quantized; else they are only measured on."""
 
     def check_place(self) -> None:
         """Refuse results that would replace what is read, or a model that is not written anew.
@@ -45,6 +47,11 @@ class Request:
                 f"--output {self.place.folder} holds a quantized model, which the analysis would"
                 " replace; name another folder."
             )
+
+    @property
+    def images_given(self) -> bool:
+        """Whether there is anything to calibrate with, besides what a model may bring itself."""
+        return self.calib is not None or self.scales is not None or bool(self.config.input)
 
     @property
     def invocation(self) -> Invocation:

@@ -252,6 +252,15 @@ class Deploy(SiteQuantizer):
         self.set_constants(constants)
         return specs
 
+    def measure(self, batches: Iterable[Any]) -> Statistics:
+        """As of any quantizer; nothing where every range is found at run time and nothing else asks
+        for the images."""
+        config, sites = self.plan.config, self.plan.sites
+        kinds = {r.method for t, r in self.rules.items() if not sites[t].is_parameter}
+        if kinds <= {"fixed"} and not config.bias_correction and not config.rounds_weights:
+            return Statistics()
+        return super().measure(batches)
+
     def _mix(self, stats: Statistics) -> None:
         """Give 16 bits to what 8 hold worst (``mixed.py``)."""
         wide, note = widened(self.rules, self.solve(stats), self.plan.sites, stats)

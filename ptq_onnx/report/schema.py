@@ -243,7 +243,7 @@ def _measured() -> dict[str, Schema]:
         ),
         "fidelity": _or_null(
             _object(
-                {"images": COUNT, "source": {"enum": ["val", "held apart", "calibration"]},
+                {"images": COUNT, "source": {"enum": ["val", "held apart", "calibration", "noise"]},
                  **closeness, "outputs": _list(_closeness())}
             )
         ),

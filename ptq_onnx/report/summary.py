@@ -145,6 +145,7 @@ def _images(fidelity: Entry) -> str:
     words = {
         "held apart": "images held out from calibration",
         "calibration": "images that calibration used too",
+        "noise": "images of Gaussian noise",
     }
     return f"{fidelity['images']} {words.get(str(fidelity.get('source')), 'images without labels')}"
 
