@@ -85,7 +85,7 @@ class Deploy(SiteQuantizer):
             return Rule(
                 widths.attention, sign, sign, code=code, method=method, around=rows, stored=stored
             )
-        if self.plan.config.at_run_time:
+        if self.plan.config.at_run_time and site.tensor not in self.plan.fixed:
             return self._at_run_time(site)
         products = [self.nodes[name].op_type for name in site.consumers]
         sign = target.symmetric
@@ -256,7 +256,8 @@ class Deploy(SiteQuantizer):
         """As of any quantizer; nothing where every range is found at run time and nothing else asks
         for the images."""
         config, sites = self.plan.config, self.plan.sites
-        kinds = {r.method for t, r in self.rules.items() if not sites[t].is_parameter}
+        asked = [t for t in self.rules if not sites[t].is_parameter and t not in self.plan.fixed]
+        kinds = {self.rules[t].method for t in asked}
         if kinds <= {"fixed"} and not config.bias_correction and not config.rounds_weights:
             return Statistics()
         return super().measure(batches)

@@ -123,7 +123,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     short_digits(folder / "m.onnx")
     for way in WAYS:
         ptq_onnx.quantize(
-            folder / "m.onnx", calib=ROOT / "img/digits/calib", val=sorted(PICTURES.glob("*.png"))[:16], output=folder / way,
+            folder / "m.onnx", calib=ROOT / "img/digits/calib",
+            val=sorted(PICTURES.glob("*.png"))[:16], output=folder / way,
             activations=way, analysis_images=8, **QUICK,
         )  # fmt: skip
     return folder
