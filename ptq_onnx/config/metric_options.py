@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ptq_onnx.config.names import METRIC_NAMES
 from ptq_onnx.config.option_types import shown
@@ -26,6 +27,20 @@ def check_metric(name: str | None, given: Sequence[str]) -> None:
             " function of your own as module:function."
         )
     metric_options(given)
+
+
+def is_own(name: object) -> bool:
+    """Whether a metric is a function of the user's, which is code."""
+    return isinstance(name, str) and name not in METRIC_NAMES
+
+
+def refuse_own(values: Mapping[str, Any], where: str) -> None:
+    """No code is loaded for a file of options. Raises ConfigError."""
+    if is_own(values.get("metric")):
+        raise ConfigError(
+            f"{where}: metric {shown(values['metric'])} is a function of your own, which is code:"
+            " name it on the command line, with --metric."
+        )
 
 
 def metric_options(given: Sequence[str]) -> dict[str, str]:

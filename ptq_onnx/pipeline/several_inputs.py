@@ -13,7 +13,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.errors import ConfigError, ImageError, one_line
+from ptq_onnx.errors import ConfigError, ImageError
+from ptq_onnx.images.array_files import arrays_in
 from ptq_onnx.images.opening import Images, open_images
 from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.preprocess import Preprocess
@@ -148,11 +149,7 @@ def _of_archive(images: Images | None, by_name: Mapping[str, ir.Value]) -> Array
 
 
 def _loaded(path: Path) -> Arrays:
-    try:
-        found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        return {"": found} if isinstance(found, np.ndarray) else dict(found)
-    except Exception as error:  # whatever a damaged file raises
-        raise ImageError(f"'{path}' cannot be read: {one_line(error)[:200]}.") from error
+    return arrays_in(path, f"'{path}'", LARGEST)
 
 
 def _value(name: str, text: str, value: ir.Value) -> NDArray[Any]:

@@ -286,3 +286,33 @@ def test_what_every_metric_refuses(kind: type[Metric]) -> None:
 
 def test_no_metric_without_a_name() -> None:
     assert make_metric(None, (), None, Path("none")) is None  # type: ignore[arg-type]
+
+
+def test_no_file_of_options_names_code(tmp_path: Path) -> None:
+    """Not on the command line, not from Python, and what a run writes names none."""
+    from ptq_onnx import QuantizeConfig
+    from ptq_onnx.cli.given import settings
+
+    path = tmp_path / "options.yaml"
+    path.write_text("metric: os:getcwd\n")
+    for read in (lambda: QuantizeConfig.load(path), lambda: settings(str(path), {})):
+        with pytest.raises(ConfigError, match="which is code: name it on the command line"):
+            read()
+    own = QuantizeConfig(metric="os:getcwd", metric_option=("better=lower",))
+    path.write_text(own.to_yaml())
+    assert QuantizeConfig.load(path) == QuantizeConfig()
+    built_in = QuantizeConfig(metric="depth", metric_option=("align=median",))
+    path.write_text(built_in.to_yaml())
+    assert QuantizeConfig.load(path) == built_in
+
+
+def test_archives_do_not_unpack_without_end(tmp_path: Path) -> None:
+    from ptq_onnx.images.array_files import arrays_in
+
+    flat = np.asfortranarray(RNG.normal(size=(3, 4)).astype(np.float32))
+    np.savez_compressed(tmp_path / "a.npz", a=flat, b=np.zeros((500, 500), np.uint8))
+    found = arrays_in(tmp_path / "a.npz", "here", 1 << 20)
+    np.testing.assert_array_equal(found["a"], flat)
+    assert found["b"].shape == (500, 500)
+    with pytest.raises(ImageError, match=r"here cannot be read: it unpacks to more than 0 MB"):
+        arrays_in(tmp_path / "a.npz", "here", 1 << 10)

@@ -20,10 +20,15 @@ from PIL import Image
 
 from ptq_onnx.errors import ImageError, one_line
 from ptq_onnx.files.text_file import read_text
+from ptq_onnx.images.array_files import arrays_in
 from ptq_onnx.images.preprocess import Preprocess, aligned
 from ptq_onnx.images.preprocess import opened as opened_picture
 
 ARRAYS, PICTURES = (".npy", ".npz"), (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
+KEYS = ("targets", "labels", "y", "arr_0")
+"""Names in an archive that are taken for the targets, in this order."""
+LARGEST = 1 << 30
+"""Bytes that an archive unpacks to."""
 LARGEST_TEXT = 1 << 28
 """Bytes of a file of lines or of annotations."""
 
@@ -121,31 +126,22 @@ class Targets:
 
     @cached_property
     def _whole(self) -> NDArray[Any]:
-        try:
-            found: Any = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(found, np.ndarray):
-                keys = list(found.keys())
-                key = next((k for k in ("targets", "labels", "y", "arr_0") if k in keys), keys[0])
-                found = found[key]
-        except Exception as error:  # whatever a damaged file raises
-            raise ImageError(
-                f"--targets {self.path} cannot be read: {one_line(error)[:200]}."
-            ) from error
+        arrays = arrays_in(self.path, f"--targets {self.path}", LARGEST)
+        if not arrays:
+            raise ImageError(f"--targets {self.path} holds no array.")
+        key = next((k for k in KEYS if k in arrays), next(iter(arrays)))
+        found = arrays[key]
         if found.ndim == 0 or len(found) != len(self.names):
             count = 0 if found.ndim == 0 else len(found)
             raise ImageError(
                 f"--targets {self.path} holds {count} entries for {len(self.names)} images."
             )
-        return np.asarray(found) if not isinstance(found, np.memmap) else found
+        return found
 
     def _of_file(self, image: str, pixels: bool) -> NDArray[Any]:
         path = self._file(image)
         if path.suffix.lower() in ARRAYS:
-            try:
-                found: Any = np.load(path, allow_pickle=False)
-                return np.asarray(found if isinstance(found, np.ndarray) else found["arr_0"])
-            except Exception as error:
-                raise ImageError(f"'{path}' cannot be read: {one_line(error)[:200]}.") from error
+            return next(iter(arrays_in(path, f"'{path}'", LARGEST).values()))
         with opened_picture(path) as picture:
             picture.load()
             return np.asarray(aligned(_plain(picture), self.preprocess) if pixels else picture)
