@@ -198,12 +198,16 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
         return QuantizationOptimizationPipeline([])
 
     def run(
-        self, image: Mapping[str, torch.Tensor], batches: Iterable[Any], device: str = "cpu"
+        self,
+        image: torch.Tensor | Mapping[str, torch.Tensor],
+        batches: Iterable[Any],
+        device: str = "cpu",
     ) -> None:
-        """Dispatch, calibrate and activate (PPQ's ``quantize``)."""
+        """Dispatch, calibrate and activate (PPQ's ``quantize``). ``image``: one batch, of several
+        inputs by their names."""
         with without_clones():
             self.quantize(
-                inputs=dict(image),
+                inputs=image if isinstance(image, torch.Tensor) else dict(image),
                 calib_dataloader=batches,
                 executor=Executor(self._graph, device=device),
                 setting=QuantizationSetting(),
