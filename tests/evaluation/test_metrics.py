@@ -156,6 +156,8 @@ def test_text_by_ctc_and_by_tokens(tmp_path: Path) -> None:
     assert (found.value, found.figures["edits"]) == (100.0, 0.0)
     stored = Text({}, targets(tmp_path / "truth.txt", 2), stored="a\nb")
     assert scored(stored, {"o": scores}).value == 100.0
+    padded = np.concatenate([scores, np.eye(4, dtype=np.float32)[[[3, 0], [0, 3]]]], axis=1)
+    assert scored(stored, {"o": padded}).value == 100.0  # a space at the end
     other = scores.copy()
     other[1, 4] = np.eye(4)[2]  # b ab
     worse = scored(Text(options), {"o": other}, {"o": scores})

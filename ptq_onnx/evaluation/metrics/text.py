@@ -1,4 +1,7 @@
-"""Text that a model reads: CTC, or a sequence of tokens, against strings or the float model's."""
+"""Text that a model reads: CTC, or a sequence of tokens, against strings or the float model's.
+
+White space at the ends of a string does not count.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,7 @@ class Text(Metric):
                 f"--metric text: the model writes number {max(tokens)}, and its dictionary has"
                 f" {len(known)} entries, the blank included."
             )
-        return "".join(known[t] for t in tokens)
+        return "".join(known[t] for t in tokens).strip()  # what ends in blank paper
 
 
 class _Strings(Running):
@@ -117,7 +120,7 @@ class _Strings(Running):
         found, targets = self.metric.read(names, outputs), self.metric.targets
         truth: list[Reading]
         if targets is not None:
-            truth = [targets.text(name) for name in names]
+            truth = [targets.text(name).strip() for name in names]
         elif reference is not None:
             truth = self.metric.read(names, reference)
         else:
