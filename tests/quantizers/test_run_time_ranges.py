@@ -163,6 +163,19 @@ def test_every_product_is_computed_in_integers(place: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_range_that_is_known_stays(place: Path, way: str) -> None:
+    """Pictures of 8 bits are coded in whole pixels, without an error, whatever finds the rest."""
+    import json
+
+    report = json.loads((place / way / "report.json").read_text())
+    first = [t for t in report["tensors"] if t["role"] == "input"]
+    assert [t["granularity"] for t in first] == ["tensor"]
+    varied = {t["tensor"]: t for t in report["analysis"]["variation"]["tensors"]}
+    error = varied[first[0]["tensor"]]["snr"]
+    assert error < 1e-9
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_the_simulation_is_that_of_the_file(place: Path, way: str) -> None:
     """The logits' SQNR of file and simulation, on the same images, agree."""
     import json
