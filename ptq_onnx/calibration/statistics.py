@@ -21,6 +21,7 @@ from ptq_onnx.calibration.range_growth import RangeTrace
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.model_sessions import open_session
+from ptq_onnx.runtime.packed import given
 
 __all__ = [
     "BINS",
@@ -360,7 +361,7 @@ def add_histograms(
     session, feed, wanted = open_taps(copy, [s.tensor for s in sites], threads)
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True)) if wanted else {}
-        found[feed] = batch
+        found |= given(session, batch)
         for site in sites:
             histogram = statistics.histograms[site.tensor]
             histogram.add(_rows(found.pop(site.tensor), site, len(histogram.low)))
@@ -382,8 +383,8 @@ def open_taps(
         if tensor not in outputs and values[tensor].producer() is not None:
             model.graph.outputs.append(values[tensor])
     session = _session(model, threads)
-    feed = str(session.get_inputs()[0].name)
-    return session, feed, [tensor for tensor in tensors if tensor != feed]
+    inputs = [str(i.name) for i in session.get_inputs()]
+    return session, inputs[0], [tensor for tensor in tensors if tensor not in inputs]
 
 
 def _rows(value: Array, site: Site, rows: int) -> Array:

@@ -76,7 +76,7 @@ def with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
     if not plan.config.products_only or plan.config.weight_only:
         return blocks
     takes = integer_readers(plan.config, blocks, regions_of(model, plan.config))
-    roles = own_reads(model, blocks, takes)
+    roles = own_reads(model, blocks, takes, at_run_time=plan.config.at_run_time)
     return replace(blocks, roles={**blocks.roles, **roles})
 
 
