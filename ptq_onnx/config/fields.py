@@ -70,6 +70,10 @@ class Fields:
         shown="percentile for vanilla, robust for the others", choices=METHOD_NAMES,
     )
     images: int = option(128, INPUT, "N", "Calibration images to use.", bounds=(1, 1_000_000))
+    seed: int | None = option(
+        None, INPUT, "N", "Draw the calibration images at random, by this seed.",
+        shown="spread evenly over all", bounds=(0, 1_000_000),
+    )
     batch: int = option(8, RUNNING, "N", "Images per batch.", bounds=(1, 4096))
     preprocess: str | None = option(
         None, INPUT, "NAME",

@@ -26,6 +26,7 @@ class Options(TypedDict, total=False):
     weights: int
     method: str | None
     images: int
+    seed: int | None
     batch: int
     mean: Sequence[float] | None
     std: Sequence[float] | None

@@ -55,8 +55,16 @@ def calibration_images(
             "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
             " comparison, not for use."
         )
-        return NoiseSource(preprocess, config.images)
+        noise = NoiseSource(preprocess, config.images)
+        return noise if config.seed is None else noise.drawn(config.images, config.seed)
     found = open_images(calib, preprocess, limit=config.images, **how)
+    if config.seed is not None:
+        found = found.drawn(config.images, config.seed)
+        if not found.others(1):
+            notes.append(
+                f"--seed {config.seed} draws nothing: all {len(found)} images calibrate; give fewer"
+                " with --images, or more to draw from."
+            )
     if len(found) < FEW:
         images = "1 image" if len(found) == 1 else f"{len(found)} images"
         notes.append(
