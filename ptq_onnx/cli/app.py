@@ -36,6 +36,7 @@ from ptq_onnx.cli.curve import calibration_curve
 from ptq_onnx.cli.given import settings
 from ptq_onnx.cli.inspect import inspect
 from ptq_onnx.cli.npu import WORDS, npu_of
+from ptq_onnx.cli.sweep import sweep
 from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.outputs import decibels as in_json
@@ -189,6 +190,7 @@ app.command(cls=cli_help.Command, short_help="Draw accuracy over the number of i
     calibration_curve
 )
 app.command(cls=cli_help.Command, short_help="Show what is in a model.")(inspect)
+app.command(cls=cli_help.Command, short_help="Quantize a matrix of models and recipes.")(sweep)
 
 
 def main() -> NoReturn:

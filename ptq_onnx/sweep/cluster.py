@@ -1,0 +1,137 @@
+"""Ray: started on this machine, or joined. Imported only where a sweep runs."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ptq_onnx.errors import ConfigError, one_line
+from ptq_onnx.files.held_folder import held_folder
+from ptq_onnx.sweep.orphans import watched
+
+OBJECTS = 100 << 20
+"""Bytes of Ray's object store: cells and rows are small."""
+LONGEST = 30
+"""Bytes of the temporary folder's name: Ray's sockets lie deep below, and end at 107."""
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ENABLE_METRICS_COLLECTION": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+"""Nothing is reported to anyone, nor printed between our lines."""
+HERE = "127.0.0.1"
+SECONDS = 5.0
+"""How long a cluster has to answer."""
+
+
+def import_ray(*, secret: bool) -> Any:
+    """The package, told to keep to itself; with a ``secret`` of this process, which it reads when
+    it is loaded, nobody else can talk to what it starts.
+
+    Raises ConfigError where it is not installed.
+    """
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if "ray" not in sys.modules:
+        for name, value in {**QUIET, **(own if secret else {})}.items():
+            os.environ.setdefault(name, value)
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError(
+            f"sweep runs on Ray, which cannot be imported ({one_line(error)}): pip install"
+            " 'ray==2.60.*', or install ptq-onnx with its extra [ray]."
+        ) from error
+
+
+@contextmanager
+def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator[Any]:
+    """Ray on this machine with so much to give out, seen by this user's processes alone, without
+    a dashboard; all of it is gone afterwards. ``environment``: variables of the workers.
+
+    Raises ConfigError.
+    """
+    ray = import_ray(secret=True)
+    with ExitStack() as stack:
+        folder = stack.enter_context(held_folder(_temporary() / "ray"))
+        stack.enter_context(_set({"TMPDIR": str(folder), **environment}))
+        stack.enter_context(watched())
+        try:
+            ray.init(
+                num_cpus=cores,
+                num_gpus=0,
+                _memory=memory,
+                object_store_memory=OBJECTS,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                _temp_dir=str(folder),
+                _node_ip_address=HERE,
+            )
+        except Exception as error:  # of its own and of the system's, without a common base
+            raise ConfigError(f"Ray cannot be started here: {one_line(error)}.") from error
+        stack.callback(ray.shutdown)
+        yield ray
+
+
+@contextmanager
+def joined(address: str, environment: Mapping[str, str]) -> Iterator[Any]:
+    """A cluster that runs already, as ``ray.init`` takes its address. Raises ConfigError."""
+    ray = import_ray(secret=False)
+    _reach(address)
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            runtime_env={"env_vars": {**QUIET, **environment}},
+        )
+    except Exception as error:  # as above
+        raise ConfigError(f"--address {address}: no cluster to join: {one_line(error)}.") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Refuse at once where nobody listens: Ray tries for long. Raises ConfigError."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdigit():
+        if address == "auto":
+            return
+        raise ConfigError(f"--address {address}: expected HOST:PORT, as in 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host, int(port)), SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--address {address}: nobody answers there ({error}).") from error
+
+
+def _temporary() -> Path:
+    """Where Ray's files may lie: the system's temporary folder, or /tmp where its name is long."""
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) <= LONGEST or os.name == "nt" else Path("/tmp")
+
+
+@contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment, for what is started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
