@@ -45,7 +45,11 @@ def import_ray(*, secret: bool) -> Any:
         for name, value in {**QUIET, **(own if secret else {})}.items():
             os.environ.setdefault(name, value)
     try:
-        return importlib.import_module("ray")
+        ray = importlib.import_module("ray")
+        # It prints what ends nodes and workers between our lines, which say it too; the name is
+        # private: where it is another one, only that silence is lost
+        importlib.import_module("ray._private.worker").listen_error_messages = _listen
+        return ray
     except ImportError as error:
         raise ConfigError(
             f"sweep runs on Ray, which cannot be imported ({one_line(error)}): pip install"
@@ -101,6 +105,10 @@ def joined(address: str, environment: Mapping[str, str]) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _listen(*_: Any) -> None:
+    """Nothing is printed."""
 
 
 def _reach(address: str) -> None:

@@ -21,6 +21,8 @@ from ptq_onnx.sweep.matrix import Cell
 
 Told = Callable[[Row], Any]
 """Called with each row as it comes."""
+Work = Callable[[Cell, Path, str, str, int], Row]
+"""Called with a cell, the sweep's folder, the cell's mark, the notice and the attempt."""
 SECONDS = 1.0
 """How long a wait for cells lasts, after which an interrupt is seen."""
 
@@ -53,12 +55,14 @@ def run(
     machines: Machines,
     retries: int,
     begun: Callable[[int, int], Told],
+    work: Work = run_cell,
 ) -> Found:
     """Run all cells that are not done in ``folder``, each into its own below it.
 
     ``begun`` is called with the number of cells to run and of all, and returns what is told of
     each row. ``retries``: of a cell whose process ended; one that cannot be done fails at once.
-    Raises PtqError: RayEnded where Ray ends, after which another run goes on.
+    ``work``: what a process does with a cell. Raises PtqError: RayEnded where Ray ends, after
+    which another run goes on.
     """
     forget()
     rows: dict[str, Row] = {}
@@ -75,7 +79,7 @@ def run(
         notes: list[str] = []
         told = begun(len(todo), len(cells))
         if todo:
-            with closing(_run(todo, folder, machines, retries, marks, notes)) as coming:
+            with closing(_run(todo, folder, machines, retries, marks, notes, work)) as coming:
                 for row in coming:
                     rows[row.cell] = row
                     told(row)
@@ -97,6 +101,7 @@ def _run(
     retries: int,
     marks: Mapping[str, str],
     notes: list[str],
+    work: Work,
 ) -> Generator[Row]:
     """The rows of the cells, as they come, the largest models first."""
     needs = {cell.name: need.memory_of(cell) for cell in cells}
@@ -117,7 +122,7 @@ def _run(
         notes.extend(_too_large(needs, memory))
         write_text(folder / NOTICE, notice)
         stack.callback((folder / NOTICE).unlink, missing_ok=True)
-        task = ray.remote(max_retries=0)(run_cell)
+        task = ray.remote(max_retries=0)(work)
 
         def submit(cell: Cell, attempt: int) -> Any:
             asked = task.options(
@@ -125,7 +130,7 @@ def _run(
             )
             return asked.remote(cell, folder.resolve(), marks[cell.name], notice, attempt)
 
-        yield from _rows(ray, ordered, folder, submit, retries)
+        yield from _rows(ray, ordered, folder, submit, retries, machines.address is None)
 
 
 def _rows(
@@ -134,8 +139,12 @@ def _rows(
     folder: Path,
     submit: Callable[[Cell, int], Any],
     retries: int,
+    single: bool,
 ) -> Generator[Row]:
-    """Submit all, and take what is finished; a cell whose process ended is submitted again."""
+    """Submit all, and take what is finished; a cell whose process ended is submitted again.
+    ``single``: there is no other node than this one."""
+    gone = ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError
+    fatal = (ray.exceptions.RaySystemError, *(gone if single else ()))
     waiting: dict[Any, tuple[Cell, int]] = {}
     try:
         waiting = {submit(cell, 1): (cell, 1) for cell in cells}
@@ -146,7 +155,8 @@ def _rows(
                 try:
                     yield ray.get(one)
                 except ray.exceptions.RayError as error:
-                    if isinstance(error, ray.exceptions.RaySystemError):
+                    if isinstance(error, fatal):
+                        waiting[one] = cell, attempt
                         raise
                     if attempt <= retries:
                         waiting[submit(cell, attempt + 1)] = cell, attempt + 1
