@@ -14,7 +14,7 @@ from ptq_onnx.errors import ConfigError, PtqError, one_line
 from ptq_onnx.files.held_folder import LOCK, clear, locked, unlock
 from ptq_onnx.files.text_file import write_text
 from ptq_onnx.sweep import need
-from ptq_onnx.sweep.cell import NOTICE, REFUSED, Row, failed, finished, keep_failure, run_cell
+from ptq_onnx.sweep.cell import DONE, NOTICE, REFUSED, Row, failed, finished, keep_failure, run_cell
 from ptq_onnx.sweep.cluster import joined, started
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
 from ptq_onnx.sweep.matrix import Cell
@@ -75,7 +75,7 @@ def run(
                 todo.append(cell)
             else:
                 rows[cell.name] = found
-        before = sum(row.status != REFUSED for row in rows.values())
+        before = sum(row.status == DONE for row in rows.values())
         notes: list[str] = []
         told = begun(len(todo), len(cells))
         if todo:
@@ -90,7 +90,10 @@ def _known(cell: Cell, folder: Path, marks: dict[str, str]) -> Row | None:
     """The row of a cell that need not run; else its mark is noted."""
     if cell.config is None:
         return Row.of(cell, REFUSED, cell.refusal)
-    marks[cell.name] = fingerprint(cell)
+    try:
+        marks[cell.name] = fingerprint(cell)
+    except (PtqError, OSError) as error:  # its model or images cannot be read
+        return keep_failure(failed(cell, one_line(error), 1), folder / cell.name)
     return finished(cell, folder, marks[cell.name])
 
 

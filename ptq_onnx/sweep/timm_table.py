@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ptq_onnx.errors import ConfigError
+from ptq_onnx.errors import ConfigError, one_line
 
 
 def preprocessing_of(name: str) -> dict[str, Any]:
     """Options of the preprocessing that timm evaluates a model with. Raises ConfigError."""
     try:
         from timm.models import get_pretrained_cfg
-    except ImportError as error:
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
         raise ConfigError(
-            f"timm: {name}: timm cannot be imported ({error}); pip install timm torchvision, or"
-            " write mean, std, crop_pct and interpolation into the table."
+            f"timm: {name}: timm cannot be imported ({one_line(error)}): install timm and"
+            " torchvision, or write mean, std, crop_pct and interpolation into the table."
         ) from error
     try:
         found = get_pretrained_cfg(name.removeprefix("timm/"))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from sweep.stub import RESULT, cells, content
 
 pytest.importorskip("ray", reason="a sweep runs on Ray: the extra [ray]")
