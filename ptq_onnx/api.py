@@ -185,11 +185,13 @@ def evaluate(
     preprocess: Preprocessing | None = None,
     batch_size: int = 8,
     threads: int = 0,
+    workers: int = 1,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Evaluation:
     """Top-1 and top-5 of a model in ONNX Runtime, and how close it is to a ``reference``.
 
-    ``images``: what :func:`open_images` takes, or returned. Raises PtqError.
+    ``images``: what :func:`open_images` takes, or returned. ``workers``: processes that run the
+    models, in a script whose main part is guarded. Raises PtqError.
     """
     from ptq_onnx.calibration.class_output import features_of
     from ptq_onnx.evaluation import evaluate as evaluation
@@ -207,6 +209,7 @@ def evaluate(
             truth,
             batch_size=batch_size,
             threads=threads,
+            workers=workers,
             reference=other,
             features=features,
             progress=progress,

@@ -100,7 +100,7 @@ app.command(cls=cli_help.Command, short_help="Put quantized files side by side."
 
 
 @app.command(cls=cli_help.Command, short_help="Measure the accuracy of a model on images.")
-@o.takes(*o.PICTURES, "batch", "threads")
+@o.takes(*o.PICTURES, "batch", "threads", "workers")
 def evaluate(
     model: o.Model,
     val: o.Measured = None,
@@ -147,6 +147,7 @@ def evaluate(
             truth,
             batch_size=options.batch,
             threads=options.threads,
+            workers=options.workers,
             reference=other,
             features=features,
             progress=None

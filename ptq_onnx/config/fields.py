@@ -230,6 +230,11 @@ class Fields:
     threads: int = option(
         0, RUNNING, "N", "Threads to compute with; 0: the runtime decides.", bounds=(0, 256)
     )
+    workers: int = option(
+        1, RUNNING, "N",
+        "Processes that calibrate and measure side by side; the numbers stay the same.",
+        bounds=(1, 256),
+    )
     # fmt: on
 
     @property

@@ -65,6 +65,7 @@ class Options(TypedDict, total=False):
     attention_heads: Sequence[int]
     analysis_images: int
     threads: int
+    workers: int
 
 
 def configured(config: QuantizeConfig | None, options: Mapping[str, Any]) -> QuantizeConfig:

@@ -28,6 +28,7 @@ def measured(
     kind: str,
     *,
     threads: int,
+    workers: int = 1,
     features: Collection[str] = (),
     stage: Callable[[str, int], Callable[[int], Any]],
 ) -> tuple[dict[str, Any], list[str]]:
@@ -41,6 +42,7 @@ def measured(
         images,
         truth,
         threads=threads,
+        workers=workers,
         reference=reference,
         progress=since(stage(MEASURING, len(images))),
         names=NAMES,

@@ -9,14 +9,15 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptq_onnx.errors import ConfigError, one_line
 from ptq_onnx.files.held_folder import held_folder
-from ptq_onnx.sweep.orphans import watched
+from ptq_onnx.sweep.orphans import named, watched
 
 OBJECTS = 100 << 20
 """Bytes of Ray's object store: cells and rows are small."""
@@ -30,6 +31,8 @@ QUIET = {
 }
 """Nothing is reported to anyone, nor printed between our lines."""
 HERE = "127.0.0.1"
+HEAD = "gcs_server"
+"""The process of Ray that knows all others."""
 SECONDS = 5.0
 """How long a cluster has to answer."""
 
@@ -48,7 +51,7 @@ def import_ray(*, secret: bool) -> Any:
         ray = importlib.import_module("ray")
         # It prints what ends nodes and workers between our lines, which say it too; the name is
         # private: where it is another one, only that silence is lost
-        importlib.import_module("ray._private.worker").listen_error_messages = _listen
+        vars(importlib.import_module("ray._private.worker"))["listen_error_messages"] = _listen
         return ray
     except ImportError as error:
         raise ConfigError(
@@ -57,8 +60,18 @@ def import_ray(*, secret: bool) -> Any:
         ) from error
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Ray, as a package that is connected. ``single``: this machine is all of it. ``ended``: says
+    whether its head is gone, for which Ray itself waits long."""
+
+    ray: Any
+    single: bool
+    ended: Callable[[], bool]
+
+
 @contextmanager
-def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator[Any]:
+def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
     """Ray on this machine with so much to give out, seen by this user's processes alone, without
     a dashboard; all of it is gone afterwards. ``environment``: variables of the workers.
 
@@ -68,7 +81,7 @@ def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator
     with ExitStack() as stack:
         folder = stack.enter_context(held_folder(_temporary() / "ray"))
         stack.enter_context(_set({"TMPDIR": str(folder), **environment}))
-        stack.enter_context(watched())
+        mark = stack.enter_context(watched())
         try:
             ray.init(
                 num_cpus=cores,
@@ -84,11 +97,12 @@ def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator
         except Exception as error:  # of its own and of the system's, without a common base
             raise ConfigError(f"Ray cannot be started here: {one_line(error)}.") from error
         stack.callback(ray.shutdown)
-        yield ray
+        heads = named(mark, HEAD)
+        yield Cluster(ray, True, lambda: bool(heads) and not heads & named(mark, HEAD))
 
 
 @contextmanager
-def joined(address: str, environment: Mapping[str, str]) -> Iterator[Any]:
+def joined(address: str, environment: Mapping[str, str]) -> Iterator[Cluster]:
     """A cluster that runs already, as ``ray.init`` takes its address. Raises ConfigError."""
     ray = import_ray(secret=False)
     _reach(address)
@@ -102,7 +116,7 @@ def joined(address: str, environment: Mapping[str, str]) -> Iterator[Any]:
     except Exception as error:  # as above
         raise ConfigError(f"--address {address}: no cluster to join: {one_line(error)}.") from error
     try:
-        yield ray
+        yield Cluster(ray, False, lambda: False)
     finally:
         ray.shutdown()
 

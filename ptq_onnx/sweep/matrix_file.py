@@ -177,6 +177,8 @@ def _check(options: Mapping[str, Any], where: str, own: Sequence[str] = ()) -> N
     for key, value in options.items():
         if key in OF_AXES and key not in own:
             raise ConfigError(f"{where}: {key} is an axis: name it under '{OF_AXES[key]}:'.")
+        if key == "workers":
+            raise ConfigError(f"{where}: workers: cells run side by side; give --workers to sweep.")
         try:
             configured(None, {key: value})
         except ConfigError as error:

@@ -66,6 +66,16 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def named(mark: str, word: str) -> set[int]:
+    """Those of the marked processes whose command line has a word in it."""
+    found = set()
+    for pid in marked(mark):
+        with suppress(OSError):
+            if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+    return found
+
+
 def main(mark: str) -> None:
     """Wait for the end of the input, then end what is marked."""
     while sys.stdin.buffer.read(1 << 10):

@@ -15,7 +15,7 @@ from ptq_onnx.files.held_folder import LOCK, clear, locked, unlock
 from ptq_onnx.files.text_file import write_text
 from ptq_onnx.sweep import need
 from ptq_onnx.sweep.cell import DONE, NOTICE, REFUSED, Row, failed, finished, keep_failure, run_cell
-from ptq_onnx.sweep.cluster import joined, started
+from ptq_onnx.sweep.cluster import Cluster, joined, started
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
 from ptq_onnx.sweep.matrix import Cell
 
@@ -118,14 +118,14 @@ def _run(
             memory = need.free_memory()
             fit = need.fitting(need.free_cores(), memory, threads, max(needs.values()))
             workers = min(machines.workers or fit, len(cells))
-            ray = stack.enter_context(started(workers * threads, memory, environment))
+            cluster = stack.enter_context(started(workers * threads, memory, environment))
         else:
-            ray = stack.enter_context(joined(machines.address, environment))
-            memory = _largest_node(ray, threads)
+            cluster = stack.enter_context(joined(machines.address, environment))
+            memory = _largest_node(cluster.ray, threads)
         notes.extend(_too_large(needs, memory))
         write_text(folder / NOTICE, notice)
         stack.callback((folder / NOTICE).unlink, missing_ok=True)
-        task = ray.remote(max_retries=0)(work)
+        task = cluster.ray.remote(max_retries=0)(work)
 
         def submit(cell: Cell, attempt: int) -> Any:
             asked = task.options(
@@ -133,26 +133,27 @@ def _run(
             )
             return asked.remote(cell, folder.resolve(), marks[cell.name], notice, attempt)
 
-        yield from _rows(ray, ordered, folder, submit, retries, machines.address is None)
+        yield from _rows(cluster, ordered, folder, submit, retries)
 
 
 def _rows(
-    ray: Any,
+    cluster: Cluster,
     cells: Sequence[Cell],
     folder: Path,
     submit: Callable[[Cell, int], Any],
     retries: int,
-    single: bool,
 ) -> Generator[Row]:
-    """Submit all, and take what is finished; a cell whose process ended is submitted again.
-    ``single``: there is no other node than this one."""
+    """Submit all, and take what is finished; a cell whose process ended is submitted again."""
+    ray = cluster.ray
     gone = ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError
-    fatal = (ray.exceptions.RaySystemError, *(gone if single else ()))
+    fatal = (ray.exceptions.RaySystemError, *(gone if cluster.single else ()))
     waiting: dict[Any, tuple[Cell, int]] = {}
     try:
         waiting = {submit(cell, 1): (cell, 1) for cell in cells}
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=SECONDS)
+            if not done and cluster.ended():
+                raise ConnectionError("its head process is gone")
             for one in done:
                 cell, attempt = waiting.pop(one)
                 try:
