@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.calibration.finite import not_finite
 from ptq_onnx.calibration.histogram import BINS, Histogram
+from ptq_onnx.calibration.moving_average import moving_average
 from ptq_onnx.calibration.range_growth import RangeTrace
 from ptq_onnx.calibration.tapped_runs import (
     add_outputs,
@@ -37,7 +38,6 @@ __all__ = [
     "add_histograms",
     "collect",
     "copies_in",
-    "moving_average",
     "open_taps",
     "reduced_shape",
     "tap",
@@ -46,22 +46,6 @@ __all__ = [
 Array = NDArray[np.float32]
 TOP = 16
 """How many of the largest per-image extremes are kept per channel, for the tail estimate."""
-
-
-MOMENTUM = 0.99
-"""Of the moving averages: what FQ-ViT's observer keeps, there of a batch, here of an image."""
-
-
-def moving_average(average: Array, rows: Array, seen: int) -> Array:
-    """The average [C] after ``rows`` [B, C] more, oldest first; the first of all starts it.
-
-    As a sum: Σ (1 - m) m^(B - 1 - i) row_i + m^B average.
-    """
-    if seen == 0:
-        average, rows = rows[0], rows[1:]
-    powers = MOMENTUM ** np.arange(len(rows) - 1, -1, -1, dtype=np.float64)
-    mixed = (1 - MOMENTUM) * powers @ rows.astype(np.float64) + MOMENTUM ** len(rows) * average
-    return np.asarray(mixed, np.float32)
 
 
 @dataclass
