@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from short_digits import short_digits
 
 import ptq_onnx  # noqa: F401  (before any onnxruntime: it switches off its telemetry)
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = {

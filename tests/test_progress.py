@@ -128,8 +128,8 @@ def test_quantize(
             assert stage.steps == [8] * (stage.total // 8)
 
 
-def test_analyse_and_auto(tmp_path: Path) -> None:
-    few = {"quantizer": "vanilla", "keep_float": ("all@0-4",), "analysis_images": 2}
+def test_analyse_and_auto(tmp_path: Path, short: Path) -> None:
+    few = {"model": short, "quantizer": "vanilla", "analysis_images": 2}
     told = run(tmp_path / "a", sensitivity=True, pictures=False, **few)
     told.assert_complete()
     (modules,) = [s for s in told.stages if s.name == stages.MODULES]

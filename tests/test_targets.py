@@ -198,7 +198,7 @@ def test_vit_is_taken_as_it_is_and_computes_what_the_simulator_does(
     target: str, real_models: dict[str, Path], shared: Path, tmp_path: Path
 ) -> None:
     config = QuantizeConfig(
-        target=target, images=16, preprocess="inception", report=False, threads=1
+        target=target, images=8, preprocess="inception", report=False, threads=1
     )
     calib = shared / "imagenet/calib"
     result = quantize(real_models["vit"], config=config, output=tmp_path / "out", calib=calib)

@@ -5,7 +5,7 @@
 The base is ``vanilla``, everything quantized per tensor. Each row gives activations and weights
 of the named ops a scale per channel; LN means inputs and outputs of the LayerNorms. SNR of
 logits and of the last norm's output (all tokens), and the share of equal top classes, on images
-held apart.
+held out from calibration.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def told(report: dict) -> list[tuple[str, str, str]]:  # type: ignore[type-arg]
         ("calibrate", "ranges on images, then equalise",
          f"{report['calibration']['images']} images, {moves} moves"),
         ("analyse", "the error of every op, simulated", f"{len(analysis['ops'])} ops on\n"
-         f"{analysis['images']} images held apart"),
+         f"{analysis['images']} images held out"),
         ("export", "standard ONNX for the runtime",
          f"{sizes['float'] / 1e6:.2f} → {sizes['quantized'] / 1e6:.2f} MB\n"
          f"{report['coverage']['percent']:.0f} % of MACs in integers"),

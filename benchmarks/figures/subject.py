@@ -1,4 +1,4 @@
-"""What the figures have in common: their options, a calibrated quantizer, a held-apart source."""
+"""What the figures have in common: their options, a calibrated quantizer, a held-out source."""
 
 from __future__ import annotations
 

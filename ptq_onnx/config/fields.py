@@ -152,6 +152,12 @@ class Fields:
         " in float and free at run time, where one scale per tensor is then expected to lose less.",
         shown="on with --quantize-residual, and for qnn",
     )
+    split_hidden: bool | None = option(
+        None, NUMBERS, None,
+        "Hold hidden channels far above the rest as sums of several, so that one scale serves them"
+        " all, where one is expected to lose less then.",
+        shown="on for fqvit and for qnn",
+    )
     bias_correction: bool = option(
         True, NUMBERS, None,
         "deploy: correct the biases for the mean error of quantized weights.",
@@ -278,6 +284,13 @@ class Fields:
         unset = self.quantize_residual and self.precision != "fp8"
         unset = unset or self.runtime.all_codes
         return unset if self.rotate is None else self.rotate
+
+    @property
+    def splits_hidden(self) -> bool:
+        """True where massive hidden channels are held in pieces if that lowers the expected
+        error."""
+        unset = self.quantizer == "fqvit" or self.runtime.all_codes
+        return unset if self.split_hidden is None else self.split_hidden
 
     @property
     def mixes(self) -> bool:

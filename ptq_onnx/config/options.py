@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     lis: bool
     equalize: bool
     rotate: bool | None
+    split_hidden: bool | None
     bias_correction: bool
     rounding: str
     wide_ends: bool

@@ -14,6 +14,7 @@ READING = "Reading the model"
 LOADING = "Loading PyTorch and PPQ"
 CHECKING = "Checking the preprocessing"
 CHANNELS = "Measuring channel ranges"
+SPLITTING = "Finding massive hidden channels"
 TURNING = "Turning the residual stream"
 EQUALISING = "Equalising channels"
 RUNNING_FLOAT = "Running the float model"
@@ -44,6 +45,8 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
         plan.append(Planned(CHANNELS, images))
     if config.rotates:
         plan.append(Planned(TURNING, 2 * images))
+    if config.splits_hidden:
+        plan.append(Planned(SPLITTING, 2 * images))
     if config.equalizes:
         plan.append(Planned(EQUALISING, 2 * images))
     if config.auto:

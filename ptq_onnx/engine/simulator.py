@@ -23,6 +23,7 @@ from ptq_onnx.engine.ppq_import import (
 from ptq_onnx.engine.torch_ops import HANDLERS
 from ptq_onnx.engine.vit_quantizer import VitQuantizer, is_active
 from ptq_onnx.errors import ModelError
+from ptq_onnx.graph.bounded import BOUND
 from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.spec import TensorSpec
@@ -38,7 +39,9 @@ def _single(handler: Callable[..., Any]) -> Callable[..., Any]:
     def run(op: Operation, values: list[torch.Tensor], ctx: Any = None, **_: Any) -> Any:
         device = None if ctx is None else ctx.executing_device
         moved = [v if v is None or device is None else v.to(device) for v in values]
-        return handler(op.attributes, moved)
+        made = handler(op.attributes, moved)
+        bound = op.attributes.get(BOUND)
+        return made if bound is None else torch.clamp(made, max=float(bound))
 
     return run
 

@@ -183,6 +183,10 @@ def _round(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     return torch.round(values[0])
 
 
+def _relu(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    return torch.relu(values[0])
+
+
 HANDLERS: dict[str, Handler] = {
     "Cast": _cast,
     "Concat": _concat,
@@ -198,6 +202,7 @@ HANDLERS: dict[str, Handler] = {
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
     "ReduceSum": _reduce(torch.sum),
+    "Relu": _relu,
     "Reshape": _reshape,
     "Round": _round,
     "Shape": _shape,

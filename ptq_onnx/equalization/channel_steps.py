@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.roles import Role
 from ptq_onnx.blocks.walking import name_of
-from ptq_onnx.equalization.equalize import Move
 from ptq_onnx.equalization.factor_search import Product, choose_factor, normalized
 from ptq_onnx.equalization.foldings import (
     insert_affine,
@@ -25,6 +24,7 @@ from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import TINY, Solved
 from ptq_onnx.numerics.range_search import channel_bounds, logarithmic_range
 from ptq_onnx.numerics.spec import Rule, Site
+from ptq_onnx.quantizers.base import Move
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]

@@ -60,7 +60,7 @@ from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Site
-from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.base import Move, Plan
 
 Double = NDArray[np.float64]
 
@@ -74,21 +74,6 @@ BYTE_STEPS = 255
 """γ has 8-bit codes where it has codes at all; factors are chosen so that these hold it exactly."""
 AVERAGED = 0.2
 """Weight of v's own rounding beside that of A·V: the rows of A average over tokens."""
-
-
-@dataclass(frozen=True)
-class Move:
-    """What was moved at one site: how much of the expected noise of its readers it saves."""
-
-    tensor: str
-    role: str
-    block: int | None
-    into: str
-    gain_db: float
-    largest: float
-    """The largest factor over the smallest."""
-    copies: int = 0
-    """Channels added by splitting."""
 
 
 @dataclass

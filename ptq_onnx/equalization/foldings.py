@@ -160,19 +160,36 @@ class Hidden:
 
     def repeat(self, graph: ir.Graph, copies: NDArray[np.int64]) -> None:
         """Copy channel c ``copies[c]`` times; each copy counts 1 / copies[c] behind."""
+        self._widen(graph, copies, copies, np.zeros(int(copies.sum())))
+
+    def divide(self, graph: ir.Graph, pieces: NDArray[np.int64], bound: float) -> None:
+        """Copy channel c ``pieces[c]`` times, copy i with i · ``bound`` less in front of the
+        activation; each counts in full behind."""
+        before = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        place = np.arange(int(pieces.sum())) - before
+        self._widen(graph, pieces, np.ones_like(pieces), np.asarray(place * bound, np.float64))
+
+    def _widen(
+        self,
+        graph: ir.Graph,
+        copies: NDArray[np.int64],
+        parts: NDArray[np.int64],
+        less: NDArray[np.float64],
+    ) -> None:
+        """Copies of channels: ``less`` [Σ copies] in front, 1 / ``parts`` [C] of each behind."""
         index = np.repeat(np.arange(len(copies)), copies)
         weight, bias = constant(self.before.inputs[1]), None
         assert weight is not None
         if len(self.before.inputs) > 2:
             bias = constant(self.before.inputs[2])
         wide = np.zeros(len(index)) if bias is None else np.array(bias, np.float64)[index]
-        set_linear(graph, self.before, weight.astype(np.float64)[:, index], wide)
+        set_linear(graph, self.before, weight.astype(np.float64)[:, index], wide - less)
         for linear in self.after:
             matrix, old = constant(linear.inputs[1]), None
             assert matrix is not None
             if len(linear.inputs) > 2:
                 old = constant(linear.inputs[2])
-            rows = matrix.astype(np.float64)[index] / copies[index][:, None]
+            rows = matrix.astype(np.float64)[index] / parts[index][:, None]
             width = matrix.shape[1]
             set_linear(
                 graph, linear, rows, np.zeros(width) if old is None else np.array(old, np.float64)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx.graph.bounded import write_bound
 from ptq_onnx.graph.formula import DOMAIN, new_constant, unique_name
 
 QUICK_GELU_FACTOR = 1.702
@@ -21,6 +22,7 @@ def standardise(model: ir.Model) -> ir.Model:
     """The model itself in standard ONNX, changed in place."""
     graph = model.graph
     for node in list(graph):
+        write_bound(graph, node)
         if node.domain == DOMAIN:
             expand(graph, node)
     graph.opset_imports.pop(DOMAIN, None)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ptq_onnx.numerics.codes.code import TINY
+
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 Codes = NDArray[np.int8]
@@ -24,6 +26,10 @@ DAMPING = 0.01
 """Of H's mean diagonal, added to the diagonal: keeps the inverse finite."""
 BLOCK = 128
 """Input channels whose errors are passed on at once to those behind them."""
+RANGES = np.linspace(1.0, 0.45, 12)
+"""Parts of the largest weight that a scale may cover."""
+PASSES = 4
+"""Over all input channels, at most."""
 ITERATIONS = 400
 RATE, STRENGTH, WARM = 0.03, 0.5, 0.2
 """Of AdaRound: Adam's step, the regulariser's weight, and the part of the run without it."""
@@ -85,6 +91,47 @@ def gptq(weight: Array, scale: Array, moments: Double, bits: int, zero: Zero = N
             errors[i - start] = error
         left[stop:] -= factor[start:stop, stop:].T @ errors
     return _better(weight, scale, moments, codes, nearest(weight, scale, bits, zero))
+
+
+def gptq_scaled(weight: Array, moments: Double, bits: int, scale: Array) -> tuple[Array, Codes]:
+    """Scales [N] and codes: of ``scale`` and ``RANGES`` of max |w| whichever leaves each column the
+    smallest loss once its codes are found; the codes then improved one by one (``descended``)."""
+    width = weight.shape[1]
+    _, largest = limits(bits)
+    full = np.maximum(np.abs(weight).max(axis=0) / largest, TINY)
+    tried = np.concatenate([RANGES[:, None] * full, scale[None]]).astype(np.float32)  # [R, N]
+    many = np.tile(weight, (1, len(tried)))
+    codes = gptq(many, tried.ravel(), moments, bits)
+    best = loss(many, tried.ravel(), moments, codes).reshape(len(tried), width).argmin(axis=0)
+    columns = np.arange(width)
+    chosen = tried[best, columns]
+    start = codes[:, best * width + columns]
+    return chosen, descended(weight, chosen, moments, bits, start)
+
+
+def descended(weight: Array, scale: Array, moments: Double, bits: int, codes: Codes) -> Codes:
+    """Codes of which none can be changed alone, one input channel after the other, for a smaller
+    loss: c_i ← clip(round(c_i - (HΔ)_i / (H_ii s))), until nothing changes or ``PASSES`` are over.
+    """
+    smallest, largest = limits(bits)
+    power = np.diag(moments)
+    steps = np.broadcast_to(scale.astype(np.float64), weight.shape)
+    found = codes.astype(np.float64)
+    slope = moments @ (found * steps - weight)
+    read = [i for i in np.argsort(-power, kind="stable") if power[i] > 1e-12 * power.max()]
+    for _ in range(PASSES):
+        changed = False
+        for i in read:
+            wanted = found[i] - slope[i] / (power[i] * steps[i])
+            change = np.clip(np.rint(wanted), smallest, largest) - found[i]
+            columns = np.flatnonzero(change)
+            if len(columns):
+                slope[:, columns] += moments[:, i, None] * (change * steps[i])[columns]
+                found[i] += change
+                changed = True
+        if not changed:
+            break
+    return _better(weight, scale, moments, found.astype(np.int8), codes)
 
 
 def adaround(

@@ -228,6 +228,7 @@ def rewrites(made: Rewritten) -> dict[str, Any]:
             "moves": [asdict(move) for move in made.plan.moves],
         },
         "rotation": None if made.turns is None else made.turns.to_json(),
+        "pieces": [asdict(one) for one in made.pieces],
         "parity": asdict(made.parity),
     }
 

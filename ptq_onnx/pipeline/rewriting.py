@@ -22,12 +22,21 @@ from ptq_onnx.pipeline.reading import prepared_anew
 from ptq_onnx.preparation.prepare import Prepared
 
 if TYPE_CHECKING:
+    from ptq_onnx.equalization.hidden_pieces import Pieces
     from ptq_onnx.equalization.rotation_choice import Codes, Turned, Turns
     from ptq_onnx.numerics.spec import Rule
     from ptq_onnx.quantizers.base import Plan
 
-ROTATION, EQUALISATION, FORM = "rotation", "equalisation", "bringing it into form"
+ROTATION, PIECES, EQUALISATION, FORM = (
+    "rotation",
+    "hidden channels in pieces",
+    "equalisation",
+    "bringing it into form",
+)
 """What is done to the float model, in the words of notes."""
+BOUNDS_TRIED = (1.0, 1.6, 2.5)
+"""Least bounds of pieces, over where their function is linear: larger ones are passed less often
+(and then the sum is not off)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,8 @@ class Rewritten:
     parity: Parity
     turns: Turns | None
     """What rotation turned, and by what; None where it was not asked for, or undone."""
+    pieces: tuple[Pieces, ...]
+    """The hidden channels that are held in pieces."""
     original: Prepared | None
     """The model before it was changed, where its attention is drawn beside."""
 
@@ -52,6 +63,7 @@ class _Attempt:
     prepared: Prepared
     off: Off
     turns: Turns | None = None
+    pieces: tuple[Pieces, ...] = ()
     original: Prepared | None = None
     undone: tuple[str, ...] = ()
 
@@ -64,6 +76,8 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     found = _Attempt(plan, job.inputs.prepared, off, original=kept_for_pictures(job))
     if job.config.rotates:
         found = _rotated(job, found, reference)
+    if job.config.splits_hidden:
+        found = _split(job, found, reference)
     found = _in_form(job, found, reference)
     job.notes.extend(reference.notes)
     parity = Parity(
@@ -77,7 +91,7 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     )
     plan = with_known_ranges(job, found.plan)
     prepared = replace(found.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
-    return Rewritten(plan, prepared, parity, found.turns, found.original)
+    return Rewritten(plan, prepared, parity, found.turns, found.pieces, found.original)
 
 
 def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
@@ -91,6 +105,36 @@ def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
         return replace(found, plan=turned(found.plan, turns), turns=turns, off=off)
     found = replace(found, plan=replace(found.plan, factors={}))
     return _restored(job, _undone(job, found, ROTATION, off, reference))
+
+
+def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
+    """With its massive hidden channels in pieces, where that is the same function."""
+    from ptq_onnx.equalization.hidden_pieces import describe, split_hidden
+    from ptq_onnx.quantizers.by_name import make_quantizer
+
+    plan = found.plan
+    if plan.config.products_only and not plan.config.runtime.all_codes:
+        job.notes.append("--split-hidden: deploy gives these channels factors of their own.")
+        return found
+    if job.request.scales is not None:
+        job.notes.append("--scales: no hidden channels were split, which is decided on images.")
+        return found
+    off = found.off
+    for least in BOUNDS_TRIED:
+        split, pieces = split_hidden(
+            plan,
+            make_quantizer(plan).rules,
+            job.batches(),
+            least=least,
+            progress=job.stage(stages.SPLITTING),
+        )
+        if not pieces:
+            return found
+        off = reference.off(split.model)
+        if reference.accepts(off):
+            job.notes.extend(describe(one) for one in pieces)
+            return replace(found, plan=split, pieces=tuple(pieces), off=off)
+    return _undone(job, found, PIECES, off, reference)
 
 
 def _in_form(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
@@ -145,12 +189,19 @@ def original_run(job: Job) -> Reference:
 
 
 def _restored(job: Job, found: _Attempt) -> _Attempt:
-    """With the model as it was before it was changed in place, but for the rotation."""
+    """With the model as it was before it was changed in place, but for the rotation: massive
+    hidden channels are whole again."""
     prepared = prepared_anew(job.request)
     prepared.model.metadata_props.update(found.prepared.model.metadata_props)
     plan = replace(
-        found.plan, model=prepared.model, blocks=prepared.blocks, sites=prepared.sites, pixels=None
+        found.plan,
+        model=prepared.model,
+        blocks=prepared.blocks,
+        sites=prepared.sites,
+        pixels=None,
+        fixed={},
     )
+    found = replace(found, pieces=())
     if found.turns is None:
         return replace(found, plan=plan, prepared=prepared, original=None)
     from ptq_onnx.equalization.rotation_choice import turn_again
@@ -275,13 +326,15 @@ def kept_for_pictures(job: Job) -> Prepared | None:
     return replace(job.inputs.prepared, model=job.inputs.prepared.model.clone())
 
 
-def of_copies(plan: Plan) -> dict[str, tuple[float, float]]:
-    """The ranges searched, for the copies of their tensors that are quantized instead."""
+def of_copies(
+    plan: Plan, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """The ranges, for the copies of their tensors that are quantized instead."""
     found: dict[str, tuple[float, float]] = {}
     for node in plan.model.graph:
         read = node.inputs[0] if node.op_type == "Identity" else None
-        if read is not None and read.name in plan.searched:
-            found[str(node.outputs[0].name)] = plan.searched[str(read.name)]
+        if read is not None and read.name in ranges:
+            found[str(node.outputs[0].name)] = ranges[str(read.name)]
     return found
 
 
@@ -296,8 +349,8 @@ def with_known_ranges(job: Job, plan: Plan) -> Plan:
     """The plan with the ranges of the image, and of copies of what was turned."""
     return replace(
         plan,
-        fixed={**pixel_range(job, plan), **plan.fixed},
-        searched={**plan.searched, **of_copies(plan)},
+        fixed={**pixel_range(job, plan), **plan.fixed, **of_copies(plan, plan.fixed)},
+        searched={**plan.searched, **of_copies(plan, plan.searched)},
     )
 
 

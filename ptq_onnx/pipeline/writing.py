@@ -63,7 +63,7 @@ def formed(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> str:
     form, its weights rounded and biases corrected. Not written where nothing was changed."""
     turned = made.turns is not None and made.turns.changed
     equalised = job.config.equalizes and EQUALISATION not in made.parity.undone
-    changed = turned or equalised or any(made.plan.forms.values())
+    changed = turned or bool(made.pieces) or equalised or any(made.plan.forms.values())
     if not changed and quantizer.model is made.plan.model:
         return FLOAT
     graphs.save(job.as_taken(quantizer.model), job.work / FORMED)

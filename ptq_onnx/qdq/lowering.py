@@ -22,11 +22,15 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks.channels import Factor, is_convolution
 from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
+from ptq_onnx.graph.bounded import bound_of, release
 from ptq_onnx.numerics.around.around import Around, Restore
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.qdq.factors import Place, leaves, plan_factors, quantized_values, way
 from ptq_onnx.qdq.nodes import Behind, remove_unused
 from ptq_onnx.qdq.weights import Weights
+
+END = 1 + 1e-5
+"""Codes end at a bound where their largest value is at most this many times it."""
 
 
 @dataclass
@@ -218,11 +222,32 @@ def lower(model: ir.Model, specs: Mapping[str, TensorSpec]) -> ir.Model:
     The fused linears stay (the caller expands them); everything else is standard ONNX.
     """
     copy = model.clone()
+    release_bounds(copy.graph, specs)
     lowering = _Lowering(copy.graph, specs)
     lowering.run()
     _remove_copies(copy.graph)
     remove_unused(copy.graph)
     return copy
+
+
+def release_bounds(graph: ir.Graph, specs: Mapping[str, TensorSpec]) -> None:
+    """Let the codes bound what an activation makes, where they end at its bound.
+
+    A copy that alone is quantized (``equalization/reads.py``) stands for its original.
+    """
+    for node in graph:
+        bound, made = bound_of(node), node.outputs[0]
+        if bound is None or made.is_graph_output():
+            continue
+        read = {str(made.name)}
+        if str(made.name) not in specs:
+            copies = [use.node for use in made.uses()]
+            if any(copy.op_type != "Identity" for copy in copies):
+                continue
+            read = {str(copy.outputs[0].name) for copy in copies}
+        found = [specs.get(name) for name in read]
+        if all(s is not None and s.clip is not None and s.clip[1] <= bound * END for s in found):
+            release(node)
 
 
 def _remove_copies(graph: ir.Graph) -> None:

@@ -46,6 +46,21 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
+class Move:
+    """What was moved at one site: how much of the expected noise of its readers it saves."""
+
+    tensor: str
+    role: str
+    block: int | None
+    into: str
+    gain_db: float
+    largest: float
+    """The largest factor over the smallest."""
+    copies: int = 0
+    """Channels added by splitting."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a quantizer works on: the fused float model, its blocks and sites, the options."""
 
@@ -69,8 +84,8 @@ class Plan:
     """Numbers of tensors that were found while the model was rewritten, each an array of one."""
     factors: Mapping[str, Factors] = field(default_factory=dict)
     """Scales and powers of two per channel that were searched, by tensor."""
-    moves: tuple[Any, ...] = ()
-    """What equalisation moved (``equalization.Move``)."""
+    moves: tuple[Move, ...] = ()
+    """What equalisation moved."""
     exponents: Mapping[str, float] = field(default_factory=dict)
     """Power of a channel's range that equalisation divided it by, by tensor."""
     forms: Mapping[str, int] = field(default_factory=dict)

@@ -27,9 +27,9 @@ from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
-from ptq_onnx.numerics.rounding import gptq
+from ptq_onnx.numerics.rounding import gptq, gptq_scaled
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.numerics.weights import weight_scale
+from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
 from ptq_onnx.progress import silent
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import input_mean
@@ -120,8 +120,13 @@ class _Walk:
             moments = moments - np.outer(mean, mean)
         bits = spec.rule.bits
         scale = weight_scale(exact, spec.axis, bits, power=np.diag(moments).copy())
-        spec = replace(spec, scale=np.asarray(scale, np.float32))
-        codes = gptq(exact, np.broadcast_to(scale, exact.shape[1:]), moments, bits)
+        scale = np.broadcast_to(scale, exact.shape[1:])
+        if bits < SEARCHED_BELOW and spec.axis is not None:
+            scale, codes = gptq_scaled(exact, moments, bits, scale)
+            spec = replace(spec, scale=scale)
+        else:
+            codes = gptq(exact, scale, moments, bits)
+            spec = replace(spec, scale=np.asarray(scale if spec.axis is not None else scale[0]))
         rounded = dequantize(codes.astype(np.int32), spec)
         self.specs[str(weight.name)] = spec
         self.kernels.respecify(spec)

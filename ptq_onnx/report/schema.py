@@ -22,7 +22,7 @@ from ptq_onnx.analysis.decibels import Decibels
 from ptq_onnx.analysis.results import Graphwise, Sensitivity
 from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.config.targets import Stored
-from ptq_onnx.equalization.equalize import Move
+from ptq_onnx.equalization.hidden_pieces import Pieces
 from ptq_onnx.equalization.rotation_choice import Turned
 from ptq_onnx.equalization.streams import Refused
 from ptq_onnx.evaluation.outputs import OutputFigures
@@ -31,6 +31,7 @@ from ptq_onnx.files.result_names import FLOAT, FORMED
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.codes.by_name import CODES, CodeName
 from ptq_onnx.numerics.grain import GRAINS
+from ptq_onnx.quantizers.base import Move
 from ptq_onnx.report.reproduce import Invocation
 
 Schema = dict[str, Any]
@@ -142,6 +143,7 @@ def _of_some_runs() -> dict[str, Schema]:
         "rotation": _or_null(
             _object({"turned": _list(schema_of(Turned)), "refused": _list(schema_of(Refused))})
         ),
+        "pieces": _list(schema_of(Pieces)),
         "parity": _or_null(schema_of(Parity)),
         "optimised": {"type": "object", "additionalProperties": COUNT,
                       "description": "Ops of the graph that ONNX Runtime runs."},

@@ -215,7 +215,7 @@ def test_snr_of_ten_ops_is_that_of_a_slow_interpreter(name: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["vanilla", "fqvit"])
+@pytest.mark.parametrize("name", ["fqvit", pytest.param("vanilla", marks=pytest.mark.full_matrix)])
 def test_snr_of_ten_ops_on_a_real_model(shared: Path, name: str) -> None:
     path = shared / "models" / VIT
     data = images(path, shared / "imagenet/calib", 24)

@@ -81,7 +81,7 @@ def test_indices_are_numpys(case: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations([1, 2, 3]), st.sampled_from([(2, 4), (4, 2), (8, 1), (1, 8)]))
 def test_any_order_of_heads(order: list[int], heads: tuple[int, int]) -> None:
     start, end = traced(

@@ -16,12 +16,12 @@ from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.targets import ONNXRUNTIME
-from ptq_onnx.equalization.equalize import Move, equalise
+from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.equalization.restructure import restructure
 from ptq_onnx.evaluation.network import session
 from ptq_onnx.preparation.model_files import serialize
 from ptq_onnx.qdq.lowering import lower
-from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.base import Move, Plan
 
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s).astype(np.float32) * 3 for s in range(3)]
 

@@ -11,9 +11,9 @@ from small_transformer import TOKENS, WIDTH, Choices, transformer
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.equalization.equalize import Move, equalise
+from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.fusion.rules import fuse
-from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.base import Move, Plan
 
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s).astype(np.float32) * 3 for s in range(3)]
 

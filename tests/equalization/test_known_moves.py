@@ -20,14 +20,14 @@ from ptq_onnx.calibration.robust import robust_range, shared_range
 from ptq_onnx.calibration.statistics import ChannelStatistics
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.targets import TARGETS, Target
-from ptq_onnx.equalization.equalize import Move, equalise
+from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.equalization.factor_search import Choice, Product, Records, balance, choose_factor
 from ptq_onnx.equalization.restructure import restructure
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.spec import Site
-from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.base import Move, Plan
 
 Array = NDArray[np.float64]
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s).astype(np.float32) * 3 + 1 for s in range(3)]

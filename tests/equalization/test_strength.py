@@ -88,7 +88,7 @@ def test_one_outlier_is_split() -> None:
     assert split.gain_db > plain.gain_db + 2
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=40), st.integers(min_value=1, max_value=64)
 )

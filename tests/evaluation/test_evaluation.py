@@ -120,7 +120,7 @@ class TestEvaluate:
         assert calls == ["q", "f"] * 3
         assert evaluate(classifier(noisy), images, labels, **both).baseline is None  # type: ignore[arg-type]
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(batch_size=st.integers(1, 12), gain=st.floats(0.5, 2).filter(lambda g: g != 1))
     def test_gain_error_does_not_depend_on_batches(self, batch_size: int, gain: float) -> None:
         images = open_images(PICTURES, PLAIN)

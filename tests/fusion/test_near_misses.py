@@ -22,9 +22,7 @@ from ptq_onnx.preparation.cleaning import clean
 
 D = 8
 X = sample(2, 5, D) * 2 + 0.5
-FAST = settings(
-    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+FAST = settings(max_examples=40, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def check(g: SmallGraph, outputs: list[str]) -> tuple[dict[str, int], ir.Model]:

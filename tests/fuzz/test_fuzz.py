@@ -38,9 +38,7 @@ COUNTS = {
 }
 """Cases of each kind; their seeds count from 0."""
 
-seeded = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+seeded = settings(max_examples=100, derandomize=True, suppress_health_check=list(HealthCheck))
 TREES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

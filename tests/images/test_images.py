@@ -130,7 +130,7 @@ class TestLoadImage:
         got = load_image(draw("a.png", size=(50, 70)), Preprocess((0,) * 3, (1,) * 3, (16, 24)))
         assert got.shape == (3, 16, 24)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),
         size=st.tuples(st.integers(1, 40), st.integers(1, 40)),

@@ -140,7 +140,7 @@ def test_zero_is_exact_and_codes_are_within_their_limits(code: Code, numbers: Nu
 
 @pytest.mark.parametrize("code", CODES, ids=lambda c: c.name)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rounding_twice_is_rounding_once(code: Code, data: st.DataObject) -> None:
     finite = st.floats(-(2.0**100), 2.0**100, width=32)
     bits = 8 if code.floating else data.draw(st.integers(3, code.widest))

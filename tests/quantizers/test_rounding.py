@@ -17,7 +17,16 @@ from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.fake_quantize import dequantize, quantize
-from ptq_onnx.numerics.rounding import adaround, gptq, limits, loss, nearest, shrunk
+from ptq_onnx.numerics.rounding import (
+    adaround,
+    descended,
+    gptq,
+    gptq_scaled,
+    limits,
+    loss,
+    nearest,
+    shrunk,
+)
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.preparation.model_files import to_standard
@@ -115,6 +124,35 @@ def test_moments_without_an_inverse() -> None:
             loss(weight, scale, moments, codes)
             <= loss(weight, scale, moments, nearest(weight, scale, 8))
         )
+
+
+def test_no_code_alone_can_be_better_after_the_descent() -> None:
+    weight, scale = layer(24, 10, 4)
+    moments = correlated(24)
+    start = nearest(weight, scale, 4)
+    codes = descended(weight, scale, moments, 4, start)
+    best = loss(weight, scale, moments, codes)
+    assert np.all(best <= loss(weight, scale, moments, start))
+    assert best.sum() < 0.8 * loss(weight, scale, moments, start).sum()
+    for channel in range(24):
+        for step in (-1, 1):
+            other = codes.copy()
+            other[channel] = np.clip(other[channel] + step, -8, 7)
+            assert np.all(loss(weight, scale, moments, other) >= best * (1 - 1e-9))
+
+
+def test_scales_are_judged_by_what_their_codes_lose() -> None:
+    weight, scale = layer(48, 12, 4)
+    weight[5] *= 6  # an outlier in every column
+    moments = correlated(48)
+    scale = weight_scale(weight, 1, 4, power=np.diag(moments).copy())
+    found, codes = gptq_scaled(weight, moments, 4, scale)
+    plain = loss(weight, scale, moments, gptq(weight, scale, moments, 4))
+    assert np.all(loss(weight, found, moments, codes) <= plain)
+    assert loss(weight, found, moments, codes).sum() < 0.9 * plain.sum()
+    assert found.dtype == np.float32
+    assert codes.min() >= -8
+    assert codes.max() <= 7
 
 
 def test_few_rows_are_shrunk_to_the_diagonal() -> None:

@@ -28,7 +28,7 @@ from ptq_onnx.targets.integer.softmax import SoftmaxStep
 from ptq_onnx.targets.integer.square_root import integer_sqrt
 
 SEEDS = st.integers(0, 2**32 - 1)
-EASY = settings(max_examples=15, deadline=None)
+EASY = settings(max_examples=15)
 
 
 def grid(scale: float, zero: int, alpha: object = 0, high: int = 255) -> Grid:
@@ -49,7 +49,7 @@ def identity(limit: int = 255) -> FixedPoint:
 # --- requantization ---------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.floats(2.0**-40, 2.0**20),
     st.floats(-300, 300),
@@ -327,7 +327,7 @@ def test_layer_norm_that_could_overflow_is_refused() -> None:
 # --- softmax ----------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(2.0**-30, 2.0**10), st.sampled_from([2, 3, 4, 6, 8]), st.booleans(), SEEDS)
 def test_softmax_is_that_of_big_integers(scale: float, bits: int, log2: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -1,0 +1,197 @@
+"""Hidden channels far above the rest, held in pieces: one scale then serves all of an MLP's.
+
+Behind an activation function that leaves large values as they are (f(x) = x), a channel of range
+[0, kM] is the sum of k channels that end at M:
+
+    f(x) = Σ min(f(x - iM), M),  i = 0 … k - 1
+
+Each piece is a column of fc1 with iM less bias, and reads its own copy of fc2's row. The bound
+costs nothing where the output has codes that end at M: they clip by themselves. Between two pieces,
+for iM - 3 < x < iM, f is not yet linear; the sum is then off by at most 0.17 for GELU, in a channel
+whose step would have been larger before.
+
+ViT-Ti (AugReg) has one such channel, in block 7: it reaches 207, all others 8. Held in one scale of
+8 bits everything else of that layer is lost; 21 more columns of 768 cure it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.calibration.methods import collect
+from ptq_onnx.calibration.robust import robust_range
+from ptq_onnx.equalization.foldings import Hidden, hidden_channels, readers_of
+from ptq_onnx.graph.bounded import set_bound
+from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.codes.by_name import code_named
+from ptq_onnx.numerics.spec import PER_TENSOR, Rule, Site
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.deploy import DEAD
+
+Double = NDArray[np.float64]
+Progress = Callable[[int], None]
+
+LINEAR_FROM = {"Gelu": 6.0, "QuickGelu": 9.0, "Silu": 16.0, "Relu": 1e-3}
+"""From here on f(x) = x, but for 1e-5."""
+MOST_ADDED = 1 / 8
+"""Channels that may be added, of those there are."""
+WORTH = 6.0
+"""dB of expected noise that pieces must save: a clip range that is searched saves some as well."""
+BOUNDS = 40
+"""Values of M tried between where f is linear and the largest value."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One activation whose output's largest channels are held in pieces."""
+
+    tensor: str
+    block: int | None
+    largest: float
+    """The largest value before."""
+    bound: float
+    """M, the largest value now."""
+    channels: int
+    """How many are held in pieces …"""
+    added: int
+    """… and how many channels that adds …"""
+    width: int
+    """… to so many."""
+    gain_db: float
+    """By how much the noise expected of one scale falls."""
+    counts: tuple[int, ...] = field(repr=False)
+    """Pieces by channel."""
+
+
+def split_hidden(
+    plan: Plan,
+    rules: Mapping[str, Rule],
+    batches: Iterable[Any],
+    *,
+    least: float = 1.0,
+    progress: Progress | None = None,
+) -> tuple[Plan, list[Pieces]]:
+    """A plan for a copy of the model with its massive hidden channels in pieces, and which.
+
+    Only activations that ``rules`` hold in one scale; bounds of at least ``least`` times where the
+    function is linear. ``batches`` [B, C, H, W] are run once. The plan itself where none gains.
+    """
+    wanted = dict(_candidates(plan, rules))
+    if not wanted:
+        return plan, []
+    stats = collect(
+        plan.model,
+        [plan.sites[name] for name in wanted],
+        batches,
+        threads=plan.config.threads,
+        progress=progress,
+    )
+    found = []
+    for name, hidden in wanted.items():
+        low, high = robust_range(stats.channels[name])
+        bits = rules[name].bits
+        one = _pieces(plan.sites[name], hidden, float(low.min()), high, bits, least)
+        if one is not None:
+            found.append((one, float(low.min())))
+    if not found:
+        return plan, []
+    lows = {one.tensor: low for one, low in found}
+    return in_pieces(plan, [one for one, _ in found], rules, lows), [one for one, _ in found]
+
+
+def _candidates(plan: Plan, rules: Mapping[str, Rule]) -> Iterable[tuple[str, Hidden]]:
+    """Outputs of activations that linears alone read and that one scale is to hold."""
+    values = {str(v.name): v for node in plan.model.graph for v in node.outputs}
+    for name, site in plan.sites.items():
+        rule, value = rules.get(name), values.get(name)
+        if rule is None or value is None or site.is_parameter or len(site.channel_axes) != 1:
+            continue
+        if rule.grain != PER_TENSOR or rule.code != code_named("uniform") or rule.around:
+            continue
+        linears = readers_of(value)
+        hidden = None if linears is None else hidden_channels(value, linears)
+        if hidden is None or hidden.activation.op_type not in LINEAR_FROM:
+            continue
+        if all(constant(n.inputs[1]) is not None for n in (hidden.before, *hidden.after)):
+            yield name, hidden
+
+
+def _pieces(
+    site: Site, hidden: Hidden, low: float, high: NDArray[Any], bits: int, least: float
+) -> Pieces | None:
+    """The bound with the least expected noise: (M - low)² Σ k_c p_c, p_c being the power of what
+    reads channel c. None where it gains less than ``WORTH``."""
+    highs = np.maximum(high.astype(np.float64), 0)
+    top, first = float(highs.max()), least * LINEAR_FROM[hidden.activation.op_type]
+    if top <= 1.5 * first:
+        return None
+    power = np.zeros(len(highs))
+    for linear in hidden.after:
+        weight = constant(linear.inputs[1])
+        assert weight is not None
+        power += np.sum(np.asarray(weight, np.float64) ** 2, axis=1)
+    bounds = np.geomspace(first, top, BOUNDS)
+    counts = np.maximum(np.ceil(highs / bounds[:, None]), 1)  # [bounds, C]
+    noise = (bounds - low) ** 2 * (counts @ power)
+    allowed = (counts - 1).sum(axis=1) <= MOST_ADDED * len(highs)
+    best = int(np.argmin(np.where(allowed, noise, np.inf)))
+    gain = 10 * float(np.log10(noise[-1] / noise[best]))
+    if gain < WORTH:
+        return None
+    chosen = counts[best].astype(np.int64)
+    return Pieces(
+        tensor=site.tensor,
+        block=site.block,
+        largest=top,
+        bound=float(np.float32(bounds[best])),
+        channels=int((chosen > 1).sum()),
+        added=int((chosen - 1).sum()),
+        width=len(chosen),
+        gain_db=gain,
+        counts=tuple(int(n) for n in chosen),
+    )
+
+
+def in_pieces(
+    plan: Plan, found: list[Pieces], rules: Mapping[str, Rule], lows: Mapping[str, float]
+) -> Plan:
+    """The plan for a copy of its model with these in pieces, and the ranges that go with it."""
+    model = plan.model.clone()
+    graph = model.graph
+    values = {str(v.name): v for node in graph for v in node.outputs}
+    fixed = dict(plan.fixed)
+    for one in found:
+        value = values[one.tensor]
+        linears = readers_of(value)
+        hidden = None if linears is None else hidden_channels(value, linears)
+        assert hidden is not None
+        hidden.divide(graph, np.array(one.counts, np.int64), one.bound)
+        set_bound(hidden.activation, one.bound)
+        levels = 1 << rules[one.tensor].bits
+        fixed[one.tensor] = on_grid(lows[one.tensor], one.bound, levels)
+        before = str(hidden.before.outputs[0].name)
+        fixed[before] = (DEAD[hidden.activation.op_type], one.bound)
+    whole = plan.config.runtime.all_codes
+    sites = find_sites(model, plan.blocks, whole=whole)
+    return replace(plan, model=model, sites=sites, fixed=fixed)
+
+
+def on_grid(low: float, bound: float, levels: int) -> tuple[float, float]:
+    """The range down to ``low`` at least, whose largest code is the bound and which has zero."""
+    zero = min(int(np.ceil(max(-low, 0) / (bound - min(low, 0)) * (levels - 1))), levels - 2)
+    return -zero * bound / (levels - 1 - zero), bound
+
+
+def describe(one: Pieces) -> str:
+    """A note for the user."""
+    return (
+        f"Pieces: {one.channels} of {one.width} channels of '{one.tensor}' reach {one.largest:.3g},"
+        f" far above the rest; they are held in pieces up to {one.bound:.3g}, by {one.added} more"
+        f" channels: {one.gain_db:.1f} dB less noise is expected of one scale."
+    )

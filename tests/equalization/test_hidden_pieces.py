@@ -1,0 +1,180 @@
+"""Massive hidden channels in pieces: the sum, the bound, the file, and whole runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from scipy.special import erf
+from small_transformer import TOKENS, WIDTH, Choices, transformer
+
+import ptq_onnx
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import is_linear
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.equalization.hidden_pieces import on_grid, split_hidden
+from ptq_onnx.graph.expansions import EXPANSIONS
+from ptq_onnx.graph.formula import DOMAIN
+from ptq_onnx.preparation.model_sessions import open_plain
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.by_name import make_quantizer
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"
+CHANNEL, TIMES, HIDDEN = 5, 60.0, 256
+PLAIN = {"quantizer": "fqvit", "ptf": False, "lis": False}
+"""One scale for each activation."""
+
+
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with a hidden channel of block 2 that is 60 times as large, and counts a
+    sixtieth behind."""
+    model = onnx.load(MODEL)
+    arrays = {t.name: t for t in model.graph.initializer}
+    linears = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in arrays]
+    up = [n.input[1] for n in linears if tuple(arrays[n.input[1]].dims) == (64, HIDDEN)][2]
+    down = [n.input[1] for n in linears if tuple(arrays[n.input[1]].dims) == (HIDDEN, 64)][2]
+    first, second = (numpy_helper.to_array(arrays[name]).copy() for name in (up, down))
+    first[:, CHANNEL] *= TIMES
+    second[CHANNEL] /= TIMES
+    arrays[up].CopyFrom(numpy_helper.from_array(first, up))
+    arrays[down].CopyFrom(numpy_helper.from_array(second, down))
+    path = tmp_path_factory.mktemp("massive") / "massive.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def quantized(model: Path, folder: Path, **options: Any) -> dict[str, Any]:
+    ptq_onnx.quantize(
+        model, calib=IMAGES / "calib", images=32, report=False, threads=1, output=folder, **options
+    )
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+def sqnr(model: Path, file: Path) -> float:
+    found = ptq_onnx.evaluate(file, IMAGES / "val", reference=model, threads=1)
+    return float(found.sqnr_db or 0)
+
+
+@pytest.fixture(scope="module")
+def split(massive: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and the report of a run with one scale for each activation."""
+    folder = massive.parent / "split"
+    return folder, quantized(massive, folder, **PLAIN)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x / 2 * (1 + erf(x / np.sqrt(2))))
+
+
+@given(st.floats(6, 20), st.integers(1, 30), st.integers(0, 10_000))
+def test_pieces_add_up(bound: float, count: int, seed: int) -> None:
+    """To what the channel held, but for the dip of GELU below zero: 0.17 at most."""
+    x = np.random.default_rng(seed).uniform(-5, bound * count, 500)
+    pieces = [np.minimum(gelu(x - i * bound), bound) for i in range(count)]
+    off = np.abs(sum(pieces) - gelu(x))
+    assert off.max() < 0.1701
+    between = np.min([np.abs(x - i * bound) for i in range(1, count)] or [x * 0 + 9], axis=0) < 6
+    assert off[~between].max(initial=0) < 1e-6
+
+
+@given(st.floats(-0.3, 0), st.floats(1, 50), st.sampled_from([16, 64, 256, 65536]))
+def test_the_bound_is_a_code(low: float, bound: float, levels: int) -> None:
+    """So is zero; the range reaches as low as it has to."""
+    least, most = on_grid(low, bound, levels)
+    step = (most - least) / (levels - 1)
+    assert most == bound
+    assert least <= low + 1e-9
+    assert abs(least / step - round(least / step)) < 1e-6 * levels
+
+
+def test_one_scale_holds_a_massive_channel(
+    massive: Path, split: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, report = split
+    (piece,) = report["pieces"]
+    assert piece["block"] == 2
+    assert piece["channels"] == sum(n > 1 for n in piece["counts"]) >= 1
+    assert piece["counts"][CHANNEL] == max(piece["counts"]) > 2
+    assert piece["added"] == sum(piece["counts"]) - HIDDEN <= HIDDEN / 8
+    assert piece["gain_db"] > 6
+    assert report["parity"]["rewritten"] < 1e-3
+    assert any("held in pieces up to" in note for note in report["notes"])
+    whole = quantized(massive, tmp_path / "whole", **PLAIN, split_hidden=False)
+    assert whole["pieces"] == []
+    gain = sqnr(massive, folder / "quantized.onnx")
+    gain -= sqnr(massive, tmp_path / "whole/quantized.onnx")
+    assert gain > 3
+
+
+def test_codes_bound_the_file_and_a_min_the_float_model(
+    massive: Path, split: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, report = split
+    (piece,) = report["pieces"]
+    file, formed = (onnx.load(folder / f"{n}.onnx") for n in ("quantized", "formed"))
+    assert "Min" not in {n.op_type for n in file.graph.node}
+    (least,) = (n for n in formed.graph.node if n.op_type == "Min")
+    assert least.output[0] == piece["tensor"]
+    (limit,) = (t for t in formed.graph.initializer if t.name == least.input[1])
+    assert float(numpy_helper.to_array(limit)) == np.float32(piece["bound"])
+    (spec,) = (t for t in report["tensors"] if t["tensor"] == piece["tensor"])
+    assert spec["clip"][1] == pytest.approx(piece["bound"], rel=1e-6)
+    assert sqnr(massive, folder / "formed.onnx") > 50
+
+
+@pytest.mark.parametrize("activation", ["Gelu", "QuickGelu", "Silu", "Relu"])
+def test_what_a_split_model_computes(activation: str) -> None:
+    """In ONNX Runtime, and in PPQ's executor on torch: what it did before, and one another's."""
+    model = transformer(Choices())
+    (node,) = (n for n in model.graph if n.op_type == "Gelu")
+    node.op_type, node.domain = activation, DOMAIN if activation in EXPANSIONS else ""
+    (down,) = (n for n in model.graph if is_linear(n) and n.inputs[1].shape[0] == 4 * WIDTH)
+    up = down.inputs[0].producer().inputs[0].producer()
+    for linear, factor, where in ((up, 200.0, np.s_[:, 3]), (down, 1 / 200, np.s_[3])):
+        weight = linear.inputs[1].const_value.numpy().copy()
+        weight[where] *= factor
+        linear.inputs[1].const_value = ir.tensor(weight.astype(np.float32))
+    blocks = find_blocks(model)
+    config = QuantizeConfig(quantizer="vanilla", method="minmax", threads=1)
+    plan = Plan(model, blocks, find_sites(model, blocks), config)
+    x = np.random.default_rng(3).normal(size=(64, TOKENS, WIDTH)).astype(np.float32)
+    split, (piece,) = split_hidden(plan, make_quantizer(plan).rules, [x], least=2)
+    before, after = (open_plain(m, 1).run(None, {"x": x})[0] for m in (model, split.model))
+    assert piece.largest > 50
+    assert np.abs(after - before).max() < 2e-4 * np.abs(before).max()
+    (found,) = Simulator(split.model, mode="torch").run(x).values()
+    assert np.abs(found - after).max() < 2e-5 * np.abs(after).max()
+
+
+def test_nothing_massive_nothing_split(tmp_path: Path) -> None:
+    report = quantized(MODEL, tmp_path / "a", **PLAIN)
+    assert report["pieces"] == []
+    assert not any("ieces" in note for note in report["notes"])
+
+
+def test_factors_of_channels_need_no_pieces(massive: Path, tmp_path: Path) -> None:
+    assert quantized(massive, tmp_path / "a", quantizer="fqvit")["pieces"] == []
+    found = quantized(massive, tmp_path / "b", split_hidden=True)
+    assert found["pieces"] == []
+    assert "--split-hidden: deploy gives these channels factors of their own." in found["notes"]
+
+
+@pytest.mark.parametrize("bits", ["8/8/8", "8/4/4", "8/16/16"])
+def test_symmetric_codes_and_other_widths(massive: Path, tmp_path: Path, bits: str) -> None:
+    report = quantized(
+        massive, tmp_path / "a", quantizer="vanilla", split_hidden=True, bits=bits, method="minmax"
+    )
+    (piece,) = report["pieces"]
+    (spec,) = (t for t in report["tensors"] if t["tensor"] == piece["tensor"])
+    assert spec["clip"][1] == pytest.approx(piece["bound"], rel=1e-5)
