@@ -8,21 +8,17 @@ import os
 import secrets
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ptq_onnx.errors import ConfigError, one_line
-from ptq_onnx.files.held_folder import held_folder
+from ptq_onnx.files.held_folder import socket_folder
 from ptq_onnx.sweep.orphans import named, watched
 
 OBJECTS = 100 << 20
 """Bytes of Ray's object store: cells and rows are small."""
-LONGEST = 30
-"""Bytes of the temporary folder's name: Ray's sockets lie deep below, and end at 107."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -79,7 +75,7 @@ def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator
     """
     ray = import_ray(secret=True)
     with ExitStack() as stack:
-        folder = stack.enter_context(held_folder(_temporary() / "ray"))
+        folder = stack.enter_context(socket_folder("ray"))
         stack.enter_context(_set({"TMPDIR": str(folder), **environment}))
         mark = stack.enter_context(watched())
         try:
@@ -136,12 +132,6 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--address {address}: nobody answers there ({error}).") from error
-
-
-def _temporary() -> Path:
-    """Where Ray's files may lie: the system's temporary folder, or /tmp where its name is long."""
-    folder = Path(tempfile.gettempdir())
-    return folder if len(os.fsencode(folder)) <= LONGEST or os.name == "nt" else Path("/tmp")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_onnx.errors import ConfigError, PtqError, one_line
-from ptq_onnx.files.held_folder import LOCK, clear, locked, unlock
+from ptq_onnx.files.held_folder import LOCK, clear, locked, unfinished, unlock
 from ptq_onnx.files.text_file import write_text
 from ptq_onnx.sweep import need
 from ptq_onnx.sweep.cell import DONE, NOTICE, REFUSED, Row, failed, finished, keep_failure, run_cell
@@ -23,6 +24,8 @@ Told = Callable[[Row], Any]
 """Called with each row as it comes."""
 Work = Callable[[Cell, Path, str, str, int], Row]
 """Called with a cell, the sweep's folder, the cell's mark, the notice and the attempt."""
+ROUNDS, PAUSE = 100, 0.05
+"""How often, and after how many seconds, leftovers are looked for."""
 SECONDS = 1.0
 """How long a wait for cells lasts, after which an interrupt is seen."""
 
@@ -210,9 +213,15 @@ def _largest_node(ray: Any, threads: int) -> int:
 
 def _clear(cells: Sequence[Cell], folder: Path) -> None:
     """Remove what processes that were ended have left beside the cells' folders."""
-    for cell in cells:
-        clear((folder / cell.name).resolve())
-    for parent in {(folder / cell.name).parent for cell in cells}:
+    parents = {(folder / cell.name).resolve().parent for cell in cells}
+    for _ in range(ROUNDS):  # a killed process holds its files until its last thread is gone
+        left = [place for parent in parents for place in unfinished(parent)]
+        if not left:
+            break
+        for place in left:
+            clear(place)
+        time.sleep(PAUSE)
+    for parent in parents:
         with suppress(OSError):
             parent.rmdir()  # of a model whose cells never began
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,12 @@ import pytest
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.files.held_folder import locked, unlock
 from ptq_onnx.sweep import need
 from ptq_onnx.sweep.cell import DONE, FAILED, NOTICE, RECORD, finished, run_cell
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
 from ptq_onnx.sweep.matrix import AXES, Cell
-from ptq_onnx.sweep.running import Machines, run
+from ptq_onnx.sweep.running import Machines, _clear, run
 
 DIGITS = Path(__file__).resolve().parents[2] / "img" / "digits"
 OPTIONS: dict[str, Any] = {"images": 8, "analysis_images": 8, "report": False, "threads": 1}
@@ -170,10 +173,26 @@ def test_one_sweep_at_a_time(cell: Cell, tmp_path: Path) -> None:
     assert not (tmp_path / ".lock").exists()
 
 
+def test_leftovers_are_waited_for(cell: Cell, tmp_path: Path) -> None:
+    """A killed process holds its files until its last thread is gone."""
+    pytest.importorskip("fcntl", reason="there are no such locks")
+    place = tmp_path / cell.name
+    left = place.with_name(f".{place.name}.ptq-00000000")
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    lock = locked(left)
+    assert lock is not None
+    timer = threading.Timer(0.2, unlock, [lock])
+    timer.start()
+    _clear([cell], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    timer.join()
+
+
 def test_without_ray_one_line_says_how_to_get_it(
     cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'ray==2\.60\.\*'.*\[ray\]"):
         run([cell], tmp_path, Machines(1), 0, silent)
     assert list(tmp_path.iterdir()) == []
