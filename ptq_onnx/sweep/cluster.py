@@ -26,6 +26,16 @@ QUIET = {
     "RAY_enable_metrics_collection": "0",
 }
 """Nothing is reported to anyone, nor printed between our lines."""
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""On those systems Ray's own default, against questions of their firewalls."""
+NOWHERE = {
+    **dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
+    ),
+    **dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost"),
+}
+"""Ray's head asks known clouds whether they are the machine's, with its usage reports off too; by
+these it asks a port of this machine that nobody listens to."""
 HERE = "127.0.0.1"
 HEAD = "gcs_server"
 """The process of Ray that knows all others."""
@@ -33,15 +43,16 @@ SECONDS = 5.0
 """How long a cluster has to answer."""
 
 
-def import_ray(*, secret: bool) -> Any:
-    """The package, told to keep to itself; with a ``secret`` of this process, which it reads when
-    it is loaded, nobody else can talk to what it starts.
+def import_ray(*, alone: bool) -> Any:
+    """The package, told to keep to itself. ``alone``: it does not ask which address faces outward,
+    and with a secret of this process, which it reads when it is loaded, nobody else can talk to
+    what it starts.
 
     Raises ConfigError where it is not installed.
     """
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **ON_LOOPBACK}
     if "ray" not in sys.modules:
-        for name, value in {**QUIET, **(own if secret else {})}.items():
+        for name, value in {**QUIET, **(own if alone else {})}.items():
             os.environ.setdefault(name, value)
     try:
         ray = importlib.import_module("ray")
@@ -73,10 +84,10 @@ def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator
 
     Raises ConfigError.
     """
-    ray = import_ray(secret=True)
+    ray = import_ray(alone=True)
     with ExitStack() as stack:
         folder = stack.enter_context(socket_folder("ray"))
-        stack.enter_context(_set({"TMPDIR": str(folder), **environment}))
+        stack.enter_context(_set({"TMPDIR": str(folder), **NOWHERE, **environment}))
         mark = stack.enter_context(watched())
         try:
             ray.init(
@@ -100,7 +111,7 @@ def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator
 @contextmanager
 def joined(address: str, environment: Mapping[str, str]) -> Iterator[Cluster]:
     """A cluster that runs already, as ``ray.init`` takes its address. Raises ConfigError."""
-    ray = import_ray(secret=False)
+    ray = import_ray(alone=False)
     _reach(address)
     try:
         ray.init(

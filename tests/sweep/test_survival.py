@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,10 @@ PROMPT = {
     "RAY_health_check_failure_threshold": "2",
 }
 """Ray sees within a second or two that a node is gone."""
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1, and the same as an address of IPv6."""
 
 
 class Run:
@@ -67,6 +73,18 @@ class Run:
     def told(self) -> tuple[int, str, str]:
         out, errors = self.process.communicate(timeout=LONGEST)
         return self.process.returncode, out, errors
+
+
+def reached(pids: Iterable[int]) -> set[str]:
+    """The addresses, as the kernel writes them, on which processes listen or are connected."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):  # closed
+                inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for kind in ("tcp", "tcp6", "udp", "udp6")
+            for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]  # fmt: skip
+    return {row[1].partition(":")[0] for row in rows if row[9] in inodes}
 
 
 def done(folder: Path) -> dict[str, bytes]:
@@ -116,11 +134,12 @@ def test_killed_and_taken_up_again(tmp_path: Path) -> None:
     assert left == []
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_nobody_else_is_talked_to_and_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, 30.0)
     end = time.monotonic() + LONGEST
     while not list(tmp_path.glob("m/.*")) and time.monotonic() < end:
         time.sleep(0.02)
+    assert reached(run.all()) == LOOPBACK
     run.process.send_signal(signal.SIGINT)
     assert run.told() == (130, "", "")
     assert run.gone()
