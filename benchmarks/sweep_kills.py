@@ -83,7 +83,9 @@ def killed(base: Path, random_: random.Random, longest: float) -> str:
     """One run that something ends, or that comes to its end before; what was hit."""
     mark = secrets.token_hex(8)
     run = start(base, "out", mark, 2)
-    end = time.monotonic() + 8 + random_.uniform(0, longest)
+    while run.poll() is None and not list((base / "out").glob("*/.*")):  # a cell has begun
+        time.sleep(0.05)
+    end = time.monotonic() + random_.uniform(0, longest)
     while time.monotonic() < end and run.poll() is None:
         time.sleep(0.05)
     name = random_.choice([*VICTIMS, "sweep"])
@@ -97,7 +99,7 @@ def killed(base: Path, random_: random.Random, longest: float) -> str:
             time.sleep(random_.uniform(0, 5))
             run.send_signal(signal.SIGINT)
     code = run.wait()
-    for _ in range(100):
+    for _ in range(300):
         if not processes(mark):
             break
         time.sleep(0.1)

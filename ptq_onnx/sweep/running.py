@@ -18,6 +18,7 @@ from ptq_onnx.sweep import need
 from ptq_onnx.sweep.cell import DONE, NOTICE, REFUSED, Row, failed, finished, keep_failure, run_cell
 from ptq_onnx.sweep.cluster import Cluster, joined, started
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
+from ptq_onnx.sweep.interrupts import interrupts
 from ptq_onnx.sweep.matrix import Cell
 
 Told = Callable[[Row], Any]
@@ -116,6 +117,7 @@ def _run(
     environment = {"OMP_NUM_THREADS": str(threads)}
     notice = secrets.token_hex(16)
     with ExitStack() as stack:
+        check = stack.enter_context(interrupts())
         stack.callback(_clear, cells, folder)  # last, when no process is left that could write
         if machines.address is None:
             memory = need.free_memory()
@@ -136,7 +138,7 @@ def _run(
             )
             return asked.remote(cell, folder.resolve(), marks[cell.name], notice, attempt)
 
-        yield from _rows(cluster, ordered, folder, submit, retries)
+        yield from _rows(cluster, ordered, folder, submit, retries, check)
 
 
 def _rows(
@@ -145,8 +147,10 @@ def _rows(
     folder: Path,
     submit: Callable[[Cell, int], Any],
     retries: int,
+    check: Callable[[], None],
 ) -> Generator[Row]:
-    """Submit all, and take what is finished; a cell whose process ended is submitted again."""
+    """Submit all, and take what is finished; a cell whose process ended is submitted again.
+    ``check`` is called every second."""
     ray = cluster.ray
     gone = ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError
     fatal = (ray.exceptions.RaySystemError, *(gone if cluster.single else ()))
@@ -154,6 +158,7 @@ def _rows(
     try:
         waiting = {submit(cell, 1): (cell, 1) for cell in cells}
         while waiting:
+            check()
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=SECONDS)
             if not done and cluster.ended():
                 raise ConnectionError("its head process is gone")

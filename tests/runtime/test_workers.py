@@ -60,11 +60,14 @@ def test_statistics_are_the_same_bytes(short: Path) -> None:
         assert [a.tobytes() for a in mine] == [a.tobytes() for a in theirs]
 
 
-def test_files_are_the_same_bytes(short: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quantizer", "method"), [("channelwise", "percentile"), ("deploy", None)])
+def test_files_are_the_same_bytes(
+    short: Path, tmp_path: Path, quantizer: str, method: str | None
+) -> None:
     reports, files = [], []
     for workers in (1, 2):
         config = QuantizeConfig(
-            quantizer="channelwise", method="percentile", images=12, analysis_images=9,
+            quantizer=quantizer, method=method, images=12, analysis_images=9,
             report=False, threads=1, workers=workers,
         )  # fmt: skip
         output = tmp_path / str(workers)
