@@ -81,7 +81,7 @@ def _show(found: Found, cells: list[Cell], files: tuple[Path, ...]) -> None:
     counts = Counter(row.status for row in found.rows)
     told = ", ".join(f"{counts[name]} {name}" for name in ("done", "failed", "refused"))
     before = f" ({found.before} of them before)" if found.before else ""
-    console.say(f"{len(found.rows)} cells: {told}{before}.")
+    console.say(f"{len(found.rows)} cell{'s' * (len(found.rows) > 1)}: {told}{before}.")
     console.print("Written:")
     for file in files:
         console.say(f"  {file}")
