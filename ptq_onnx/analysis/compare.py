@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from ptq_onnx.evaluation.network import Network, session
 from ptq_onnx.evaluation.outputs import decibels as in_json
 from ptq_onnx.files.model_size import model_bytes
 from ptq_onnx.files.output_paths import find_output
-from ptq_onnx.files.result_names import FLOAT, REPORT
+from ptq_onnx.files.result_names import FLOAT, FORMED, REPORT
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.scales_file import read_scales
 from ptq_onnx.numerics.spec import TensorSpec
@@ -111,7 +112,15 @@ def compare(
             names=(f"Model '{file}'", None),
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
-        blocks = floats.blocks(tapped, outputs) if index and floats is not None else ()
+        blocks: tuple[BlockMatch, ...] = ()
+        if index and floats is not None:
+            own = turned_model(file)
+            if own is not None:
+                mine = block_outputs(own, images.preprocess.size)
+                turned = FloatBlocks(own, list(mine.values()), images, block_images, threads)
+                blocks = turned.blocks(tapped, mine)
+            else:
+                blocks = floats.blocks(tapped, outputs)
         contenders.append(_contender(name, file, measured, tapped, times[index], blocks))
     begin.done()
     notes = preprocess_notes(files, names, images.preprocess)
@@ -208,6 +217,25 @@ class FloatBlocks:
                 ratio = sums[tensor].snr
                 out.append(BlockMatch(block, one[0], one[1], decibels(ratio), ratio))
         return tuple(out)
+
+
+def turned_model(file: Path) -> Path | None:
+    """The float model beside a file of ours whose residual stream was turned: its blocks' outputs
+    are those of the file, the original's are the same in other coordinates."""
+    try:
+        beside = find_output(file)
+    except ConfigError:
+        return None
+    report, formed = beside.beside(REPORT), beside.beside(FORMED)
+    if report is None or formed is None:
+        return None
+    try:
+        values = json.loads(report.read_text(encoding="utf-8"))
+        turned = (values.get("rotation") or {}).get("turned") or []
+        matrices = [one for one in turned if not one["by"].startswith("none")]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return formed if matrices else None
 
 
 def _specs(file: Path) -> Mapping[str, TensorSpec]:

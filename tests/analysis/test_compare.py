@@ -201,3 +201,18 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path, source: ImageSource) -
     with pytest.raises(ModelError, match="broken"):
         compare([tmp_path / "broken.onnx"], source, reference=DIGITS)
     shutil.rmtree(tmp_path / "empty")
+
+
+def test_blocks_of_a_turned_stream_are_compared_in_its_own_coordinates(
+    tmp_path: Path, source: ImageSource
+) -> None:
+    for name, rotate in (("plain", False), ("turned", True)):
+        config = QuantizeConfig(
+            quantizer="fqvit", ptf=False, rotate=rotate, images=16, report=False, threads=1
+        )
+        quantize(DIGITS, config=config, output=tmp_path / name)
+    found = compare([tmp_path / "plain", tmp_path / "turned"], source, block_images=16, threads=1)
+    plain, turned = ([b.snr_db for b in c.blocks] for c in found.contenders[1:])
+    assert len(plain) == len(turned) == 6
+    assert min(b for b in turned if b is not None) > 15
+    assert None not in turned

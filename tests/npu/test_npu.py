@@ -81,7 +81,8 @@ def test_refused_nodes_are_named_with_the_reason(tmp_path: Path) -> None:
     assert "`Erf`" in found["strange"]
 
 
-def test_evaluate_runs_there_and_writes_the_context(tmp_path: Path) -> None:
+def test_evaluate_and_compare_run_there(tmp_path: Path) -> None:
+    """The first writes the context too."""
     path = image_model(tmp_path / "float.onnx")
     pictures = np.random.default_rng(0).normal(size=(12, 3, 16, 16)).astype(np.float32)
     np.save(tmp_path / "images.npy", pictures)
@@ -103,3 +104,13 @@ def test_evaluate_runs_there_and_writes_the_context(tmp_path: Path) -> None:
     assert "says nothing of the" in done.stderr
     ops = [node.op_type for node in graphs.outline(context).graph]
     assert ops == ["EPContext"]
+    one = Path(tmp_path / "one.npy")  # batches of two in the file: one image has a batch to itself
+    np.save(one, pictures[:5])
+    command = [
+        sys.executable, "-m", "ptq_onnx", "compare", str(out), "--val", str(one), "--runtime",
+        "qnn", "--analysis-images", "2", "--threads", "1", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _, there = json.loads(done.stdout)["contenders"]
+    assert there["sqnr_db"] >= 25
