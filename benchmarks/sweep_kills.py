@@ -99,13 +99,14 @@ def killed(base: Path, random_: random.Random, longest: float) -> str:
             time.sleep(random_.uniform(0, 5))
             run.send_signal(signal.SIGINT)
     code = run.wait()
-    for _ in range(300):
+    for _ in range(100):
         if not processes(mark):
             break
         time.sleep(0.1)
-    left = len(processes(mark))
+    left = processes(mark)
     done = len(list((base / "out").glob("*/*/cell.json")))
-    return f"{name}: exit code {code}, {left} processes left, {done} cells have a record"
+    told = "".join(f"\n  left: {pid} {line[:90]!r}" for pid, line in left.items())
+    return f"{name}: exit code {code}, {len(left)} processes left, {done} cells have a record{told}"
 
 
 def main() -> None:

@@ -18,7 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 VARIABLE = "PTQ_ONNX_SWEEP"
-ROUNDS, PAUSE = 40, 0.05
+ROUNDS, PAUSE = 400, 0.05
+QUIET, LONG_QUIET = 4, 40
+"""Looks in a row that find nothing, until there is nothing: a process that is just being started
+does not show its mark yet. More of them where the sweep was killed, at whatever it was."""
 
 
 @contextmanager
@@ -43,11 +46,13 @@ def watched() -> Iterator[str]:
         watcher.wait()
 
 
-def end_marked(mark: str) -> None:
-    """Kill all processes with the mark but this one, until there are none."""
+def end_marked(mark: str, quiet: int = QUIET) -> None:
+    """Kill all processes with the mark but this one, until ``quiet`` looks in a row find none."""
+    nothing = 0
     for _ in range(ROUNDS):
         found = [pid for pid in marked(mark) if pid != os.getpid()]
-        if not found:
+        nothing = 0 if found else nothing + 1
+        if nothing == quiet:
             return
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
@@ -80,7 +85,7 @@ def main(mark: str) -> None:
     """Wait for the end of the input, then end what is marked."""
     while sys.stdin.buffer.read(1 << 10):
         pass
-    end_marked(mark)
+    end_marked(mark, LONG_QUIET)
 
 
 if __name__ == "__main__":
