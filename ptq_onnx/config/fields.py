@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ptq_onnx.config.bits import Bits
+from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, option
 from ptq_onnx.config.names import (
     ARITHMETIC_NAMES,
@@ -150,7 +150,7 @@ class Fields:
         None, NUMBERS, None,
         "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
         " in float and free at run time, where one scale per tensor is then expected to lose less.",
-        shown="on with --quantize-residual, and for qnn",
+        shown="on with --quantize-residual, for qnn, and for lowbit below 8 bits",
     )
     split_hidden: bool | None = option(
         None, NUMBERS, None,
@@ -283,6 +283,7 @@ class Fields:
         """True where residual streams are turned if that lowers the expected error."""
         unset = self.quantize_residual and self.precision != "fp8"
         unset = unset or self.runtime.all_codes
+        unset = unset or (self.quantizer == "lowbit" and self.widths.activations < BYTE)
         return unset if self.rotate is None else self.rotate
 
     @property

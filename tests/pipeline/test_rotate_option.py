@@ -113,3 +113,19 @@ def test_what_excludes_it(tmp_path: Path, options: dict[str, object], text: str)
             MODEL, calib=IMAGES, images=8, report=False, output=tmp_path / "x", **options
         )
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [
+        ({"quantizer": "lowbit", "bits": "4/4/4"}, True),
+        ({"quantizer": "lowbit", "bits": "6/6/6"}, True),
+        ({"quantizer": "lowbit", "bits": "4/8/8"}, False),
+        ({"quantizer": "lowbit", "bits": "4/4/4", "rotate": False}, False),
+        ({"quantizer": "deploy", "bits": "4/4/4"}, False),
+        ({"quantizer": "fqvit"}, False),
+        ({"target": "qnn"}, True),
+    ],
+)
+def test_where_it_is_on_by_itself(options: dict[str, object], turns: bool) -> None:
+    assert QuantizeConfig(**options).rotates is turns
