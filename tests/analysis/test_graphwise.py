@@ -176,9 +176,9 @@ def open_alone(
 
 
 def differences(
-    path: Path, quantizer: SiteQuantizer, data: np.ndarray, follow: bool
-) -> dict[str, float]:
-    """SNR of ten ops at random in dB, less that of the interpreter.
+    path: Path, quantizer: SiteQuantizer, data: np.ndarray, *follow: bool
+) -> list[dict[str, float]]:
+    """SNR of ten ops at random in dB, less that of the interpreter; once for each ``follow``.
 
     ``follow``: every op of the interpreter reads what the simulator's ops read. Without,
     a difference in the last bit becomes a step where it crosses the middle between two codes,
@@ -192,25 +192,29 @@ def differences(
     simulator = Simulator(model, quantizer, threads=1)
     made = [str(v.name) for n in model.graph for v in n.outputs]
     signal = dict.fromkeys(ops, 0.0)
-    noise = dict.fromkeys(ops, 0.0)
+    noise = {way: dict.fromkeys(ops, 0.0) for way in follow}
     for batch in batches:
-        floats = interpret(model, {}, batch, set(ops))
-        given = simulator.run(batch, made) if follow else None
-        others = interpret(model, quantizer.specs, batch, set(ops), given)
+        floats = {k: v.astype(np.float64) for k, v in interpret(model, {}, batch, set(ops)).items()}
         for name in ops:
-            f = floats[name].astype(np.float64)
-            signal[name] += float((f**2).sum())
-            noise[name] += float(((others[name] - f) ** 2).sum())
-    return {
-        f"{op.role} {op.block}": op.snr_db - 10 * np.log10(signal[name] / noise[name])
-        for name, op in ops.items()
-    }
+            signal[name] += float((floats[name] ** 2).sum())
+        for way in follow:
+            given = simulator.run(batch, made) if way else None
+            others = interpret(model, quantizer.specs, batch, set(ops), given)
+            for name in ops:
+                noise[way][name] += float(((others[name] - floats[name]) ** 2).sum())
+    return [
+        {
+            f"{op.role} {op.block}": op.snr_db - 10 * np.log10(signal[name] / noise[way][name])
+            for name, op in ops.items()
+        }
+        for way in follow
+    ]
 
 
 @pytest.mark.parametrize("name", ["fqvit", "deploy"])
 def test_snr_of_ten_ops_is_that_of_a_slow_interpreter(name: str) -> None:
     data = images(DIGITS, ROOT / "img/digits/val", 64)
-    found = differences(DIGITS, quantized(quantizer=name), data, follow=False)
+    (found,) = differences(DIGITS, quantized(quantizer=name), data, False)
     assert max(map(abs, found.values())) < 0.1, found
 
 
@@ -220,9 +224,8 @@ def test_snr_of_ten_ops_on_a_real_model(shared: Path, name: str) -> None:
     path = shared / "models" / VIT
     data = images(path, shared / "imagenet/calib", 24)
     quantizer = quantized(path, data[:16], quantizer=name)
-    found = differences(path, quantizer, data[16:], follow=True)
-    assert max(map(abs, found.values())) < 0.1, found
-    found = differences(path, quantizer, data[16:], follow=False)
+    following, found = differences(path, quantizer, data[16:], True, False)
+    assert max(map(abs, following.values())) < 0.1, following
     assert max(map(abs, found.values())) < 0.6, found
     assert np.median(np.abs(list(found.values()))) < 0.1, found
 
