@@ -88,7 +88,7 @@ def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator
     with ExitStack() as stack:
         folder = stack.enter_context(socket_folder("ray"))
         stack.enter_context(_set({"TMPDIR": str(folder), **NOWHERE, **environment}))
-        mark = stack.enter_context(watched())
+        mark = stack.enter_context(watched(folder))
         try:
             ray.init(
                 num_cpus=cores,

@@ -1,7 +1,8 @@
 """The processes that Ray starts end with the sweep, however that ends.
 
-They all inherit a variable of their environment, by which they are found (Linux; elsewhere Ray's
-own means have to do). ``python -m ptq_onnx.sweep.orphans MARK`` waits until its input ends, which
+They all inherit a variable of their environment, by which they are found, or, as some write over
+it, by the files that they hold open (Linux; elsewhere Ray's own means have to do).
+``python -m ptq_onnx.sweep.orphans MARK FOLDER`` waits until its input ends, which
 it does when the sweep's process is gone, even killed, and then ends what is left.
 """
 
@@ -25,11 +26,12 @@ does not show its mark yet. More of them where the sweep was killed, at whatever
 
 
 @contextmanager
-def watched() -> Iterator[str]:
-    """Processes started inside carry a mark, which it returns, and are gone afterwards."""
+def watched(folder: Path) -> Iterator[str]:
+    """Processes started inside carry a mark, which it returns, and are gone afterwards, as are all
+    that hold a file in ``folder``."""
     mark = secrets.token_hex(8)
     watcher = subprocess.Popen(
-        [sys.executable, "-m", __name__, mark],
+        [sys.executable, "-m", __name__, mark, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -41,16 +43,17 @@ def watched() -> Iterator[str]:
         yield mark
     finally:
         os.environ.pop(VARIABLE, None)
-        end_marked(mark)
+        end_marked(mark, folder)
         watcher.terminate()
         watcher.wait()
 
 
-def end_marked(mark: str, quiet: int = QUIET) -> None:
-    """Kill all processes with the mark but this one, until ``quiet`` looks in a row find none."""
+def end_marked(mark: str, folder: Path, quiet: int = QUIET) -> None:
+    """Kill all processes with the mark, or files in the folder, but this one, until ``quiet`` looks
+    in a row find none."""
     nothing = 0
     for _ in range(ROUNDS):
-        found = [pid for pid in marked(mark) if pid != os.getpid()]
+        found = [pid for pid in marked(mark, folder) if pid != os.getpid()]
         nothing = 0 if found else nothing + 1
         if nothing == quiet:
             return
@@ -60,15 +63,25 @@ def end_marked(mark: str, quiet: int = QUIET) -> None:
         time.sleep(PAUSE)
 
 
-def marked(mark: str) -> list[int]:
-    """The processes that started with the mark in their environment; those that are dead and only
-    not yet waited for do not count."""
+def marked(mark: str, folder: Path | None = None) -> list[int]:
+    """The processes that started with the mark in their environment, or hold files in ``folder``;
+    those that are dead and only not yet waited for do not count."""
     wanted, found = f"{VARIABLE}={mark}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone, or another user's
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if wanted in environment or (folder is not None and _holds(process, folder)):
+                found.append(int(process.name))
     return found
+
+
+def _holds(process: Path, folder: Path) -> bool:
+    """Whether a process has a file open in the folder, there or removed."""
+    for link in (process / "fd").iterdir():
+        with suppress(OSError):  # closed
+            if os.readlink(link).startswith(f"{folder}{os.sep}"):
+                return True
+    return False
 
 
 def named(mark: str, word: str) -> set[int]:
@@ -81,12 +94,12 @@ def named(mark: str, word: str) -> set[int]:
     return found
 
 
-def main(mark: str) -> None:
+def main(mark: str, folder: str) -> None:
     """Wait for the end of the input, then end what is marked."""
     while sys.stdin.buffer.read(1 << 10):
         pass
-    end_marked(mark, LONG_QUIET)
+    end_marked(mark, Path(folder), LONG_QUIET)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:3])

@@ -24,8 +24,8 @@ def wait_until_gone(mark: str) -> bool:
     return not marked(mark)
 
 
-def test_children_end_with_the_block() -> None:
-    with watched() as mark:
+def test_children_end_with_the_block(tmp_path: Path) -> None:
+    with watched(tmp_path) as mark:
         child = subprocess.Popen(SLEEP, start_new_session=True)
         while child.pid not in marked(mark):
             time.sleep(0.01)
@@ -34,10 +34,11 @@ def test_children_end_with_the_block() -> None:
     assert marked(mark) == []
 
 
-def test_children_end_when_the_process_is_killed() -> None:
+def test_children_end_when_the_process_is_killed(tmp_path: Path) -> None:
     code = (
-        "import subprocess, sys, time; from ptq_onnx.sweep.orphans import watched\n"
-        "with watched() as mark:\n"
+        "import subprocess, sys, time; from pathlib import Path\n"
+        "from ptq_onnx.sweep.orphans import watched\n"
+        f"with watched(Path({str(tmp_path)!r})) as mark:\n"
         f"    subprocess.Popen({SLEEP!r}, start_new_session=True)\n"
         "    print(mark, flush=True); time.sleep(60)"
     )
@@ -53,8 +54,18 @@ def test_children_end_when_the_process_is_killed() -> None:
     assert wait_until_gone(mark)
 
 
-def test_others_stay() -> None:
-    with subprocess.Popen(SLEEP) as other, watched() as mark:
+def test_who_hides_the_mark_is_found_by_its_files(tmp_path: Path) -> None:
+    """Ray's agents write their titles over their environment."""
+    with watched(tmp_path) as mark, open(tmp_path / "log", "w") as log:
+        bare = {"PATH": os.environ["PATH"]}
+        child = subprocess.Popen(SLEEP, env=bare, stdout=log)
+        assert child.pid not in marked(mark)
+        assert child.pid in marked(mark, tmp_path)
+    assert child.wait(timeout=10) == -9
+
+
+def test_others_stay(tmp_path: Path) -> None:
+    with subprocess.Popen(SLEEP) as other, watched(tmp_path) as mark:
         assert other.pid not in marked(mark)
         assert other.poll() is None
         other.kill()

@@ -23,7 +23,7 @@ pytest.importorskip("ray", reason="a sweep runs on Ray: the extra [ray]")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")
 
 TESTS = Path(__file__).resolve().parents[1]
-CELLS, LONGEST = 6, 60
+CELLS, LONGEST = 16, 60
 PROMPT = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "200",
@@ -41,7 +41,7 @@ class Run:
     """The stub as a process, whose children are found by a variable of their environment."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
-        self.mark = secrets.token_hex(8)
+        self.folder, self.mark = folder, secrets.token_hex(8)
         path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sweep.stub", str(folder), str(CELLS), "2", str(seconds)],
@@ -57,7 +57,8 @@ class Run:
         found = {}
         for place in Path("/proc").glob("[0-9]*"):
             try:
-                if f"STUB_RUN={self.mark}".encode() in (place / "environ").read_bytes():
+                mine = f"STUB_RUN={self.mark}".encode() in (place / "environ").read_bytes()
+                if mine or os.readlink(place / "cwd") == str(self.folder):
                     found[int(place.name)] = (place / "cmdline").read_text()
             except OSError:  # gone
                 pass
