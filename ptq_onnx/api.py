@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ptq_onnx.config.options import Options, configured
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ImageError
-from ptq_onnx.images.opening import Images, open_images
+from ptq_onnx.images.opening import Images
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.preprocess_input import Given, Preprocessing, taken
 from ptq_onnx.pipeline.result import Result
@@ -27,6 +27,7 @@ from ptq_onnx.runtime.installed import require_runtime
 if TYPE_CHECKING:
     from ptq_onnx.analysis.comparison_results import Comparison
     from ptq_onnx.evaluation.evaluate import Evaluation
+    from ptq_onnx.evaluation.metrics.metric import Metric
     from ptq_onnx.preparation.inspection import Inspection
     from ptq_onnx.targets.checking.check import Report
     from ptq_onnx.targets.timing.results import Benchmark
@@ -55,6 +56,7 @@ def quantize(
     calib: Images | None = None,
     val: Images | None = None,
     labels: Labels | None = None,
+    targets: Path | None = None,
     output: Path = "output",
     preprocess: Preprocessing | None = None,
     config: QuantizeConfig | None = None,
@@ -67,15 +69,17 @@ def quantize(
     ``model``: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``. ``calib`` and ``val``,
     images to calibrate with and to measure on: what :func:`open_images` takes; what can be read
     only once is kept in a temporary file, 4 bytes for each value of at most ``images`` (of ``val``:
-    all) images. ``labels``: classes of ``val``; a loader may yield them too. ``output``: ``x.onnx``
-    is the file, its reports go to the folder ``x`` beside it; any other name is a folder of
-    everything. ``preprocess``: ``"imagenet"``, ``"inception"``, a Hugging Face folder, a
-    Preprocess, or a function from a picture to an array [C, H, W]. ``options``: the fields of
-    :class:`QuantizeConfig`, which win over ``config``. Raises PtqError.
+    all) images. ``labels``: classes of ``val``; a loader may yield them too. ``targets``: the truth
+    of the option ``metric`` on them. ``output``: ``x.onnx`` is the file, its reports go to the
+    folder ``x`` beside it; any other name is a folder of everything. ``preprocess``:
+    ``"imagenet"``, ``"inception"``, a Hugging Face folder, a Preprocess, or a function from a
+    picture to an array [C, H, W]. ``options``: the fields of :class:`QuantizeConfig`, which win
+    over ``config``. Raises PtqError.
     """
     return _run(
         model, config, options, preprocess,
-        calib=calib, val=val, labels=labels, output=output, scales=scales, progress=progress,
+        calib=calib, val=val, labels=labels, targets=targets, output=output, scales=scales,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -85,6 +89,7 @@ def analyse(
     calib: Images | None = None,
     val: Images | None = None,
     labels: Labels | None = None,
+    targets: Path | None = None,
     output: Path = "analysis",
     preprocess: Preprocessing | None = None,
     config: QuantizeConfig | None = None,
@@ -99,8 +104,8 @@ def analyse(
     """
     return _run(
         model, config, {"sensitivity": True, **options, "report": True}, preprocess,
-        calib=calib, val=val, labels=labels, output=output, scales=scales, progress=progress,
-        keep_models=False,
+        calib=calib, val=val, labels=labels, targets=targets, output=output, scales=scales,
+        progress=progress, keep_models=False,
     )  # fmt: skip
 
 
@@ -146,7 +151,11 @@ def compare(
     *,
     labels: Labels | None = None,
     reference: Path | None = None,
+    metric: str | None = None,
+    metric_option: Sequence[str] = (),
+    targets: Path | None = None,
     preprocess: Preprocessing | None = None,
+    input: Sequence[str] = (),
     block_images: int = 32,
     batch: int = 8,
     threads: int = 0,
@@ -155,7 +164,8 @@ def compare(
     """Quantized files of one float model side by side: accuracy, SQNR, blocks, size, speed.
 
     ``models``: folders or files that ``quantize`` wrote, or files of any tool. ``reference``: the
-    float model; None: that of the first folder. Raises PtqError.
+    float model; None: that of the first folder. ``metric``, ``metric_option``,
+    ``targets``, ``input``: as of :func:`evaluate`. Raises PtqError.
     """
     from ptq_onnx.analysis import compare as comparison
 
@@ -163,7 +173,7 @@ def compare(
         models = [models]
     named = [os.fspath(path) for path in models]
     base = comparison.find_reference(named, None if reference is None else os.fspath(reference))
-    source, truth = _measured(base, images, labels, preprocess)
+    source, truth = _measured(base, images, labels, preprocess, input)
     return comparison.compare(
         named,
         source,
@@ -173,6 +183,7 @@ def compare(
         batch=batch,
         threads=threads,
         progress=progress,
+        metric=_metric(metric, metric_option, source, base, targets),
     )
 
 
@@ -182,7 +193,11 @@ def evaluate(
     labels: Labels | None = None,
     *,
     reference: Model | None = None,
+    metric: str | None = None,
+    metric_option: Sequence[str] = (),
+    targets: Path | None = None,
     preprocess: Preprocessing | None = None,
+    input: Sequence[str] = (),
     batch_size: int = 8,
     threads: int = 0,
     workers: int = 1,
@@ -190,8 +205,11 @@ def evaluate(
 ) -> Evaluation:
     """Top-1 and top-5 of a model in ONNX Runtime, and how close it is to a ``reference``.
 
-    ``images``: what :func:`open_images` takes, or returned. ``workers``: processes that run the
-    models, in a script whose main part is guarded. Raises PtqError.
+    ``images``: what :func:`open_images` takes, or returned. ``metric``: another measure, a name or
+    ``module:function``, with its options ``KEY=VALUE``, against ``targets``, else against the
+    ``reference``: ``score`` of the result. ``input``: what inputs besides the images get, as
+    ``NAME=FILE.npz``. ``workers``: processes that run the models, in a script whose main part is
+    guarded. Raises PtqError.
     """
     from ptq_onnx.calibration.class_output import features_of
     from ptq_onnx.evaluation import evaluate as evaluation
@@ -199,7 +217,7 @@ def evaluate(
     with ExitStack() as files:
         path = files.enter_context(model_file(model))
         other = None if reference is None else files.enter_context(model_file(reference))
-        source, truth = _measured(path, images, labels, preprocess)
+        source, truth = _measured(path, images, labels, preprocess, input)
         features = []
         if other is not None and truth is None:
             features = features_of(other, source.preprocess.size)
@@ -213,6 +231,7 @@ def evaluate(
             reference=other,
             features=features,
             progress=progress,
+            metric=_metric(metric, metric_option, source, other or path, targets),
         )
 
 
@@ -253,6 +272,7 @@ def _run(
     *,
     val: Images | None,
     labels: Labels | None,
+    targets: Path | None,
     scales: Path | None,
     output: Path,
     **more: Any,
@@ -274,6 +294,7 @@ def _run(
             config=settings,
             val=val,
             labels=None if labels is None else os.fspath(labels),
+            targets=None if targets is None else os.fspath(targets),
             scales=None if scales is None else os.fspath(scales),
             output=os.fspath(output),
             given=given,
@@ -287,11 +308,30 @@ def _opened(path: Any, images: Images, settings: QuantizeConfig, given: Given) -
         return images
     from ptq_onnx.blocks.sites import image_input
     from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+    from ptq_onnx.pipeline.several_inputs import open_source
     from ptq_onnx.preparation import model_files as graphs
 
     shown = resolve_preprocess(path, settings, given)
     name = image_input(graphs.outline(path)).name
-    return open_images(images, shown, transform=given.transform, name=name)
+    how: dict[str, Any] = {"transform": given.transform, "name": name}
+    return open_source(path, images, shown, settings.input, **how)
+
+
+def _metric(
+    name: str | None,
+    given: Sequence[str],
+    images: ImageSource,
+    model: Any,
+    targets: Path | None,
+) -> Metric | None:
+    """The metric of that name. Raises ConfigError, ImageError."""
+    from ptq_onnx.config.metric_options import check_metric
+    from ptq_onnx.evaluation.metrics.by_name import make_metric
+
+    options = (given,) if isinstance(given, str) else tuple(given)
+    check_metric(name, options)
+    truth = None if targets is None else os.fspath(targets)
+    return make_metric(name, options, images, model, truth)
 
 
 def _labelled(
@@ -310,14 +350,19 @@ def _labelled(
 
 
 def _measured(
-    path: Any, images: Images, labels: Labels | None, preprocess: Preprocessing | None
+    path: Any,
+    images: Images,
+    labels: Labels | None,
+    preprocess: Preprocessing | None,
+    given_inputs: Sequence[str] = (),
 ) -> tuple[ImageSource, NDArray[np.int64] | None]:
     """Images, and their classes where there are any; folders are none to a model without."""
     from ptq_onnx.evaluation.network import Network
     from ptq_onnx.images.labels import labels_for
     from ptq_onnx.pipeline.calibration_images import has_class_folders
 
-    settings, given = taken(preprocess, QuantizeConfig())
+    own = (given_inputs,) if isinstance(given_inputs, str) else tuple(given_inputs)
+    settings, given = taken(preprocess, QuantizeConfig(input=own))
     if labels is not None and not isinstance(labels, str | os.PathLike):
         source = _labelled(path, images, labels, settings, given)
         return source, source.labels

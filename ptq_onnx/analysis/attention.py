@@ -20,6 +20,7 @@ from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.images.preprocess import Preprocess
 from ptq_onnx.numerics.codes.code import Code
+from ptq_onnx.runtime.packed import picture_in
 
 Array = NDArray[np.float32]
 
@@ -78,12 +79,15 @@ def attention_maps(
     outputs = {name_of(n): str(n.outputs[0].name) for n in model.graph}
     names = {block: outputs[wanted[block]] for block in picked}
     found = {label: simulator.run(batch, names.values()) for label, simulator in simulators.items()}
-    picture = _picture(batch[0], preprocess)
+    images = picture_in(batch)
+    if images is None:
+        return []
+    picture = _picture(images[0], preprocess)
     out: list[AttentionMap] = []
     for block, name in names.items():
         values = {label: result[name][:1] for label, result in found.items()}
         first = next(iter(values.values()))
-        layout = patch_layout(first.shape, batch[0].shape)
+        layout = patch_layout(first.shape, images[0].shape)
         if layout is None:
             continue
         rows, columns, extra = layout

@@ -23,6 +23,7 @@ from ptq_onnx.calibration.class_output import features_of
 from ptq_onnx.config.stages import READING
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation.evaluate import Evaluation, evaluate, no_classes, since
+from ptq_onnx.evaluation.metrics.metric import Metric
 from ptq_onnx.evaluation.network import Network, session
 from ptq_onnx.evaluation.outputs import decibels as in_json
 from ptq_onnx.files.model_size import model_bytes
@@ -74,6 +75,7 @@ def compare(
     batch: int = 8,
     threads: int = 0,
     progress: Progress | None = None,
+    metric: Metric | None = None,
     opened: Callable[[Path], Any] | None = None,
 ) -> Comparison:
     """Measure every file, and the float model, on the same images. Raises PtqError.
@@ -110,6 +112,7 @@ def compare(
             features=features,
             progress=since(advance),
             names=(f"Model '{file}'", None),
+            metric=metric if index else None,
         )
         tapped = Tapped(file, threads, _specs(file) if index else None)
         blocks: tuple[BlockMatch, ...] = ()
@@ -149,6 +152,7 @@ def _contender(
         ms_per_image=milliseconds,
         blocks=blocks,
         outputs=measured.outputs,
+        score=measured.score,
     )
 
 

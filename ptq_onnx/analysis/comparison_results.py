@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ptq_onnx.analysis.decibels import Decibels
+from ptq_onnx.evaluation.metrics.metric import Score
 from ptq_onnx.evaluation.outputs import OutputFigures
 
 
@@ -13,15 +14,17 @@ from ptq_onnx.evaluation.outputs import OutputFigures
 class Closeness:
     """A quantized file in its runtime, against the float model, on the images of ``auto``.
 
-    ``drop``: points of top-1 lost; None without labels. ``sqnr_db``: of the output where it is
-    lowest, which ``output`` names where there are several. ``agreement``: the percentage of images
-    with the same top class; None where no output is [batch, classes].
+    ``drop``: points of top-1, or of the metric (``score``), lost; None without labels or metric.
+    ``sqnr_db``: of the output where it is lowest, which ``output`` names where there are several.
+    ``agreement``: the percentage of images with the same top class; None where no output is
+    [batch, classes].
     """
 
     drop: float | None
     sqnr_db: Decibels
     agreement: float | None
     output: str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Automatic:
     drop_error: float | None
     trials: int
     seconds: float
+    metric: str | None = None
+    """What was measured instead of top-1."""
+    float_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class Contender:
     ms_per_image: float
     blocks: tuple[BlockMatch, ...]
     outputs: tuple[OutputFigures, ...] = ()
+    score: Score | None = None
+    """By the metric that was asked for; the float model's stands beside it."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.evaluation.network import TYPES, open_with_fp8
+from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.preparation.signature import fed
+from ptq_onnx.preparation.signature import feeds
 
 Array = NDArray[np.float32]
 How = Literal["name", "position"]
@@ -160,15 +160,12 @@ class Reader:
             if missing:
                 part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
             names = list(self._outputs.values())
-            found: list[Any] = self._session.run(names, {self._input.name: self._fed(part)})
+            found: list[Any] = self._session.run(names, feeds(self._session.get_inputs(), part))
             values = [self._value(t, f) for t, f in zip(self._outputs, found, strict=True)]
             parts.append([v[: size - missing] for v in values])
         return {
             tensor: np.concatenate([p[i] for p in parts]) for i, tensor in enumerate(self._outputs)
         }
-
-    def _fed(self, images: Array) -> NDArray[Any]:
-        return fed(images, self._input.shape, TYPES.get(self._input.type, np.float32))
 
     def _value(self, tensor: str, found: Any) -> Array:
         """The numbers that a tensor stands for."""

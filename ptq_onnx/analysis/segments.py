@@ -109,7 +109,7 @@ class Segments:
 
     def places(self) -> dict[str, int]:
         """The segment that makes each tensor; of a constant, the first that reads it."""
-        found = {self.parts[0].input: 0}
+        found = {str(v.name): 0 for v in self._model.graph.inputs if not v.is_initializer()}
         nodes = list(self._model.graph)
         for number, part in enumerate(self.parts):
             for node in nodes[part.start : part.stop]:

@@ -43,6 +43,7 @@ from ptq_onnx.calibration.statistics import collect
 from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.spec import Site, TensorSpec
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.runtime.packed import given
 from ptq_onnx.runtime.sessions import Session
 
 
@@ -106,11 +107,13 @@ def _raw(
         ir.to_proto(copy).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     feed = session.get_inputs()[0].name
-    wanted = [s.tensor for s in sites if s.tensor != feed]
+    inputs = {i.name for i in session.get_inputs()}
+    wanted = [s.tensor for s in sites if s.tensor not in inputs]
     for batch in batches:
         found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
         if len(wanted) < len(sites):
-            found[feed] = batch
+            own = given(session, batch)
+            found |= {s.tensor: own[s.tensor] for s in sites if s.tensor in own}
         yield len(batch), found
 
 

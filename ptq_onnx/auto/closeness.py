@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.analysis.comparison_results import Closeness
 from ptq_onnx.evaluation.evaluate import Progress
+from ptq_onnx.evaluation.metrics.metric import Metric, Scoring
 from ptq_onnx.evaluation.network import Network
 from ptq_onnx.evaluation.outputs import Tallies, Values, decibels, pairs, percent, top_classes
 from ptq_onnx.images.source import ImageSource
@@ -26,7 +27,8 @@ class Recorded:
 
     ``truth``: the right classes, where ``labels_of``, asked with the number of classes once all
     images were read, gives them. ``main``: the output [batch, classes] that answers: with most
-    right answers, else the first; None where there is none. Raises ImageError, ModelError.
+    right answers, else the first; None where there is none. ``metric``: what is lost of it is the
+    drop, in place of top-1. Raises ImageError, ModelError, ConfigError.
     """
 
     def __init__(
@@ -38,10 +40,11 @@ class Recorded:
         labels_of: Callable[[int], Labels] | None = None,
         threads: int = 0,
         progress: Progress | None = None,
+        metric: Metric | None = None,
     ) -> None:
         network = Network(model, threads, name="The float model")
         network.check(images.preprocess.shape)
-        self.images, self.names = images, network.names
+        self.images, self.names, self.metric = images, network.names, metric
         self._threads, self._folder, self._bytes = threads, folder, 0
         self._batches: list[dict[str, Values]] = []
         tallies = Tallies(network.names)
@@ -55,6 +58,8 @@ class Recorded:
         self.count = len(images)
         self.main: str | None = next(iter(self.top), None)
         self.truth: Labels | None = None
+        self.float_score: float | None = None
+        """By the metric; known once a file was measured."""
         if labels_of is not None and self.top:
             truth = labels_of(max(t.width for t in tallies.classes))
             able = [t.name for t in tallies.classes if t.width > truth.max(initial=0)]
@@ -72,12 +77,15 @@ class Recorded:
         network = Network(model, self._threads, name="The quantized model")
         shared = pairs(network.names, self.names)
         tallies = Tallies(list(shared))
+        scoring = None if self.metric is None else Scoring(self.metric, reference=True)
         top: list[Labels] = []
         main = next((n for n, o in shared.items() if o == self.main), None)
-        for batch, floats in zip(self.images.batches(BATCH), self._batches, strict=True):
-            found = network(batch)
+        for named, floats in zip(self.images.named_batches(BATCH), self._batches, strict=True):
+            found = network(named[1])
             known = {n: floats[o] for n, o in shared.items() if o in floats}
             tallies.add(found, network.whole, known, network.loose)
+            if scoring is not None:
+                scoring.add(named[0], found, known)
             if main is not None:
                 top.append(top_classes(found[main]))
         drop = error = agreement = None
@@ -87,10 +95,15 @@ class Recorded:
             if self.truth is not None:
                 before, right = self.hits(), hits(after, self.truth)
                 drop, error = points_lost(before, right), drop_error(before, right)
+        score = None if scoring is None else scoring.score()
+        if score is not None:
+            drop, error = score.lost, None
+            self.float_score = score.float_value
         worst = tallies.worst
         at = next((t.name for t in tallies.ranked if t.sqnr == worst), None)
         several = at if len(tallies.each) > 1 else None
-        return Closeness(drop, decibels(worst) or 0.0, agreement, several), error
+        value = None if score is None else score.value
+        return Closeness(drop, decibels(worst) or 0.0, agreement, several, value), error
 
     def _kept(self, value: Values) -> Values:
         self._bytes += value.nbytes

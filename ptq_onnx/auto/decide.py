@@ -31,7 +31,11 @@ def decide(
     """The plan with a config that needs no search, and what was decided. ``batches``: of
     calibration. Raises PtqError."""
     started = time.perf_counter()
-    bound, limit = _bound(plan.config, labelled=evidence.labels_of is not None)
+    metric = evidence.metric
+    labelled = evidence.labels_of is not None
+    if metric is not None:  # a drop of half a point says nothing of a number without a unit
+        labelled = metric.targets is not None and metric.unit == "%"
+    bound, limit = _bound(plan.config, labelled=labelled)
     trials = Trials(plan, batches, evidence, stage)
 
     def met(found: Closeness) -> bool:
@@ -67,6 +71,8 @@ def decide(
         drop_error=trials.drop_error(final),
         trials=outcome.runs,
         seconds=time.perf_counter() - started,
+        metric=None if metric is None else metric.figure,
+        float_score=reference.float_score,
     )
     return replace(trials.plan, config=config), found
 
@@ -105,7 +111,7 @@ def notes_on(found: Automatic) -> list[str]:
     """What the user should know of the decisions, besides them."""
     notes = []
     wanted = (
-        f"at most {found.limit:g} points of top-1 lost"
+        f"at most {found.limit:g} points of {found.metric or 'top-1'} lost"
         if found.bound == "max_drop"
         else f"an SQNR of at least {found.limit:g} dB"
     )

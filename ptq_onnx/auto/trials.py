@@ -22,6 +22,7 @@ from ptq_onnx.auto.search import Option, Stage
 from ptq_onnx.config import stages
 from ptq_onnx.config.selector import ALL
 from ptq_onnx.evaluation.evaluate import since
+from ptq_onnx.evaluation.metrics.metric import Metric
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.numerics.spec import Rule
 from ptq_onnx.preparation import model_files as graphs
@@ -38,6 +39,7 @@ class Evidence:
     ``reference``: the float file. ``labels_of``: the classes of the images, to be asked for once
     all were read, when their order is known; None without labels. ``held_apart``: calibration did
     not use the images. ``sample``: images of the expectations. ``work``: a folder for files.
+    ``metric``: what the drop is of, in place of top-1.
     """
 
     reference: Path
@@ -46,6 +48,7 @@ class Evidence:
     held_apart: bool
     sample: Images
     work: Path
+    metric: Metric | None = None
 
 
 class Trials:
@@ -60,6 +63,7 @@ class Trials:
             evidence.images,
             evidence.work,
             labels_of=evidence.labels_of,
+            metric=evidence.metric,
             threads=plan.config.threads,
             progress=since(stage(stages.RUNNING_FLOAT, len(evidence.images))),
         )

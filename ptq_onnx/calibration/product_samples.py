@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ptq_onnx.calibration.finite import check_finite
 from ptq_onnx.calibration.statistics import copies_in, open_taps
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.runtime.packed import given
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -136,7 +137,7 @@ def collect_samples(
     copies = copies_in(batches)
     for batch in batches:
         found = dict(zip(names, session.run(names, {feed: batch}), strict=True)) if names else {}
-        found[feed] = batch
+        found |= given(session, batch)
         check_finite(found, tensors)
         for tensor, (as_rows, factor) in wanted.rows.items():
             array = as_rows(found[tensor])

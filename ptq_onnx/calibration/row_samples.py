@@ -16,6 +16,7 @@ from ptq_onnx.calibration.finite import check_finite
 from ptq_onnx.calibration.statistics import copies_in, open_taps
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.runtime.packed import given
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -82,7 +83,7 @@ def collect_rows(
         copies = copies_in(batches)
         for batch in batches:
             found = dict(zip(names, session.run(names, {feed: batch}), strict=True))
-            found[feed] = batch
+            found |= given(session, batch)
             check_finite(found, names)
             for site in group:
                 value = found[site.tensor]

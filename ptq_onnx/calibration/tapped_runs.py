@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.preparation import sizes
 from ptq_onnx.preparation.model_sessions import open_session
+from ptq_onnx.runtime.packed import given
 from ptq_onnx.runtime.processes import Processes, shared_threads
 from ptq_onnx.runtime.sessions import Session
 
@@ -43,8 +44,8 @@ def open_taps(
     """
     names = add_outputs(model, tensors)
     session = tapped_session(model, threads)
-    feed = str(session.get_inputs()[0].name)
-    return session, feed, [tensor for tensor in names if tensor != feed]
+    inputs = [str(i.name) for i in session.get_inputs()]
+    return session, inputs[0], [tensor for tensor in names if tensor not in inputs]
 
 
 def add_outputs(model: ir.Model, tensors: Iterable[str]) -> list[str]:
@@ -101,12 +102,13 @@ def open_taking(
 def _taking(
     session: ort.InferenceSession, wanted: Sequence[str], take: Taken
 ) -> Callable[[Array], Any]:
-    feed = str(session.get_inputs()[0].name)
-    names = [name for name in wanted if name != feed]
+    inputs = [str(i.name) for i in session.get_inputs()]
+    names = [name for name in wanted if name not in inputs]
 
     def run(batch: Array) -> Any:
-        values = session.run(names, {feed: batch}) if names else []
-        return take(batch, {**dict(zip(names, values, strict=True)), feed: batch})
+        feed = given(session, batch)
+        values = session.run(names, feed) if names else []
+        return take(batch, {**dict(zip(names, values, strict=True)), **feed})
 
     return run
 

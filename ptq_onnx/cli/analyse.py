@@ -17,6 +17,7 @@ def analyse(
     calib: o.Calib = None,
     val: o.Val = None,
     labels: o.Labels = None,
+    targets: o.Targets = None,
     output: o.AnalysisFolder = None,
     config: o.Config = None,
     scales: o.Scales = None,

@@ -33,6 +33,7 @@ from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.publishing import added_to
 from ptq_onnx.files.text_file import write_text
 from ptq_onnx.images.source import ImageSource
+from ptq_onnx.report.page_text import metric_text
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.comparison_results import Comparison
@@ -47,11 +48,12 @@ Models = Annotated[
 ]
 
 
-@o.takes(*o.PICTURES, "batch", "threads")
+@o.takes(*o.PICTURES, *o.METRIC, "batch", "threads")
 def compare(
     models: Models,
     val: o.Measured = None,
     labels: o.Labels = None,
+    targets: o.Targets = None,
     reference: Annotated[
         str | None,
         o.option("--reference", "FLOAT.onnx", "fused.onnx of the first folder", "The float model."),
@@ -109,11 +111,14 @@ def compared(
     """
     with progress_bars() as progress:
         from ptq_onnx.analysis import compare as comparison
-        from ptq_onnx.images.opening import open_images
+        from ptq_onnx.evaluation.metrics.by_name import make_metric
         from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+        from ptq_onnx.pipeline.several_inputs import open_source
 
         base = comparison.find_reference(models, reference)
-        source = open_images(paths["val"], resolve_preprocess(base, options))
+        shown = resolve_preprocess(base, options)
+        source = open_source(base, paths["val"], shown, options.input)
+        chosen = options.metric, options.metric_option
         return comparison.compare(
             models,
             source,
@@ -123,6 +128,7 @@ def compared(
             batch=options.batch,
             threads=options.threads,
             progress=progress,
+            metric=make_metric(*chosen, source, base, paths.get("targets"), paths.get("labels")),
             opened=None if npu is None else partial(npu.open, threads=options.threads),
         )
 
@@ -155,12 +161,17 @@ def write_comparison(found: Comparison, folder: Path) -> None:
 def table(found: Any) -> Any:
     """One row per model."""
     rows = []
+    scored = next((c.score for c in found.contenders if c.score is not None), None)
     for one in found.contenders:
+        first = percent(one.top1)
+        if scored is not None:
+            value = scored.float_value if one.score is None else one.score.value
+            first = metric_text(value, scored.unit)
         known = [b.snr_db for b in one.blocks if b.snr_db is not None]
         rows.append(
             (
                 one.name,
-                percent(one.top1),
+                first,
                 decibels(one.sqnr_db) if one.name != "float" else "",
                 percent(one.agreement),
                 decibels(known[-1]) if known else "-",
@@ -168,7 +179,15 @@ def table(found: Any) -> Any:
                 f"{one.ms_per_image:.1f} ms",
             )
         )
-    titles = ("model", "top-1", "SQNR", "same class", "last block", "size", "an image")
+    titles = (
+        "model",
+        "top-1" if scored is None else scored.figure,
+        "SQNR",
+        "same class",
+        "last block",
+        "size",
+        "an image",
+    )
     return simple_table(titles, rows)
 
 

@@ -24,6 +24,7 @@ from ptq_onnx.evaluation.outputs import MOST_DB
 from ptq_onnx.files.file_names import printable
 from ptq_onnx.progress import Progress
 from ptq_onnx.report.next_steps import next_steps
+from ptq_onnx.report.page_text import metric_text, truth_text
 from ptq_onnx.runtime.installed import missing_runtime
 
 if TYPE_CHECKING:
@@ -238,6 +239,11 @@ def summary(report: Mapping[str, Any]) -> Table:
                 if None not in pair:
                     name = f"{label}{where} of {accuracy['count']} images"
                     rows.append((name, percent(pair[0]), percent(pair[1])))
+    metric = report.get("metric")
+    if metric:
+        name = f"{metric['figure']} of {metric['images']} images, {truth_text(metric['targets'])}"
+        before, after = (metric_text(metric[k], metric["unit"]) for k in ("float_value", "value"))
+        rows.append((name, before, after))
     if fidelity:
         images = "" if accuracy else f" on {on_images(fidelity)}"
         rows.append((f"{sqnr_title(fidelity)}{images}", "", decibels(fidelity["sqnr_db"])))
@@ -280,6 +286,7 @@ def on_images(fidelity: Mapping[str, Any]) -> str:
     """Which images a figure is of, in words."""
     kind = fidelity.get("source", "val")
     words = {"held apart": " held out from calibration", "calibration": " of the calibration"}
+    words["noise"] = " of Gaussian noise"
     return f"{fidelity['images']} images{words.get(kind, '')}"
 
 

@@ -15,6 +15,7 @@ from ptq_onnx.config.option_types import shown
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.pipeline.model_path import find_model
+from ptq_onnx.report.page_text import metric_text
 
 if TYPE_CHECKING:
     from ptq_onnx.pipeline.calibration_curve import Curve
@@ -33,6 +34,7 @@ def calibration_curve(
     calib: o.Calib = None,
     val: o.Measured = None,
     labels: o.Labels = None,
+    targets: o.Targets = None,
     output: o.Folder = None,
     sizes: Annotated[
         str | None,
@@ -57,6 +59,7 @@ def calibration_curve(
             val=paths["val"],
             calib=paths.get("calib"),
             labels=paths.get("labels"),
+            targets=paths.get("targets"),
             sizes=counts or SIZES,
             progress=progress,
         )
@@ -72,13 +75,23 @@ def calibration_curve(
 
 def table(curve: Curve) -> Table:
     """A row for each number of images and source."""
+
+    def measured(top1: float | None, score: float | None) -> str:
+        return percent(top1) if curve.metric is None else metric_text(score, curve.unit)
+
     rows = [
-        (p.source, str(p.images), percent(p.top1), decibels(p.sqnr_db), percent(p.agreement))
+        (
+            p.source,
+            str(p.images),
+            measured(p.top1, p.score),
+            decibels(p.sqnr_db),
+            percent(p.agreement),
+        )
         for p in curve.points
     ]
-    if curve.float_top1 is not None:
-        rows.insert(0, ("float", "-", percent(curve.float_top1), "-", "-"))
-    names = ("calibrated with", "images", "top-1", "SQNR", "same top class")
+    if curve.float_top1 is not None or curve.metric is not None:
+        rows.insert(0, ("float", "-", measured(curve.float_top1, curve.float_score), "-", "-"))
+    names = ("calibrated with", "images", curve.metric or "top-1", "SQNR", "same top class")
     return simple_table(names, rows)
 
 

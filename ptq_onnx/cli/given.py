@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptq_onnx.cli.options import FIELDS, PATHS
+from ptq_onnx.config.metric_options import refuse_own
 from ptq_onnx.config.option_file import read_yaml
 from ptq_onnx.config.option_types import shown
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -22,7 +23,9 @@ def settings(
     ``defaults``: those of a command, where neither says anything. ``given`` may hold more than
     options, and None for options that were not used. Raises ConfigError.
     """
-    values = defaults | ({} if config is None else read_yaml(config))
+    read = {} if config is None else read_yaml(config)
+    refuse_own(read, f"Config {config}")
+    values = defaults | read
     values.update((k, v) for k, v in given.items() if k in (*FIELDS, *PATHS) and v is not None)
     paths = {k: v for k in PATHS if (v := values.pop(k, None)) is not None}
     for name, path in paths.items():
@@ -64,5 +67,7 @@ PARSERS: dict[str, Callable[[str, str], tuple[Any, ...]]] = {
     "keep_float": _one,
     "more_bits": _one,
     "per_channel": _one,
+    "metric_option": _one,
+    "input": _one,
 }
 """Options whose text is not their value yet."""

@@ -18,7 +18,7 @@ REQUIRED = "required"
 OUTPUT = "Output"
 
 PLACES: Mapping[str, Sequence[str]] = {
-    INPUT: ("calib", "val", "labels", "reference", "sizes", "config"),
+    INPUT: ("calib", "val", "labels", "targets", "reference", "sizes", "config"),
     NUMBERS: ("scales",),
     TARGET: ("runtime", "soc", "htp_arch", "pretrained", "strict"),
     OUTPUT: ("output", "context", "as_json"),

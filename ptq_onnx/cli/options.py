@@ -17,10 +17,11 @@ from ptq_onnx.cli.help import REQUIRED
 from ptq_onnx.config.flags import Flag, flags
 from ptq_onnx.config.quantize_config import QuantizeConfig
 
-PATHS = ("calib", "val", "labels", "scales", "output")
+PATHS = ("calib", "val", "labels", "targets", "scales", "output")
 """Options that decide no numbers; a config file may hold them too."""
 FIELDS = tuple(field.name for field in fields(QuantizeConfig))
-PICTURES = ("preprocess", "mean", "std", "size", "crop_pct", "interpolation")
+METRIC = ("metric", "metric_option")
+PICTURES = ("preprocess", "mean", "std", "size", "crop_pct", "interpolation", "input")
 """From a picture to the model's input."""
 AS_TEXT = ("mean", "std", "size")
 """Options of several numbers in one word."""
@@ -106,7 +107,7 @@ Calib = Annotated[
     option(
         "--calib",
         "DIR",
-        "required; only models/digits_vit.onnx brings its own",
+        "required, but where --activations are dynamic; models/digits_vit.onnx brings its own",
         "Calibration images: a folder, .npy or .npz; or noise: Gaussian ones.",
     ),
 ]
@@ -119,6 +120,16 @@ Measured = Annotated[
 Labels = Annotated[
     str | None,
     option("--labels", "FILE", "the class folders of --val", "Lines 'name label' for --val."),
+]
+Targets = Annotated[
+    str | None,
+    option(
+        "--targets",
+        "PATH",
+        "the float model's answers",
+        "metric: the truth of --val: a folder of a file for each image, an array, lines 'name"
+        " value', or COCO's JSON.",
+    ),
 ]
 Output = Annotated[
     str | None,

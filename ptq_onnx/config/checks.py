@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.fields import Fields
+from ptq_onnx.config.metric_options import check_metric
 from ptq_onnx.config.names import INTEGER, WEIGHTS
 from ptq_onnx.config.option_types import no_such
 from ptq_onnx.config.selector import AUTO, MoreBits, Selector
@@ -44,10 +45,13 @@ def check_together(config: Fields) -> None:
     _check_npu(config)
     if config.quantizer == "lowbit":
         _check_lowbit(config)
+    if config.at_run_time:
+        _check_run_time(config)
     if config.weight_only:
         _check_weight_only(config)
     _check_owners(config)
     _check_selectors(config)
+    check_metric(config.metric, config.metric_option)
     _check_auto(config)
 
 
@@ -130,6 +134,26 @@ def _check_lowbit(config: Fields) -> None:
             "--per-channel with --quantizer lowbit: every channel has a range of its own already;"
             " leave it out."
         )
+
+
+def _check_run_time(config: Fields) -> None:
+    """Ranges that are found at run time need no method, and codes of 8 bits."""
+    wide = [t for t in config.more_bits if t != AUTO and MoreBits.parse(t).bits > BYTE]
+    bits = config.widths.activations
+    for option, used, advice in (
+        (f"--target {config.target}", not config.runtime.run_time_ranges,
+         "its files hold calibrated ranges; use --target onnxruntime"),
+        (f"--quantizer {config.quantizer}", config.quantizer != "deploy",
+         "use --quantizer deploy"),
+        (f"--weights {config.weights}", config.weight_only, "it leaves activations in float"),
+        (f"--method {config.method}", config.method is not None, "leave it out"),
+        ("--per-channel", bool(config.per_channel), "leave it out"),
+        (f"--bits {config.bits}", bits > BYTE or (config.activations == "dynamic" and bits < BYTE),
+         "activations have 8 bits, with dynamic-token 2 to 8"),
+        (f"--more-bits {wide[0] if wide else ''}", bool(wide), "activations have 8 bits at most"),
+    ):  # fmt: skip
+        if used:
+            raise ConfigError(f"--activations {config.activations} with {option}: {advice}.")
 
 
 def _check_owners(config: Fields) -> None:

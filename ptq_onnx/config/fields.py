@@ -8,10 +8,12 @@ from typing import Literal
 from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, option
 from ptq_onnx.config.names import (
+    ACTIVATION_NAMES,
     ARITHMETIC_NAMES,
     GELU_NAMES,
     MAX_DROP,
     METHOD_NAMES,
+    METRIC_NAMES,
     MIN_SQNR,
     OPSETS,
     PRECISION_NAMES,
@@ -24,6 +26,8 @@ from ptq_onnx.config.targets import TARGETS as BY_NAME
 
 SELECTORS = ("keep_float", "more_bits", "per_channel")
 """Options that name roles."""
+SEVERAL = (*SELECTORS, "metric_option", "input")
+"""Options of several words, of which one may stand by itself."""
 ON_PIXELS = "it is for pixels on the scale 0 to 1, as in 0.485,0.456,0.406 or 0.229,0.224,0.225"
 
 
@@ -69,6 +73,12 @@ class Fields:
         None, NUMBERS, "NAME", f"One of {', '.join(METHOD_NAMES)}.",
         shown="percentile for vanilla, robust for the others", choices=METHOD_NAMES,
     )
+    activations: str = option(
+        "static", NUMBERS, "NAME",
+        "deploy for onnxruntime: static ranges by calibration; dynamic: one for each tensor, found"
+        " at run time; dynamic-token: one for each token. Without static no images are needed.",
+        choices=ACTIVATION_NAMES,
+    )
     images: int = option(128, INPUT, "N", "Calibration images to use.", bounds=(1, 1_000_000))
     seed: int | None = option(
         None, INPUT, "N", "Draw the calibration images at random, by this seed.",
@@ -101,6 +111,12 @@ class Fields:
     interpolation: str | None = option(
         None, INPUT, "NAME", "bicubic, bilinear, nearest or lanczos.",
         shown="the model's metadata, else bicubic",
+    )
+    input: tuple[str, ...] = option(
+        (), INPUT, "NAME=FILE|NUMBER",
+        "What an input besides the images gets: an array .npz or .npy with an entry for each image,"
+        " or one for all, or a number; repeatable.",
+        shown="none; an .npz in place of images may hold all inputs by name",
     )
     check_preprocess: bool = option(
         True, INPUT, None,
@@ -215,6 +231,16 @@ class Fields:
     batch_size: int = option(
         1, TARGET, "N", "qnn: images that the file takes at a time.", bounds=(1, 64)
     )
+    metric: str | None = option(
+        None, ANALYSIS, "NAME",
+        f"What the model is measured by: {', '.join(METRIC_NAMES)}, or a function of your own as"
+        " module:function.",
+        shown="top-1 where there are labels",
+    )
+    metric_option: tuple[str, ...] = option(
+        (), ANALYSIS, "KEY=VALUE",
+        "An option of the metric, as output=logits or threshold=0.5; repeatable.", shown="none",
+    )
     report: bool = option(True, ANALYSIS, None, "Analyse every op and write report.html.")
     sensitivity: bool = option(
         False, ANALYSIS, None,
@@ -242,6 +268,11 @@ class Fields:
         bounds=(1, 256),
     )
     # fmt: on
+
+    @property
+    def at_run_time(self) -> bool:
+        """True where ranges of activations are found at run time."""
+        return self.activations != "static"
 
     @property
     def weight_only(self) -> bool:

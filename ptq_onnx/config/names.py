@@ -6,8 +6,10 @@ from ptq_onnx.config.targets import TARGETS as BY_NAME
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "ptq4vit", "deploy", "lowbit")
 METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
+METRIC_NAMES = ("classification", "features", "segmentation", "detection", "depth", "text")
 PRECISION_NAMES = ("int8", "fp8")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
+ACTIVATION_NAMES = ("static", "dynamic", "dynamic-token")
 GELU_NAMES = ("table", "polynomial")
 ARITHMETIC_NAMES = ("float", "integer")
 TARGETS = tuple(BY_NAME)

@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     precision: str
     weights: int
     method: str | None
+    activations: str
     images: int
     seed: int | None
     batch: int
@@ -33,6 +34,7 @@ class Options(TypedDict, total=False):
     size: int | tuple[int, int] | None
     crop_pct: float | None
     interpolation: str | None
+    input: Roles
     check_preprocess: bool
     keep_float: Roles
     more_bits: Roles
@@ -59,6 +61,8 @@ class Options(TypedDict, total=False):
     opset: int
     mixed: bool | None
     batch_size: int
+    metric: str | None
+    metric_option: Roles
     report: bool
     sensitivity: bool
     pictures: bool

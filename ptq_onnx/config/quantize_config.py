@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from ptq_onnx.config.checks import check_together, check_values
-from ptq_onnx.config.fields import SELECTORS, Fields
+from ptq_onnx.config.fields import SEVERAL, Fields
+from ptq_onnx.config.metric_options import is_own, refuse_own
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.option_file import read_yaml
 from ptq_onnx.config.option_types import check_choices, check_options, shown
@@ -27,7 +28,7 @@ class QuantizeConfig(Fields):
             value = getattr(self, one.name)
             if isinstance(value, list):
                 object.__setattr__(self, one.name, tuple(value))
-            elif isinstance(value, str) and one.name in SELECTORS:  # one, not one per letter
+            elif isinstance(value, str) and one.name in SEVERAL:  # one, not one per letter
                 object.__setattr__(self, one.name, (value,))
         check_options(self)
         check_choices(self)
@@ -42,8 +43,10 @@ class QuantizeConfig(Fields):
         check_together(self)
 
     def to_yaml(self) -> str:
-        """YAML that :meth:`load` reads back to an equal config."""
+        """YAML that :meth:`load` reads back to an equal config, but for a metric of one's own."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if is_own(self.metric):  # it is code, which no file names
+            plain |= {"metric": None, "metric_option": []}
         return yaml.safe_dump(plain, sort_keys=False)
 
     @classmethod
@@ -64,7 +67,9 @@ class QuantizeConfig(Fields):
     @classmethod
     def load(cls, path: str | Path) -> QuantizeConfig:
         """Read YAML. Raises ConfigError where the file is missing or no mapping of options."""
-        return cls.from_mapping(read_yaml(path), str(path))
+        values = read_yaml(path)
+        refuse_own(values, f"Config {path}")
+        return cls.from_mapping(values, str(path))
 
     def merged(self, **changes: Any) -> QuantizeConfig:
         """A copy with those options that are not None replaced."""

@@ -47,6 +47,8 @@ class Target:
     """A residual add takes its skip input in int8, where asked for."""
     half_floats: bool = False
     """The float part may have 16 bits, where asked for."""
+    run_time_ranges: bool = False
+    """It finds the range of an activation itself, where asked for."""
     convolutions: bool = False
     """A Conv with a float output is computed in int8 (ONNX Runtime 1.31 leaves it in float)."""
     patches_as_linear: bool = True
@@ -91,7 +93,13 @@ LATER = range(20, 24)
 """From opset 21 on ONNX Runtime 1.31 refuses signed codes behind a Transpose (see ``lowering``);
 such a file is no worse for its own runtime, but cannot be compared in ONNX Runtime."""
 
-ONNXRUNTIME = Target("onnxruntime", quantizer="deploy", widest=WIDEST, codes_of_convolutions=True)
+ONNXRUNTIME = Target(
+    "onnxruntime",
+    quantizer="deploy",
+    widest=WIDEST,
+    codes_of_convolutions=True,
+    run_time_ranges=True,
+)
 TENSORRT = Target(
     "tensorrt",
     opsets=LATER,

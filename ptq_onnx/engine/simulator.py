@@ -27,6 +27,7 @@ from ptq_onnx.graph.bounded import BOUND
 from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.spec import TensorSpec
+from ptq_onnx.runtime.packed import unpack
 
 
 def _exact(op: Operation, values: list[torch.Tensor], ctx: Any = None, **_: Any) -> Any:
@@ -72,6 +73,7 @@ class Simulator:
     ) -> None:
         self.graph = build_graph(model) if quantizer is None else quantizer.graph
         self._quantizer = quantizer
+        self._inputs = inputs_of(model)
         self._origin: dict[str, str] = self.graph.extension_attrib[ORIGIN]
         specs = {} if quantizer is None else quantizer.specs
         self._kernels = NodeKernels(model, specs, threads)
@@ -158,23 +160,42 @@ class Simulator:
             operation = variable.source_op
             catchers.setdefault(operation.name, _Catch(operation, caught, set(wanted)))
         self._bind()
-        feed = next(iter(self.graph.inputs))
         self.executor.forward(
-            inputs={feed: torch.from_numpy(np.ascontiguousarray(batch)).to(self._device)},
+            inputs=self._feeds(batch),
             output_names=list(self.graph.outputs),
             hooks=catchers,
         )
         return caught
 
+    def _feeds(self, batch: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        """The batch, or the parts that are packed in it, by input."""
+        return {n: v.to(self._device) for n, v in tensors_of(self._inputs, batch).items()}
+
     def walk(self, batch: np.ndarray[Any, Any], visit: Callable[[str, Any], None]) -> None:
         """Run one batch and hand every float tensor, as it is made, to ``visit(name, array)``."""
         hooks = {op.name: _Visit(op, visit) for op in self.graph.operations.values()}
         self._bind()
-        feed = next(iter(self.graph.inputs))
         self.executor.forward(
-            inputs={feed: torch.from_numpy(np.ascontiguousarray(batch)).to(self._device)},
+            inputs=self._feeds(batch),
             hooks=hooks,
         )
+
+
+def inputs_of(model: ir.Model) -> dict[str, np.dtype[Any]]:
+    """The inputs of a graph with their types, in order."""
+    free = [v for v in model.graph.inputs if not v.is_initializer()]
+    return {str(v.name): np.dtype((v.dtype or ir.DataType.FLOAT).numpy()) for v in free}
+
+
+def tensors_of(
+    inputs: Mapping[str, np.dtype[Any]], batch: np.ndarray[Any, Any]
+) -> dict[str, torch.Tensor]:
+    """A batch, or the parts that are packed in it, by input."""
+    parts = unpack(batch) or [batch]
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(part, kind))
+        for (name, kind), part in zip(inputs.items(), parts, strict=True)
+    }
 
 
 def _single_precision(value: torch.Tensor) -> torch.Tensor:

@@ -197,11 +197,17 @@ class VitQuantizer(BaseQuantizer):  # type: ignore[misc]
         """Nothing: the graph was cleaned and fused before PPQ saw it."""
         return QuantizationOptimizationPipeline([])
 
-    def run(self, image: torch.Tensor, batches: Iterable[Any], device: str = "cpu") -> None:
-        """Dispatch, calibrate and activate (PPQ's ``quantize``)."""
+    def run(
+        self,
+        image: torch.Tensor | Mapping[str, torch.Tensor],
+        batches: Iterable[Any],
+        device: str = "cpu",
+    ) -> None:
+        """Dispatch, calibrate and activate (PPQ's ``quantize``). ``image``: one batch, of several
+        inputs by their names."""
         with without_clones():
             self.quantize(
-                inputs=image,
+                inputs=image if isinstance(image, torch.Tensor) else dict(image),
                 calib_dataloader=batches,
                 executor=Executor(self._graph, device=device),
                 setting=QuantizationSetting(),

@@ -44,8 +44,14 @@ def integer_readers(config: QuantizeConfig, blocks: Blocks) -> Takes:
     return takes
 
 
-def own_reads(model: ir.Model, blocks: Blocks, takes: Takes) -> dict[str, Role]:
-    """Put copies in front of products whose input has other readers; returns their roles."""
+def own_reads(
+    model: ir.Model, blocks: Blocks, takes: Takes, *, at_run_time: bool = False
+) -> dict[str, Role]:
+    """Put copies in front of products whose input has other readers; returns their roles.
+
+    ``at_run_time``: also behind layout ops, over which ONNX Runtime does not move codes whose scale
+    it finds itself, and where the vectors are those that the product sums over.
+    """
     graph = model.graph
     roles: dict[str, Role] = {}
     for value in [*graph.inputs, *(v for node in graph for v in node.outputs)]:
@@ -55,9 +61,10 @@ def own_reads(model: ir.Model, blocks: Blocks, takes: Takes) -> dict[str, Role]:
         for place in places(value):
             leaves = readers(place)
             wanted = [leaf for leaf in leaves if takes(*leaf)]
-            if len(wanted) == len(leaves) and not _is_output(place):
-                continue
+            alone = len(wanted) == len(leaves) and not _is_output(place)
             for reader, index in wanted:
+                if alone and not (at_run_time and reader.inputs[index] is not place):
+                    continue
                 copied = _copy(graph, reader, index)
                 block = blocks.roles[name_of(reader)].block
                 roles[name_of(copied)] = Role(block, "layout")

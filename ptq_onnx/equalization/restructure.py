@@ -60,7 +60,8 @@ def with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
     model."""
     if not plan.config.products_only or plan.config.weight_only:
         return blocks
-    roles = own_reads(model, blocks, integer_readers(plan.config, blocks))
+    takes = integer_readers(plan.config, blocks)
+    roles = own_reads(model, blocks, takes, at_run_time=plan.config.at_run_time)
     return replace(blocks, roles={**blocks.roles, **roles})
 
 

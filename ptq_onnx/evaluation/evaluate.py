@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ImageError, ModelError
+from ptq_onnx.evaluation.metrics.metric import Metric, Score, Scoring
 from ptq_onnx.evaluation.network import Classifier, Model, Network, cuda_works, session
 from ptq_onnx.evaluation.outputs import OutputFigures, Tallies, Tally, Values, notes_on, pairs
 from ptq_onnx.evaluation.runs import Runs
@@ -45,6 +46,8 @@ class Evaluation:
     left_out: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     baseline: Evaluation | None = None
+    score: Score | None = None
+    """By the metric that was asked for."""
 
     @property
     def notes(self) -> list[str]:
@@ -55,7 +58,9 @@ class Evaluation:
                 f"The first dimension of {', '.join(self.whole)} is not the batch: compared run by"
                 " run, leaving out the runs of a filled-up batch."
             )
-        return [*found, *notes_on(self.outputs)]
+        guessed = () if self.score is None else self.score.guessed
+        taken = [f"--metric {self.score.metric}: {one}." for one in guessed if self.score]
+        return [*found, *notes_on(self.outputs), *taken]
 
 
 def evaluate(
@@ -71,6 +76,7 @@ def evaluate(
     features: Collection[str] = (),
     baseline: bool = False,
     workers: int = 1,
+    metric: Metric | None = None,
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
 
@@ -80,8 +86,8 @@ def evaluate(
     of images with the same top class where the output is [batch, classes]. ``names``: what errors
     call the two models. ``features``: outputs that look like [batch, classes] and are none; not
     asked where there are labels. ``baseline``: count the reference's right answers too, of the
-    same run. ``workers``: processes that run the models; the figures do not depend on them. Raises
-    ImageError, ModelError.
+    same run. ``metric``: another measure of both. ``workers``: processes that run the models; the
+    figures do not depend on them. Raises ImageError, ModelError, ConfigError.
     """
     tested = Network(model, threads, name=names[0])
     trusted = None if reference is None else Network(reference, threads, name=names[1])
@@ -97,6 +103,7 @@ def evaluate(
     own = None
     if baseline and trusted is not None and classes is not None:
         own = _Counting(Tallies(trusted.names), classes, trusted)
+    scoring = None if metric is None else Scoring(metric, reference=trusted is not None)
     count = 0
     runs = Runs(tested, trusted, (model, reference), names, threads, workers)
     for batch_names, found, floats in runs.over(images, batch_size):
@@ -106,6 +113,8 @@ def evaluate(
         tallies.add(found, tested.whole, beside, tested.loose)
         if counting is not None:
             counting.add(batch_names, found)
+        if scoring is not None:
+            scoring.add(batch_names, found, beside)
         if own is not None and floats is not None:
             own.tallies.add(floats, own.network.whole)
             own.add(batch_names, floats)
@@ -114,7 +123,11 @@ def evaluate(
             progress(count, len(images))
     counted = [] if counting is None else counting.counted or []
     result = _evaluation(tallies, counted, count, [tested, trusted], shared)
-    return result if own is None else replace(result, baseline=own.evaluation(count))
+    return replace(
+        result,
+        baseline=None if own is None else own.evaluation(count),
+        score=None if scoring is None else scoring.score(),
+    )
 
 
 def _shared_outputs(tested: Network, trusted: Network | None) -> dict[str, str]:

@@ -13,7 +13,9 @@ from onnx import TensorProto, helper
 
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.images.preprocess import FloatArray
-from ptq_onnx.preparation.signature import channels_last, fed
+from ptq_onnx.preparation.signature import channels_last, feeds
+from ptq_onnx.runtime.packed import TYPES as INPUTS
+from ptq_onnx.runtime.packed import unpack
 from ptq_onnx.runtime.sessions import Session
 from ptq_onnx.telemetry import switch_off
 
@@ -137,8 +139,8 @@ def _cuda_devices() -> int:
 
 
 class Network:
-    """A model with one image input, whose outputs it gives by name; images [B, C, H, W] are fed in
-    the layout and type that the file takes.
+    """A model, whose outputs it gives by name; images [B, C, H, W] are fed in the layout and type
+    that the file takes, several inputs packed in one batch (``runtime/packed.py``).
 
     ``names``: the outputs given; ``left_out``: those that are no tensor of numbers, with their
     type. ``whole``: outputs whose first dimension turned out not to be the batch: one run's is
@@ -162,10 +164,10 @@ class Network:
         else:
             self._session = model
         inputs = self._session.get_inputs()
-        if len(inputs) != 1 or inputs[0].type not in TYPES or len(inputs[0].shape) != 4:
+        if not inputs or any(i.type not in INPUTS or not i.shape for i in inputs):
             found = ", ".join(f"{i.name}: {i.type}{list(i.shape)}" for i in inputs)
             raise ModelError(
-                f"{self.name}: expected one input of images, float or uint8, [batch, C, H, W] or"
+                f"{self.name}: expected inputs [batch, …] of numbers, as images [batch, C, H, W] or"
                 f" [batch, H, W, C], got {found or 'none'}."
             )
         made = [o for o in self._session.get_outputs() if outputs is None or o.name in outputs]
@@ -173,8 +175,8 @@ class Network:
         self._made = {o.name: o for o in made if o.type in _NUMBERS}
         self.names = tuple(self._made)
         self.whole: set[str] = set()
-        self._input = inputs[0]
-        self._dtype = TYPES[self._input.type]
+        self._inputs = inputs
+        self._input = next((i for i in inputs if len(i.shape) == 4 and i.type in TYPES), inputs[0])
         batch = self._input.shape[0]
         self._batch: int | None = batch if isinstance(batch, int) and batch > 0 else None
 
@@ -200,7 +202,10 @@ class Network:
         return open_ | {n for n in self.whole if not all(isinstance(d, int) for d in stated[n])}
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Refuse images [C, H, W] that do not fit the input. Raises ImageError."""
+        """Refuse images [C, H, W] that do not fit the input; several inputs were held to it when
+        they were opened. Raises ImageError."""
+        if len(self._inputs) > 1 or len(self._input.shape) != 4 or self._input.type not in TYPES:
+            return
         wanted = list(self._input.shape[1:])
         if channels_last(self._input.shape):
             wanted = [wanted[2], *wanted[:2]]
@@ -237,11 +242,17 @@ class Network:
             yield (full if missing else part), len(part)
 
     def _run(self, images: FloatArray) -> list[NDArray[Any]]:
-        try:
-            result: list[NDArray[Any]] = self._session.run(
-                list(self.names),
-                {self._input.name: fed(images, self._input.shape, self._dtype)},
+        plain = len(self._inputs) == 1 and len(self._input.shape) == 4 and self._input.type in TYPES
+        if not plain and unpack(images) is None:
+            found = ", ".join(f"{i.name}: {i.type}{list(i.shape)}" for i in self._inputs)
+            raise ModelError(
+                f"{self.name}: images alone are for one input of images, float or uint8,"
+                f" [batch, C, H, W] or [batch, H, W, C], got {found}: give the others with --input"
+                " NAME=FILE.npz or a number."
             )
+        given = feeds(self._inputs, images)
+        try:
+            result: list[NDArray[Any]] = self._session.run(list(self.names), given)
         except Exception as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise ModelError(f"{self.name} fails in ONNX Runtime: {reason[:300]}") from error

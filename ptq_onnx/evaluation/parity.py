@@ -24,9 +24,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ModelError, one_line
-from ptq_onnx.evaluation.network import TYPES
 from ptq_onnx.preparation.model_sessions import open_plain
-from ptq_onnx.preparation.signature import fed
+from ptq_onnx.preparation.signature import feeds
 
 Array = NDArray[np.float32]
 Outputs = list[NDArray[Any]]
@@ -138,8 +137,7 @@ def _opened(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def _run(session: ort.InferenceSession, batch: Array) -> Outputs:
-    image = next((i for i in session.get_inputs() if len(i.shape) == 4), session.get_inputs()[0])
-    found: Outputs = session.run(None, {image.name: fed(batch, image.shape, TYPES[image.type])})
+    found: Outputs = session.run(None, feeds(session.get_inputs(), batch))
     return found
 
 

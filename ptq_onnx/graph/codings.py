@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+DYNAMIC = "DynamicQuantizeLinear"
+"""Makes codes, with scale and zero point, of floats whose range it finds itself."""
 CODINGS = frozenset((QUANTIZE, DEQUANTIZE))
 
 

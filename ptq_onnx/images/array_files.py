@@ -88,10 +88,11 @@ def is_archive(path: Path, where: str) -> bool:
     return not start.startswith(npy.MAGIC_PREFIX)
 
 
-def mapped(path: Path, where: str) -> Callable[[], Array]:
-    """A function that maps the ``.npy`` file at ``path`` into memory. Raises ImageError."""
+def mapped(path: Path, where: str, *, plain: bool = False) -> Callable[[], Array]:
+    """A function that maps the ``.npy`` file at ``path`` into memory; ``plain``: whatever its rank,
+    as it is. Raises ImageError."""
     with told(where), path.open("rb") as file:
-        header, offset = _header(file), file.tell()
+        header, offset = _header(file, plain=plain), file.tell()
         if os.fstat(file.fileno()).st_size < offset + header.nbytes:
             raise EOFError("it is cut short")
 
@@ -105,6 +106,28 @@ def mapped(path: Path, where: str) -> Callable[[], Array]:
             return whole
 
     return load
+
+
+def arrays_in(path: Path, where: str, largest: int) -> dict[str, Array]:
+    """The arrays of a ``.npz`` file by name, of ``largest`` bytes together at most; that of a
+    ``.npy`` file, mapped, without a name. Raises ImageError."""
+    if not is_archive(path, where):
+        return {"": mapped(path, where, plain=True)()}
+    found: dict[str, Array] = {}
+    left = largest
+    with told(where), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                header = _header(file, plain=True)
+                left -= header.nbytes
+                if left < 0:
+                    raise ValueError(f"it unpacks to more than {largest >> 20} MB")
+                flat = np.frombuffer(_exactly(file, header.nbytes), header.dtype)
+                name = member.filename.removesuffix(".npy")
+                turned = header.shape[::-1] if header.fortran else header.shape
+                array = flat.reshape(turned)
+                found[name] = array.T if header.fortran else array
+    return found
 
 
 class Packed:
@@ -194,7 +217,7 @@ class Kept:
         return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
 
 
-def _header(file: IO[bytes]) -> Header:
+def _header(file: IO[bytes], *, plain: bool = False) -> Header:
     version = npy.read_magic(file)
     if version == (1, 0):
         shape, fortran, dtype = npy.read_array_header_1_0(file)
@@ -207,7 +230,8 @@ def _header(file: IO[bytes]) -> Header:
     if not all(0 <= side < LONGEST_SIDE for side in shape):
         raise ValueError(f"it claims the shape {list(shape)!r:.60}")
     sides = tuple(int(side) for side in shape)
-    return Header((1, *sides) if len(sides) == 3 else sides, dtype, fortran)
+    alone = len(sides) == 3 and not plain
+    return Header((1, *sides) if alone else sides, dtype, fortran)
 
 
 def _exactly(file: IO[bytes], count: int) -> bytes:

@@ -13,7 +13,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,19 +179,19 @@ def load_image(path: str | Path, preprocess: Preprocess) -> FloatArray:
     Of an animation it is the first frame. The orientation tag is ignored and an alpha channel
     dropped, both as in timm and in torchvision's ImageFolder.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         return from_image(image, preprocess)
 
 
 def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
     """Decode one image file to RGB or gray. Raises ImageError if it cannot be read."""
-    with _opened(path) as image:
+    with opened(path) as image:
         image.load()
         return _convert(image, channels)
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path) -> Iterator[Image.Image]:
     """A picture in a regular file, of a format that is known here. Raises ImageError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -234,23 +234,21 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """The centre of the picture at ``preprocess.size``, after resizing it unless it is near."""
-    height, width = preprocess.size
-    sides, size = (image.height, image.width), (height, width)
+def aligned(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """A picture of numbers (classes, depths) cut out as the picture beside it, none of them
+    mixed."""
+    return _crop(image, replace(preprocess, interpolation="nearest"))
+
+
+def placed(width: int, height: int, preprocess: Preprocess) -> tuple[int, int, int, int]:
+    """Width and height to which a picture is resized, and left and top of what is cut out of it.
+    Raises ValueError for one that is too narrow."""
+    across, down = preprocess.size[1], preprocess.size[0]
+    sides = (height, width)
     if not preprocess.squash and all(
-        s <= side <= CROP_ONLY * s for side, s in zip(sides, size, strict=True)
+        s <= side <= CROP_ONLY * s for side, s in zip(sides, preprocess.size, strict=True)
     ):
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-    else:
-        image = _resize(image, preprocess)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
-
-
-def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """The picture just large enough to cover ``size / crop_pct``, rounded as torchvision does."""
-    sides = (image.height, image.width)
+        return width, height, (width - across) // 2, (height - down) // 2
     target = [math.floor(s / preprocess.crop_pct) for s in preprocess.size]
     height, width = target
     if not preprocess.squash:
@@ -261,9 +259,16 @@ def _resize(image: Image.Image, preprocess: Preprocess) -> Image.Image:
         )
     if height * width > MOST_PIXELS:
         raise ValueError(f"resized, it would have {width} by {height} pixels; it is too narrow")
-    if preprocess.squash and sides == (height, width):
-        return image
-    return image.resize((width, height), _filter(preprocess))
+    return width, height, round((width - across) / 2), round((height - down) / 2)
+
+
+def _crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """The centre of the picture at ``preprocess.size``, after resizing it unless it is near: to
+    just cover ``size / crop_pct``, rounded as torchvision does."""
+    width, height, left, top = placed(image.width, image.height, preprocess)
+    if (image.width, image.height) != (width, height):
+        image = image.resize((width, height), _filter(preprocess))
+    return image.crop((left, top, left + preprocess.size[1], top + preprocess.size[0]))
 
 
 def _filter(preprocess: Preprocess) -> Image.Resampling:

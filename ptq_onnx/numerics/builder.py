@@ -36,6 +36,10 @@ class Builder(Protocol[V]):
         size 1 along the axis ``single``, or of none that is stated."""
         ...
 
+    def quantize_dynamically(self, value: V) -> tuple[V, V, V]:
+        """The codes (uint8), the scale and the zero point of a new DynamicQuantizeLinear."""
+        ...
+
     def cast(self, value: V, suffix: str, dtype: np.dtype[Any]) -> V:
         """The output of a new Cast."""
         ...

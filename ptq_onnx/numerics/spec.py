@@ -21,6 +21,7 @@ from ptq_onnx.config.targets import Stored
 from ptq_onnx.numerics.around.around import Around, ClipOf
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.around.run_time import ColumnMaximum, RunTimeRange, TokenMaximum
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.codes.code import Code, Numbers
@@ -28,6 +29,8 @@ from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.grain import Grain, PerTensor, PowersOfTwo, grain_named
 
 PER_TENSOR, UNIFORM = PerTensor(), Uniform()
+RUN_TIME: tuple[Around, ...] = (RowMaximum(), RunTimeRange(), TokenMaximum(), ColumnMaximum())
+"""What finds a range at run time; a tensor has one of them at most."""
 WIDTHS: tuple[tuple[Stored, Stored], ...] = (("int8", "uint8"), ("int16", "uint16"))
 """Types of codes: up to 8 bits, more; with a sign, without."""
 
@@ -80,8 +83,8 @@ class Rule:
     stored: Stored = "uint8"
 
     def __post_init__(self) -> None:
-        if self.grain.per_channel and RowMaximum() in self.around:
-            raise ValueError("rows with a maximum of their own have one step")
+        if self.grain.per_channel and self.run_time is not None:
+            raise ValueError("what has a range of its own at run time has one step")
         object.__setattr__(self, "stored", WIDTHS[self.bits > BYTE][self.stored.startswith("u")])
 
     def __str__(self) -> str:
@@ -104,12 +107,18 @@ class Rule:
     @property
     def per_tensor(self) -> bool:
         """All elements share one step."""
-        return not self.grain.per_channel and RowMaximum() not in self.around
+        return not self.grain.per_channel and self.run_time is None
 
     @property
     def granularity(self) -> str:
-        """``tensor``, ``channel``, ``ptf`` or ``row``: in reports."""
-        return RowMaximum.name if RowMaximum() in self.around else self.grain.name
+        """``tensor``, ``channel``, ``ptf``, or what has a range at run time, as ``row``: in
+        reports."""
+        return self.grain.name if self.run_time is None else self.run_time.name
+
+    @property
+    def run_time(self) -> Around | None:
+        """What finds its range at run time."""
+        return next((around for around in self.around if around in RUN_TIME), None)
 
     @property
     def per_row(self) -> tuple[Around, ...]:
@@ -193,10 +202,10 @@ class TensorSpec:
     def from_json(cls, tensor: str, data: Mapping[str, Any]) -> TensorSpec:
         """The inverse of :meth:`to_json`. Raises KeyError or ValueError on wrong data."""
         code = code_named(data["code"])
-        rows = data["granularity"] == RowMaximum.name
-        grain = "tensor" if rows else data["granularity"]
+        named = data["granularity"]
+        found = tuple(around for around in RUN_TIME if around.name == named)
+        grain = "tensor" if found else named
         around = (
-            (RowMaximum(), rows),
             (TokenMean(), bool(data.get("centred", False))),
             (RowSums(), bool(data["renormalize"])),
         )
@@ -207,7 +216,7 @@ class TensorSpec:
             grain=grain_named(grain, int(data.get("block_size", 0))),
             code=code,
             method=data["method"],
-            around=tuple(one for one, there in around if there),
+            around=(*found, *(one for one, there in around if there)),
             stored=data.get("stored", "uint8"),
         )
         factor = None

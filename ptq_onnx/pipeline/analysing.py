@@ -14,6 +14,7 @@ from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.files.file_names import short_stem
 from ptq_onnx.files.result_names import FLOAT, PICTURES, QUANTIZED
+from ptq_onnx.images.source import NOISE
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.rewriting import Rewritten
 
@@ -155,6 +156,8 @@ def measure(job: Job, made: Rewritten) -> dict[str, Any]:
     if source is None:
         source, apart = job.held_apart
         kind = "held apart" if apart else "calibration"
+        if not job.request.calibrated:
+            kind = NOISE
     found, notes = measured(
         job.work / QUANTIZED,
         job.work / FLOAT,
@@ -165,6 +168,7 @@ def measure(job: Job, made: Rewritten) -> dict[str, Any]:
         workers=job.config.workers,
         features=feature_outputs(made.prepared.model),
         stage=job.stage,
+        metric=job.metric(source),
     )
     job.notes.extend(notes)
     return found

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ptq_onnx.analysis.comparison_results import Closeness
+    from ptq_onnx.auto.closeness import Recorded
 
 SIZES = (1, 4, 16, 64, 256)
 QUANTIZING = "Quantizing and measuring"
@@ -44,6 +45,8 @@ class Point:
     sqnr_db: float
     agreement: float | None
     top1: float | None = None
+    score: float | None = None
+    """By the metric that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Curve:
     float_top1: float | None
     points: tuple[Point, ...]
     notes: tuple[str, ...]
+    metric: str | None = None
+    unit: str = ""
+    float_score: float | None = None
 
     def line(self, source: str, metric: str) -> dict[int, float]:
         """A metric by the number of images; what is not finite is left out."""
@@ -81,6 +87,7 @@ def measure_curve(
     val: str | Path,
     calib: str | Path | None = None,
     labels: str | Path | None = None,
+    targets: str | Path | None = None,
     sizes: Sequence[int] = SIZES,
     progress: Progress | None = None,
 ) -> Curve:
@@ -90,10 +97,11 @@ def measure_curve(
     beyond the number of calibration images is left out. Raises PtqError.
     """
     from ptq_onnx.auto.closeness import Recorded
+    from ptq_onnx.evaluation.metrics.by_name import make_metric
     from ptq_onnx.images.labels import labels_for
-    from ptq_onnx.images.opening import open_images
     from ptq_onnx.pipeline import embedded
     from ptq_onnx.pipeline.preprocessing import resolve_preprocess
+    from ptq_onnx.pipeline.several_inputs import open_source
 
     sizes = _checked(sizes)
     calib = embedded.images_for(model) if calib is None else calib
@@ -102,9 +110,10 @@ def measure_curve(
     if calib == NOISE:
         raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
     preprocess = resolve_preprocess(model, config)
-    available = len(open_images(calib, preprocess))
-    tested = open_images(val, preprocess)
+    available = len(open_source(model, calib, preprocess, config.input))
+    tested = open_source(model, val, preprocess, config.input)
     labelled = _labelled(model, tested, labels)  # wrong labels are reported before the work
+    metric = make_metric(config.metric, config.metric_option, tested, model, targets, labels)
     runs = [(IMAGES, n) for n in sizes if n <= available] + [(NOISE, n) for n in sizes]
     begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
     begin(RUNNING_FLOAT, 1)
@@ -116,25 +125,43 @@ def measure_curve(
             folder,
             labels_of=(lambda n: labels_for(tested, labels, n)) if labelled else None,
             threads=config.threads,
+            metric=metric,
         )
         right = None if reference.truth is None else reference.hits()
         float_top1 = None if right is None else 100 * float(right.mean())
         tell = begin(QUANTIZING, len(runs))
+        known = float_top1 if metric is None else None
         for source, n in runs:
             images = NOISE if source == NOISE else calib
             file = _quantized(model, config, n, images, folder / f"{source}_{n}")
-            points.append(measure_point(source, n, reference.measure(file)[0], float_top1))
+            points.append(measure_point(source, n, reference.measure(file)[0], known))
             tell(1)
     begin.done()
+    return _curve(model.name, config, reference, float_top1, points, _left_out(sizes, available))
+
+
+def _curve(
+    model: str,
+    config: QuantizeConfig,
+    reference: Recorded,
+    float_top1: float | None,
+    points: Sequence[Point],
+    notes: tuple[str, ...],
+) -> Curve:
+    """The points under the names of what they are of."""
+    metric = reference.metric
     return Curve(
-        model=model.name,
+        model=model,
         quantizer=config.quantizer,
         bits=config.bits,
         method=config.effective_method,
         count=reference.count,
         float_top1=float_top1,
         points=tuple(points),
-        notes=_left_out(sizes, available),
+        notes=notes,
+        metric=None if metric is None else metric.figure,
+        unit="" if metric is None else metric.unit,
+        float_score=reference.float_score,
     )
 
 
@@ -150,7 +177,9 @@ def _quantized(
     """The file quantized with so many images, without a report."""
     from ptq_onnx.pipeline import quantize as pipeline
 
-    config = replace(config, images=count, report=False, check_preprocess=False)
+    config = replace(
+        config, images=count, report=False, check_preprocess=False, metric=None, metric_option=()
+    )
     return pipeline.quantize(model, config=config, output=output, calib=calib).output / QUANTIZED
 
 
@@ -163,6 +192,7 @@ def measure_point(source: str, images: int, found: Closeness, float_top1: float 
         sqnr_db=found.sqnr_db if bounded else math.copysign(math.inf, found.sqnr_db),
         agreement=found.agreement,
         top1=None if float_top1 is None or found.drop is None else float_top1 - found.drop,
+        score=found.score,
     )
 
 
@@ -171,7 +201,9 @@ def draw_curve(curve: Curve) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metrics = ["sqnr_db"] if curve.float_top1 is None else ["top1", "sqnr_db"]
+    top1 = curve.float_top1 is not None and curve.metric is None
+    first = ["score"] if curve.metric is not None else ["top1"] if top1 else []
+    metrics = [*first, "sqnr_db"]
     figure = Figure(figsize=(1 + 4.5 * len(metrics), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
@@ -195,11 +227,14 @@ def draw_curve(curve: Curve) -> Figure:
             if high - low < LEAST_SPAN:  # a few images more or less are no finding
                 middle = min((low + high) / 2, 101 - LEAST_SPAN / 2)
                 axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
+        if metric == "score" and curve.float_score is not None:
+            axes.axhline(curve.float_score, color="#8a8a8a", linewidth=1, label="float")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(n) for n in sizes])
         axes.minorticks_off()
         axes.set_xlabel("Calibration images")
-        axes.set_ylabel(LABELS[metric])
+        named = f"{curve.metric} in %" if curve.unit == "%" else str(curve.metric)
+        axes.set_ylabel(LABELS.get(metric, named))
         axes.grid(True, color="#8a8a8a", alpha=0.3, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         if index == 0:

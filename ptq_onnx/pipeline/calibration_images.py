@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.images.opening import FolderSource, Images, Preprocess, open_images
+from ptq_onnx.images.opening import FolderSource, Images, Preprocess
 from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+from ptq_onnx.pipeline.several_inputs import open_source, taken_by
 
 FEW = 8
 """Calibration images below which a note says so."""
@@ -40,7 +42,8 @@ def has_class_folders(source: ImageSource) -> bool:
 
 
 def calibration_images(
-    calib: Images,
+    model: Path,
+    calib: Images | None,
     preprocess: Preprocess,
     config: QuantizeConfig,
     notes: list[str],
@@ -50,14 +53,16 @@ def calibration_images(
 
     ``how``: keywords of :func:`open_images` besides the limit. Raises ImageError.
     """
-    if isinstance(calib, str) and calib == NOISE:
+    noise = isinstance(calib, str) and calib == NOISE
+    if noise:
         notes.append(
             "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
             " comparison, not for use."
         )
-        noise = NoiseSource(preprocess, config.images)
-        return noise if config.seed is None else noise.drawn(config.images, config.seed)
-    found = open_images(calib, preprocess, limit=config.images, **how)
+        if taken_by(model).plain:
+            drawn = NoiseSource(preprocess, config.images)
+            return drawn if config.seed is None else drawn.drawn(config.images, config.seed)
+    found = open_source(model, calib, preprocess, config.input, config.images, **how)
     if config.seed is not None:
         found = found.drawn(config.images, config.seed)
         if not found.others(1):
@@ -65,7 +70,7 @@ def calibration_images(
                 f"--seed {config.seed} draws nothing: all {len(found)} images calibrate; give fewer"
                 " with --images, or more to draw from."
             )
-    if len(found) < FEW:
+    if len(found) < FEW and not noise:
         images = "1 image" if len(found) == 1 else f"{len(found)} images"
         notes.append(
             f"Calibrated on {images} only, which hardly show a tensor's range, and closeness"

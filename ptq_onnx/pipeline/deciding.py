@@ -104,6 +104,7 @@ def decide_floats(job: Job, plan: Plan) -> tuple[Plan, Automatic]:
         held_apart=apart or tested is not None,
         sample=load(few, job.fixed, job.config.batch),
         work=job.work,
+        metric=job.metric(images),
     )
     plan, found = decide(plan, job.batches(), evidence, job.progress)
     job.notes.extend(notes_on(found))

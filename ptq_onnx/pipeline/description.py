@@ -15,6 +15,7 @@ from ptq_onnx.files.model_size import model_bytes
 from ptq_onnx.files.result_names import FLOAT, QUANTIZED
 from ptq_onnx.images.items import PictureSource
 from ptq_onnx.images.opening import FolderSource
+from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.pipeline.job import Job
@@ -47,7 +48,10 @@ def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, A
     """All of the report that does not need running the model."""
     prepared, config = made.prepared, made.plan.config
     sites, images = prepared.sites, job.inputs.images
-    reused = job.request.scales is not None
+    reused, used = job.request.scales is not None, job.request.calibrated
+    calibrated_on = "scales of an earlier run" if reused else source_name(images)
+    if not used:
+        calibrated_on = "none"
     model = prepared.model if prepared.fixed is None else prepared.fixed.restore(prepared.model)
     return {
         "ptq_onnx": _version(),
@@ -67,8 +71,8 @@ def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, A
         "roles": {n: {"role": r.name, "block": r.block} for n, r in prepared.blocks.roles.items()},
         "unrecognised": list(prepared.blocks.unrecognised),
         "calibration": {
-            "source": "scales of an earlier run" if reused else source_name(images),
-            "images": 0 if reused else len(images),
+            "source": calibrated_on,
+            "images": len(images) if used and not reused else 0,
             "skipped": list(images.skipped),
             "method": config.effective_method,
         },
@@ -126,9 +130,13 @@ def _float(site: Site, reason: str) -> dict[str, Any]:
 def _inputs(model: ir.Model) -> list[dict[str, Any]]:
     """The inputs of the file."""
     own = signature(model)
-    if own is not None:
-        return [{"name": own.name, "shape": list(own.shape)}]
-    return [shown(v) for v in model.graph.inputs if not v.is_initializer()]
+    return [
+        {"name": own.name, "shape": list(own.shape)}
+        if own is not None and v.name == own.inner
+        else shown(v)
+        for v in model.graph.inputs
+        if not v.is_initializer()
+    ]
 
 
 def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[str, Any] | None:
@@ -143,6 +151,8 @@ def validation(tested: ImageSource | None, labels: str | Path | None) -> dict[st
 
 def source_name(images: ImageSource) -> str:
     """What the report calls the images: a folder by its name, never by its path."""
+    if isinstance(images, PackedSource):
+        images = images.pictures_of or images
     if isinstance(images, NoiseSource):
         return NOISE
     if isinstance(images, FolderSource):

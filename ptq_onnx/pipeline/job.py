@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.calibration_images import Batches
 from ptq_onnx.pipeline.reading import Inputs
@@ -18,6 +20,7 @@ from ptq_onnx.pipeline.request import Request
 from ptq_onnx.progress import Advance, Stages
 
 if TYPE_CHECKING:
+    from ptq_onnx.evaluation.metrics.metric import Metric
     from ptq_onnx.quantizers.base import SiteQuantizer
 
 
@@ -51,14 +54,25 @@ class Job:
 
     def calibrate(self, quantizer: SiteQuantizer, images: ImageSource) -> None:
         """Give a quantizer its numbers, from these images or from those that it has."""
-        import torch
+        from ptq_onnx.engine.simulator import inputs_of, tensors_of
 
-        example = torch.zeros(self.fixed or 1, *self.inputs.preprocess.shape)
-        quantizer.run(example, self.batches(images))
+        example = np.zeros((self.fixed or 1, *self.inputs.preprocess.shape), np.float32)
+        if isinstance(images, PackedSource):
+            example = np.repeat(next(images.batches(1)), self.fixed or 1, axis=0)
+        graph = inputs_of(self.inputs.prepared.model)
+        quantizer.run(tensors_of(graph, example), self.batches(images))
 
     def stage(self, name: str, total: int | None = None, runs: int = 1) -> Advance:
         """Begin a stage: of the calibration images, run so many times, where no total is given."""
         return self.progress(name, runs * len(self.inputs.images) if total is None else total)
+
+    def metric(self, images: ImageSource) -> Metric | None:
+        """What images are measured by besides closeness; None where nothing was named."""
+        from ptq_onnx.evaluation.metrics.by_name import make_metric
+
+        config, path = self.config, self.inputs.prepared.path
+        given = self.request.targets, self.request.labels
+        return make_metric(config.metric, config.metric_option, images, path, *given)
 
     def as_taken(self, model: ir.Model) -> ir.Model:
         """The model with the batch size that the file was given with."""
@@ -70,6 +84,8 @@ class Job:
         """Images of the analysis, and whether calibration did not see them: the others of its
         folder, else those of ``--val``, else, with a note, its own."""
         limit, images = self.config.analysis_images, self.inputs.images
+        if not self.request.calibrated:
+            return images.reopened(limit), True
         others = images.others(limit)
         if others is not None:
             return others, True

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.config.stages import MEASURING
 from ptq_onnx.evaluation.evaluate import Evaluation, evaluate, since
+from ptq_onnx.evaluation.metrics.metric import Metric
 from ptq_onnx.evaluation.outputs import OutputFigures, decibels
 from ptq_onnx.images.source import ImageSource
 
@@ -31,8 +32,10 @@ def measured(
     workers: int = 1,
     features: Collection[str] = (),
     stage: Callable[[str, int], Callable[[int], Any]],
+    metric: Metric | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """``accuracy`` (None without labels) and ``fidelity`` of the report, and notes.
+    """``accuracy`` (None without labels), ``metric`` (None without one) and ``fidelity`` of the
+    report, and notes.
 
     ``kind``: which images these are: ``val``, ``held apart`` from calibration, or of the
     ``calibration`` itself. ``features``: outputs that are no classes. Raises PtqError.
@@ -48,6 +51,7 @@ def measured(
         names=NAMES,
         features=features,
         baseline=True,
+        metric=metric,
     )
     fidelity: dict[str, Any] = {
         "images": found.count,
@@ -57,14 +61,14 @@ def measured(
         "outputs": [_closeness(one) for one in found.outputs],
     }
     plain = found.baseline
+    metric_found = None if found.score is None else asdict(found.score)
+    result: dict[str, Any] = {"accuracy": None, "fidelity": fidelity, "metric": metric_found}
     if plain is None:
-        return {"accuracy": None, "fidelity": fidelity}, found.notes
+        return result, found.notes
     by_name = {one.name: one for one in found.outputs}
     answers = [one for one in plain.outputs if one.top1 is not None and one.name in by_name]
     fidelity["agreement"] = by_name[str(plain.main)].agreement
-    return {"accuracy": _accuracy(found, plain, answers, by_name), "fidelity": fidelity}, (
-        found.notes
-    )
+    return result | {"accuracy": _accuracy(found, plain, answers, by_name)}, found.notes
 
 
 def _accuracy(

@@ -13,9 +13,11 @@ from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.images.opening import METADATA_KEY, Preprocess
+from ptq_onnx.images.packed_source import NO_PICTURE
 from ptq_onnx.pipeline.preprocess_input import Given, from_files
 from ptq_onnx.preparation.prepare import Prepared, read_input
 from ptq_onnx.preparation.signature import as_pixels, pixels, signature
+from ptq_onnx.preparation.validation import is_image
 
 
 def preprocess_notes(prepared: Prepared, config: QuantizeConfig, given: Given) -> list[str]:
@@ -48,6 +50,8 @@ def resolve_preprocess(
     if not isinstance(model, ir.Model):
         path = Path(model)
         model = read_input(model, config.size)
+    if not is_image(image_input(model)):
+        return NO_PICTURE
     shape = image_input(model).shape
     sides = [] if shape is None else [d if isinstance(d, int) else None for d in shape]
     if len(sides) != 4:

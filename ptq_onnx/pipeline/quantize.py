@@ -29,7 +29,7 @@ from ptq_onnx.pipeline.description import describe, validation
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.preprocess_input import Given
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
-from ptq_onnx.pipeline.reading import read_inputs
+from ptq_onnx.pipeline.reading import read_inputs, without_images
 from ptq_onnx.pipeline.request import Request
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.pipeline.rewriting import Rewritten, rewrite, tell_copies
@@ -63,6 +63,7 @@ def quantize(
     calib: Images | None = None,
     val: Images | None = None,
     labels: str | Path | None = None,
+    targets: str | Path | None = None,
     scales: str | Path | None = None,
     progress: Progress | None = None,
     keep_models: bool = True,
@@ -72,13 +73,14 @@ def quantize(
 
     ``calib``: what :func:`open_images` takes; ``noise``: standard Gaussian ones; None is for the
     embedded model, which has images of its own, and for ``scales``. ``val`` and ``labels``: images
-    to measure accuracy on. ``scales``: the report.json of an earlier run, whose numbers are used
-    instead of calibrating. ``output`` ``x.onnx`` is the quantized file, the folder ``x`` beside it
-    gets the rest; any other name is a folder of everything, the model in it ``quantized.onnx``:
-    ``fused.onnx``, ``formed.onnx`` where the model was changed before it was quantized,
-    ``config.yaml``, ``report.json``, ``report.html`` and ``attention/``; it is written beside and
-    renamed, so a failure leaves nothing. ``keep_models=False``: without the models. ``given``: a
-    preprocessing that no option can name. Raises PtqError.
+    to measure accuracy on; ``targets``: the truth of the config's metric. ``scales``: the
+    report.json of an earlier run, whose numbers are used instead of calibrating. ``output``
+    ``x.onnx`` is the quantized file, the folder ``x`` beside it gets the rest; any other name is a
+    folder of everything, the model in it ``quantized.onnx``: ``fused.onnx``, ``formed.onnx`` where
+    the model was changed before it was quantized, ``config.yaml``, ``report.json``, ``report.html``
+    and ``attention/``; it is written beside and renamed, so a failure leaves nothing.
+    ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
+    Raises PtqError.
     """
     begin = Stages(progress)
     begin(stages.READING, 1)
@@ -89,10 +91,12 @@ def quantize(
         calib=calib,
         val=val,
         labels=labels,
+        targets=targets,
         scales=scales,
         given=given or Given(),
         keep_models=keep_models,
     )
+    request = without_images(request)
     inputs = read_inputs(request)
     begin.plan(stages.planned(request.config, len(inputs.tested or ())))
     begin(stages.LOADING, 1)

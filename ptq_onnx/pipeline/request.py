@@ -28,21 +28,30 @@ class Request:
     calib: Images | None = None
     val: Images | None = None
     labels: str | Path | None = None
+    targets: str | Path | None = None
     scales: str | Path | None = None
     given: Given = field(default_factory=Given)
     keep_models: bool = True
+    calibrated: bool = True
+    """Whether images say what is quantized; else they are only measured on."""
 
     def check_place(self) -> None:
         """Refuse results that would replace what is read, or a model that is not written anew.
         Raises ConfigError."""
         self.place.keep(
-            model=self.model, calib=self.calib, val=self.val, labels=self.labels, scales=self.scales
-        )
+            model=self.model, calib=self.calib, val=self.val, labels=self.labels,
+            targets=self.targets, scales=self.scales,
+        )  # fmt: skip
         if not self.keep_models and self.place.model.exists():
             raise ConfigError(
                 f"--output {self.place.folder} holds a quantized model, which the analysis would"
                 " replace; name another folder."
             )
+
+    @property
+    def images_given(self) -> bool:
+        """Whether there is anything to calibrate with, besides what a model may bring itself."""
+        return self.calib is not None or self.scales is not None or bool(self.config.input)
 
     @property
     def invocation(self) -> Invocation:
@@ -54,6 +63,7 @@ class Request:
             calib=named(self.calib),
             val=named(self.val),
             labels=named(self.labels),
+            targets=named(self.targets),
             scales=named(self.scales),
             folder=named(folder) or str(folder),
             written=named(self.place.model) if keep else None,

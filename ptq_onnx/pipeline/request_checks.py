@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.class_output import class_outputs
+from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.config.targets import QNN
 from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.images.labels import labels_for
+from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.calibration_images import has_class_folders
 from ptq_onnx.preparation.prepare import Prepared
+
+if TYPE_CHECKING:
+    from ptq_onnx.pipeline.request import Request
 
 
 def labels_of(
@@ -34,6 +40,30 @@ def labels_of(
         raise ModelError(f"{where}: leave --labels out; SQNR is measured without.")
     notes.append(f"{where}: the class folders of --val are no labels here.")
     return None
+
+
+def check_metric(request: Request, model: Path, images: ImageSource) -> None:
+    """Make the metric once, before any work. Raises ConfigError, ImageError."""
+    from ptq_onnx.evaluation.metrics.by_name import make_metric
+
+    config = request.config
+    if request.targets is not None and request.val is None:
+        raise ConfigError("--targets without --val: name the images that they belong to too.")
+    if request.targets is not None and config.metric is None:
+        raise ConfigError("--targets without --metric: say what is measured with them.")
+    given = request.targets, request.labels
+    metric = make_metric(config.metric, config.metric_option, images, model, *given)
+    if metric is not None:
+        metric.begin()
+
+
+def refuse_packed(config: QuantizeConfig, images: ImageSource) -> None:
+    """Several inputs are for targets whose files may have them. Raises ConfigError."""
+    if isinstance(images, PackedSource) and config.target in (INTEGER, QNN.name):
+        raise ConfigError(
+            f"--target {config.target}: its files take one image and nothing else; use --target"
+            " onnxruntime, openvino or tensorrt."
+        )
 
 
 def shown(value: ir.Value) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptq_onnx.files.file_names import in_html
 from ptq_onnx.files.result_names import PAGE
+from ptq_onnx.report.page_text import metric_text
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis
@@ -76,6 +77,10 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         before, after = sizes["float"] / 1e6, sizes["quantized"] / 1e6
         found.append(("size", f"{before:.2f} → {after:.2f} MB"))
     accuracy, fidelity = report.get("accuracy") or {}, report.get("fidelity") or {}
+    metric = report.get("metric")
+    if metric is not None:
+        before, after = (metric_text(metric[k], metric["unit"]) for k in ("float_value", "value"))
+        found.append((metric["figure"], f"{before} → {after}"))
     top1 = [(accuracy.get(kind) or {}).get("top1") for kind in ("float", "quantized")]
     if None not in top1:
         found.append(("top-1", f"{top1[0]:.1f} → {top1[1]:.1f} %"))

@@ -140,9 +140,13 @@ def describe(prepared: Prepared) -> Inspection:
 def _inputs(model: ir.Model) -> tuple[Tensor, ...]:
     """The inputs of the file, in whatever form they are in here."""
     own = signature(model)
-    if own is not None:
-        return (Tensor(own.name, own.dtype.lower(), own.shape),)
-    return tuple(_tensor(v) for v in model.graph.inputs if not v.is_initializer())
+    return tuple(
+        Tensor(own.name, own.dtype.lower(), own.shape)
+        if own is not None and v.name == own.inner
+        else _tensor(v)
+        for v in model.graph.inputs
+        if not v.is_initializer()
+    )
 
 
 def _tensor(value: ir.Value) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.free_batch import FixedBatch, fixed_batch, freed
 from ptq_onnx.preparation.input_size import Axes, fix_size
 from ptq_onnx.preparation.signature import channels_last, take_images
+from ptq_onnx.preparation.validation import is_image
 from ptq_onnx.runtime.sessions import Session
 
 
@@ -43,17 +44,20 @@ def prepare(
     size: tuple[int, int] | None = None,
     *,
     free: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Prepared:
     """Load, clean and fuse a model, and find its blocks.
 
     ``size``: height and width to which dynamic axes are fixed, where the graph holds for one size
     only; None: what the graph tells. ``free``: without the batch size that the model may be fixed
-    to, where its graph allows that. Raises ModelError, ConfigError.
+    to, where its graph allows that. ``shapes``: sizes without the batch of inputs that are no
+    images, which dynamic ones are fixed to. Raises ModelError, ConfigError.
     """
     path = Path(path)
     model = graphs.load(path)
     refuse_tied(model, path)
     with own_faults(path, "prepared"):
+        fix_shapes(model, shapes or {})
         notes = settle(model, path, size)
         report = graphs.clean(model, opset)
         report = replace(report, notes=(*notes, *report.notes))
@@ -95,10 +99,22 @@ def refuse_what_does_not_run(path: Path) -> None:
         raise ModelError(f"Model {path}: {error}") from error
 
 
+def fix_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give inputs these sizes behind the batch, which all then call the same where it is open."""
+    free = [v for v in model.graph.inputs if not v.is_initializer()]
+    first = next((v.shape[0] for v in free if v.shape is not None), None)
+    for value in free:
+        if str(value.name) in shapes and value.shape is not None:
+            batch = value.shape[0] if isinstance(value.shape[0], int) else first
+            value.shape = ir.Shape([batch, *shapes[str(value.name)]])
+
+
 def settle(model: ir.Model, path: Path, size: tuple[int, int] | None = None) -> list[str]:
     """Decide branches and sizes, and bring the image to our form, in place; returns notes."""
     notes = graphs.flatten(model)
     image = image_input(model)
+    if not is_image(image):
+        return notes
     last = channels_last(image.shape or ())
     axes = Axes(image, *((3, 1, 2) if last else (1, 2, 3)))
     notes += fix_size(model, path, size, axes)

@@ -21,6 +21,7 @@ from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.fusion.normalisation import FLOATS, normalised_from
 from ptq_onnx.graph.formula import unique_name
 from ptq_onnx.images.preprocess import Preprocess
+from ptq_onnx.runtime.packed import TYPES, unpack
 
 KEY = "ptq_onnx.input"
 """Key of a model's ``metadata_props`` while it is in our form; no file has it."""
@@ -81,6 +82,23 @@ def fed(images: NDArray[np.float32], shape: Any, dtype: Any) -> NDArray[Any]:
             )
         found = whole
     return found.astype(dtype, copy=False)
+
+
+def feeds(inputs: Any, batch: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """What the inputs of a session of a file take, by name: the images of a batch in their layout
+    and type, or every part of a packed one. Raises ImageError."""
+    parts = unpack(batch)
+    if parts is None:
+        image = next((i for i in inputs if len(i.shape) == 4), inputs[0])
+        return {image.name: fed(batch, image.shape, TYPES[image.type])}
+    if len(parts) != len(inputs):
+        names = ", ".join(i.name for i in inputs)
+        raise ImageError(f"{len(parts)} inputs are given for the model's {len(inputs)}: {names}.")
+    found: dict[str, NDArray[Any]] = {}
+    for one, part in zip(inputs, parts, strict=True):
+        kind, image = TYPES[one.type], len(one.shape) == 4
+        found[one.name] = fed(part, one.shape, kind) if image else part.astype(kind, copy=False)
+    return found
 
 
 def signature(model: ir.Model) -> Signature | None:

@@ -1,4 +1,4 @@
-"""What a model must be to be quantized: known ops, one image input, finite weights."""
+"""What a model must be to be quantized: known ops, inputs of numbers, finite weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from ptq_onnx.graph.branches import CANNOT_BRANCH, LOOPS
 from ptq_onnx.graph.onnxruntime_ops import TIED
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+NUMBERS = (
+    *FLOATS, ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16,
+    ir.DataType.UINT16, ir.DataType.INT32, ir.DataType.UINT32, ir.DataType.INT64,
+    ir.DataType.UINT64,
+)  # fmt: skip
+"""What an input may hold."""
 RUNTIME_DOMAIN = "com.microsoft"
 
 LARGEST_BATCH = 1 << 28
@@ -90,32 +96,24 @@ def _check_runtime(path: Path) -> None:
 
 
 def check_input(model: ir.Model, path: Path) -> None:
-    """One input, a batch of images. Raises ModelError, true for what the file takes."""
+    """Inputs of numbers, [batch, …]. Raises ModelError, true for what the file takes."""
     inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-    if len(inputs) == 1 and is_image(inputs[0]):
-        sides = [d for d in inputs[0].shape or () if isinstance(d, int)]
-        if min(sides, default=1) >= 1 and math.prod(sides) <= LARGEST_BATCH:
-            return
-        what = "holds no image" if min(sides) < 1 else f"holds more than {LARGEST_BATCH} numbers"
+    if not inputs:
+        raise ModelError(f"Model {path}: it has no input; nothing in it depends on an image.")
+    for value in inputs:
+        sides = [d for d in value.shape or () if isinstance(d, int)]
+        if value.dtype not in NUMBERS or value.shape is None or not len(value.shape):
+            what = "is no tensor [batch, …] of numbers"
+        elif min(sides, default=1) < 1:
+            what = "holds no image"
+        elif math.prod(sides) > LARGEST_BATCH:
+            what = f"holds more than {LARGEST_BATCH} numbers"
+        else:
+            continue
         raise ModelError(
-            f"Model {path}: its input is '{inputs[0].name}' {_describe(inputs[0])}, which {what}:"
+            f"Model {path}: its input is '{value.name}' {_describe(value)}, which {what}:"
             " export it with the size of the images, and a dynamic batch."
         )
-    found = ", ".join(f"'{v.name}' {_describe(v)}" for v in inputs) or "none"
-    images = [v for v in inputs if is_image(v)]
-    if len(inputs) == 1:
-        what = f"its input is {found}, not an image"
-        advice = "Only models with one image input can be quantized here"
-    elif len(images) == 1:
-        what = f"it has {len(inputs)} inputs: {found}"
-        advice = f"Export the part that reads '{images[0].name}' alone, the others as constants"
-    else:
-        what = f"it has {len(inputs)} inputs: {found}"
-        advice = "Only models with one image input can be quantized here"
-    raise ModelError(
-        f"Model {path}: {what}; this version calibrates with images: one input, float or uint8,"
-        f" [batch, channels, height, width] or [batch, height, width, channels]. {advice}."
-    )
 
 
 def _check_outputs(graph: ir.Graph, path: Path) -> None:

@@ -55,7 +55,9 @@ class _Lowering(Weights):
         if spec.factor is not None and place is not None and place.before == "mul":
             inverse = builder.constant("inverse_factor", 1 / spec.factor)
             current = builder.op("Mul", [current, inverse], "scaled")
-        out = spec.rule.code.emit(builder, current, numbers)
+        whole = (around.emit_codes(builder, current) for around in spec.rule.around)
+        found = next((made for made in whole if made is not None), None)
+        out = spec.rule.code.emit(builder, current, numbers) if found is None else found
         # A row's own factor is in its sum too: divided by that, a product has it no more.
         kept = any(around.cancels_row_factors for around in spec.rule.around)
         for restore in restores:
@@ -104,18 +106,33 @@ class _Lowering(Weights):
         """Let products that read ``value`` as the given input read ``out``, and restore behind
         them, unless that is ``kept`` from them; other readers get ``out`` with that done."""
         op, other, suffix, index = restore.op_type, restore.other, restore.suffix, restore.index
-        products = [use for use in uses if is_product(use[0]) and use[1] == index]
+        products = [
+            (node, i)
+            for node, i in uses
+            if i == index and (is_product(node) or (is_linear(node) and index == 0))
+        ]
         plain = [use for use in uses if use not in products]
         for node, _ in [] if kept else products:
             result = self.renormalized.get(node.outputs[0], node.outputs[0])
             readers = list(consumers(result))
+            bias = self.without_bias(node)
             back = self.add(result.producer(), op, [result, other], result, suffix)
+            if bias is not None:
+                back = self.add(back.producer(), "Add", [back, bias], result, "biased")
             self.renormalized[node.outputs[0]] = back
             self.redirect(result, readers, back)
         self.redirect(value, products, out, outputs=False)
         if plain or value.is_graph_output():
             real = self.add(out.producer(), op, [out, other], value, suffix)
             self.redirect(value, plain, real)
+
+    def without_bias(self, node: ir.Node) -> ir.Value | None:
+        """Take the bias from a linear, which what is behind it comes before; None without one."""
+        if not is_linear(node) or len(node.inputs) < 3:
+            return None
+        bias = node.inputs[2]
+        node.resize_inputs(2)
+        return bias
 
     def redirect(
         self,

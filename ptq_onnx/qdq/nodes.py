@@ -111,6 +111,22 @@ class Behind:
             output.shape = ir.Shape(sizes)
         return output
 
+    def quantize_dynamically(self, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Codes, scale and zero point of a DynamicQuantizeLinear behind the last node written."""
+        codes = self.op("DynamicQuantizeLinear", [value], "quantized", dtype=np.dtype(np.uint8))
+        node = codes.producer()
+        assert node is not None
+        node.resize_outputs(3)
+        for output, suffix, kind in zip(
+            node.outputs[1:],
+            ("scale", "zero_point"),
+            (ir.DataType.FLOAT, ir.DataType.UINT8),
+            strict=True,
+        ):
+            output.name = self.nodes.unique(f"{self.like.name}_{suffix}")
+            output.shape, output.type = ir.Shape([]), ir.TensorType(kind)
+        return node.outputs[0], node.outputs[1], node.outputs[2]
+
     def cast(self, value: ir.Value, suffix: str, dtype: np.dtype[Any]) -> ir.Value:
         """A Cast behind the last node written."""
         kind = ir.DataType.from_numpy(dtype)

@@ -27,6 +27,7 @@ from ptq_onnx.config.bits import BYTE
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.around.run_time import ColumnMaximum, RunTimeRange, TokenMaximum
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.grain import PerChannel
@@ -84,6 +85,8 @@ class Deploy(SiteQuantizer):
             return Rule(
                 widths.attention, sign, sign, code=code, method=method, around=rows, stored=stored
             )
+        if self.plan.config.at_run_time and site.tensor not in self.plan.fixed:
+            return self._at_run_time(site)
         products = [self.nodes[name].op_type for name in site.consumers]
         sign = target.symmetric
         if "MatMul" in products:
@@ -104,6 +107,22 @@ class Deploy(SiteQuantizer):
             stored=stored,
             around=(TokenMean(),) if centred else (),
         )
+
+    def _at_run_time(self, site: Site) -> Rule:
+        """One range for the whole tensor, or one for each vector that products sum over, where all
+        read it alike."""
+        config = self.plan.config
+        read = {
+            index
+            for name in site.consumers
+            for index, value in enumerate(self.nodes[name].inputs[:2])
+            if value is not None and value.name == site.tensor
+        }
+        if config.activations == "dynamic" or len(read) != 1:
+            return Rule(BYTE, False, False, method="fixed", around=(RunTimeRange(),))
+        around = TokenMaximum() if read == {0} else ColumnMaximum()
+        bits, stored = config.widths.activations, config.runtime.stored(True)
+        return Rule(bits, method="fixed", around=(around,), stored=stored)
 
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
@@ -238,6 +257,16 @@ class Deploy(SiteQuantizer):
             constants |= corrected_biases(self.plan.model, sites, specs, stats, constants)
         self.set_constants(constants)
         return specs
+
+    def measure(self, batches: Iterable[Any]) -> Statistics:
+        """As of any quantizer; nothing where every range is found at run time and nothing else asks
+        for the images."""
+        config, sites = self.plan.config, self.plan.sites
+        asked = [t for t in self.rules if not sites[t].is_parameter and t not in self.plan.fixed]
+        kinds = {self.rules[t].method for t in asked}
+        if kinds <= {"fixed"} and not config.bias_correction and not config.rounds_weights:
+            return Statistics()
+        return super().measure(batches)
 
     def _mix(self, stats: Statistics) -> None:
         """Give 16 bits to what 8 hold worst (``mixed.py``)."""

@@ -14,7 +14,8 @@ from ptq_onnx.report.page_text import EXACT
 from ptq_onnx.report.svg import line_chart
 from ptq_onnx.report.templates import template
 
-COLUMNS: tuple[tuple[str, Callable[[Contender], float | None], str, bool], ...] = (
+Column = tuple[str, Callable[[Contender], float | None], str, bool]
+COLUMNS: tuple[Column, ...] = (
     ("Top-1, %", lambda c: c.top1, "{:.2f}", True),
     ("Top-5, %", lambda c: c.top5, "{:.2f}", True),
     ("SQNR, dB", lambda c: c.sqnr_db, "{:.1f}", True),
@@ -39,7 +40,7 @@ def render_comparison(found: Comparison) -> str:
     }
     return template("compare.html").render(
         found=found,
-        columns=[title for title, *_ in COLUMNS],
+        columns=[title for title, *_ in _columns(found)],
         rows=_rows(found),
         names=[c.name for c in quantized],
         blocks=blocks,
@@ -48,15 +49,30 @@ def render_comparison(found: Comparison) -> str:
     )
 
 
+def _columns(found: Comparison) -> tuple[Column, ...]:
+    """The columns, that of the metric first where one was asked for."""
+    one = next((c.score for c in found.contenders if c.score is not None), None)
+    if one is None:
+        return COLUMNS
+
+    def value(c: Contender) -> float | None:
+        return one.float_value if c.score is None else c.score.value
+
+    percent = one.unit == "%"
+    title, text = (f"{one.figure}, %", "{:.2f}") if percent else (one.figure, "{:.4f}")
+    return ((title, value, text, one.higher), *COLUMNS)
+
+
 def _rows(found: Comparison) -> list[dict[str, Any]]:
     best: list[float | None] = []
-    for _, value, _, more in COLUMNS:
+    columns = _columns(found)
+    for _, value, _, more in columns:
         known = [v for c in found.contenders[1:] if (v := value(c)) is not None]
         best.append((max if more else min)(known) if len(known) > 1 else None)
     rows = []
     for index, one in enumerate(found.contenders):
         cells = []
-        for (_, value, text, _), top in zip(COLUMNS, best, strict=True):
+        for (_, value, text, _), top in zip(columns, best, strict=True):
             number = value(one)
             shown = "–" if number is None else text.format(number)
             shown = EXACT if number == math.inf else shown

@@ -25,7 +25,7 @@ def next_steps(report: Mapping[str, Any], files: Sequence[Path]) -> list[tuple[s
     file, found = models[0], []
     floats = [p for p in files if p.name == FLOATS[0]]
     fidelity = report.get("fidelity") or {}
-    if not report.get("accuracy"):
+    if not report.get("accuracy") and not report.get("metric"):
         words = ["ptq-onnx", "evaluate", str(file)]
         if floats:
             words += ["--reference", str(floats[0])]

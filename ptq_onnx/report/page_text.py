@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ptq_onnx.evaluation.metrics.metric import AS_FLOAT
 from ptq_onnx.evaluation.outputs import MOST_DB
 
 EXACT = "exact"
@@ -26,6 +27,18 @@ def decibel_text(value: float | None, ratio: float | None, digits: int = 1, unit
     if value is None:
         return EXACT if ratio == 0 else ""
     return f"{value:.{digits}f}{unit}" if value < MOST_DB else EXACT
+
+
+def metric_text(value: float | None, unit: str, digits: int = 2) -> str:
+    """A metric in its unit: percent with so many digits, a plain number with two more."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f} %" if unit == "%" else f"{value:.{digits + 2}f}"
+
+
+def truth_text(targets: str) -> str:
+    """Where a metric's truth is from, in words."""
+    return "the float model's answers are the truth" if targets == AS_FLOAT else f"truth: {targets}"
 
 
 def cell(value: Any) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ptq_onnx.config.metric_options import is_own
 from ptq_onnx.files.result_names import CONFIG, FLOAT, QUANTIZED, REPORT
 from ptq_onnx.report.next_steps import next_steps
 
@@ -29,6 +30,7 @@ class Invocation:
     calib: str | None
     val: str | None
     labels: str | None
+    targets: str | None
     scales: str | None
     folder: str
     written: str | None
@@ -61,9 +63,13 @@ def command(report: Entry, *more: str, name: str | None = None) -> list[str]:
         words += ["--scales", run["scales"]]
     elif in_python(report):
         words += ["--calib", "calib"]
-    for option in ("calib", "val", "labels"):
-        if run[option] is not None:
+    for option in ("calib", "val", "labels", "targets"):
+        if run.get(option) is not None:
             words += [f"--{option}", run[option]]
+    config = report.get("config") or {}
+    if is_own(config.get("metric")):  # in no file of options
+        words += ["--metric", config["metric"]]
+        words += [w for o in config.get("metric_option") or () for w in ("--metric-option", o)]
     words += more
     return [*words, "--output", f"{folder.rstrip('/')}-again"] if folder else words
 

@@ -25,12 +25,13 @@ from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.hidden_pieces import Pieces
 from ptq_onnx.equalization.rotation_choice import Turned
 from ptq_onnx.equalization.streams import Refused
+from ptq_onnx.evaluation.metrics.metric import Score
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity
 from ptq_onnx.files.result_names import FLOAT, FORMED
-from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.codes.by_name import CODES, CodeName
 from ptq_onnx.numerics.grain import GRAINS
+from ptq_onnx.numerics.spec import RUN_TIME
 from ptq_onnx.quantizers.base import Move
 from ptq_onnx.report.reproduce import Invocation
 
@@ -114,7 +115,7 @@ def _closeness() -> Schema:
 
 def _tensor(place: dict[str, Schema]) -> Schema:
     """The numbers of one quantized tensor, and what its code adds to them."""
-    granularities = [*(grain.name for grain in GRAINS), RowMaximum.name]
+    granularities = [*(grain.name for grain in GRAINS), *(around.name for around in RUN_TIME)]
     spec = {
         **place, "parameter": {"type": "boolean"}, "bits": COUNT, "signed": {"type": "boolean"},
         "symmetric": {"type": "boolean"}, "granularity": {"enum": granularities},
@@ -158,6 +159,7 @@ def _of_some_runs() -> dict[str, Schema]:
         "validation": _or_null(_object({"source": STRING, "labels": _or_null(STRING)})),
         "invocation": _or_null(schema_of(Invocation)),
         "auto": _or_null(schema_of(Automatic)),
+        "metric": _or_null(schema_of(Score)),
         "coverage": _coverage(),
     }  # fmt: skip
 
@@ -243,7 +245,7 @@ def _measured() -> dict[str, Schema]:
         ),
         "fidelity": _or_null(
             _object(
-                {"images": COUNT, "source": {"enum": ["val", "held apart", "calibration"]},
+                {"images": COUNT, "source": {"enum": ["val", "held apart", "calibration", "noise"]},
                  **closeness, "outputs": _list(_closeness())}
             )
         ),

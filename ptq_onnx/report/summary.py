@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_onnx.config.names import RUNTIMES
-from ptq_onnx.report.page_text import decibel_text, size
+from ptq_onnx.report.page_text import decibel_text, metric_text, number, size, truth_text
 from ptq_onnx.report.reproduce import following
 
 Entry = Mapping[str, Any]
@@ -39,7 +39,27 @@ def verdict(report: Entry) -> tuple[str, str]:
     return ("bad" if grade == "bad" else "fair"), first + text
 
 
+def _by_metric(found: Entry) -> tuple[str, str]:
+    """By what was asked for: points of percent, or percent of what the float model has, where that
+    is more than nothing."""
+    lost = found["float_value"] - found["value"]
+    lost = lost if found["higher"] else -lost
+    if found["unit"] != "%":
+        base = abs(found["float_value"])
+        lost *= 100 / (base if base > abs(found["value"]) / 100 else 1)
+    grade = "good" if lost <= 1 else "fair" if lost <= 3 else "bad"
+    word = {"good": "holds", "fair": "is a little worse", "bad": "is much worse"}[grade]
+    before, after = (metric_text(found[k], found["unit"]) for k in ("float_value", "value"))
+    return grade, (
+        f"The metric {word}: {found['figure']} {before} → {after} on {found['images']} images"
+        f" ({truth_text(found['targets'])})."
+    )
+
+
 def _measured(report: Entry) -> tuple[str, str]:
+    metric = report.get("metric")
+    if metric is not None and metric.get("float_value") is not None:
+        return _by_metric(metric)
     accuracy, fidelity = report.get("accuracy"), report.get("fidelity")
     outputs = (fidelity or {}).get("outputs") or []
     if accuracy is not None and _top1(accuracy) is not None:
@@ -125,6 +145,7 @@ def _images(fidelity: Entry) -> str:
     words = {
         "held apart": "images held out from calibration",
         "calibration": "images that calibration used too",
+        "noise": "images of Gaussian noise",
     }
     return f"{fidelity['images']} {words.get(str(fidelity.get('source')), 'images without labels')}"
 
@@ -145,6 +166,9 @@ def cards(report: Entry) -> list[tuple[str, str, str]]:
     config = report.get("config") or {}
     found: list[tuple[str, str, str]] = []
     accuracy, fidelity = report.get("accuracy"), report.get("fidelity")
+    metric = report.get("metric")
+    if metric is not None:
+        found.append(_metric_card(metric))
     if accuracy is not None:
         before, after = accuracy["float"], accuracy["quantized"]
         for key, title in (("top1", "Top-1"), ("top5", "Top-5")):
@@ -153,7 +177,7 @@ def cards(report: Entry) -> list[tuple[str, str, str]]:
                 text = f"{before[key]:.2f} → {after[key]:.2f} %"
                 small = f"{change:+.2f} points, {accuracy['count']} images".replace("-", "−")
                 found.append((title, text, small))
-    elif fidelity is None or fidelity.get("agreement") is not None:
+    elif metric is None and (fidelity is None or fidelity.get("agreement") is not None):
         found.append(("Accuracy", "not measured", "needs --val and labels"))
     close = fidelity or (accuracy or {}).get("quantized") or {}
     if close.get("sqnr_db") is not None:
@@ -187,6 +211,18 @@ def cards(report: Entry) -> list[tuple[str, str, str]]:
             bits += f"; for {config['target']}"
         found.append(("Quantizer", str(config.get("quantizer")), bits))
     return found
+
+
+def _metric_card(found: Entry) -> tuple[str, str, str]:
+    before, after = (metric_text(found[k], found["unit"]) for k in ("float_value", "value"))
+    others = [
+        f"{name} {number(value)}"
+        for name, value in found["figures"].items()
+        if name != found["figure"]
+    ]
+    better = "higher" if found["higher"] else "lower"
+    small = [f"{better} is better", truth_text(found["targets"]), *others]
+    return str(found["figure"]), f"{before} → {after}", "; ".join(small)
 
 
 def _sqnr_title(fidelity: Entry | None) -> str:

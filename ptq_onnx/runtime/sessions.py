@@ -8,6 +8,8 @@ from typing import Any
 import onnxruntime as ort
 
 from ptq_onnx.errors import ModelError, one_line
+from ptq_onnx.runtime.packed import given as inputs_of
+from ptq_onnx.runtime.packed import unpack
 
 FATAL = 4
 """The severity from which on ONNX Runtime writes to stderr; what it raises need not be there."""
@@ -26,8 +28,14 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
             raise ModelError(f"ONNX Runtime refuses the model: {one_line(error)}.") from error
 
     def run(self, *given: Any) -> list[Any]:
-        """As ``InferenceSession.run``. Raises ModelError."""
+        """As ``InferenceSession.run``, also for one batch in which several inputs are packed.
+        Raises ModelError."""
+        names, feeds = given
+        if len(feeds) == 1:
+            (batch,) = feeds.values()
+            if getattr(batch, "ndim", 0) == 4 and unpack(batch) is not None:
+                feeds = inputs_of(self, batch)
         try:
-            return list(super().run(*given))
+            return list(super().run(names, feeds))
         except Exception as error:
             raise ModelError(f"ONNX Runtime cannot run the model: {one_line(error)}.") from error

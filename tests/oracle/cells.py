@@ -72,12 +72,15 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "lowbit/onnxruntime": {"quantizer": "lowbit"},
     "lowbit narrow ends/onnxruntime": {"quantizer": "lowbit", "wide_ends": False},
+    "deploy dynamic/onnxruntime": {"activations": "dynamic"},
+    "deploy dynamic token/onnxruntime": {"activations": "dynamic-token"},
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (
     "deploy fp8/tensorrt", "deploy weights 4/onnxruntime", "vanilla rotated/onnxruntime",
     "fqvit rotated/onnxruntime", "deploy rotated/onnxruntime", "fqvit rotated/integer",
-    "fqvit residual 16/onnxruntime", "fqvit residual 16/integer",
+    "fqvit residual 16/onnxruntime", "fqvit residual 16/integer", "deploy dynamic/onnxruntime",
+    "deploy dynamic token/onnxruntime",
 )  # fmt: skip
 """These have one format, 8-bit floats or 4-bit weights alone, or the bits change nothing else."""
 DIGITS = "digits"

@@ -24,7 +24,7 @@ from .formats import Coded, Format, e4m3
 from .reference import open_session
 
 Array = NDArray[Any]
-RESTORED = "(_renormalized|_row_rescaled|_mean_restored)*"
+RESTORED = "(_renormalized|_row_rescaled|_mean_restored|_vector_rescaled|_biased)*"
 FED = "{}/fed"
 HIGHER = {"uint8": 128, "uint16": 32768}
 """Signed codes that are stored without a sign are stored this much higher."""

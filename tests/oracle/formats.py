@@ -11,7 +11,9 @@ first below zero, the other above; else codes 0 … H - 1 of the first and H …
 whichever is nearer. ``logarithmic``: levels l(c) = scale · 2^(-8 c / eighths), the last zero, value
 l(c) - l(zero_point), the nearest. ``row``: x is divided by the largest of its last axis before,
 multiplied behind. ``centred``: the mean over the tokens of x, in whole steps, is taken out before;
-a product with it adds the mean to its result.
+a product with it adds the mean to its result. ``dynamic``: s = (max - min) / 255 of the whole
+tensor, zero among them, in place of scale and zero point. ``token`` and ``column``: x is divided by
+the largest magnitude of its last axis, or of the one before, and multiplied behind.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 TOKENS = -2
+VECTORS = {"token": -1, "column": -2}
 SLACK = 1e-4
 """How far 1/a may be off before its code counts as wrong: the exponential of a softmax is an
 approximation, and 1.5 · 2^c is a step."""
@@ -42,6 +45,8 @@ class Coded:
     """What readers get."""
     removed: Array | None = None
     """The mean that was taken out."""
+    step: Array | None = None
+    """Of codes whose range is that of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,21 @@ class Format:
             top = x.max(axis=-1, keepdims=True) if self.granularity == "row" else np.float64(1)
             codes, values = self.logarithmic(x / top)
             return Coded(x / top, x / top, codes, values * top)
+        if self.granularity == "dynamic":
+            low, high = min(x.min(), 0.0), max(x.max(), 0.0)
+            step = np.float64(np.float32(high - low) / np.float32(255))
+            point = np.rint(-low / step)
+            units = x / step + point
+            codes = np.clip(np.rint(x / step) + point, 0, 255)
+            return Coded(x, units, codes, (codes - point) * step, step=step)
         scale, zero = self.spread(self.scale, x.shape), self.spread(self.zero, x.shape)
         part, top, mean = x, np.float64(1), None
         if self.granularity == "row":
             top = x.max(axis=-1, keepdims=True)
+            part = x / top
+        if self.granularity in VECTORS:
+            top = np.abs(x).max(axis=VECTORS[self.granularity], keepdims=True)
+            top = np.maximum(top, 1e-30)
             part = x / top
         if self.centred:
             # The mean of whole steps, in single precision: half a step more or less is another
@@ -206,7 +222,8 @@ class Format:
             levels = self.levels()
             least = np.abs(coded.part - levels[self.logarithmic(coded.part)[0]])
             return np.maximum(np.abs(coded.part - levels[codes.astype(np.int64)]) - least, 0)
-        return self.beyond(coded, codes) * self.spread(self.scale, codes.shape) * self.factor
+        step = self.spread(self.scale, codes.shape) if coded.step is None else coded.step
+        return self.beyond(coded, codes) * step * self.factor
 
 
 def log2_codes(a: Array, last: int) -> Array:

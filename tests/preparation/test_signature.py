@@ -14,13 +14,14 @@ from PIL import Image
 from small_graph import SmallGraph, run, sample
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.errors import ConfigError, ImageError, ModelError
+from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.images.opening import open_images
 from ptq_onnx.images.preprocess import Preprocess
 from ptq_onnx.images.source import NoiseSource
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.pipeline.several_inputs import open_source
 from ptq_onnx.preparation import model_files as graph
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.preparation.signature import fed
@@ -269,19 +270,19 @@ def test_the_benchmark_feeds_bytes(tmp_path: Path) -> None:
 
 
 TEXT = {
-    "text": (["ids: 7 b s"], ["'ids' (int64 [b, s]), not an image"]),
+    "text": (["ids: 7 b s"], "an input: 'ids' int64 [b, s]; nothing is given for 'ids'"),
     "image and text": (
         ["x: 1 b 3 8 8", "ids: 7 b s"],
-        ["2 inputs", "the part that reads 'x' alone"],
+        "2 inputs: 'x' float [b, 3, 8, 8], 'ids' int64 [b, s]; nothing is given for 'ids'",
     ),
-    "two images": (["x: 1 b 3 8 8", "y: 1 b 3 8 8"], ["2 inputs", "Only models with one image"]),
-    "signal": (["x: 1 b 80 3000"], ["'x' (float [b, 80, 3000]), not an image"]),
+    "two images": (["x: 1 b 3 8 8", "y: 1 b 3 8 8"], "nothing is given for 'y': --input y=FILE"),
+    "signal": (["x: 1 b 80 3000"], "an input: 'x' float [b, 80, 3000]; nothing is given"),
 }
 
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_other_inputs_are_named(kind: str, tmp_path: Path) -> None:
-    """What the file takes, and what this version calibrates with: true for each."""
+    """What the file takes, and how that is given."""
     inputs, words = TEXT[kind]
     g = SmallGraph((1,))
     g.inputs.clear()
@@ -294,12 +295,11 @@ def test_other_inputs_are_named(kind: str, tmp_path: Path) -> None:
         parts.append(g("ReduceSum", g("Cast", name, to=1), keepdims=0))
     out = g("Identity", parts[0]) if len(parts) == 1 else g("Add", *parts)
     path = g.save(tmp_path / "model.onnx", out)
-    with pytest.raises(ModelError) as caught:
-        prepare(path)
-    text = str(caught.value)
-    assert "encoder" not in text
-    for word in (*words, "one input, float or uint8, [batch, channels, height, width] or"):
-        assert word in text
+    prepare(path)
+    images = np.zeros((3, 3, 8, 8), np.float32)
+    with pytest.raises(ConfigError) as caught:
+        open_source(path, images, Preprocess.named("none", 8))
+    assert words in str(caught.value)
 
 
 def test_sizes_below_one_are_dynamic(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ class Around(ABC):
         """Nodes that make the part that is held in codes; None where it is the tensor itself."""
         return None
 
+    def emit_codes(self, builder: Builder[V], value: V) -> V | None:
+        """Nodes that compute codes and values at once, in place of the code's own; None where there
+        are none."""
+        return None
+
     def behind(self, product: Array, values: Array) -> Array:
         """A product [..., N, M] of decoded ``values`` [..., N, K], which its codes do not give
         by themselves."""

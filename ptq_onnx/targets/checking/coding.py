@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import name_of
-from ptq_onnx.graph.codings import QUANTIZE
+from ptq_onnx.graph.codings import DYNAMIC, QUANTIZE
 
 INT8, UINT8, INT32 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
 FP8 = ir.DataType.FLOAT8E4M3FN
@@ -35,6 +35,13 @@ class Coding:
     def quantizes(self) -> bool:
         """True for QuantizeLinear."""
         return self.node.op_type == QUANTIZE
+
+    @property
+    def dynamic(self) -> bool:
+        """True for a DequantizeLinear of what DynamicQuantizeLinear made."""
+        data = self.node.inputs[0]
+        maker = None if data is None else back_through_moves(data)[0].producer()
+        return maker is not None and maker.op_type == DYNAMIC
 
     @cached_property
     def scale(self) -> NDArray[np.float64] | None:

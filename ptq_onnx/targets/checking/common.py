@@ -55,9 +55,12 @@ def opset_outside(model: QuantizedModel, low: int, high: int, reader: str) -> It
         )
 
 
-def computed_parameters(model: QuantizedModel) -> Iterator[Finding]:
-    """Scales and zero points that are not constants."""
+def computed_parameters(model: QuantizedModel, *, dynamic: bool = False) -> Iterator[Finding]:
+    """Scales and zero points that are not constants; ``dynamic``: those of DynamicQuantizeLinear
+    may be computed."""
     for coding in first_codings(model):
+        if dynamic and coding.dynamic:
+            continue
         for what, array in (("scale", coding.scale), ("zero point", coding.zero_point)):
             if array is None:
                 yield Finding(

@@ -75,8 +75,9 @@ def zero_point_type(model: QuantizedModel) -> Iterator[Finding]:
 
 def scale_constant(model: QuantizedModel) -> Iterator[Finding]:
     """Static quantization stores scales and zero points as initializers (Quantize ONNX Models,
-    "Static quantization")."""
-    yield from common.computed_parameters(model)
+    "Static quantization"); those of DynamicQuantizeLinear are found at run time (the same,
+    "Dynamic quantization")."""
+    yield from common.computed_parameters(model, dynamic=True)
 
 
 def scale_positive(model: QuantizedModel) -> Iterator[Finding]:

@@ -1,0 +1,1 @@
+"""What users ask of a model besides its closeness to float: one task per file."""
