@@ -200,6 +200,7 @@ def evaluate(
     input: Sequence[str] = (),
     batch_size: int = 8,
     threads: int = 0,
+    workers: int = 1,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Evaluation:
     """Top-1 and top-5 of a model in ONNX Runtime, and how close it is to a ``reference``.
@@ -207,7 +208,8 @@ def evaluate(
     ``images``: what :func:`open_images` takes, or returned. ``metric``: another measure, a name or
     ``module:function``, with its options ``KEY=VALUE``, against ``targets``, else against the
     ``reference``: ``score`` of the result. ``input``: what inputs besides the images get, as
-    ``NAME=FILE.npz``. Raises PtqError.
+    ``NAME=FILE.npz``. ``workers``: processes that run the models, in a script whose main part is
+    guarded. Raises PtqError.
     """
     from ptq_onnx.calibration.class_output import features_of
     from ptq_onnx.evaluation import evaluate as evaluation
@@ -225,6 +227,7 @@ def evaluate(
             truth,
             batch_size=batch_size,
             threads=threads,
+            workers=workers,
             reference=other,
             features=features,
             progress=progress,

@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("auto", "report"),
     ("pipeline",),
     ("api",),
+    ("sweep",),
     ("cli",),
 )
 """Rooms by floor. Rooms of one floor do not know each other."""

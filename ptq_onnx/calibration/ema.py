@@ -11,5 +11,5 @@ from ptq_onnx.calibration.statistics import Array, ChannelStatistics
 
 
 def ema_range(stats: ChannelStatistics) -> tuple[Array, Array]:
-    """Lower and upper bound per row, [R] each; momentum ``MOMENTUM`` an image."""
+    """Lower and upper bound per row, [R] each; momentum 0.99 an image."""
     return stats.ema_low, stats.ema_high

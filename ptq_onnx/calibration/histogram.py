@@ -62,6 +62,17 @@ class Histogram:
         if self.inner is not None and self.start is not None:
             self.inner._add_part(rows, self._is_inner(index))
 
+    def emptied(self) -> Histogram:
+        """Nothing counted yet, over the same ranges."""
+        return Histogram._nested(self.low, self.high, BINS, DEPTH)
+
+    def join(self, other: Histogram) -> None:
+        """Count what another one over the same ranges has counted; whole numbers, so that any
+        order gives the same."""
+        self.counts += other.counts
+        if self.inner is not None and other.inner is not None:
+            self.inner.join(other.inner)
+
     def _add_part(self, rows: Array, chosen: NDArray[np.bool_]) -> None:
         """Count the chosen ones alone."""
         # What bins of a float32 place cannot tell apart still belongs where it was chosen

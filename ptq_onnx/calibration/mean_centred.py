@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -63,17 +64,19 @@ def collect_centred(
     *,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
+    workers: int = 1,
 ) -> Statistics:
     """Statistics of ``sites``, and of the ``centred`` ones without their mean, under their name
-    and ``SUFFIX``; one run of the batches."""
+    and ``SUFFIX``; one run of the batches, by so many ``workers``."""
+    run = partial(collect, threads=threads, progress=progress, workers=workers)
     if not centred:
-        return collect(model, sites, batches, threads=threads, progress=progress)
+        return run(model, sites, batches)
     probe = model.clone()
     values = {v.name: v for node in probe.graph for v in node.outputs}
     for site in centred:
         _insert(probe.graph, values[site.tensor])
     more = [replace(site, tensor=site.tensor + SUFFIX) for site in centred]
-    return collect(probe, [*sites, *more], batches, threads=threads, progress=progress)
+    return run(probe, [*sites, *more], batches)
 
 
 def _insert(graph: ir.Graph, value: ir.Value) -> None:

@@ -7,21 +7,27 @@ methods that need histograms or samples. Memory does not grow with the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.finite import not_finite
 from ptq_onnx.calibration.histogram import BINS, Histogram
+from ptq_onnx.calibration.moving_average import moving_average
 from ptq_onnx.calibration.range_growth import RangeTrace
+from ptq_onnx.calibration.tapped_runs import (
+    add_outputs,
+    copies_in,
+    open_taps,
+    taken_in_order,
+)
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.preparation.model_sessions import open_session
-from ptq_onnx.runtime.packed import given
 
 __all__ = [
     "BINS",
@@ -32,7 +38,6 @@ __all__ = [
     "add_histograms",
     "collect",
     "copies_in",
-    "moving_average",
     "open_taps",
     "reduced_shape",
     "tap",
@@ -41,22 +46,6 @@ __all__ = [
 Array = NDArray[np.float32]
 TOP = 16
 """How many of the largest per-image extremes are kept per channel, for the tail estimate."""
-
-
-MOMENTUM = 0.99
-"""Of the moving averages: what FQ-ViT's observer keeps, there of a batch, here of an image."""
-
-
-def moving_average(average: Array, rows: Array, seen: int) -> Array:
-    """The average [C] after ``rows`` [B, C] more, oldest first; the first of all starts it.
-
-    As a sum: Σ (1 - m) m^(B - 1 - i) row_i + m^B average.
-    """
-    if seen == 0:
-        average, rows = rows[0], rows[1:]
-    powers = MOMENTUM ** np.arange(len(rows) - 1, -1, -1, dtype=np.float64)
-    mixed = (1 - MOMENTUM) * powers @ rows.astype(np.float64) + MOMENTUM ** len(rows) * average
-    return np.asarray(mixed, np.float32)
 
 
 @dataclass
@@ -268,14 +257,6 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tup
     return copy, names
 
 
-def _session(model: ir.Model, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    options.log_severity_level = 3
-    return open_session(model, options)
-
-
 def collect(
     model: ir.Model,
     sites: Sequence[Site],
@@ -283,48 +264,63 @@ def collect(
     *,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
+    workers: int = 1,
 ) -> Statistics:
     """Run all batches ([B, C, H, W]) and gather :class:`ChannelStatistics` of the sites.
 
-    Raises ModelError where an activation is NaN or infinite (it names the tensor).
+    ``workers``: processes that run the model; the numbers are the same, bit by bit. Raises
+    ModelError where an activation is NaN or infinite (it names the tensor).
     """
     if not sites:
         return Statistics()
     tapped, names = tap(model, sites)
-    session = _session(tapped, threads)
-    feed = session.get_inputs()[0].name
     wanted = [name for group in names.values() for name in group]
     wanted += [f"tap/Size/{site.tensor}" for site in sites if _is_dynamic(site)]
     result = Statistics({s.tensor: ChannelStatistics.empty(reduced_shape(s)) for s in sites})
-    for batch in batches:
-        found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True))
-        copies = copies_in(batches)
-        size = len(batch) // copies
+    copies = copies_in(batches)
+    take = partial(parts_of, tuple(sites), names, copies)
+    for batch, parts in taken_in_order(
+        tapped, wanted, batches, take, threads=threads, workers=workers
+    ):
         for site in sites:
-            low, high, power, total = (found[name] for name in names[site.tensor])
-            # ONNX Runtime's ReduceMin and ReduceMax over inner axes pass NaN by; the sum does not.
-            finite = np.isfinite(low).all() and np.isfinite(high).all()
-            if not finite or np.isnan(power).any():
-                raise not_finite(f"'{site.tensor}' ({site.label})")
-            values = len(low) * site.elements
-            if _is_dynamic(site):
-                values = int(found[f"tap/Size/{site.tensor}"])
-            result.channels[site.tensor].update(
-                _by_image(low, size, np.min),
-                _by_image(high, size, np.max),
-                power.ravel() / copies,
-                total.ravel() / copies,
-                values // power.size // copies,
-            )
-        result.images += size
+            result.channels[site.tensor].update(*parts[site.tensor])
+        result.images += len(batch) // copies
         if progress is not None:
-            progress(size)
+            progress(len(batch) // copies)
     return result
 
 
-def copies_in(batches: Iterable[Array]) -> int:
-    """How often each image stands in its batch (see ``pipeline.Batches``)."""
-    return int(getattr(batches, "copies", 1))
+Part = tuple[Array, Array, Array, Array, int]
+"""What a batch adds to a tensor's statistics, as :meth:`ChannelStatistics.update` takes it: folded
+in the order of the images they give the same bytes, whoever made them."""
+
+
+def parts_of(
+    sites: Sequence[Site],
+    names: Mapping[str, tuple[str, ...]],
+    copies: int,
+    batch: Array,
+    found: Mapping[str, Any],
+) -> dict[str, Part]:
+    """The parts of all sites, by tensor, from the taps of one batch. Raises ModelError."""
+    size, parts = len(batch) // copies, {}
+    for site in sites:
+        low, high, power, total = (found[name] for name in names[site.tensor])
+        # ONNX Runtime's ReduceMin and ReduceMax over inner axes pass NaN by; the sum does not.
+        finite = np.isfinite(low).all() and np.isfinite(high).all()
+        if not finite or np.isnan(power).any():
+            raise not_finite(f"'{site.tensor}' ({site.label})")
+        values = len(low) * site.elements
+        if _is_dynamic(site):
+            values = int(found[f"tap/Size/{site.tensor}"])
+        parts[site.tensor] = (
+            _by_image(low, size, np.min),
+            _by_image(high, size, np.max),
+            power.ravel() / copies,
+            total.ravel() / copies,
+            values // power.size // copies,
+        )
+    return parts
 
 
 def _by_image(rows: Array, images: int, extreme: Callable[..., Array]) -> Array:
@@ -347,44 +343,43 @@ def add_histograms(
     *,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
+    workers: int = 1,
 ) -> None:
     """A second run over the batches that counts histograms of the sites' raw values.
 
     ``per_channel`` names the tensors with one histogram per channel; others get one in all.
-    The ranges are those that :func:`collect` found on the same images.
+    The ranges are those that :func:`collect` found on the same images. ``workers``: as there.
     """
     for site in sites:
         stats = statistics.channels[site.tensor]
         rows = stats if site.tensor in per_channel else stats.pooled()
         statistics.histograms[site.tensor] = Histogram.over(rows.lowest[0], rows.highest[0])
     copy = graphs.to_standard(model)
-    session, feed, wanted = open_taps(copy, [s.tensor for s in sites], threads)
-    for batch in batches:
-        found = dict(zip(wanted, session.run(wanted, {feed: batch}), strict=True)) if wanted else {}
-        found |= given(session, batch)
-        for site in sites:
-            histogram = statistics.histograms[site.tensor]
-            histogram.add(_rows(found.pop(site.tensor), site, len(histogram.low)))
+    wanted = add_outputs(copy, [s.tensor for s in sites])
+    held = {s.tensor: statistics.histograms[s.tensor] for s in sites}
+    take = partial(_counted, tuple(sites), held, workers > 1)
+    for batch, apart in taken_in_order(
+        copy, wanted, batches, take, threads=threads, workers=workers
+    ):
+        for tensor, histogram in apart.items():
+            held[tensor].join(histogram)
         if progress is not None:
             progress(len(batch) // copies_in(batches))
 
 
-def open_taps(
-    model: ir.Model, tensors: Iterable[str], threads: int
-) -> tuple[ort.InferenceSession, str, list[str]]:
-    """A session of a standard model, which is changed, with the named tensors as outputs.
-
-    Returns the session, the input's name, and the tensors without that.
-    """
-    values = {v.name: v for v in model.graph.inputs}
-    values.update({v.name: v for node in model.graph for v in node.outputs})
-    outputs = {str(v.name) for v in model.graph.outputs}
-    for tensor in tensors:
-        if tensor not in outputs and values[tensor].producer() is not None:
-            model.graph.outputs.append(values[tensor])
-    session = _session(model, threads)
-    inputs = [str(i.name) for i in session.get_inputs()]
-    return session, inputs[0], [tensor for tensor in tensors if tensor not in inputs]
+def _counted(
+    sites: Sequence[Site],
+    held: Mapping[str, Histogram],
+    apart: bool,
+    _: Array,
+    found: dict[str, Any],
+) -> dict[str, Histogram]:
+    """Count one batch in the histograms held, or ``apart`` in new ones, which are returned."""
+    counted = {n: h.emptied() for n, h in held.items()} if apart else {}
+    for site in sites:
+        histogram = counted.get(site.tensor, held[site.tensor])
+        histogram.add(_rows(found[site.tensor], site, len(histogram.low)))
+    return counted
 
 
 def _rows(value: Array, site: Site, rows: int) -> Array:

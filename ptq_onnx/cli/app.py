@@ -29,6 +29,7 @@ from ptq_onnx.cli.console import (
 from ptq_onnx.cli.curve import calibration_curve
 from ptq_onnx.cli.given import settings
 from ptq_onnx.cli.inspect import inspect
+from ptq_onnx.cli.sweep import sweep
 from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.files.output_paths import OUTPUT, Output
 from ptq_onnx.pipeline.model_path import find_model
@@ -122,6 +123,7 @@ app.command(cls=cli_help.Command, short_help="Draw accuracy over the number of i
     calibration_curve
 )
 app.command(cls=cli_help.Command, short_help="Show what is in a model.")(inspect)
+app.command(cls=cli_help.Command, short_help="Quantize a matrix of models and recipes.")(sweep)
 
 
 def main() -> NoReturn:

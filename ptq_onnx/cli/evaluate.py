@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ptq_onnx.images.source import ImageSource
 
 
-@o.takes(*o.PICTURES, *o.METRIC, "batch", "threads")
+@o.takes(*o.PICTURES, *o.METRIC, "batch", "threads", "workers")
 def evaluate(
     model: o.Model,
     val: o.Measured = None,
@@ -98,6 +98,7 @@ def _measured(
         truth,
         batch_size=options.batch,
         threads=options.threads,
+        workers=options.workers,
         reference=other,
         features=features,
         progress=None

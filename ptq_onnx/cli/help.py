@@ -22,7 +22,7 @@ PLACES: Mapping[str, Sequence[str]] = {
     NUMBERS: ("scales",),
     TARGET: ("runtime", "soc", "htp_arch", "pretrained", "strict"),
     OUTPUT: ("output", "context", "as_json"),
-    RUNNING: ("seconds",),
+    RUNNING: ("seconds", "address"),
 }
 """The groups of the options that are no fields of the config."""
 

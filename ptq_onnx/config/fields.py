@@ -80,6 +80,10 @@ class Fields:
         choices=ACTIVATION_NAMES,
     )
     images: int = option(128, INPUT, "N", "Calibration images to use.", bounds=(1, 1_000_000))
+    seed: int | None = option(
+        None, INPUT, "N", "Draw the calibration images at random, by this seed.",
+        shown="spread evenly over all", bounds=(0, 1_000_000),
+    )
     batch: int = option(8, RUNNING, "N", "Images per batch.", bounds=(1, 4096))
     preprocess: str | None = option(
         None, INPUT, "NAME",
@@ -257,6 +261,11 @@ class Fields:
     )
     threads: int = option(
         0, RUNNING, "N", "Threads to compute with; 0: the runtime decides.", bounds=(0, 256)
+    )
+    workers: int = option(
+        1, RUNNING, "N",
+        "Processes that calibrate and measure side by side; the numbers stay the same.",
+        bounds=(1, 256),
     )
     # fmt: on
 

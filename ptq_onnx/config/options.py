@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     method: str | None
     activations: str
     images: int
+    seed: int | None
     batch: int
     mean: Sequence[float] | None
     std: Sequence[float] | None
@@ -69,6 +70,7 @@ class Options(TypedDict, total=False):
     attention_heads: Sequence[int]
     analysis_images: int
     threads: int
+    workers: int
 
 
 def configured(config: QuantizeConfig | None, options: Mapping[str, Any]) -> QuantizeConfig:

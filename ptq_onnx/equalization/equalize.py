@@ -345,6 +345,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         centred,
         batches,
         threads=plan.config.threads,
+        workers=plan.config.workers,
         progress=report(stages.EQUALISING),
     )
     widths = plan.config.widths

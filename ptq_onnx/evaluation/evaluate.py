@@ -14,6 +14,7 @@ from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation.metrics.metric import Metric, Score, Scoring
 from ptq_onnx.evaluation.network import Classifier, Model, Network, cuda_works, session
 from ptq_onnx.evaluation.outputs import OutputFigures, Tallies, Tally, Values, notes_on, pairs
+from ptq_onnx.evaluation.runs import Runs
 from ptq_onnx.images.preprocess import FloatArray
 from ptq_onnx.images.source import ImageSource
 
@@ -74,6 +75,7 @@ def evaluate(
     names: tuple[str | None, str | None] = (None, None),
     features: Collection[str] = (),
     baseline: bool = False,
+    workers: int = 1,
     metric: Metric | None = None,
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
@@ -84,7 +86,8 @@ def evaluate(
     of images with the same top class where the output is [batch, classes]. ``names``: what errors
     call the two models. ``features``: outputs that look like [batch, classes] and are none; not
     asked where there are labels. ``baseline``: count the reference's right answers too, of the
-    same run. ``metric``: another measure of both. Raises ImageError, ModelError, ConfigError.
+    same run. ``metric``: another measure of both. ``workers``: processes that run the models; the
+    figures do not depend on them. Raises ImageError, ModelError, ConfigError.
     """
     tested = Network(model, threads, name=names[0])
     trusted = None if reference is None else Network(reference, threads, name=names[1])
@@ -102,9 +105,8 @@ def evaluate(
         own = _Counting(Tallies(trusted.names), classes, trusted)
     scoring = None if metric is None else Scoring(metric, reference=trusted is not None)
     count = 0
-    for batch_names, batch in images.named_batches(batch_size):
-        found = tested(batch)
-        floats = None if trusted is None else trusted(batch)
+    runs = Runs(tested, trusted, (model, reference), names, threads, workers)
+    for batch_names, found, floats in runs.over(images, batch_size):
         beside = (
             None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats}
         )
@@ -116,7 +118,7 @@ def evaluate(
         if own is not None and floats is not None:
             own.tallies.add(floats, own.network.whole)
             own.add(batch_names, floats)
-        count += len(batch)
+        count += len(batch_names)
         if progress is not None:
             progress(count, len(images))
     counted = [] if counting is None else counting.counted or []

@@ -26,6 +26,9 @@ LOCK = ".lock"
 ASIDE = ".old"
 """Ends the name of a folder whose content was the result until another one took its place."""
 
+LONGEST_ABOVE = 30
+"""Bytes of the folder above sockets that lie deep."""
+
 _MARK = "ptq-"
 _TRIES = 8
 
@@ -60,6 +63,16 @@ def scratch_folder() -> Iterator[Path]:
                 " that can be written."
             ) from error
         yield folder
+
+
+@contextmanager
+def socket_folder(name: str) -> Iterator[Path]:
+    """A folder for the sockets of other programs, whose paths end at 107 bytes: in the system's
+    temporary one, or in /tmp where that has a long name; gone afterwards. Raises OSError."""
+    folder = Path(tempfile.gettempdir())
+    short = os.name == "nt" or len(os.fsencode(folder)) <= LONGEST_ABOVE
+    with held_folder((folder if short else Path("/tmp")) / name) as made:
+        yield made
 
 
 def is_scratch(folder: Path) -> bool:
@@ -98,6 +111,12 @@ def clear(place: Path) -> None:
             else:
                 remove(left)
             unlock(lock)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The places in ``folder`` beside which there are such folders, held or not."""
+    found = folder.glob(f".*.{_MARK}*")
+    return sorted({left.with_name(left.name[1:].rpartition(f".{_MARK}")[0]) for left in found})
 
 
 def hidden(place: Path, end: str = "") -> Path:

@@ -19,7 +19,7 @@ from ptq_onnx.errors import ImageError
 from ptq_onnx.images import arrays as image_arrays
 from ptq_onnx.images import items as image_items
 from ptq_onnx.images.preprocess import FORMATS, METADATA_KEY, Preprocess, load_image
-from ptq_onnx.images.source import ImageSource, Item, evenly
+from ptq_onnx.images.source import ImageSource, Item, at_random, evenly
 
 __all__ = ["METADATA_KEY", "FolderSource", "ImageSource", "Preprocess", "load_image", "open_images"]
 
@@ -128,6 +128,12 @@ class FolderSource(ImageSource):
         """All of its files once more, of which ``limit`` chooses anew."""
         files = self.files if self.listed else None
         return type(self)(self.root, preprocess or self.preprocess, limit, files, self.transform)
+
+    def drawn(self, limit: int, seed: int) -> Self:
+        """``limit`` of its files, drawn at random, in their order."""
+        found, chosen = self.reopened(), at_random(len(self.files), limit, seed)
+        found._chosen, found._used = list(chosen), set(chosen)
+        return found
 
     @property
     def names(self) -> list[str]:

@@ -53,6 +53,10 @@ class ImageSource(ABC):
         """Name and pixels [C, H, W] of a place. Raises ImageError; runs in a worker thread."""
 
     @abstractmethod
+    def drawn(self, limit: int, seed: int) -> ImageSource:
+        """``limit`` of all images there are, drawn at random by ``seed``, in their order."""
+
+    @abstractmethod
     def reopened(self, limit: int | None = None) -> ImageSource:
         """All images there are once more, of which ``limit`` chooses anew."""
 
@@ -127,6 +131,10 @@ class IndexedSource(ImageSource):
         """The source once more, with at most ``limit`` of all its images, spread evenly."""
         return self._with(evenly(self._count, limit))
 
+    def drawn(self, limit: int, seed: int) -> Self:
+        """``limit`` of all images, drawn at random, in their order."""
+        return self._with(at_random(self._count, limit, seed))
+
     def others(self, limit: int) -> Self | None:
         """At most ``limit`` images that this source does not have, spread evenly; None without
         any."""
@@ -147,8 +155,8 @@ class NoiseSource(ImageSource):
     """Standard Gaussian model inputs, or Gaussian pixels where the model takes pixels, always the
     same: calibration data that shows nothing."""
 
-    def __init__(self, preprocess: Preprocess, count: int) -> None:
-        self.preprocess, self.count, self.skipped = preprocess, count, []
+    def __init__(self, preprocess: Preprocess, count: int, seed: int = NOISE_SEED) -> None:
+        self.preprocess, self.count, self.seed, self.skipped = preprocess, count, seed, []
 
     @property
     def names(self) -> list[str]:
@@ -160,10 +168,15 @@ class NoiseSource(ImageSource):
 
     def reopened(self, limit: int | None = None) -> NoiseSource:
         """The same noise, at most ``limit`` images of it."""
-        return NoiseSource(self.preprocess, self.count if limit is None else min(limit, self.count))
+        count = self.count if limit is None else min(limit, self.count)
+        return NoiseSource(self.preprocess, count, self.seed)
+
+    def drawn(self, limit: int, seed: int) -> NoiseSource:
+        """Noise of another seed."""
+        return NoiseSource(self.preprocess, min(limit, self.count), seed)
 
     def _read(self, slot: int) -> Item:
-        random = np.random.default_rng((NOISE_SEED, slot))
+        random = np.random.default_rng((self.seed, slot))
         noise = random.standard_normal(self.preprocess.shape, dtype=np.float32)
         if self.preprocess.raw:  # pixels of middle gray, as far from it as pictures'
             noise = np.rint(np.clip(PIXEL_MEAN + PIXEL_DEVIATION * noise, 0, 255))
@@ -176,6 +189,12 @@ def evenly(count: int, limit: int | None) -> list[int]:
         raise ConfigError(f"The number of images must be at least 1, got {limit}.")
     chosen = count if limit is None else min(limit, count)
     return [index * count // chosen for index in range(chosen)]
+
+
+def at_random(count: int, limit: int, seed: int) -> list[int]:
+    """``min(limit, count)`` of ``range(count)``, drawn without replacement, ascending."""
+    drawn = np.random.default_rng(seed).permutation(count)[:limit]
+    return [int(index) for index in np.sort(drawn)]
 
 
 def _stack(items: list[Item]) -> tuple[list[str], FloatArray]:

@@ -165,6 +165,7 @@ def measure(job: Job, made: Rewritten) -> dict[str, Any]:
         job.inputs.truth,
         kind,
         threads=job.config.threads,
+        workers=job.config.workers,
         features=feature_outputs(made.prepared.model),
         stage=job.stage,
         metric=job.metric(source),

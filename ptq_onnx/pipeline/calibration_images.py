@@ -60,8 +60,16 @@ def calibration_images(
             " comparison, not for use."
         )
         if taken_by(model).plain:
-            return NoiseSource(preprocess, config.images)
+            drawn = NoiseSource(preprocess, config.images)
+            return drawn if config.seed is None else drawn.drawn(config.images, config.seed)
     found = open_source(model, calib, preprocess, config.input, config.images, **how)
+    if config.seed is not None:
+        found = found.drawn(config.images, config.seed)
+        if not found.others(1):
+            notes.append(
+                f"--seed {config.seed} draws nothing: all {len(found)} images calibrate; give fewer"
+                " with --images, or more to draw from."
+            )
     if len(found) < FEW and not noise:
         images = "1 image" if len(found) == 1 else f"{len(found)} images"
         notes.append(

@@ -16,7 +16,6 @@ import onnx.shape_inference
 import onnx.version_converter
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules.common import _no_op
 
@@ -305,6 +304,8 @@ def _symbolic_inference(proto: onnx.ModelProto) -> onnx.ModelProto:
     Its public entry writes a file into the working directory where inference is incomplete;
     the steps are taken one by one here, and an incomplete result is used as it is.
     """
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference  # torch: seconds
+
     inference = SymbolicShapeInference(
         int_max=2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
     )

@@ -293,6 +293,7 @@ class SiteQuantizer(VitQuantizer):
                 wide,
                 batches,
                 threads=threads,
+                workers=plan.config.workers,
                 progress=report(stages.HISTOGRAMS),
             )
         return stats
@@ -301,8 +302,15 @@ class SiteQuantizer(VitQuantizer):
         self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
     ) -> Statistics:
         """Statistics of the sites, from one run of the batches."""
-        threads = self.plan.config.threads
-        return collect(self.plan.model, sites, batches, threads=threads, progress=advance)
+        config = self.plan.config
+        return collect(
+            self.plan.model,
+            sites,
+            batches,
+            threads=config.threads,
+            workers=config.workers,
+            progress=advance,
+        )
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         """Specs from statistics; activations first, then weights."""

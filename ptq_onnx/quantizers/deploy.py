@@ -305,9 +305,15 @@ class Deploy(SiteQuantizer):
         """Statistics of the sites; of values without their mean over the tokens where that is what
         gets codes."""
         centred = [s for s in sites if TokenMean() in self.rules[s.tensor].around]
-        threads = self.plan.config.threads
+        config = self.plan.config
         return collect_centred(
-            self.plan.model, sites, centred, batches, threads=threads, progress=advance
+            self.plan.model,
+            sites,
+            centred,
+            batches,
+            threads=config.threads,
+            workers=config.workers,
+            progress=advance,
         )
 
     def _row_power(self, site: Site, stats: ChannelStatistics) -> NDArray[np.float64]:

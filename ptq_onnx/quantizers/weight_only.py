@@ -51,6 +51,7 @@ class WeightOnly(Deploy):
             sites,
             batches,
             threads=plan.config.threads,
+            workers=plan.config.workers,
             progress=report(stages.CALIBRATING),
         )
 

@@ -17,31 +17,14 @@ from numpy.typing import NDArray
 from ptq_onnx.analysis.attention_results import BlockAttention
 from ptq_onnx.analysis.variation_results import ChannelRanges
 from ptq_onnx.files.file_names import in_html
+from ptq_onnx.report.svg_parts import BOTTOM, LEFT, RIGHT, TOP
+from ptq_onnx.report.svg_parts import drawing as _svg
+from ptq_onnx.report.svg_parts import line as _line
+from ptq_onnx.report.svg_parts import text as _text
+from ptq_onnx.report.svg_parts import upright as _up
 
 WIDTH = 460
 """Of a drawing that takes half a screen, or the whole of a phone's: its text stays legible."""
-LEFT, RIGHT, TOP, BOTTOM = 58, 8, 10, 36
-
-
-def _svg(body: str, width: float, height: float, title: str, description: str) -> str:
-    """The drawing, with what a screen reader says of it."""
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" font-size="11" fill="currentColor">'
-        f"<title>{in_html(title)}</title><desc>{in_html(description)}</desc>{body}</svg>"
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle", extra: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{in_html(text)}</text>'
-
-
-def _up(text: str, middle: float, x: float = 11) -> str:
-    """The label of a vertical axis."""
-    return _text(x, middle, text, extra=f' transform="rotate(-90 {x} {middle:.1f})"')
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str = "") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="axis"{style}/>'
 
 
 def heat_color(decibels: float, low: float, high: float) -> str:

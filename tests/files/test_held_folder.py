@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.files.held_folder import clear, held_folder, replacing, scratch_folder
+from ptq_onnx.files.held_folder import (
+    clear,
+    held_folder,
+    replacing,
+    scratch_folder,
+    unfinished,
+)
 from ptq_onnx.files.text_file import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,3 +118,11 @@ def test_nothing_else_makes_temporary_names() -> None:
         if used - allowed.get(path.name, set()):
             found[path.name] = used
     assert found == {"trials.py": {"TemporaryDirectory"}}  # in the folder of the run
+
+
+def test_what_is_unfinished_in_a_folder(tmp_path: Path) -> None:
+    assert unfinished(tmp_path) == []
+    (tmp_path / "b").mkdir()
+    with held_folder(tmp_path / "a.x"), held_folder(tmp_path / "b"), held_folder(tmp_path / "b"):
+        assert unfinished(tmp_path) == [tmp_path / "a.x", tmp_path / "b"]
+    assert unfinished(tmp_path) == []

@@ -1,0 +1,75 @@
+"""How much memory and how many cores a cell takes, by the size of its model."""
+
+from __future__ import annotations
+
+import os
+
+from ptq_onnx.files.model_size import model_bytes
+from ptq_onnx.sweep.matrix import Cell
+
+BASE = 0.7e9
+"""Bytes of a process with PyTorch and PPQ in it, before it has a model (measured: 0.4e9)."""
+PER_BYTE = 5.0
+"""Bytes for each byte of the model."""
+WITH_REPORT = 0.5e9, 5.5
+"""The same two besides, where every op is analysed."""
+KEPT_FREE = 0.1
+"""Share of the free memory that is not given out."""
+
+
+def memory_of(cell: Cell) -> int:
+    """Bytes that a cell is expected to need at most; see docs/scaling.md for what was measured."""
+    assert cell.config is not None
+    extra, more = WITH_REPORT if cell.config.report else (0.0, 0.0)
+    return int(BASE + extra + (PER_BYTE + more) * model_bytes(cell.model))
+
+
+def cores_of(cell: Cell) -> int:
+    """Cores that a cell computes with."""
+    assert cell.config is not None
+    return max(cell.config.threads, 1)
+
+
+def free_memory() -> int:
+    """Bytes that this machine, or its container, has to give, but for a tenth."""
+    available = _available()
+    limit = _limit()
+    found = available if limit is None else min(available, limit)
+    return int((1 - KEPT_FREE) * found)
+
+
+def free_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def fitting(cores: int, memory: int, cell_cores: int, cell_memory: int) -> int:
+    """How many of the largest cells run at a time, at least one."""
+    return max(1, min(cores // cell_cores, memory // cell_memory))
+
+
+def _available() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 8 << 30
+
+
+def _limit() -> int | None:
+    """What the control group has left; None without a limit."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            most = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            return None if most == "max" else max(int(most) - int(file.read()), 0)
+    except (OSError, ValueError):
+        return None

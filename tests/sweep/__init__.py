@@ -1,0 +1,1 @@
+"""Many quantizations: the matrix, its file, single cells, and what kills a run."""
