@@ -162,6 +162,12 @@ class Fields:
         True, NUMBERS, None,
         "deploy: move shifts and factors per channel between ops, equal in float.",
     )
+    convolutions: bool | None = option(
+        None, NUMBERS, None,
+        "deploy for onnxruntime: convolutions, and what stands between them, on codes where that"
+        " saves time.",
+        shown="on, where the outputs bear it",
+    )
     rotate: bool | None = option(
         None, NUMBERS, None,
         "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
@@ -314,6 +320,7 @@ class Fields:
         """True where convolutions, and what stands between them, are put on codes."""
         return (
             self.quantizer == "deploy"
+            and self.convolutions is not False
             and self.runtime.codes_of_convolutions
             and not self.weight_only
             and not self.at_run_time

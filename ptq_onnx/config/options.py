@@ -46,6 +46,7 @@ class Options(TypedDict, total=False):
     ptf_k: int | None
     lis: bool
     equalize: bool
+    convolutions: bool | None
     rotate: bool | None
     split_hidden: bool | None
     bias_correction: bool

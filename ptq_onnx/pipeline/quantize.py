@@ -27,6 +27,7 @@ from ptq_onnx.pipeline.analysing import Analysed, analyse, measure
 from ptq_onnx.pipeline.deciding import check_normalisation, decide_floats, resolve_auto
 from ptq_onnx.pipeline.description import describe, validation
 from ptq_onnx.pipeline.job import Job
+from ptq_onnx.pipeline.lossy_regions import lossy, without_regions
 from ptq_onnx.pipeline.preprocess_input import Given
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.reading import read_inputs, without_images
@@ -151,9 +152,17 @@ def run_stages(job: Job) -> Finished:
     checked = None if job.request.scales is not None else check_normalisation(job)
     config = resolve_auto(job)
     graphs.save(job.as_taken(job.inputs.prepared.model), job.work / FLOAT)
+    notes = list(job.notes)
     made, decided = planned(job, config)
     quantizer = calibrated(job, made.plan)
     lowered = written(job, made, quantizer)
+    left = lossy(job, config, quantizer)
+    if left is not None:
+        job.notes[:] = notes
+        job, config = without_regions(job, left), replace(config, convolutions=False)
+        made, decided = planned(job, config)
+        quantizer = calibrated(job, made.plan)
+        lowered = written(job, made, quantizer)
     report = describe(job, made, quantizer)
     report |= rewrites(made)
     report["formed"] = formed(job, made, quantizer)

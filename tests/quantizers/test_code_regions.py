@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +13,7 @@ import pytest
 import torch
 from small_graph import SmallGraph, run, sample
 
+import ptq_onnx
 from ptq_onnx.blocks.regions import find_regions
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
@@ -20,7 +24,8 @@ from ptq_onnx.equalization.by_quantizer import rewritten
 from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.graph.expansions import standardise
-from ptq_onnx.preparation.model_files import serialize
+from ptq_onnx.pipeline import lossy_regions
+from ptq_onnx.preparation.model_files import save, serialize
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
@@ -57,9 +62,9 @@ def hard_swish(g: SmallGraph, x: str) -> str:
     return g("HardSwish", x)
 
 
-def mobile(g: SmallGraph) -> str:
+def mobile(g: SmallGraph, start: str = "x") -> str:
     """Pointwise and depthwise convolutions, HardSwish, a scaled and a shifted one, a skip."""
-    x = hard_swish(g, conv(g, "x", 1))
+    x = hard_swish(g, conv(g, start, 1))
     y = g("Add", g("Mul", hard_swish(g, conv(g, x, 2)), 0.7), 0.3)
     y = hard_swish(g, conv(g, y, 3, groups=WIDE, kernel=3))
     y = g("Relu", conv(g, y, 4))
@@ -205,3 +210,37 @@ def run_optimised(model: ir.Model) -> np.ndarray:
     session = ort.InferenceSession(serialize(model), options, providers=["CPUExecutionProvider"])
     found: np.ndarray = session.run(None, {session.get_inputs()[0].name: BATCHES[0]})[0]
     return found
+
+
+def test_they_stay_in_float_where_the_outputs_do_not_bear_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = SmallGraph(("batch", 3, SIDE, SIDE))
+    stem = g("Conv", "x", sample(WIDE, 3, 3, 3, seed=8) / 5, pads=[1] * 4)
+    y = g("ReduceMean", mobile(g, stem), np.array([2, 3]), keepdims=0)
+    save(g.model(y), tmp_path / "model.onnx")
+    np.save(tmp_path / "images.npy", sample(8, 3, SIDE, SIDE, seed=2))
+
+    def reported(name: str, **options: Any) -> dict[str, Any]:
+        ptq_onnx.quantize(
+            tmp_path / "model.onnx", calib=tmp_path / "images.npy", output=tmp_path / name,
+            report=False, threads=1, **options,
+        )  # fmt: skip
+        found: dict[str, Any] = json.loads((tmp_path / name / "report.json").read_text())
+        return found
+
+    def file(name: str) -> bytes:
+        return (tmp_path / name / "quantized.onnx").read_bytes()
+
+    told = "they stay in float. --convolutions keeps them on codes."
+    borne = reported("borne")
+    assert not any(told in note for note in borne["notes"])
+    monkeypatch.setattr(lossy_regions, "FLOOR", 300.0)
+    fallen = reported("fallen")
+    assert [note for note in fallen["notes"] if told in note] != []
+    assert fallen["config"]["convolutions"] is False
+    reported("off", convolutions=False)
+    reported("on", convolutions=True)
+    assert file("fallen") == file("off")
+    assert file("on") == file("borne")
+    assert file("on") != file("off")
