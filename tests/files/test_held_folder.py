@@ -104,7 +104,11 @@ def test_the_users_mask_holds(tmp_path: Path, mask: int) -> None:
 
 def test_nothing_else_makes_temporary_names() -> None:
     """A named file in the system's folder outlives a killed process."""
-    allowed = {"held_folder.py": {"gettempdir"}, "array_files.py": {"TemporaryFile", "gettempdir"}}
+    allowed = {
+        "held_folder.py": {"gettempdir"},
+        "array_files.py": {"TemporaryFile", "gettempdir"},
+        "own.py": {"TemporaryFile"},  # has no name
+    }
     found = {}
     for path in (ROOT / "ptq_onnx").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

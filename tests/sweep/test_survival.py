@@ -37,6 +37,11 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 """127.0.0.1, and the same as an address of IPv6."""
 
 
+def interruptible() -> None:
+    """As in the foreground: a shell starts what is in its background deaf to interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """The stub as a process, whose children are found by a variable of their environment."""
 
@@ -50,6 +55,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=interruptible,
         )
 
     def all(self) -> dict[int, str]:
