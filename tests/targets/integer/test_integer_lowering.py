@@ -277,7 +277,7 @@ def test_a_tensor_without_a_scale_is_refused_by_name() -> None:
 @pytest.mark.real
 @pytest.mark.parametrize(
     "name",
-    ["deit", "vit-dynamo", pytest.param("vit", marks=pytest.mark.full_matrix)],
+    ["deit", *(pytest.param(n, marks=pytest.mark.full_matrix) for n in ("vit", "vit-dynamo"))],
 )
 def test_real_models_are_bit_exact(name: str, real_models: dict[str, Path], shared: Path) -> None:
     path = real_models[name]
