@@ -175,7 +175,28 @@ class ConvBatchNorm(_ConvRule):
     rewrite = _Behind.rewrite
 
 
-class MulConv(_ConvRule):
+class _Before(_ConvRule):
+    """Arithmetic in front of a Conv."""
+
+    def inside(self, context: Context, x: ir.Value) -> Result:
+        """Fails where x is the graph's input."""
+        result = self.read(context.root, self.begin(context))
+        if result and x.producer() is None:
+            return result.fail("The normalisation of the image is read from its arithmetic.", x)
+        return result
+
+    def input_channels(self, result: Result, c: ir.Value) -> Result:
+        """Fails unless c has a number for each input channel."""
+        if not result:
+            return result
+        found = self.per_channel(c, inputs_of(self.conv, self.weight))
+        if found is None:
+            return result.fail("The constant must have one number per channel.", c)
+        self.rows = found
+        return result
+
+
+class MulConv(_Before):
     """Before a Conv, a factor."""
 
     def pattern(self, op: Op, x: Term, w: Term, c: Term) -> Term:
@@ -184,23 +205,14 @@ class MulConv(_ConvRule):
 
     def check(self, context: Context, x: ir.Value, c: ir.Value, **_: object) -> Result:
         """Fails unless c has a number for each input channel and x is not the graph's input."""
-        result = self.read(context.root, self.begin(context))
-        if not result:
-            return result
-        if x.producer() is None:
-            return result.fail("The normalisation of the image is read from its arithmetic.", x)
-        found = self.per_channel(c, inputs_of(self.conv, self.weight))
-        if found is None:
-            return result.fail("The constant must have one number per channel.", c)
-        self.rows = found
-        return result
+        return self.input_channels(self.inside(context, x), c)
 
     def rewrite(self, op: Op, x: ir.Value, **_: object) -> ir.Value:
         """The Conv with the factor in its weight."""
         return self.made(op, x, self.weight * spread(self.conv, self.weight, self.rows), self.bias)
 
 
-class AddConv(_ConvRule):
+class AddConv(_Before):
     """Before a Conv that pads nothing, a shift."""
 
     def pattern(self, op: Op, x: Term, w: Term, c: Term) -> Term:
@@ -209,20 +221,14 @@ class AddConv(_ConvRule):
 
     def check(self, context: Context, x: ir.Value, c: ir.Value, **_: object) -> Result:
         """Fails unless c has a number for each input channel, and nothing is padded."""
-        result = self.read(context.root, self.begin(context))
+        result = self.inside(context, x)
         if not result:
             return result
-        if x.producer() is None:
-            return result.fail("The normalisation of the image is read from its arithmetic.", x)
         get = self.conv.attributes
         auto = get.get_string("auto_pad", "NOTSET")
         if auto not in ("NOTSET", "VALID") or (auto == "NOTSET" and any(get.get_ints("pads", ()))):
             return result.fail("Padded zeros have no shift.", self.conv)
-        found = self.per_channel(c, inputs_of(self.conv, self.weight))
-        if found is None:
-            return result.fail("The constant must have one number per channel.", c)
-        self.rows = found
-        return result
+        return self.input_channels(result, c)
 
     def rewrite(self, op: Op, x: ir.Value, **_: object) -> ir.Value:
         """The Conv with the shift in its bias."""
@@ -231,7 +237,7 @@ class AddConv(_ConvRule):
         return self.made(op, x, self.weight, shift if self.bias is None else self.bias + shift)
 
 
-class AffineConv(_ConvRule):
+class AffineConv(_Before):
     """Before a Conv that pads, a factor and a shift: the factor goes, the shift is divided."""
 
     def pattern(self, op: Op, x: Term, w: Term, f: Term, d: Term) -> Term:
@@ -240,11 +246,9 @@ class AffineConv(_ConvRule):
 
     def check(self, context: Context, x: ir.Value, f: ir.Value, d: ir.Value, **_: object) -> Result:
         """Fails unless both have a number for each input channel, the factor none that is 0."""
-        result = self.read(context.root, self.begin(context))
+        result = self.inside(context, x)
         if not result:
             return result
-        if x.producer() is None:
-            return result.fail("The normalisation of the image is read from its arithmetic.", x)
         channels = inputs_of(self.conv, self.weight)
         factor, shift = self.per_channel(f, channels), self.per_channel(d, channels)
         if factor is None or shift is None or not factor.all():

@@ -5,6 +5,8 @@ Both are standard ops. Source of the functions: Howard et al., arXiv 1905.02244,
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import onnx_ir as ir
 
@@ -38,42 +40,43 @@ class _Hard(Rule):
         return result
 
 
-class HardSigmoidDiv(_Hard):
-    """The quotient."""
+class _HardSigmoid(_Hard):
+    """clip(x + 3, 0, 6), and a number behind it."""
 
-    def pattern(self, op: Op, x: Term, b: Term, low: Term, high: Term, d: Term) -> Term:
-        """clip(x + 3, 0, 6) / 6"""
-        return op.Div(op.Clip(op.Add(x, b), low, high), d)
+    last: ClassVar[float]
+    """That number."""
 
     def check(
         self, context: Context, x: ir.Value, b: ir.Value, low: ir.Value, high: ir.Value,
         d: ir.Value,
     ) -> Result:  # fmt: skip
-        """Fails unless the numbers are 3, 0, 6 and 6."""
+        """Fails unless the numbers are 3, 0, 6 and ``last``."""
         result = self.bounds(self.begin(context), x, b, low, high)
-        return self.divisor(result, d, TOP) if result else result
+        return self.divisor(result, d, self.last) if result else result
 
     def rewrite(self, op: Op, x: ir.Value, **_: object) -> ir.Value:
         """One HardSigmoid."""
         return self.named(op.HardSigmoid(x, alpha=SLOPE, beta=MIDDLE))
 
 
-class HardSigmoidMul(_Hard):
+class HardSigmoidDiv(_HardSigmoid):
+    """The quotient."""
+
+    last = TOP
+
+    def pattern(self, op: Op, x: Term, b: Term, low: Term, high: Term, d: Term) -> Term:
+        """clip(x + 3, 0, 6) / 6"""
+        return op.Div(op.Clip(op.Add(x, b), low, high), d)
+
+
+class HardSigmoidMul(_HardSigmoid):
     """The product with 1/6."""
+
+    last = SLOPE
 
     def pattern(self, op: Op, x: Term, b: Term, low: Term, high: Term, d: Term) -> Term:
         """clip(x + 3, 0, 6) · ⅙"""
         return op.Mul(op.Clip(op.Add(x, b), low, high), d)
-
-    def check(
-        self, context: Context, x: ir.Value, b: ir.Value, low: ir.Value, high: ir.Value,
-        d: ir.Value,
-    ) -> Result:  # fmt: skip
-        """Fails unless the numbers are 3, 0, 6 and 1/6."""
-        result = self.bounds(self.begin(context), x, b, low, high)
-        return self.divisor(result, d, SLOPE) if result else result
-
-    rewrite = HardSigmoidDiv.rewrite
 
 
 class HardSwishMul(_Hard):

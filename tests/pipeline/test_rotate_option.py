@@ -120,7 +120,7 @@ def test_what_excludes_it(tmp_path: Path, options: dict[str, object], text: str)
     [
         ({"quantizer": "lowbit", "bits": "4/4/4"}, True),
         ({"quantizer": "lowbit", "bits": "6/6/6"}, True),
-        ({"quantizer": "lowbit", "bits": "4/8/8"}, False),
+        ({"quantizer": "lowbit", "bits": "4/8/8"}, True),
         ({"quantizer": "lowbit", "bits": "4/4/4", "rotate": False}, False),
         ({"quantizer": "deploy", "bits": "4/4/4"}, False),
         ({"quantizer": "fqvit"}, False),
