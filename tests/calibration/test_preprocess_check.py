@@ -190,3 +190,25 @@ def test_logits_that_add_up_to_one_are_no_probabilities() -> None:
     powers = np.exp([2, -0.5, -0.5])
     found = top_confidence(np.array([[2, -0.5, -0.5]], np.float32))
     assert found[0] == pytest.approx(powers[0] / powers.sum())
+
+
+def test_probabilities_may_be_zero() -> None:
+    """A softmax that underflows is not taken for logits."""
+    rows = np.array([[1.0, 0.0, 0.0], [0.75, 0.25, 0.0]], np.float32)
+    np.testing.assert_allclose(top_confidence(rows), [1.0, 0.75])
+
+
+def test_pictures_are_spread_evenly_over_the_folder() -> None:
+    """Of 256 every eighth is used, and every fourth of those at first; each has its number as its
+    gray."""
+    seen: list[np.ndarray] = []
+
+    def classify(images: FloatArray) -> FloatArray:
+        seen.append(images[:, 0, 0, 0] * np.float32(256))
+        return np.tile(np.array([[5.0, 0.0]], np.float32), (len(images), 1))
+
+    numbers = np.arange(256, dtype=np.float32) / 256
+    pictures = np.tile(numbers[:, None, None, None], (1, 3, 2, 2))
+    plain = Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (2, 2))
+    check_preprocess(classify, pictures, plain)
+    assert [round(float(v)) for v in seen[0]] == [0, 32, 64, 96]
