@@ -43,6 +43,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/qdq/test_known_lowering.py",
         "tests/numerics/test_row_maximum.py",
         "tests/numerics/test_token_mean.py",
+        "tests/npu/test_units.py",
+        "tests/npu/test_options.py",
         "tests/quantizers/test_weight_only.py",
         "tests/quantizers/test_e4m3.py",
         "tests/quantizers/test_ptq4vit.py",
