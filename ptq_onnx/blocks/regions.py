@@ -19,11 +19,14 @@ from ptq_onnx.blocks import region_costs as costs
 from ptq_onnx.blocks.walking import consumers, data_inputs, is_constant, name_of
 from ptq_onnx.graph.formula import constant, is_private, scalar
 
-ON_CODES = frozenset((
+KERNELS = frozenset((
     "Add", "Mul", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool", "MaxPool", "Concat",
-    "HardSwish", "Resize",
+    "Resize",
 ))  # fmt: skip
-"""Ops with an integer kernel, or that are written with such (``HardSwish``)."""
+"""Ops beside products with an integer kernel: QLinearAdd and the like (measured, ONNX Runtime
+1.31)."""
+ON_CODES = KERNELS | {"HardSwish"}
+"""Those, and what is written with them."""
 SMOOTH = frozenset(("Silu", "Gelu", "QuickGelu", "HardSwish"))
 """Activation functions of floats between convolutions: in any layout, so that nothing is transposed
 for them (an integer sigmoid takes longer than both conversions: measured)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,20 +74,12 @@ def taken_in_order(
         for batch in batches:
             yield batch, run(batch)
         return
-    waiting: deque[Array] = deque()
-
-    def passed() -> Iterator[Array]:
-        for batch in batches:
-            waiting.append(batch)
-            yield batch
-
     with scratch_folder() as folder:
         path = folder / "tapped.onnx"
         _write(model, path)
         arguments = str(path), tuple(wanted), take, shared_threads(threads, workers)
         with Processes(workers, open_taking, *arguments) as processes:
-            for taken in processes.map(passed()):
-                yield waiting.popleft(), taken
+            yield from processes.beside((batch, batch) for batch in batches)
 
 
 def open_taking(

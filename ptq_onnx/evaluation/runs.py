@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,19 +49,13 @@ class Runs:
                 found = self._tested(batch)
                 yield names, found, None if self._trusted is None else self._trusted(batch)
             return
-        waiting: deque[list[str]] = deque()
-
-        def batches() -> Iterator[FloatArray]:
-            for names, batch in images.named_batches(batch_size):
-                waiting.append(names)
-                yield batch
-
         with Processes(self._workers, open_networks, *self._opened) as processes:
-            for found, floats, whole in processes.map(batches()):
+            made = processes.beside(images.named_batches(batch_size))
+            for names, (found, floats, whole) in made:
                 self._tested.whole |= whole[0]
                 if self._trusted is not None:
                     self._trusted.whole |= whole[1]
-                yield waiting.popleft(), found, floats
+                yield names, found, floats
 
 
 def open_networks(

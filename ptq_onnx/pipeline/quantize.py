@@ -153,16 +153,12 @@ def run_stages(job: Job) -> Finished:
     config = resolve_auto(job)
     graphs.save(job.as_taken(job.inputs.prepared.model), job.work / FLOAT)
     notes = list(job.notes)
-    made, decided = planned(job, config)
-    quantizer = calibrated(job, made.plan)
-    lowered = written(job, made, quantizer)
+    made, decided, quantizer, lowered = quantized(job, config)
     left = lossy(job, config, quantizer)
     if left is not None:
         job.notes[:] = notes
         job, config = without_regions(job, left), replace(config, convolutions=False)
-        made, decided = planned(job, config)
-        quantizer = calibrated(job, made.plan)
-        lowered = written(job, made, quantizer)
+        made, decided, quantizer, lowered = quantized(job, config)
     report = describe(job, made, quantizer)
     report |= rewrites(made)
     report["formed"] = formed(job, made, quantizer)
@@ -183,6 +179,15 @@ def run_stages(job: Job) -> Finished:
     finished = Finished(plain(report), analysed.analysis)
     write_report(job, finished.report, analysed)
     return finished
+
+
+def quantized(
+    job: Job, config: QuantizeConfig
+) -> tuple[Rewritten, Automatic | None, SiteQuantizer, ir.Model]:
+    """What is quantized, what ``--auto`` decided, by which numbers, and the model in its file."""
+    made, decided = planned(job, config)
+    quantizer = calibrated(job, made.plan)
+    return made, decided, quantizer, written(job, made, quantizer)
 
 
 def planned(job: Job, config: QuantizeConfig) -> tuple[Rewritten, Automatic | None]:

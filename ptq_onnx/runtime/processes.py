@@ -10,15 +10,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ptq_onnx.errors import ConfigError, PtqError
 
+T = TypeVar("T")
 SECONDS = 5.0
 """How long a process has to end by itself."""
 
@@ -75,6 +77,19 @@ class Processes:
             place, busy = place + 1, busy + 1
         for index in range(place - busy, place):
             yield self._result(index % count)
+
+    def beside(self, items: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, Any]]:
+        """The same of pairs, of which the first stays here and comes back with the result of the
+        second."""
+        waiting: deque[T] = deque()
+
+        def sent() -> Iterator[Any]:
+            for kept, item in items:
+                waiting.append(kept)
+                yield item
+
+        for result in self.map(sent()):
+            yield waiting.popleft(), result
 
     def close(self) -> None:
         """End the processes."""

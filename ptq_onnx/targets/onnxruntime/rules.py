@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from ptq_onnx.blocks.regions import KERNELS
 from ptq_onnx.blocks.walking import consumers, name_of, through_layout
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import (
@@ -31,11 +32,6 @@ NAME = "ONNX Runtime"
 OPSETS = 13, 26
 """From the axis attribute of Q/DQ to the last opset that 1.31 loads and fuses (measured)."""
 CODES = (INT8, UINT8, *FOUR_BITS)
-ON_CODES = frozenset((
-    "Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat",
-    "Resize",
-))  # fmt: skip
-"""Ops beside products that run on codes: QLinearAdd and the like (measured, 1.31)."""
 DOMAINS = ("", "com.microsoft", "com.ms.internal.nhwc", "com.microsoft.nchwc", "ai.onnx.ml")
 
 
@@ -247,7 +243,7 @@ def stray_pair(model: QuantizedModel) -> Iterator[Finding]:
     """LayerNorm, softmax and GELU have no integer kernel that pays: a pair between float ops is
     only converted forth and back (measured, 1.31). Add, Mul, Sigmoid, LeakyRelu and pools have one
     where their results are codes too."""
-    yield from common.stray_pairs(model, ON_CODES)
+    yield from common.stray_pairs(model, KERNELS)
 
 
 def whole_gelu(model: QuantizedModel) -> Iterator[Finding]:
