@@ -19,7 +19,7 @@ from ptq_onnx.equalization.foldings import (
     readers_of,
 )
 from ptq_onnx.equalization.form import Form
-from ptq_onnx.equalization.linear_weights import move_rows
+from ptq_onnx.equalization.linear_weights import move_rows, power_of_rows
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import TINY, Solved
 from ptq_onnx.numerics.range_search import channel_bounds, logarithmic_range
@@ -119,11 +119,7 @@ class Steps:
         weights that read it."""
         rows = self.samples[site.tensor]
         nodes = {name_of(n): n for n in self.graph}
-        weights = [constant(nodes[name].inputs[1]) for name in site.consumers]
-        power = np.zeros(rows.shape[1])
-        for weight in weights:
-            if weight is not None and len(weight) == len(power):
-                power += np.sum(np.asarray(weight, np.float64) ** 2, axis=1)
+        power = power_of_rows((nodes[name] for name in site.consumers), rows.shape[1])
         if not power.any():
             power += 1
         picked = rows[:: max(1, len(rows) // SEARCHED_ROWS)]

@@ -27,6 +27,7 @@ from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.calibration.methods import collect
 from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.equalization.foldings import Hidden, hidden_channels, readers_of
+from ptq_onnx.equalization.linear_weights import power_of_rows
 from ptq_onnx.graph.bounded import set_bound
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
@@ -55,6 +56,8 @@ class Pieces:
     block: int | None
     largest: float
     """The largest value before."""
+    low: float
+    """Where the codes begin."""
     bound: float
     """M, the largest value now."""
     channels: int
@@ -69,40 +72,53 @@ class Pieces:
     """Pieces by channel."""
 
 
-def split_hidden(
+@dataclass(frozen=True)
+class Held:
+    """An activation whose output one scale is to hold, and what that is on the images."""
+
+    site: Site
+    low: float
+    highs: Double
+    """[C]"""
+    power: Double
+    """Σ W² of what reads each channel, [C]."""
+    linear_from: float
+    levels: int
+
+
+def held_in_one(
     plan: Plan,
     rules: Mapping[str, Rule],
     batches: Iterable[Any],
-    *,
-    least: float = 1.0,
     progress: Progress | None = None,
-) -> tuple[Plan, list[Pieces]]:
-    """A plan for a copy of the model with its massive hidden channels in pieces, and which.
-
-    Only activations that ``rules`` hold in one scale; bounds of at least ``least`` times where the
-    function is linear. ``batches`` [B, C, H, W] are run once. The plan itself where none gains.
-    """
+) -> list[Held]:
+    """The activations that ``rules`` hold in one scale, from one run of batches [B, C, H, W]; none
+    are run where there are none."""
     wanted = dict(_candidates(plan, rules))
     if not wanted:
-        return plan, []
-    stats = collect(
-        plan.model,
-        [plan.sites[name] for name in wanted],
-        batches,
-        threads=plan.config.threads,
-        progress=progress,
-    )
+        return []
+    sites, threads = [plan.sites[name] for name in wanted], plan.config.threads
+    stats = collect(plan.model, sites, batches, threads=threads, progress=progress)
     found = []
-    for name, hidden in wanted.items():
+    for site, (name, hidden) in zip(sites, wanted.items(), strict=True):
         low, high = robust_range(stats.channels[name])
-        bits = rules[name].bits
-        one = _pieces(plan.sites[name], hidden, float(low.min()), high, bits, least)
-        if one is not None:
-            found.append((one, float(low.min())))
-    if not found:
-        return plan, []
-    lows = {one.tensor: low for one, low in found}
-    return in_pieces(plan, [one for one, _ in found], rules, lows), [one for one, _ in found]
+        highs = np.maximum(high.astype(np.float64), 0)
+        power = power_of_rows(hidden.after, len(highs))
+        first, levels = LINEAR_FROM[hidden.activation.op_type], 1 << rules[name].bits
+        found.append(Held(site, float(low.min()), highs, power, first, levels))
+    return found
+
+
+def split_hidden(
+    plan: Plan, held: Iterable[Held], least: float = 1.0
+) -> tuple[Plan, tuple[Pieces, ...]]:
+    """A plan for a copy of the model with its massive hidden channels in pieces, and which.
+
+    Bounds are at least ``least`` times where the function is linear. The plan itself where none
+    gains.
+    """
+    found = tuple(one for one in (_pieces(of, least) for of in held) if one is not None)
+    return (in_pieces(plan, found) if found else plan), found
 
 
 def _candidates(plan: Plan, rules: Mapping[str, Rule]) -> Iterable[tuple[str, Hidden]]:
@@ -122,34 +138,29 @@ def _candidates(plan: Plan, rules: Mapping[str, Rule]) -> Iterable[tuple[str, Hi
             yield name, hidden
 
 
-def _pieces(
-    site: Site, hidden: Hidden, low: float, high: NDArray[Any], bits: int, least: float
-) -> Pieces | None:
+def _pieces(held: Held, least: float) -> Pieces | None:
     """The bound with the least expected noise: (M - low)² Σ k_c p_c, p_c being the power of what
     reads channel c. None where it gains less than ``WORTH``."""
-    highs = np.maximum(high.astype(np.float64), 0)
-    top, first = float(highs.max()), least * LINEAR_FROM[hidden.activation.op_type]
+    highs, first = held.highs, least * held.linear_from
+    top = float(highs.max())
     if top <= 1.5 * first:
         return None
-    power = np.zeros(len(highs))
-    for linear in hidden.after:
-        weight = constant(linear.inputs[1])
-        assert weight is not None
-        power += np.sum(np.asarray(weight, np.float64) ** 2, axis=1)
     bounds = np.geomspace(first, top, BOUNDS)
     counts = np.maximum(np.ceil(highs / bounds[:, None]), 1)  # [bounds, C]
-    noise = (bounds - low) ** 2 * (counts @ power)
+    noise = (bounds - held.low) ** 2 * (counts @ held.power)
     allowed = (counts - 1).sum(axis=1) <= MOST_ADDED * len(highs)
     best = int(np.argmin(np.where(allowed, noise, np.inf)))
     gain = 10 * float(np.log10(noise[-1] / noise[best]))
     if gain < WORTH:
         return None
     chosen = counts[best].astype(np.int64)
+    low, bound = on_grid(held.low, float(np.float32(bounds[best])), held.levels)
     return Pieces(
-        tensor=site.tensor,
-        block=site.block,
+        tensor=held.site.tensor,
+        block=held.site.block,
         largest=top,
-        bound=float(np.float32(bounds[best])),
+        low=low,
+        bound=bound,
         channels=int((chosen > 1).sum()),
         added=int((chosen - 1).sum()),
         width=len(chosen),
@@ -158,9 +169,7 @@ def _pieces(
     )
 
 
-def in_pieces(
-    plan: Plan, found: list[Pieces], rules: Mapping[str, Rule], lows: Mapping[str, float]
-) -> Plan:
+def in_pieces(plan: Plan, found: Iterable[Pieces]) -> Plan:
     """The plan for a copy of its model with these in pieces, and the ranges that go with it."""
     model = plan.model.clone()
     graph = model.graph
@@ -173,12 +182,9 @@ def in_pieces(
         assert hidden is not None
         hidden.divide(graph, np.array(one.counts, np.int64), one.bound)
         set_bound(hidden.activation, one.bound)
-        levels = 1 << rules[one.tensor].bits
-        fixed[one.tensor] = on_grid(lows[one.tensor], one.bound, levels)
-        before = str(hidden.before.outputs[0].name)
-        fixed[before] = (DEAD[hidden.activation.op_type], one.bound)
-    whole = plan.config.runtime.all_codes
-    sites = find_sites(model, plan.blocks, whole=whole)
+        fixed[one.tensor] = one.low, one.bound
+        fixed[str(hidden.before.outputs[0].name)] = DEAD[hidden.activation.op_type], one.bound
+    sites = find_sites(model, plan.blocks, whole=plan.config.runtime.all_codes)
     return replace(plan, model=model, sites=sites, fixed=fixed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,16 @@ def bias_of(linear: ir.Node, width: int) -> NDArray[np.float64]:
     """The bias of a linear, float64 [``width``]; zeros where it has none."""
     found = constant(linear.inputs[2]) if len(linear.inputs) > 2 else None
     return np.zeros(width) if found is None else np.array(found, np.float64)
+
+
+def power_of_rows(linears: Iterable[ir.Node], channels: int) -> NDArray[np.float64]:
+    """Σ W² over the columns of all linears that read so many channels, [channels]."""
+    power = np.zeros(channels)
+    for linear in linears:
+        weight = constant(linear.inputs[1])
+        if weight is not None and len(weight) == channels:
+            power += np.sum(np.asarray(weight, np.float64) ** 2, axis=1)
+    return power
 
 
 def set_linear(

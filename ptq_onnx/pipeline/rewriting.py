@@ -109,7 +109,7 @@ def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
 
 def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
     """With its massive hidden channels in pieces, where that is the same function."""
-    from ptq_onnx.equalization.hidden_pieces import describe, split_hidden
+    from ptq_onnx.equalization.hidden_pieces import describe, held_in_one, split_hidden
     from ptq_onnx.quantizers.by_name import make_quantizer
 
     plan = found.plan
@@ -119,22 +119,17 @@ def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
     if job.request.scales is not None:
         job.notes.append("--scales: no hidden channels were split, which is decided on images.")
         return found
-    off = found.off
+    rules, advance = make_quantizer(plan).rules, job.stage(stages.SPLITTING)
+    held, off = held_in_one(plan, rules, job.batches(), advance), None
     for least in BOUNDS_TRIED:
-        split, pieces = split_hidden(
-            plan,
-            make_quantizer(plan).rules,
-            job.batches(),
-            least=least,
-            progress=job.stage(stages.SPLITTING),
-        )
+        split, pieces = split_hidden(plan, held, least)
         if not pieces:
-            return found
+            break
         off = reference.off(split.model)
         if reference.accepts(off):
             job.notes.extend(describe(one) for one in pieces)
-            return replace(found, plan=split, pieces=tuple(pieces), off=off)
-    return _undone(job, found, PIECES, off, reference)
+            return replace(found, plan=split, pieces=pieces, off=off)
+    return found if off is None else _undone(job, found, PIECES, off, reference)
 
 
 def _in_form(job: Job, found: _Attempt, reference: Reference) -> _Attempt:

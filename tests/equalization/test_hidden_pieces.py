@@ -20,7 +20,7 @@ from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
-from ptq_onnx.equalization.hidden_pieces import on_grid, split_hidden
+from ptq_onnx.equalization.hidden_pieces import held_in_one, on_grid, split_hidden
 from ptq_onnx.graph.expansions import EXPANSIONS
 from ptq_onnx.graph.formula import DOMAIN
 from ptq_onnx.preparation.model_sessions import open_plain
@@ -149,7 +149,9 @@ def test_what_a_split_model_computes(activation: str) -> None:
     config = QuantizeConfig(quantizer="vanilla", method="minmax", threads=1)
     plan = Plan(model, blocks, find_sites(model, blocks), config)
     x = np.random.default_rng(3).normal(size=(64, TOKENS, WIDTH)).astype(np.float32)
-    split, (piece,) = split_hidden(plan, make_quantizer(plan).rules, [x], least=2)
+    split, (piece,) = split_hidden(
+        plan, held_in_one(plan, make_quantizer(plan).rules, [x]), least=2
+    )
     before, after = (open_plain(m, 1).run(None, {"x": x})[0] for m in (model, split.model))
     assert piece.largest > 50
     assert np.abs(after - before).max() < 2e-4 * np.abs(before).max()
