@@ -15,6 +15,7 @@ from ptq_onnx.config.names import (
     METHOD_NAMES,
     METRIC_NAMES,
     MIN_SQNR,
+    SHARES_FROM,
     OPSETS,
     PRECISION_NAMES,
     QUANTIZER_NAMES,
@@ -157,7 +158,11 @@ class Fields:
         None, NUMBERS, "K", "fqvit: largest exponent, 0 to 12.",
         shown="as large as the channels need", bounds=(0, 12),
     )
-    lis: bool = option(True, NUMBERS, None, "fqvit: log2 codes for attention maps.")
+    lis: bool | None = option(
+        None, NUMBERS, None,
+        "fqvit: log2 codes for attention maps; without, uniform ones on [0, 1].",
+        shown="on below 6 bits, above uniform ones of a row's shares of its largest value",
+    )
     equalize: bool = option(
         True, NUMBERS, None,
         "deploy: move shifts and factors per channel between ops, equal in float.",
@@ -335,6 +340,11 @@ class Fields:
         unset = unset or self.runtime.all_codes
         unset = unset or self.quantizer == "lowbit"
         return unset if self.rotate is None else self.rotate
+
+    @property
+    def log_maps(self) -> bool:
+        """True where fqvit holds attention maps as powers of two."""
+        return self.widths.attention < SHARES_FROM if self.lis is None else self.lis
 
     @property
     def splits_hidden(self) -> bool:
