@@ -15,11 +15,11 @@ from ptq_onnx.config.names import (
     METHOD_NAMES,
     METRIC_NAMES,
     MIN_SQNR,
-    SHARES_FROM,
     OPSETS,
     PRECISION_NAMES,
     QUANTIZER_NAMES,
     ROUNDING_NAMES,
+    SHARES_FROM,
     TARGETS,
 )
 from ptq_onnx.config.targets import ONNXRUNTIME, Target

@@ -46,9 +46,7 @@ class AttentionStep(ABC):
         """w of codes, any shape."""
 
     @abstractmethod
-    def emit_sums(
-        self, b: Builder, codes: ir.Value, values: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
+    def emit_sums(self, b: Builder, codes: ir.Value, values: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Nodes that compute w, and Σ_j w_j (V_j - z_v) in int64."""
 
     def __call__(self, codes: Ints, values: Ints) -> Ints:
@@ -86,9 +84,7 @@ class LogAttentionStep(AttentionStep):
         """2^L ≫ code."""
         return np.int64(self.top) >> codes
 
-    def emit_sums(
-        self, b: Builder, codes: ir.Value, values: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
+    def emit_sums(self, b: Builder, codes: ir.Value, values: ir.Value) -> tuple[ir.Value, ir.Value]:
         """A's shifts cut into bytes, each of which MatMulInteger takes."""
         w = b.shift(b.number(self.top, U32), b.cast(codes, U32))
         zeros = [b.number(0, U8), b.number(self.zero, U8)]
@@ -114,9 +110,7 @@ class ShareAttentionStep(AttentionStep):
         """The codes."""
         return codes
 
-    def emit_sums(
-        self, b: Builder, codes: ir.Value, values: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
+    def emit_sums(self, b: Builder, codes: ir.Value, values: ir.Value) -> tuple[ir.Value, ir.Value]:
         """One MatMulInteger."""
         zeros = [b.number(0, U8), b.number(self.zero, U8)]
         return codes, b.cast(b.op("MatMulInteger", [codes, values, *zeros], I32), I64)

@@ -148,9 +148,12 @@ def plan_product(plan: Planning, node: ir.Node) -> Planned:
             raise refusal(node, "the factors of V vary over the tokens")
         bound = 256 << QUOTIENT_BITS
         finish = requantize([column / (1 << QUOTIENT_BITS)], np.zeros(()), [bound], made, plan.bits)
-        log = isinstance(x, LogGrid)
-        kind: type[AttentionStep] = LogAttentionStep if log else ShareAttentionStep
-        step = kind(1 << x.last if log else x.high, int(y.zero), depth, finish)
+        zero = int(y.zero)
+        step: AttentionStep = (
+            LogAttentionStep(1 << x.last, zero, depth, finish)
+            if isinstance(x, LogGrid)
+            else ShareAttentionStep(x.high, zero, depth, finish)
+        )
         return plan.planned(node, step, (0, 1), made)
     scale = product_scale(node, x, y)
     if not isinstance(depth, int):
