@@ -92,7 +92,8 @@ class StreamTrial:
         fed: dict[str, Single] = {}
         for name, one in steps.items():
             lowest, highest = (np.array([end], np.float32) for end in (one.lowest, one.highest))
-            numbers: tuple[Single, ...] = (1 / one.step, lowest, highest, one.step)
+            inverse = np.asarray(1 / one.step, np.float32)
+            numbers = (inverse, lowest, highest, one.step)
             fed |= {f"{name}_{part}": v for part, v in zip(PARTS, numbers, strict=True)}
         return [self._session.run(None, {self._feed: batch, **fed}) for batch in self._batches]
 
