@@ -20,6 +20,10 @@ MODELS = {
     "deit": SHARED / "models/deit_tiny_patch16_224.opset17.onnx",
 }
 
+gc.set_threshold(20_000, 20, 50)
+"""Graphs are many small objects that live long: with Python's 700 a twentieth of the suite's time
+went into searching them for garbage."""
+
 IMPORTED = 200
 """So many new modules are worth a look at all objects."""
 _modules = 0
