@@ -59,6 +59,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "the factor of a scale of zero is 1 either way"),
     ("qdq/weights.py", "if zero_point is None or", "if zero_point is None and",
      "every DequantizeLinear that lowering writes has a constant zero point"),
+    ("targets/integer/builder.py", "output = node.outputs[0]", "output = node.outputs[-1]",
+     ONE_OUTPUT),
     ("targets/integer/interpreter.py", '"keepdims", 1)', '"keepdims", 2)',
      "any number but zero is true"),
     ("qdq/half.py", "v.dtype == FLOAT and", "v.dtype <= FLOAT and",

@@ -1,5 +1,5 @@
-"""A step of its own for each channel, for few bits: the float model stays what it was, and one scale
-and zero point then hold every channel of the calibration images."""
+"""A step of its own for each channel, for few bits: the float model stays what it was, and one
+scale and zero point then hold every channel of the calibration images."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_the_float_model_stays_what_it_was(name: str, bits: str) -> None:
 @pytest.mark.parametrize("bits", ["4/4/4", "6/6/3"])
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_channel_takes_up_its_codes(name: str, bits: str) -> None:
-    """Of the values of all images few are beyond the last codes, and no channel has but a few codes,
-    though the image's are a power of 2^6 apart."""
+    """Of the values of all images few are beyond the last codes, and no channel has but a few
+    codes, though the image's are a power of 2^6 apart."""
     quantizer = made(name, bits)[1]
     sites = {s.tensor: s for s in quantizer.plan.sites.values()}
     solved = [t for t in quantizer.plan.solved if t in quantizer.specs]
