@@ -11,7 +11,7 @@ example: $(INSTALLED)
 
 # Bytecode is kept, whatever the environment says: the tests start some sixty processes
 test: $(INSTALLED)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Damaged and odd input for MINUTES minutes, from the seed FIRST on
 MINUTES ?= 5
