@@ -51,7 +51,7 @@ LONG = (
     "test_wheel.py",
     "documentation/test_notebook.py",
 )
-"""Files of more than ten seconds, the longest first: no process is left alone with one at the end."""
+"""Files of ten seconds and more, the longest first: none is left for one process at the end."""
 
 gc.set_threshold(20_000, 20, 50)
 """Graphs are many small objects that live long: with Python's 700 a twentieth of the suite's time
