@@ -12,6 +12,7 @@ ONE_OUTPUT = "the node has one output"
 HALVINGS = "halvings beyond the 53 bits of float64"
 
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
+    ("", "reshape(-1,", "reshape(-2,", "NumPy leaves open any size below zero"),
     ("", "inputs) > 2", "inputs) != 2", "an op with a weight has two inputs or three"),
     ("calibration/histogram.py", "clip(place - first, 0,", "clip(place - first, -1,",
      "what lies outside is taken from the outer bins"),
@@ -21,6 +22,11 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "a histogram is of one value at least"),
     ("calibration/product_samples.py", "initial=0)", "initial=-1)",
      "a maximum of magnitudes of one value at least is not below zero"),
+    ("equalization/channel_steps.py", "if n.inputs[0] is not None}", "if n.inputs[1] is not None}",
+     "a linear has both"),
+    ("equalization/foldings.py", "value = node.outputs[0]", "value = node.outputs[-1]", ONE_OUTPUT),
+    ("equalization/foldings.py", "before = node.inputs[0]", "before = node.inputs[-1]",
+     "a Concat, which is looked for, leaves no rows of one tensor, which is asked below"),
     ("equalization/equalize.py", "if str(product.outputs[0]", "if str(product.outputs[-1]",
      ONE_OUTPUT),
     ("equalization/equalize.py", "if len(uses) != 1 or uses", "if len(uses) > 1 or uses",

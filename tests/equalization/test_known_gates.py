@@ -47,6 +47,12 @@ def excited(g: SmallGraph, x: str) -> str:
     return behind(g, g("Mul", y, gate), False)
 
 
+def through_a_gate(g: SmallGraph, x: str) -> str:
+    """The factor of a convolution's output passes a number for each channel and image."""
+    gate = g("HardSigmoid", conv(g, g("GlobalAveragePool", "x"), 3))
+    return behind(g, g("Mul", conv(g, x, 2), gate), False)
+
+
 NETWORKS: dict[str, tuple[Callable[[SmallGraph], str], str]] = {
     "plain": (lambda g: behind(g, conv(g, "x", 2)), "the convolutions behind"),
     "relu": (lambda g: behind(g, g("Relu", conv(g, "x", 2))), "the convolutions behind"),
@@ -58,8 +64,13 @@ NETWORKS: dict[str, tuple[Callable[[SmallGraph], str], str]] = {
         lambda g: excited(g, conv(g, "x", 1)),
         "the small gate and the convolutions behind",
     ),
+    "through a gate": (lambda g: through_a_gate(g, "x"), "the convolutions behind"),
     "entering": (lambda g: behind(g, conv(g, g("Tanh", "x"), 2)), "Mul"),
 }
+
+
+COUNTS = {"plain": 3, "relu": 3, "gated": 1, "excited": 1, "through a gate": 3, "entering": 1}
+"""Of the tensors that are made so, those that convolutions alone read, be it behind other ops."""
 
 
 def plan_of(name: str) -> Plan:
@@ -89,7 +100,7 @@ def found_in(model: ir.Model, name: str) -> list[Source]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_only_what_is_named_is_divided(name: str) -> None:
     count = len(found_in(formed(name), name))
-    assert count > 0
+    assert count == COUNTS[name]
     for place in range(count):
         model = formed(name)
         before = tensors(model)
@@ -157,3 +168,21 @@ def test_a_tensor_that_something_else_reads_is_none() -> None:
         model.graph.outputs.append(one.value)
         left = [str(s.value.name) for s in found_in(model, name)]
         assert str(one.value.name) not in left, name
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"convolutions": False}, True), ({"target": "tensorrt"}, False)],
+)
+def test_what_a_concat_joins_is_a_site_in_onnx_runtime_too(
+    options: dict[str, object], expected: bool
+) -> None:
+    """Its only integer convolution gives codes; elsewhere only what the Concat makes is one."""
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    model = g.model(g("Relu", g("Concat", conv(g, "x", 1), conv(g, "x", 2), axis=1)))
+    blocks = find_blocks(model)
+    config = QuantizeConfig(quantizer="deploy", threads=1, **options)  # type: ignore[arg-type]
+    plan = in_form(Plan(model, blocks, find_sites(model, blocks), config))
+    made = {str(n.outputs[0].name) for n in model.graph if n.op_type == "Conv"}
+    assert made & plan.sites.keys() == (made if expected else set())
+    assert len(made) == 2

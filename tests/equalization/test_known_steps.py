@@ -87,6 +87,22 @@ def test_every_channel_takes_up_its_codes(name: str, bits: str) -> None:
     assert roles >= {"norm1", "q", "k", "v", "norm2", "av"}
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_is_told_of_a_norm(name: str) -> None:
+    """How much less noise steps of single channels make than one for all, in dB, and how far apart
+    the ranges are; six bits hardly clip."""
+    model, quantizer = made(name, "6/6/3")
+    moves = [m for m in quantizer.plan.moves if m.role in ("norm1", "norm2")]
+    found = values(model, [m.tensor for m in moves], np.concatenate(BATCHES))
+    assert len(moves) == 4
+    for move in moves:
+        value = found[move.tensor].astype(np.float64)
+        width = np.ptp(value, axis=(0, 1))
+        gain = 10 * np.log10(np.ptp(value) ** 2 / np.mean(width**2))
+        assert move.gain_db == pytest.approx(gain, abs=1)
+        assert move.largest == pytest.approx(width.max() / width.min(), rel=0.25)
+
+
 @pytest.mark.parametrize("bits", ["4/4/4", "6/6/3"])
 def test_maps_have_one_for_the_largest(bits: str) -> None:
     """The zero point of a map's codes is the last of them, which stands for a row's maximum."""
