@@ -1,4 +1,4 @@
-"""Factors of a norm that leave γ whole multiples of one step: rounding it to codes loses nothing."""
+"""Factors of a norm that leave γ whole multiples of one step: rounding it to codes loses none."""
 
 from __future__ import annotations
 
