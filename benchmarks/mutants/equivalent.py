@@ -59,6 +59,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "the axis has one entry"),
     ("numerics/codes/twin.py", "return (last + coarse", "return (last ^ coarse",
      "the two have no bit in common"),
+    ("qdq/lowering.py", "read = node.inputs[0] if", "read = node.inputs[-1] if", "there is one"),
     ("qdq/lowering.py", "if not is_layout(use[0]) or", "if not is_layout(use[0]) and",
      "an op that takes the scaled tensor itself is no plain reader, and other ways are none"),
     ("qdq/small_scales.py", "astype(np.float64), 1.0)", "astype(np.float64), 2.0)",
