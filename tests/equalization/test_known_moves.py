@@ -296,11 +296,14 @@ def test_a_norm_that_is_read_twice() -> None:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_values_stay_where_something_else_reads_what_attends_to_them(target: str) -> None:
-    """The factors would have to come out again in front of it."""
+@pytest.mark.parametrize("place", ["values", "attended"])
+def test_values_stay_where_something_else_reads_them(target: str, place: str) -> None:
+    """Them, or what attends to them: the factors would have to come out again in front of it."""
     model = transformer(Choices(packed=False))
     (soft,) = (n for n in model.graph if n.op_type == "Softmax")
     attended = next(iter(soft.outputs[0].uses())).node.outputs[0]
+    if place == "values":
+        attended = attended.producer().inputs[1]  # type: ignore[union-attr,assignment]
     other = ir.node("Neg", [attended], num_outputs=1, name="other")
     other.outputs[0].name = "other"
     other.outputs[0].type, other.outputs[0].shape = attended.type, attended.shape
