@@ -3,8 +3,6 @@ scale and zero point then hold every channel of the calibration images."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -26,7 +24,6 @@ BATCHES = [sample(8, TOKENS, WIDTH, seed=s).astype(np.float32) * LEVELS + 1 for 
 CHOICES = {"packed": Choices(), "apart": Choices(packed=False, scale="before", pool=True)}
 
 
-@cache
 def made(name: str, bits: str) -> tuple[ir.Model, SiteQuantizer]:
     """The float model, and lowbit's quantizer of its stepped form."""
     model = transformer(CHOICES[name], blocks=2)
@@ -48,20 +45,26 @@ def values(model: ir.Model, names: list[str], x: np.ndarray) -> dict[str, np.nda
 
 @pytest.mark.parametrize("bits", ["4/4/4", "6/6/3"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_float_model_stays_what_it_was(name: str, bits: str) -> None:
+def test_steps(name: str, bits: str) -> None:
+    """Whoever asks for the tests of a function sees all of these: nothing is kept between them."""
     model, quantizer = made(name, bits)
+    the_float_model_stays_what_it_was(model, quantizer)
+    every_channel_takes_up_its_codes(quantizer)
+    maps_have_one_for_the_largest(quantizer, 2 ** int(bits[-1]) - 1)
+    if bits == "6/6/3":
+        what_is_told_of_a_norm(model, quantizer)
+
+
+def the_float_model_stays_what_it_was(model: ir.Model, quantizer: SiteQuantizer) -> None:
     x = sample(4, TOKENS, WIDTH, seed=9) * LEVELS
     before, after = run(to_standard(model), x)[0], run(to_standard(quantizer.plan.model), x)[0]
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
     assert len(list(quantizer.plan.model.graph)) > len(list(model.graph))
 
 
-@pytest.mark.parametrize("bits", ["4/4/4", "6/6/3"])
-@pytest.mark.parametrize("name", CHOICES)
-def test_every_channel_takes_up_its_codes(name: str, bits: str) -> None:
+def every_channel_takes_up_its_codes(quantizer: SiteQuantizer) -> None:
     """Of the values of all images few are beyond the last codes, and no channel has but a few
     codes, though the image's are a power of 2^6 apart."""
-    quantizer = made(name, bits)[1]
     sites = {s.tensor: s for s in quantizer.plan.sites.values()}
     solved = [t for t in quantizer.plan.solved if t in quantizer.specs]
     found = values(quantizer.plan.model, solved, np.concatenate(BATCHES))
@@ -87,11 +90,9 @@ def test_every_channel_takes_up_its_codes(name: str, bits: str) -> None:
     assert roles >= {"norm1", "q", "k", "v", "norm2", "av"}
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_what_is_told_of_a_norm(name: str) -> None:
+def what_is_told_of_a_norm(model: ir.Model, quantizer: SiteQuantizer) -> None:
     """How much less noise steps of single channels make than one for all, in dB, and how far apart
     the ranges are; six bits hardly clip."""
-    model, quantizer = made(name, "6/6/3")
     moves = [m for m in quantizer.plan.moves if m.role in ("norm1", "norm2")]
     found = values(model, [m.tensor for m in moves], np.concatenate(BATCHES))
     assert len(moves) == 4
@@ -103,12 +104,10 @@ def test_what_is_told_of_a_norm(name: str) -> None:
         assert move.largest == pytest.approx(width.max() / width.min(), rel=0.25)
 
 
-@pytest.mark.parametrize("bits", ["4/4/4", "6/6/3"])
-def test_maps_have_one_for_the_largest(bits: str) -> None:
+def maps_have_one_for_the_largest(quantizer: SiteQuantizer, last: int) -> None:
     """The zero point of a map's codes is the last of them, which stands for a row's maximum."""
-    quantizer = made("packed", bits)[1]
     maps = [t for t, s in quantizer.specs.items() if quantizer.plan.sites[t].role == "softmax"]
     assert len(maps) == 2
     for tensor in maps:
         spec = quantizer.specs[tensor]
-        assert (float(spec.scale), int(spec.zero_point)) == (1.0, 2 ** int(bits[-1]) - 1)
+        assert (float(spec.scale), int(spec.zero_point)) == (1.0, last)
