@@ -16,6 +16,7 @@ from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.targets.integer.elementwise import MeanStep, TableStep
 from ptq_onnx.targets.integer.fixed_point import fixed_point
 from ptq_onnx.targets.integer.nodes import make_plan
+from ptq_onnx.targets.integer.rules import no_float_inside
 
 UINT8 = Rule(8, signed=False, symmetric=False)
 
@@ -223,3 +224,12 @@ def test_a_linear_of_which_a_part_stays_in_float(left: str) -> None:
     assert len(plan_of(g, *ends, specs={"add1": None}).steps) == 3
     with pytest.raises(ModelError, match="stay"):
         plan_of(g, *ends, specs={"add1": None, left: None})
+
+
+def test_what_makes_a_tensor_of_unknown_type_is_named() -> None:
+    g = SmallGraph((1, 5, 4), dtype=3)
+    model = g.model(g("Identity", g("Odd", "x", domain="elsewhere")))
+    for node in model.graph:
+        node.outputs[0].type = None
+    told = [f.text for f in no_float_inside(model)]
+    assert "Odd: the type of 'odd0' is not known." in told
