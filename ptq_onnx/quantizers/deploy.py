@@ -22,6 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
+from ptq_onnx.blocks.reach import reaches_up
 from ptq_onnx.blocks.regions import Regions, clipped_to
 from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
@@ -32,7 +33,12 @@ from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
-from ptq_onnx.numerics.around.run_time import ColumnMaximum, RunTimeRange, TokenMaximum
+from ptq_onnx.numerics.around.run_time import (
+    ColumnMaximum,
+    RunTimeRange,
+    SkewedToken,
+    TokenMaximum,
+)
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.grain import PerChannel
@@ -176,9 +182,15 @@ class Deploy(SiteQuantizer):
         }
         if config.activations == "dynamic" or len(read) != 1:
             return Rule(BYTE, False, False, method="fixed", around=(RunTimeRange(),))
-        around = TokenMaximum() if read == {0} else ColumnMaximum()
-        bits, stored = config.widths.activations, config.runtime.stored(True)
-        return Rule(bits, method="fixed", around=(around,), stored=stored)
+        bits = config.widths.activations
+        made = read == {0} and site.producer is not None
+        if made and reaches_up(self._value(site)):
+            skewed = (SkewedToken(),)
+            stored = config.runtime.stored(False)
+            return Rule(bits, False, False, method="fixed", around=skewed, stored=stored)
+        vector = TokenMaximum() if read == {0} else ColumnMaximum()
+        stored = config.runtime.stored(True)
+        return Rule(bits, method="fixed", around=(vector,), stored=stored)
 
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
@@ -258,6 +270,8 @@ class Deploy(SiteQuantizer):
             known = known_range(self._value(site))
             if known is not None:
                 return tensor_spec(site, rule, *known)
+        if SkewedToken() in rule.around:
+            return tensor_spec(site, rule, SkewedToken.least(1 << rule.bits), 1.0)
         return super().activation(site, rule, stats)
 
     def parameter(self, site: Site, rule: Rule, factor: Array | None = None) -> TensorSpec:
