@@ -30,5 +30,5 @@ def reaches_up(value: ir.Value, ops: int = MOST_OPS) -> bool:
     for data, other in (node.inputs[:2], node.inputs[1::-1]):
         factor = None if other is None else constant(other)
         if data is not None and factor is not None:
-            return bool(np.all(factor > 0)) and reaches_up(data, ops - 1)
+            return bool(np.all(np.asarray(factor, np.float64) > 0)) and reaches_up(data, ops - 1)
     return False
