@@ -1,8 +1,8 @@
 """Variants of a model, run here or by several processes, which find the same.
 
 Each process has the model from a file that all of them map, and takes the next few variants when it
-is done with the last: in the order of the segments, so that it runs no more of the background than
-they need. What a run gives is judged where it was made.
+is done with the last: in the order of the segments, so that it runs the background once, and no
+more of it than they need. What a run gives is judged where it was made.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -26,11 +25,10 @@ from ptq_onnx.runtime.processes import Processes, shared_threads
 
 T = TypeVar("T")
 Variants = Mapping[Module, Specs]
-Part = tuple[Specs, Variants, bool]
-"""Background, variants, and whether the whole of the background is run."""
+Part = tuple[int, Specs, Variants, bool]
+"""A number of the background, the background, variants, and whether the whole of it is run."""
 PARTS = 4
-"""Of the variants for each process: few, as each runs the background, and several, as some are
-quicker than others."""
+"""Of the variants for each process: several, as some are quicker than others."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Shards(Generic[T]):
         self._way, self._judge = way, judge
         self._open = ExitStack()
         self._processes: Processes | None = None
+        self._backgrounds = 0
 
     def __enter__(self) -> Self:
         way = self._way
@@ -81,11 +80,12 @@ class Shards(Generic[T]):
         """Of every variant, and of the background itself."""
         tell = progress or (lambda _: None)
         if self._processes is None:
-            return _each(self._way, self._judge, (background, variants, True), tell)
+            all_of_it = 0, background, variants, True
+            return _each(self._way, self._way.runs(), self._judge, all_of_it, tell)
         found: dict[Module, T] = {}
         baseline: T | None = None
         parts = self._parts(background, variants)
-        for (_, part, _), (judged, last) in self._processes.beside((p, p) for p in parts):
+        for (*_, part, _), (judged, last) in self._processes.beside((p, p) for p in parts):
             found |= judged
             baseline = last
             tell(len(part))
@@ -94,12 +94,18 @@ class Shards(Generic[T]):
 
     def _parts(self, background: Specs, variants: Variants) -> Sequence[Part]:
         """The last of them gives the baseline."""
+        self._backgrounds += 1
         groups = self._way.runs().groups(variants)
         count = max(min(PARTS * self._way.workers, len(groups)), 1)
         cuts = [len(groups) * number // count for number in range(count + 1)]
         parts = [groups[a:b] for a, b in pairwise(cuts)]
         return [
-            (background, {m: variants[m] for g in part for m in g.modules}, number == count - 1)
+            (
+                self._backgrounds,
+                background,
+                {m: variants[m] for g in part for m in g.modules},
+                number == count - 1,
+            )
             for number, part in enumerate(parts)
         ]
 
@@ -114,19 +120,22 @@ def open_runs(
     """What a process does with a part of the variants."""
     models = [read_shared(path) for path in paths]
     way = Way(models[0], features, models[1] if len(models) > 1 else None, images, threads)
-    return partial(_part, way, judge)
+    opened: dict[int, Runs] = {}
 
+    def run(part: Part) -> tuple[dict[Module, T], T | None]:
+        if part[0] not in opened:
+            opened.clear()
+            opened[part[0]] = way.runs()
+        found, baseline = _each(way, opened[part[0]], judge, part, lambda _: None)
+        return found, baseline if part[3] else None
 
-def _part(way: Way, judge: Callable[[Outcome], T], part: Part) -> tuple[dict[Module, T], T | None]:
-    found, baseline = _each(way, judge, part, lambda _: None)
-    return found, baseline if part[2] else None
+    return run
 
 
 def _each(
-    way: Way, judge: Callable[[Outcome], T], part: Part, tell: Callable[[int], None]
+    way: Way, runs: Runs, judge: Callable[[Outcome], T], part: Part, tell: Callable[[int], None]
 ) -> tuple[dict[Module, T], T]:
-    background, variants, whole = part
-    runs = way.runs()
+    _, background, variants, whole = part
     made = runs.each(background, variants, way.images, tell, whole=whole)
     found = {module: judge(outcome) for module, outcome in made}
     baseline: Any = judge(runs.baseline) if whole else None

@@ -68,6 +68,8 @@ class Runs:
         self.segments = Segments(model, self.outputs, threads, features=features, rounded=rounded)
         self.last = len(self.segments.parts) - 1
         self.baseline: Outcome = (), None
+        self._at: tuple[int, Array] | None = None
+        """How far the background was run, and what the next segment reads."""
 
     def measured(self, images: Images) -> Outcome:
         """Outputs and features of the run just made, without what only fills up a batch."""
@@ -85,14 +87,15 @@ class Runs:
         whole: bool = True,
     ) -> Iterator[tuple[Module, Outcome]]:
         """The outcome of every variant; ``baseline`` afterwards: that of the background, where the
-        ``whole`` of it is run, and not only what the variants need."""
+        ``whole`` of it is run, and not only what the variants need. Called again, it goes on where
+        it was: with the same background, and variants that begin no earlier."""
         groups = self.groups(variants)
         waiting: dict[int, list[Group]] = defaultdict(list)
         for group in groups:
             waiting[group.start].append(group)
-        value = images.values
-        stop = self.last if whole else max((g.start for g in groups), default=-1)
-        for number in range(stop + 1):
+        first, value = self._at or (0, images.values)
+        stop = self.last if whole else max((g.start for g in groups), default=first)
+        for number in range(first, stop + 1):
             for group in waiting[number]:
                 end, specs = group.end, variants[group.modules[0]]
                 found = self.segments.run(value, number, end, specs, images.batch)
@@ -106,6 +109,7 @@ class Runs:
                 yield from ((module, outcome) for module in group.modules)
             if whole or number < stop:
                 value = self.segments.run(value, number, number, background, images.batch)
+        self._at = stop, value
         if whole:
             self.baseline = self.measured(images)
 
