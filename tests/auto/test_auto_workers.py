@@ -21,8 +21,9 @@ def test_the_same_decisions_and_bytes(short: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
         found = ptq_onnx.quantize(
             short, calib=DIGITS / "calib", val=sorted((DIGITS / "val").glob("*.png"))[:20],
-            output=tmp_path / str(workers), bits="5/5/5", auto=True, min_sqnr=18.0, images=8,
-            analysis_images=4, report=False, threads=1, workers=workers, equalize=False,
+            output=tmp_path / str(workers), bits="8/6/8", auto=True, min_sqnr=20.3, images=8,
+            analysis_images=4, report=False, threads=1, workers=workers, quantizer="channelwise",
+            method="minmax",
         )  # fmt: skip
         del found.report["auto"]["seconds"], found.report["config"]["workers"]
         del found.report["invocation"]
@@ -31,7 +32,7 @@ def test_the_same_decisions_and_bytes(short: Path, tmp_path: Path) -> None:
     assert reports[0] == reports[1]
     assert files[0] == files[1]
     assert reports[0]["auto"]["met"]
-    assert reports[0]["auto"]["trials"] > 3
+    assert reports[0]["auto"]["trials"] > 1
     assert reports[0]["auto"]["decisions"]
 
 
