@@ -14,11 +14,13 @@ from ptq_onnx.analysis.comparison_results import Closeness
 from ptq_onnx.analysis.modules import Module
 from ptq_onnx.analysis.results import Error
 from ptq_onnx.analysis.segments import Specs
-from ptq_onnx.analysis.sensitivity import Images, layerwise_errors
+from ptq_onnx.analysis.sensitivity import layerwise_errors
+from ptq_onnx.analysis.variants import Images
 from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions
 from ptq_onnx.auto.closeness import Labels, Recorded
 from ptq_onnx.auto.costs import cost
 from ptq_onnx.auto.search import Option, Stage
+from ptq_onnx.auto.trial_runs import TrialRuns
 from ptq_onnx.config import stages
 from ptq_onnx.config.selector import ALL
 from ptq_onnx.evaluation.evaluate import since
@@ -55,8 +57,14 @@ class Trials:
     """Candidates, what they are expected to gain, and what a set of them really does."""
 
     def __init__(
-        self, plan: Plan, batches: Iterable[Any], evidence: Evidence, stage: Stage
+        self,
+        plan: Plan,
+        batches: Iterable[Any],
+        evidence: Evidence,
+        stage: Stage,
+        runs: TrialRuns | None = None,
     ) -> None:
+        """``runs``: where the files are run."""
         self._batches, self._evidence, self._stage = batches, evidence, stage
         self.reference = Recorded(
             evidence.reference,
@@ -64,6 +72,7 @@ class Trials:
             evidence.work,
             labels_of=evidence.labels_of,
             metric=evidence.metric,
+            trials=runs,
             threads=plan.config.threads,
             progress=since(stage(stages.RUNNING_FLOAT, len(evidence.images))),
         )
@@ -132,6 +141,7 @@ class Trials:
                 {m: {t: specs[t] for t in m.tensors} for m in modules},
                 self._evidence.sample,
                 threads=config.threads,
+                workers=config.workers,
                 progress=advance,
             )
 

@@ -10,6 +10,7 @@ from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, opt
 from ptq_onnx.config.names import (
     ACTIVATION_NAMES,
     ARITHMETIC_NAMES,
+    DEVICE_NAMES,
     GELU_NAMES,
     MAX_DROP,
     METHOD_NAMES,
@@ -272,6 +273,12 @@ class Fields:
         1, RUNNING, "N",
         "Processes that calibrate and measure side by side; the numbers stay the same.",
         bounds=(1, 256),
+    )
+    device: str = option(
+        "auto", RUNNING, "NAME",
+        "Where float runs calibrate and files are measured: auto measures on a GPU that works; cuda"
+        " calibrates there too, or stops with the reason.",
+        choices=DEVICE_NAMES,
     )
     # fmt: on
 

@@ -36,6 +36,7 @@ __all__ = [
     "flatten",
     "inputs",
     "load",
+    "map_external_data",
     "outline",
     "read",
     "save",
@@ -69,7 +70,7 @@ def read(path: str | Path) -> ir.Model:
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
     _free_axes([*model.graph.inputs, *model.graph.outputs])
-    _map_external_data(model, path)
+    map_external_data(model, path)
     _check(proto, model, path)
     try:
         _let_go(model)
@@ -257,7 +258,7 @@ def _unreadable(path: Path, name: str, location: str, error: Exception) -> Model
     )
 
 
-def _map_external_data(model: ir.Model, path: Path) -> None:
+def map_external_data(model: ir.Model, path: Path) -> None:
     """Initializers in other files become views of the mapped file: nothing is copied."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
