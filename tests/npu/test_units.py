@@ -15,7 +15,7 @@ from npu.swin_block import SIDE, swin_block
 from npu.units import file_of, quantizer_for, tokens
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.qdq.unit_numbers import Numbers, joined
+from ptq_onnx.qdq.unit_numbers import Numbers, joined, numbers_of
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.coding import Coding
 from ptq_onnx.targets.qnn.compiling import Compiler
@@ -181,3 +181,17 @@ def test_splits_become_slices_and_axes_of_one_are_reshaped_away() -> None:
     assert not {"Split", "Squeeze", "Unsqueeze", "Gather"} & kinds
     x = tokens(8, seed=1, count=SIDE * SIDE)
     assert decibels(run(swin_block(), x, 8), run(lowered, x, 1)) >= 30
+
+
+def test_only_what_is_dequantized_has_numbers() -> None:
+    """Not what else reads constants that would do for them, nor what no op makes."""
+    g = SmallGraph((2, 3))
+    scale, zero = g.const(np.float32(0.5), "scale"), g.const(np.uint8(7), "zero")
+    codes = g("QuantizeLinear", "x", scale, zero)
+    made = g("DequantizeLinear", codes, scale, zero)
+    clipped = g("Clip", made, scale, g.const(np.float32(2), "most"))
+    model = g.model(clipped)
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    assert numbers_of(values[made]) == Numbers(np.float32(0.5), 7, UINT8)
+    for other in (values[codes], values[clipped], model.graph.inputs[0]):
+        assert numbers_of(other) is None
