@@ -36,7 +36,8 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
         return integer_file(config, made, quantizer)
     lowered = lower(quantizer.model, quantizer.specs)
     if config.runtime.fixed_batch:
-        lowered = with_batch(lowered, job.fixed or config.batch_size)
+        shape = job.inputs.preprocess.shape
+        lowered = with_batch(lowered, job.fixed or config.batch_size, shape)
     if config.runtime.all_codes:
         job.notes.extend(notes_on_floats(complete(lowered), config.target))
     if not config.float16:

@@ -75,7 +75,7 @@ def quantizers(value: ir.Value) -> list[Numbers]:
 
 
 def kept(node: ir.Node) -> Numbers | None:
-    """The numbers of a layout op's data: of its first input, of a Concat's those that all have."""
+    """The numbers of what an op moves: of its first input, of a Concat's those that all have."""
     data = [v for v in node.inputs if is_data(v) and v is not None]
     data = data if node.op_type == "Concat" else data[:1]
     return joined(set(filter(None, map(numbers_of, data))))

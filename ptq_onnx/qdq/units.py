@@ -3,7 +3,8 @@
 Such a runtime takes an op as a unit: DequantizeLinear on every input, the op, QuantizeLinear on
 its output. Lowering puts codes where tensors were calibrated; here the rest follows from those:
 
-* layout ops keep their numbers: the same codes in front of them and behind;
+* layout ops keep their numbers: the same codes in front of them and behind; so do MaxPool and
+  Resize, which HTP computes in float otherwise (measured);
 * codes that are made behind layout ops are made at the op that computes the tensor already; where
   its parts have several ranges of one type, all have the range that holds them;
 * all activations of a unit are of one type: narrower ones are converted, exactly, up to the widest
@@ -24,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
+from ptq_onnx.blocks.walking import consumers, is_linear, is_product, keeps_range
 from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE, is_coding
 from ptq_onnx.qdq.nodes import Nodes, remove_unused
 from ptq_onnx.qdq.spelling import spell
@@ -64,7 +65,7 @@ class _Units(Nodes):
             if is_float(value) and not value.is_initializer():
                 self.settle(value)
         for node in list(self.graph):
-            if not is_coding(node) and not is_layout(node) and node.op_type != "Constant":
+            if not is_coding(node) and not keeps_range(node) and node.op_type != "Constant":
                 self.unite(node)
 
     # --- numbers of every tensor --------------------------------------------------------
@@ -77,7 +78,7 @@ class _Units(Nodes):
         if node is not None and not any(map(is_data, node.inputs)):
             return
         own = set(quantizers(value))
-        inner = kept(node) if node is not None and is_layout(node) else None
+        inner = kept(node) if node is not None and keeps_range(node) else None
         if node is not None and node.op_type == "Concat":
             inner = next(iter(own), None) or inner or joined(behind(value))
             if inner is not None:

@@ -44,6 +44,7 @@ from ptq_onnx.quantizers.code_regions import (
     number_spec,
     regions_with,
     row_power,
+    with_moved_numbers,
     with_same_numbers,
 )
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
@@ -268,7 +269,8 @@ class Deploy(SiteQuantizer):
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         """As of any quantizer; ops that pick numbers keep the codes."""
-        return with_same_numbers(self.regions, super().solve(stats))
+        specs = with_same_numbers(self.regions, super().solve(stats))
+        return with_moved_numbers(self.plan.model.graph, specs) if self._whole else specs
 
     @property
     def _whole(self) -> bool:
@@ -392,5 +394,7 @@ class Deploy(SiteQuantizer):
 
     def _read_by_product(self, site: Site) -> bool:
         products = (*PRODUCTS, "Conv") if self.plan.config.runtime.convolutions else PRODUCTS
+        if self._whole:
+            products = (*products, "ConvTranspose")
         kinds = [self.nodes[name].op_type for name in site.consumers]
         return bool(kinds) and all(kind in products for kind in kinds)
