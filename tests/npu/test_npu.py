@@ -13,6 +13,7 @@ import pytest
 from small_image_model import image_model
 from small_transformer import Choices, transformer
 
+from npu.convolutions import IMAGE, convolutional, images
 from npu.swin_block import SIDE, swin_block
 from npu.test_units import MIXED, decibels, run
 from npu.units import file_of, quantizer_for, tokens
@@ -65,6 +66,23 @@ def test_every_node_runs_there_in_integers(
         assert report.violations == ()
         assert report.skipped == {}
         assert report.facts["units on the NPU"]["Gemm"] >= 4
+
+
+@pytest.mark.parametrize(("bits", "floor", "agree"), [("8/8/8", 27, 33), ("8/16/16", 42, 44)])
+def test_convolutions_pools_and_gates_run_there(
+    bits: str, floor: float, agree: float, tmp_path: Path
+) -> None:
+    """A transposed convolution with a scale per output channel, and an enlarged image, among
+    them."""
+    lowered, _ = file_of(quantizer_for(convolutional(), bits, inputs=images), image=IMAGE)
+    path = tmp_path / "quantized.onnx"
+    graphs.save(lowered, path)
+    x = images(4, seed=1)
+    found = on_npu(path, x)
+    assert decibels(run(convolutional(), x, 4), found) >= floor
+    assert decibels(run(lowered, x, 1), found) >= agree
+    if bits == "8/8/8":
+        assert check(path, "qnn").violations == ()
 
 
 def test_refused_nodes_are_named_with_the_reason(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import pytest
 from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
 
+from npu.convolutions import IMAGE, convolutional, images
 from npu.swin_block import SIDE, swin_block
 from npu.units import file_of, quantizer_for, tokens
+from ptq_onnx.blocks.walking import keeps_range
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.pipeline.writing import notes_on_sizes
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.unit_numbers import Numbers, joined
 from ptq_onnx.targets.checking.check import check
@@ -181,3 +184,58 @@ def test_splits_become_slices_and_axes_of_one_are_reshaped_away() -> None:
     assert not {"Split", "Squeeze", "Unsqueeze", "Gather"} & kinds
     x = tokens(8, seed=1, count=SIDE * SIDE)
     assert decibels(run(swin_block(), x, 8), run(lowered, x, 1)) >= 30
+
+
+def test_convolutions_pools_and_gates_are_all_on_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every size of the image fixed, where the model leaves it open."""
+    monkeypatch.setattr(Compiler, "__call__", lambda *_: None)
+    quantizer = quantizer_for(convolutional(), "8/16/16", inputs=images)
+    lowered, left = file_of(quantizer, image=IMAGE)
+    assert left == []
+    assert lowered.graph.inputs[0].shape == ir.Shape([1, *IMAGE])
+    path = tmp_path / "quantized.onnx"
+    graphs.save(lowered, path)
+    report = check(path, "qnn")
+    assert report.violations == ()
+    assert report.quantized_linears == report.linears == 7
+    x = images(4, seed=1)
+    assert decibels(run(convolutional(), x, 4), run(lowered, x, 1)) >= 45
+
+
+def test_it_is_told_that_the_size_of_images_is_fixed() -> None:
+    (note,) = notes_on_sizes(convolutional(), IMAGE, "qnn")
+    assert "takes images of 16x24 alone" in note
+    assert notes_on_sizes(transformer(Choices()), IMAGE, "qnn") == []
+    assert notes_on_sizes(SmallGraph(("batch", *IMAGE)).model("x"), IMAGE, "qnn") == []
+
+
+def test_transposed_convolutions_have_a_scale_per_output_channel() -> None:
+    lowered, _ = file_of(quantizer_for(convolutional(), "8/8/8", inputs=images), image=IMAGE)
+    (node,) = [n for n in lowered.graph if n.op_type == "ConvTranspose"]
+    data, weight, bias = (Coding(v.producer()) for v in node.inputs)
+    assert (weight.dtype, weight.axis) == (ir.DataType.INT8, 1)
+    largest = np.abs(weight.node.inputs[0].const_value.numpy()).max(axis=(0, 2, 3))
+    assert largest.tolist() == [127] * 6
+    np.testing.assert_allclose(bias.scale, data.scale * weight.scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "Resize"])
+def test_ops_that_pick_or_interpolate_keep_the_numbers(kind: str) -> None:
+    """In the file and in the specs, whatever the range of what they make."""
+    quantizer = quantizer_for(convolutional(), "8/8/8", inputs=images)
+    lowered, _ = file_of(quantizer, image=IMAGE)
+    (node,) = [n for n in lowered.graph if n.op_type == kind]
+    (quantize,) = [use.node for use in node.outputs[0].uses()]
+    assert Numbers.of(quantize) == Numbers.of(node.inputs[0].producer())
+    (node,) = [n for n in quantizer.model.graph if n.op_type == kind]
+    read, made = (quantizer.specs[str(v.name)] for v in (node.inputs[0], node.outputs[0]))
+    assert (made.scale, made.zero_point) == (read.scale, read.zero_point)
+
+
+def test_a_cubic_resize_has_numbers_of_its_own() -> None:
+    """It overshoots."""
+    cubic = ir.node("Resize", [ir.val("x")], {"mode": "cubic"})
+    assert not keeps_range(cubic)
+    assert keeps_range(ir.node("Resize", [ir.val("x")]))
