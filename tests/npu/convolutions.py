@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from small_graph import SmallGraph, sample
@@ -11,7 +13,9 @@ from ptq_onnx.fusion.rules import fuse
 IMAGE = 3, 16, 24
 
 
-def _conv(g: SmallGraph, x: str, seed: int, out: int, inner: int, side: int, **attributes: int):
+def _conv(
+    g: SmallGraph, x: str, seed: int, out: int, inner: int, side: int, **attributes: Any
+) -> str:
     weight = sample(out, inner, side, side, seed=seed) / np.sqrt(inner * side**2)
     pads = {"pads": [side // 2] * 4}
     return g("Conv", x, weight, sample(out, seed=seed + 50) * 0.1, **pads, **attributes)
@@ -34,6 +38,15 @@ def convolutional() -> ir.Model:
     scales = np.array([1, 1, 1.5, 1.5], np.float32)
     x = g("Resize", x, "", scales, mode="linear", coordinate_transformation_mode="half_pixel")
     model = g.model(g("Sigmoid", x))
+    fuse(model)
+    return model
+
+
+def swish_image() -> ir.Model:
+    """x · sigmoid(x) of 32 channels between two convolutions."""
+    g = SmallGraph(("batch", 3, "height", "width"))
+    x = _conv(g, "x", 1, 32, 3, 3)
+    model = g.model(_conv(g, g("Mul", x, g("Sigmoid", x)), 2, 4, 32, 1))
     fuse(model)
     return model
 

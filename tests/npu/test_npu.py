@@ -13,12 +13,13 @@ import pytest
 from small_image_model import image_model
 from small_transformer import Choices, transformer
 
-from npu.convolutions import IMAGE, convolutional, images
-from npu.swin_block import SIDE, swin_block
+from npu.convolutions import IMAGE, convolutional, images, swish_image
+from npu.swin_block import SIDE, square_heads, swin_block
 from npu.test_units import MIXED, decibels, run
 from npu.units import file_of, quantizer_for, tokens
 from ptq_onnx.api import quantize
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.units import complete
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.qnn.session import npu_session
 
@@ -83,6 +84,26 @@ def test_convolutions_pools_and_gates_run_there(
     assert decibels(run(lowered, x, 1), found) >= agree
     if bits == "8/8/8":
         assert check(path, "qnn").violations == ()
+
+
+def test_a_swish_of_an_image_has_the_cpus_numbers_there(tmp_path: Path) -> None:
+    """In 16 bits, from 32 channels on, the emulator's own is noise."""
+    quantizer = quantizer_for(swish_image(), "8/16/16", inputs=images)
+    lowered, _ = file_of(quantizer, image=IMAGE)
+    path = tmp_path / "quantized.onnx"
+    graphs.save(lowered, path)
+    x = images(4, seed=1)
+    assert decibels(run(lowered, x, 1), on_npu(path, x)) >= 45
+
+
+def test_square_heads_read_in_eight_bits_compile(tmp_path: Path) -> None:
+    """A Reshape of five axes, a Transpose of 16 x 16 and a conversion behind them do not."""
+    model = square_heads()
+    assert complete(model) == []
+    path = tmp_path / "quantized.onnx"
+    graphs.save(model, path)
+    x = np.random.default_rng(0).normal(size=(1, 4, 4, 16, 16)).astype(np.float32)
+    assert decibels(run(model, x, 1), on_npu(path, x)) >= 45
 
 
 def test_refused_nodes_are_named_with_the_reason(tmp_path: Path) -> None:

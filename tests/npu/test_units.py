@@ -11,14 +11,15 @@ import pytest
 from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
 
-from npu.convolutions import IMAGE, convolutional, images
-from npu.swin_block import SIDE, swin_block
+from npu.convolutions import IMAGE, convolutional, images, swish_image
+from npu.swin_block import SIDE, square_heads, swin_block
 from npu.units import file_of, quantizer_for, tokens
 from ptq_onnx.blocks.walking import keeps_range
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.pipeline.writing import notes_on_sizes
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.unit_numbers import Numbers, joined
+from ptq_onnx.qdq.units import complete
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.coding import Coding
 from ptq_onnx.targets.qnn.compiling import Compiler
@@ -239,3 +240,28 @@ def test_a_cubic_resize_has_numbers_of_its_own() -> None:
     cubic = ir.node("Resize", [ir.val("x")], {"mode": "cubic"})
     assert not keeps_range(cubic)
     assert keeps_range(ir.node("Resize", [ir.val("x")]))
+
+
+def test_conversions_to_fewer_bits_stand_in_front_of_what_only_orders() -> None:
+    model, plain = square_heads(), square_heads()
+    assert complete(model) == []
+    ops = [n.op_type for n in model.graph]
+    pair = ["QuantizeLinear", "DequantizeLinear"]
+    assert ops == [*pair, *pair, "Reshape", *pair, "Transpose", *pair]
+    kinds = [Coding(n).dtype for n in model.graph if n.op_type == "QuantizeLinear"]
+    assert kinds == [UINT16, UINT8, UINT8, UINT8]
+    x = np.random.default_rng(0).normal(size=(1, 4, 4, 16, 16)).astype(np.float32)
+    np.testing.assert_array_equal(run(model, x, 1), run(plain, x, 1))
+
+
+@pytest.mark.parametrize(("bits", "apart"), [("8/16/16", 1), ("8/8/8", 0)])
+def test_a_swish_of_an_image_is_kept_apart_in_sixteen_bits(bits: str, apart: int) -> None:
+    lowered, left = file_of(quantizer_for(swish_image(), bits, inputs=images), image=IMAGE)
+    assert left == []
+    relus = [n for n in lowered.graph if n.op_type == "Relu"]
+    assert len(relus) == apart
+    for node in relus:
+        (quantize,) = [use.node for use in node.outputs[0].uses()]
+        assert Numbers.of(node.inputs[0].producer()) == Numbers.of(quantize)
+    x = images(4, seed=1)
+    assert decibels(run(swish_image(), x, 4), run(lowered, x, 1)) >= 30
