@@ -255,7 +255,7 @@ def test_conversions_to_fewer_bits_stand_in_front_of_what_only_orders() -> None:
 
 
 @pytest.mark.parametrize(("bits", "apart"), [("8/16/16", 1), ("8/8/8", 0)])
-def test_a_swish_of_an_image_is_kept_apart_in_sixteen_bits(bits: str, apart: int) -> None:
+def test_a_swish_is_kept_apart_in_sixteen_bits(bits: str, apart: int) -> None:
     lowered, left = file_of(quantizer_for(swish_image(), bits, inputs=images), image=IMAGE)
     assert left == []
     relus = [n for n in lowered.graph if n.op_type == "Relu"]
