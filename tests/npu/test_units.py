@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ptq_onnx.blocks.walking import keeps_range
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.pipeline.writing import notes_on_sizes
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.qdq.unit_numbers import Numbers, joined
 from ptq_onnx.qdq.units import complete
 from ptq_onnx.targets.checking.check import check
@@ -72,8 +74,6 @@ def test_nothing_is_left_in_float(
 
 def test_it_computes_what_lowering_alone_computes() -> None:
     """Codes of layout ops, conversions and int32 biases change nothing that is not rounding."""
-    from ptq_onnx.qdq.lowering import lower
-
     quantizer = quantizer_for(transformer(Choices(), blocks=2), "8/16/16")
     x = tokens(16, seed=1)
     plain = run(lower(quantizer.model, quantizer.specs), x, 16)
@@ -96,6 +96,42 @@ def test_biases_are_int32_by_the_scales_of_the_product() -> None:
         data, weight, bias = (Coding(v.producer()) for v in node.inputs)
         assert bias.dtype == ir.DataType.INT32
         np.testing.assert_allclose(bias.scale, data.scale * weight.scale, rtol=1e-6)
+
+
+def test_multipliers_of_sixteen_bits_are_numbers_that_the_npu_holds() -> None:
+    """s_x s_w / s_y of every channel has 10 bits behind the first, for at most 1/2048 of s_w."""
+    quantizer = quantizer_for(transformer(Choices()), "8/16/16")
+    lowered, _ = file_of(quantizer)
+    names = {n.name: str(n.inputs[1].name) for n in quantizer.model.graph if n.op_type == "Linear"}
+    linears = [n for n in lowered.graph if n.op_type == "Linear"]
+    assert len(linears) == 7
+    for node in linears:
+        data, weight = (Coding(v.producer()).scale for v in node.inputs[:2])
+        (quantize,) = [use.node for use in node.outputs[0].uses()]
+        mantissa, _ = np.frexp(data * weight / Coding(quantize).scale)
+        np.testing.assert_allclose(mantissa * 2048, np.rint(mantissa * 2048), atol=1e-3)
+        own = quantizer.specs[names[node.name]].scale
+        np.testing.assert_allclose(weight, own, rtol=1 / 2048)
+        assert not np.array_equal(weight, own)
+    plain = file_of(quantizer_for(transformer(Choices()), "8/8/8"))[0]
+    node = next(n for n in plain.graph if n.op_type == "Linear")
+    specs = quantizer_for(transformer(Choices()), "8/8/8").specs
+    np.testing.assert_array_equal(
+        Coding(node.inputs[1].producer()).scale, specs[names[node.name]].scale
+    )
+
+
+def test_weights_of_four_bits_are_stored_in_four() -> None:
+    """With a scale per output channel, and what asks for 8 in int8."""
+    quantizer = quantizer_for(transformer(Choices()), "4/16/16", ["fc2=8"])
+    lowered, left = file_of(quantizer)
+    assert left == []
+    weights = [Coding(n.inputs[1].producer()) for n in lowered.graph if n.op_type == "Linear"]
+    assert Counter(w.dtype for w in weights) == {ir.DataType.INT4: 6, ir.DataType.INT8: 1}
+    assert {w.axis for w in weights} == {1}
+    plain = lower(quantizer.model, quantizer.specs)
+    x = tokens(16, seed=1)
+    assert decibels(run(plain, x, 16), run(lowered, x, 1)) >= 60
 
 
 def test_norms_have_uint8_gamma_without_loss_and_beta_in_steps_of_the_output() -> None:
