@@ -13,7 +13,7 @@ business of equalisation (``equalization/``), which goes before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -66,6 +66,7 @@ BETWEEN = "mse"
 over ``robust``)."""
 SECOND = ("k", "v")
 """The second factors of QKᵀ and A·V."""
+NARROW = "--more-bits: k and v keep 8 bits, the NPU counts no more of a product's second factor."
 ALONE = "stays float: another input of the product that reads it does"
 WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
@@ -186,6 +187,8 @@ class Deploy(SiteQuantizer):
         self._draw_regions()
         rules = super()._dispatch()
         sites = self.plan.sites
+        if self.plan.config.runtime.narrow_second:
+            rules |= self._narrowed(rules)
         while not self._whole:
             inputs = Counter(
                 name
@@ -212,6 +215,18 @@ class Deploy(SiteQuantizer):
                 del rules[tensor]
                 self.floats[tensor] = ALONE
         return rules
+
+    def _narrowed(self, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+        """Rules of second factors for which more bits were asked than count."""
+        sites = self.plan.sites
+        found = {
+            t: replace(rule, bits=BYTE)
+            for t, rule in rules.items()
+            if sites[t].role in SECOND and not sites[t].is_parameter and rule.bits > BYTE
+        }
+        if found and NARROW not in self.notes:
+            self.notes.append(NARROW)
+        return found
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """The range of what is read, without values that an activation function makes zero."""
