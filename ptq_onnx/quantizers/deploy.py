@@ -13,7 +13,7 @@ business of equalisation (``equalization/``), which goes before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ from ptq_onnx.quantizers.code_regions import (
     with_same_numbers,
 )
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
-from ptq_onnx.quantizers.mixed import widened
+from ptq_onnx.quantizers.mixed import NARROW, SECOND, narrowed, widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
 from ptq_onnx.quantizers.solved_specs import tensor_spec
 
@@ -64,9 +64,6 @@ lie far below the largest, so that a finer step pays though it clips."""
 BETWEEN = "mse"
 """How ranges between convolutions are found: no outlier there is worth a step (PP-OCRv4: 1 to 4 dB
 over ``robust``)."""
-SECOND = ("k", "v")
-"""The second factors of QKᵀ and A·V."""
-NARROW = "--more-bits: k and v keep 8 bits, the NPU counts no more of a product's second factor."
 ALONE = "stays float: another input of the product that reads it does"
 WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
@@ -187,8 +184,9 @@ class Deploy(SiteQuantizer):
         self._draw_regions()
         rules = super()._dispatch()
         sites = self.plan.sites
-        if self.plan.config.runtime.narrow_second:
-            rules |= self._narrowed(rules)
+        narrow = narrowed(rules, sites) if self.plan.config.runtime.narrow_second else {}
+        rules |= narrow
+        self.notes += [NARROW] if narrow else []
         while not self._whole:
             inputs = Counter(
                 name
@@ -215,18 +213,6 @@ class Deploy(SiteQuantizer):
                 del rules[tensor]
                 self.floats[tensor] = ALONE
         return rules
-
-    def _narrowed(self, rules: Mapping[str, Rule]) -> dict[str, Rule]:
-        """Rules of second factors for which more bits were asked than count."""
-        sites = self.plan.sites
-        found = {
-            t: replace(rule, bits=BYTE)
-            for t, rule in rules.items()
-            if sites[t].role in SECOND and not sites[t].is_parameter and rule.bits > BYTE
-        }
-        if found and NARROW not in self.notes:
-            self.notes.append(NARROW)
-        return found
 
     def bounds(self, site: Site, rule: Rule, stats: Statistics) -> tuple[Array, Array]:
         """The range of what is read, without values that an activation function makes zero."""
@@ -408,8 +394,6 @@ class Deploy(SiteQuantizer):
         super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:
-        products = (*PRODUCTS, "Conv") if self.plan.config.runtime.convolutions else PRODUCTS
-        if self._whole:
-            products = (*products, "ConvTranspose")
-        kinds = [self.nodes[name].op_type for name in site.consumers]
-        return bool(kinds) and all(kind in products for kind in kinds)
+        others = ["Conv"] * self.plan.config.runtime.convolutions + ["ConvTranspose"] * self._whole
+        kinds = {self.nodes[name].op_type for name in site.consumers}
+        return bool(kinds) and kinds <= {*PRODUCTS, *others}
