@@ -76,7 +76,7 @@ def peer(model: Path, kind: QuantType, calib: Array, folder: Path) -> Path:
     ):
         dim.dim_value = size
     loaded = onnx.version_converter.convert_version(loaded, 17)
-    del loaded.graph.value_info[:]
+    del loaded.graph.value_info[:], loaded.metadata_props[:]  # its own code stumbles over those
     onnx.save(onnx.shape_inference.infer_shapes(loaded, data_prop=True), str(fixed))
     changed = qnn_preprocess_model(str(fixed), str(ready), fuse_layernorm=True)
     source = ready if changed else fixed
