@@ -125,7 +125,7 @@ def notes_on(found: Automatic) -> list[str]:
     )
     if not found.met:
         notes.append(
-            f"--auto: even with everything in float this is out of reach: {wanted}; nothing was"
+            f"--auto: even with all that can be decided this is out of reach: {wanted}; nothing was"
             " decided."
         )
     elif not found.decisions:

@@ -142,7 +142,7 @@ class Fields:
     auto: bool = option(
         False, NUMBERS, None,
         "Keep a few cheap ops in float, or at 8 bits, so that the loss stays in bounds: each of"
-        " them is needed, though another set may be smaller.",
+        " them is needed, though another set may be smaller. qnn: at 16 bits.",
     )
     max_drop: float | None = option(
         None, NUMBERS, "POINTS", "auto: points of top-1 that may be lost on the images of --val.",
@@ -353,7 +353,7 @@ class Fields:
     @property
     def mixes(self) -> bool:
         """True where some activations get 16 bits by what 8 would lose."""
-        unset = self.runtime.all_codes and str(self.widths) == "8/8/8"
+        unset = self.runtime.all_codes and str(self.widths) == "8/8/8" and not self.auto
         return unset if self.mixed is None else self.mixed
 
     @property

@@ -44,10 +44,11 @@ from ptq_onnx.quantizers.code_regions import (
     number_spec,
     regions_with,
     row_power,
+    with_moved_numbers,
     with_same_numbers,
 )
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
-from ptq_onnx.quantizers.mixed import widened
+from ptq_onnx.quantizers.mixed import NARROW, SECOND, narrowed, widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
 from ptq_onnx.quantizers.run_time_rules import run_time_rule
 from ptq_onnx.quantizers.solved_specs import tensor_spec
@@ -64,8 +65,6 @@ lie far below the largest, so that a finer step pays though it clips."""
 BETWEEN = "mse"
 """How ranges between convolutions are found: no outlier there is worth a step (PP-OCRv4: 1 to 4 dB
 over ``robust``)."""
-SECOND = ("k", "v")
-"""The second factors of QKᵀ and A·V."""
 ALONE = "stays float: another input of the product that reads it does"
 WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
@@ -171,6 +170,9 @@ class Deploy(SiteQuantizer):
         self._draw_regions()
         rules = super()._dispatch()
         sites = self.plan.sites
+        narrow = narrowed(rules, sites) if self.plan.config.runtime.narrow_second else {}
+        rules |= narrow
+        self.notes += [NARROW] if narrow else []
         while not self._whole:
             inputs = Counter(
                 name
@@ -256,7 +258,8 @@ class Deploy(SiteQuantizer):
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         """As of any quantizer; ops that pick numbers keep the codes."""
-        return with_same_numbers(self.regions, super().solve(stats))
+        specs = with_same_numbers(self.regions, super().solve(stats))
+        return with_moved_numbers(self.plan.model.graph, specs) if self._whole else specs
 
     @property
     def _whole(self) -> bool:
@@ -379,6 +382,6 @@ class Deploy(SiteQuantizer):
         super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:
-        products = (*PRODUCTS, "Conv") if self.plan.config.runtime.convolutions else PRODUCTS
-        kinds = [self.nodes[name].op_type for name in site.consumers]
-        return bool(kinds) and all(kind in products for kind in kinds)
+        others = ["Conv"] * self.plan.config.runtime.convolutions + ["ConvTranspose"] * self._whole
+        kinds = {self.nodes[name].op_type for name in site.consumers}
+        return bool(kinds) and kinds <= {*PRODUCTS, *others}
