@@ -201,6 +201,7 @@ def evaluate(
     batch_size: int = 8,
     threads: int = 0,
     workers: int = 1,
+    device: str = "auto",
     progress: Callable[[int, int], Any] | None = None,
 ) -> Evaluation:
     """Top-1 and top-5 of a model in ONNX Runtime, and how close it is to a ``reference``.
@@ -209,12 +210,14 @@ def evaluate(
     ``module:function``, with its options ``KEY=VALUE``, against ``targets``, else against the
     ``reference``: ``score`` of the result. ``input``: what inputs besides the images get, as
     ``NAME=FILE.npz``. ``workers``: processes that run the models, in a script whose main part is
-    guarded. Raises PtqError.
+    guarded. ``device``: auto, cpu or cuda. Raises PtqError.
     """
     from ptq_onnx.calibration.class_output import features_of
     from ptq_onnx.evaluation import evaluate as evaluation
+    from ptq_onnx.runtime.devices import on_device
 
     with ExitStack() as files:
+        files.enter_context(on_device(QuantizeConfig(device=device).device))
         path = files.enter_context(model_file(model))
         other = None if reference is None else files.enter_context(model_file(reference))
         source, truth = _measured(path, images, labels, preprocess, input)

@@ -21,7 +21,8 @@ def save_network(
     batch: int | str = "batch",
 ) -> Path:
     """[batch, 3, 12, 12] → ``logits`` [batch, 5], ``boxes`` [batch, 6, 4], ``depth`` [batch, 1,
-    6, 8], ``index`` int64 [batch], ``embedding`` [batch, 8], ``memory`` [6, batch, 8]."""
+    6, 8], ``index`` int64 [batch], ``embedding`` [batch, 8], ``memory`` [6, batch, 8], ``kinds``
+    [batch, 6, 4]: logits of the boxes."""
     g = SmallGraph((batch, 3, SIZE, SIZE))
     patches = g("Conv", "x", sample(WIDTH, 3, 6, 4) / 8, sample(WIDTH), kernel_shape=[6, 4],
                 strides=[6, 4])  # fmt: skip
@@ -36,11 +37,12 @@ def save_network(
         "boxes": lambda: g("Sigmoid", _linear(g, x, WIDTH, 4, 91)),
         "depth": lambda: g("Reshape", _linear(g, x, WIDTH, 8, 92), np.array([0, 1, 6, 8])),
         "embedding": lambda: g("Tanh", _linear(g, first, WIDTH, 8, 93)),
+        "kinds": lambda: _linear(g, x, WIDTH, 4, 94),
         "memory": lambda: g("Transpose", x, perm=[1, 0, 2]),
     }
     shapes: dict[str, list[int | str]] = {
         "logits": [batch, 5], "boxes": [batch, 6, 4], "depth": [batch, 1, 6, 8],
-        "embedding": [batch, 8], "memory": [6, batch, 8],
+        "kinds": [batch, 6, 4], "embedding": [batch, 8], "memory": [6, batch, 8],
     }  # fmt: skip
     infos = []
     for name in wanted:

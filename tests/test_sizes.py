@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from conftest import LONG, TESTS
 from test_layers import PACKAGE
 
 LINES_OF_A_FILE = 400
@@ -50,3 +51,9 @@ def test_lines_are_counted_without_the_docstring() -> None:
         'def f(\n    x,\n):\n    """One\n    two."""\n    def g():\n        pass\n    return x\n'
     )
     assert [(node.name, size) for node, size in functions(source)] == [("f", 6), ("g", 2)]
+
+
+def test_the_long_test_files_are_there() -> None:
+    """Those that run first; a name of none would do nothing."""
+    assert [name for name in LONG if not (TESTS / name).is_file()] == []
+    assert len(set(LONG)) == len(LONG)

@@ -14,7 +14,8 @@ from typing import Any
 
 from subject import load, options, table
 
-from ptq_onnx.analysis.sensitivity import Images, errors_of
+from ptq_onnx.analysis.sensitivity import errors_of
+from ptq_onnx.analysis.variants import Images
 
 LINEARS = ("fc1", "fc2", "qkv", "proj")
 NORMS = ("embed", "pre_norm", "norm1", "norm2", "norm", "residual1", "residual2")

@@ -11,7 +11,8 @@ from __future__ import annotations
 from subject import load, options, table
 
 from ptq_onnx.analysis.results import Sensitivity, Switched
-from ptq_onnx.analysis.sensitivity import Images, sensitivity
+from ptq_onnx.analysis.sensitivity import sensitivity
+from ptq_onnx.analysis.variants import Images
 
 WORST, AMONG = 5, 8
 

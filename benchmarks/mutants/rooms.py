@@ -34,6 +34,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/qdq/test_convolution.py",
         "tests/test_grouped_heads.py",
         "tests/quantizers/test_quantize_residual.py",
+        "tests/quantizers/test_code_regions.py",
+        "tests/quantizers/test_lowbit.py",
     ),
     "qdq": (
         "tests/qdq/test_convolution.py",

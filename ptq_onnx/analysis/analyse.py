@@ -12,13 +12,14 @@ import onnx_ir as ir
 
 from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
-from ptq_onnx.analysis.graphwise import float_outputs, graphwise
+from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.modules import find_modules, left_in_float
 from ptq_onnx.analysis.results import Analysis, Graphwise, Sensitivity
 from ptq_onnx.analysis.sensitivity import load, run_count, sensitivity
 from ptq_onnx.analysis.variation import variation
 from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.blocks.roles import Blocks
+from ptq_onnx.calibration.class_output import float_outputs
 from ptq_onnx.config import stages
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.images.source import ImageSource
@@ -65,16 +66,18 @@ def analyse_quantized(
     fixed: int | None = None,
     batch: int = 8,
     threads: int = 0,
+    workers: int = 1,
     stage: Stage | None = None,
 ) -> Analysis:
     """Graphwise errors, variation and attention of all images; ``full``: layerwise and
     leave-one-out too, which takes minutes.
 
-    ``fixed``: the model's batch size where it is fixed. Raises ModelError without images.
+    ``fixed``: the model's batch size where it is fixed. ``workers``: processes for what takes
+    minutes. Raises ModelError without images.
     """
     begin = stage or (lambda _, __: lambda ___: None)
     specs = subject.quantizer.specs
-    way = _Way(source, fixed, threads, begin)
+    way = _Way(source, fixed, threads, workers, begin)
     floats = Simulator(subject.other or subject.model, None, threads=threads)
     ops = _every_op(subject, way, floats, held_apart)
     varied = _variation(subject, way)
@@ -101,6 +104,7 @@ class _Way:
     source: ImageSource
     fixed: int | None
     threads: int
+    workers: int
     begin: Stage
 
 
@@ -152,6 +156,7 @@ def _switched(subject: Subject, way: _Way, batch: int, held_apart: bool) -> Sens
         reference=subject.other,
         left_in_float=partial(left_in_float, quantizer=subject.quantizer),
         threads=way.threads,
+        workers=way.workers,
         progress=way.begin(stages.MODULES, run_count(modules)),
     )
 

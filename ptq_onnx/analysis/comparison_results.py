@@ -29,19 +29,20 @@ class Closeness:
 
 @dataclass(frozen=True)
 class Decision:
-    """One module that ``auto`` leaves in ``float``, or gives ``8 bits``.
+    """One module that ``auto`` leaves in ``float``, or gives ``8 bits`` or ``16 bits``.
 
     ``tensors``: how many that changes. ``noise``: noise to signal at the logits that it is
     expected to take away, from the module quantized alone. ``cost``: million operations of one
-    image, each counted by the bits that it gains over the 24 from 8 bits to float. ``without``:
-    the file measured with all decisions but this one; None where the search was cut short.
+    image, each counted by the bits that it gains over the 24 from 8 bits to float; for qnn million
+    elements, by the bytes that they gain. ``without``: the file measured with all decisions but
+    this one; None where the search was cut short.
     """
 
     step: int
     module: str
     role: str
     block: int | None
-    decision: Literal["float", "8 bits"]
+    decision: Literal["float", "8 bits", "16 bits"]
     tensors: int
     noise: float
     cost: float
@@ -55,9 +56,9 @@ class Automatic:
     ``bound``: which option it is, of value ``limit``. ``before``: the file without a decision;
     ``after``: with all. ``met``: within the bound. ``minimal``: no single decision can be undone,
     or made cheaper, within it. ``trials``: files measured. ``cost``: of all decisions together,
-    in percent of the whole model's in float. ``images``: measured on; ``held_apart``: calibration
-    did not use them. ``drop_error``: one standard error of the drop, in points; None without
-    labels.
+    in percent of the whole model's in float, for qnn in 16 bits. ``images``: measured on;
+    ``held_apart``: calibration did not use them. ``drop_error``: one standard error of the drop, in
+    points; None without labels.
     """
 
     bound: Literal["max_drop", "min_sqnr"]

@@ -22,7 +22,7 @@ from ptq_onnx.analysis.results import BlockError, Error, Graphwise, OpError, Out
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.roles import Blocks, Role
 from ptq_onnx.blocks.walking import is_layout, is_product, name_of, through_layout
-from ptq_onnx.calibration.class_output import feature_outputs
+from ptq_onnx.calibration.class_output import feature_outputs, float_outputs
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.engine.vit_quantizer import VitQuantizer
 from ptq_onnx.errors import ModelError
@@ -178,13 +178,6 @@ def _changed(own: Simulator, batch: Array, floats: Mapping[str, Array]) -> froze
 
     own.walk(batch, compare)
     return frozenset(found)
-
-
-def float_outputs(model: ir.Model) -> tuple[str, ...]:
-    """The model's outputs that hold floats, each once."""
-    kinds = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
-    made = [v for v in model.graph.outputs if v.dtype in kinds and v.producer() is not None]
-    return tuple(dict.fromkeys(str(v.name) for v in made))
 
 
 def _output_errors(

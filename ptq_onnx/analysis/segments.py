@@ -106,6 +106,7 @@ class Segments:
         self.ends: tuple[Array, ...] = ()
         """All outputs of the last run; none where it did not reach them."""
         self._open: OrderedDict[tuple[int, int, str], ort.InferenceSession] = OrderedDict()
+        self._cut: dict[tuple[int, int], ir.Model] = {}
 
     def places(self) -> dict[str, int]:
         """The segment that makes each tensor; of a constant, the first that reads it."""
@@ -153,21 +154,31 @@ class Segments:
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        model = self.model_of(first, last)
-        self._round(model, specs)
-        data = graphs.serialize(lower(model, specs_within(self, specs, first)))
+        model = self._rounded(self.model_of(first, last), specs)
+        data = graphs.serialize_own(lower(model, specs_within(self, specs, first)))
         return open_with_fp8(data, options, ["CPUExecutionProvider"])
 
-    def _round(self, model: ir.Model, specs: Specs) -> None:
-        """Give products whose weight is quantized their rounded weight and corrected bias."""
-        for node in model.graph:
-            names = [str(v.name) for v in node.inputs[1:] if v is not None]
-            if names and names[0] in specs:
-                for name in self._changed.keys() & names:
-                    model.graph.initializers[name].const_value = self._changed[name]
+    def _rounded(self, model: ir.Model, specs: Specs) -> ir.Model:
+        """The model, in which products whose weight is quantized have their rounded weight and
+        corrected bias."""
+        names = set()
+        for node in model.graph if self._changed else ():
+            read = [str(v.name) for v in node.inputs[1:] if v is not None]
+            if read and read[0] in specs:
+                names |= self._changed.keys() & read
+        if names:
+            model = model.clone()
+            for name in names:
+                model.graph.initializers[name].const_value = self._changed[name]
+        return model
 
     def model_of(self, first: int, last: int) -> ir.Model:
-        """Segments ``first`` to ``last`` as a model of their own."""
+        """Segments ``first`` to ``last`` as a model of their own, made once: not to be changed."""
+        if (first, last) not in self._cut:
+            self._cut[first, last] = self._cut_out(first, last)
+        return self._cut[first, last]
+
+    def _cut_out(self, first: int, last: int) -> ir.Model:
         copy = self._model.clone()
         graph = copy.graph
         start, stop = self.parts[first].start, self.parts[last].stop

@@ -1,4 +1,5 @@
-"""What can be decided: each module, at 8 bits where it has fewer, or in float.
+"""What can be decided: each module, at 8 bits where it has fewer, or in float; at 16 bits instead
+where the runtime has no float part.
 
 A module is the ops of one role in one block, as ``--keep-float`` and ``--more-bits`` name it.
 What a decision changes is what the quantizer makes of these options: where one input of a product
@@ -12,13 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ptq_onnx.analysis.modules import find_modules
-from ptq_onnx.auto.costs import cost
+from ptq_onnx.auto.costs import cost_of
+from ptq_onnx.config.bits import BYTE, WIDEST
 from ptq_onnx.config.quantize_config import QuantizeConfig
-from ptq_onnx.config.selector import Selector
+from ptq_onnx.config.selector import MoreBits, Selector
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
 
-Kind = Literal["8 bits", "float"]
+Kind = Literal["8 bits", "16 bits", "float"]
+WIDTHS: dict[Kind, int] = {"8 bits": BYTE, "16 bits": WIDEST}
+"""Bits of the decisions that are no float."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,14 @@ def with_decisions(config: QuantizeConfig, chosen: Iterable[Candidate]) -> Quant
     """The config that quantizes so without any search."""
     chosen = list(chosen)
     floats = merged(c.selector for c in chosen if c.kind == "float")
-    wider = merged(c.selector for c in chosen if c.kind == "8 bits")
+    wider = [
+        str(MoreBits(Selector.parse(text), bits))
+        for kind, bits in WIDTHS.items()
+        for text in merged(c.selector for c in chosen if c.kind == kind)
+    ]
     return replace(
         config,
+        mixed=False if config.runtime.all_codes else config.mixed,
         auto=False,
         max_drop=None,
         min_sqnr=None,
@@ -71,6 +80,11 @@ def merged(selectors: Iterable[Selector]) -> tuple[str, ...]:
     )
 
 
+def kinds_of(config: QuantizeConfig) -> tuple[Kind, ...]:
+    """What a module can get on the config's target."""
+    return ("8 bits", "16 bits") if config.runtime.all_codes else ("8 bits", "float")
+
+
 def find_candidates(quantizer: SiteQuantizer, specs: Mapping[str, TensorSpec]) -> list[Candidate]:
     """Every decision that changes something, in the order of the graph.
 
@@ -84,8 +98,7 @@ def find_candidates(quantizer: SiteQuantizer, specs: Mapping[str, TensorSpec]) -
     ]
     found: dict[frozenset[tuple[str, Rule | None]], tuple[int, Candidate]] = {}
     for module in ops:
-        kinds: tuple[Kind, ...] = ("8 bits", "float")
-        for kind in kinds:
+        for kind in kinds_of(plan.config):
             one = Candidate(module.name, module.role or "", module.block, kind, frozenset(), 0.0)
             after = quantizer.rules_under(with_decisions(plan.config, [one]))
             changed = {t: after.get(t) for t, rule in before.items() if after.get(t) != rule}
@@ -94,7 +107,7 @@ def find_candidates(quantizer: SiteQuantizer, specs: Mapping[str, TensorSpec]) -
             one = replace(
                 one,
                 tensors=frozenset(changed),
-                operations=cost(plan.model, plan.sites, before, after),
+                operations=cost_of(plan.config)(plan.model, plan.sites, before, after),
             )
             own = len(module.tensors & one.tensors)
             key = frozenset(changed.items())

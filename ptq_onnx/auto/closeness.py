@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.comparison_results import Closeness
+from ptq_onnx.auto.trial_runs import TrialRuns
 from ptq_onnx.evaluation.evaluate import Progress
 from ptq_onnx.evaluation.metrics.metric import Metric, Scoring
-from ptq_onnx.evaluation.network import Network
 from ptq_onnx.evaluation.outputs import Tallies, Values, decibels, pairs, percent, top_classes
 from ptq_onnx.images.source import ImageSource
 
@@ -28,7 +28,8 @@ class Recorded:
     ``truth``: the right classes, where ``labels_of``, asked with the number of classes once all
     images were read, gives them. ``main``: the output [batch, classes] that answers: with most
     right answers, else the first; None where there is none. ``metric``: what is lost of it is the
-    drop, in place of top-1. Raises ImageError, ModelError, ConfigError.
+    drop, in place of top-1. ``trials``: where files are run; here where there is none. Raises
+    ImageError, ModelError, ConfigError.
     """
 
     def __init__(
@@ -41,15 +42,16 @@ class Recorded:
         threads: int = 0,
         progress: Progress | None = None,
         metric: Metric | None = None,
+        trials: TrialRuns | None = None,
     ) -> None:
-        network = Network(model, threads, name="The float model")
+        self._trials = trials or TrialRuns(threads, 1)
+        network = self._trials.open(model, "The float model")
         network.check(images.preprocess.shape)
         self.images, self.names, self.metric = images, network.names, metric
-        self._threads, self._folder, self._bytes = threads, folder, 0
+        self._folder, self._bytes = folder, 0
         self._batches: list[dict[str, Values]] = []
         tallies = Tallies(network.names)
-        for batch in images.batches(BATCH):
-            found = network(batch)
+        for _, found in self._trials.over(model, network, images.named_batches(BATCH)):
             tallies.add(found, network.whole)
             self._batches.append({name: self._kept(value) for name, value in found.items()})
             if progress is not None:
@@ -74,18 +76,18 @@ class Recorded:
     def measure(self, model: Path) -> tuple[Closeness, float | None]:
         """A file against the float model, and one standard error of its drop; None without
         labels. Raises ImageError, ModelError."""
-        network = Network(model, self._threads, name="The quantized model")
+        network = self._trials.open(model, "The quantized model")
         shared = pairs(network.names, self.names)
         tallies = Tallies(list(shared))
         scoring = None if self.metric is None else Scoring(self.metric, reference=True)
         top: list[Labels] = []
         main = next((n for n, o in shared.items() if o == self.main), None)
-        for named, floats in zip(self.images.named_batches(BATCH), self._batches, strict=True):
-            found = network(named[1])
+        runs = self._trials.over(model, network, self.images.named_batches(BATCH))
+        for (names, found), floats in zip(runs, self._batches, strict=True):
             known = {n: floats[o] for n, o in shared.items() if o in floats}
             tallies.add(found, network.whole, known, network.loose)
             if scoring is not None:
-                scoring.add(named[0], found, known)
+                scoring.add(names, found, known)
             if main is not None:
                 top.append(top_classes(found[main]))
         drop = error = agreement = None

@@ -2,17 +2,20 @@
 
 A product (Conv, linear, QKᵀ, A·V) works at the width of its widest input, which is 32 bits where
 one of them is float; any other op reads and writes each element once. The unit is one operation
-taken from 8 bits to 32: a MAC of a product, an element of any other tensor.
+taken from 8 bits to 32: a MAC of a product, an element of any other tensor. A runtime without a
+float part counts elements that have more than 8 bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_linear, name_of
+from ptq_onnx.config.bits import BYTE
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.numerics.spec import Rule, Site
 
 FLOAT_BITS = 32
@@ -54,6 +57,26 @@ def cost(
             continue
         total += site.elements * (_bits(after, site.tensor) - _bits(before, site.tensor))
     return total / UNIT
+
+
+def elements(
+    model: ir.Model,
+    sites: Mapping[str, Site],
+    before: Mapping[str, Rule],
+    after: Mapping[str, Rule],
+) -> float:
+    """Elements of one image, and of weights, by the bytes that they gain."""
+    gained = (s.elements * (_bits(after, t) - _bits(before, t)) for t, s in sites.items())
+    return sum(gained) / BYTE
+
+
+def cost_of(config: QuantizeConfig) -> Cost:
+    """How the config's target counts."""
+    return elements if config.runtime.all_codes else cost
+
+
+Cost = Callable[[ir.Model, Mapping[str, Site], Mapping[str, Rule], Mapping[str, Rule]], float]
+"""Of a model, its sites, and the rules before and after."""
 
 
 def _widths(

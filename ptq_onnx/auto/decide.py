@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ptq_onnx.analysis.comparison_results import Automatic, Closeness, Decision
 from ptq_onnx.auto.candidates import Candidate, with_decisions
 from ptq_onnx.auto.search import Outcome, Stage, State, search
+from ptq_onnx.auto.trial_runs import TrialRuns
 from ptq_onnx.auto.trials import Evidence, Trials
 from ptq_onnx.config.names import MAX_DROP, MIN_SQNR
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -30,13 +31,20 @@ def decide(
 ) -> tuple[Plan, Automatic]:
     """The plan with a config that needs no search, and what was decided. ``batches``: of
     calibration. Raises PtqError."""
+    with TrialRuns(plan.config.threads, plan.config.workers) as runs:
+        return _decide(plan, batches, evidence, stage, runs)
+
+
+def _decide(
+    plan: Plan, batches: Iterable[Any], evidence: Evidence, stage: Stage, runs: TrialRuns
+) -> tuple[Plan, Automatic]:
     started = time.perf_counter()
     metric = evidence.metric
     labelled = evidence.labels_of is not None
     if metric is not None:  # a drop of half a point says nothing of a number without a unit
         labelled = metric.targets is not None and metric.unit == "%"
     bound, limit = _bound(plan.config, labelled=labelled)
-    trials = Trials(plan, batches, evidence, stage)
+    trials = Trials(plan, batches, evidence, stage, runs)
 
     def met(found: Closeness) -> bool:
         if bound == "max_drop":
@@ -117,7 +125,7 @@ def notes_on(found: Automatic) -> list[str]:
     )
     if not found.met:
         notes.append(
-            f"--auto: even with everything in float this is out of reach: {wanted}; nothing was"
+            f"--auto: even with all that can be decided this is out of reach: {wanted}; nothing was"
             " decided."
         )
     elif not found.decisions:

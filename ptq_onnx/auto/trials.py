@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from ptq_onnx.analysis.comparison_results import Closeness
 from ptq_onnx.analysis.modules import Module
 from ptq_onnx.analysis.results import Error
 from ptq_onnx.analysis.segments import Specs
-from ptq_onnx.analysis.sensitivity import Images, layerwise_errors
-from ptq_onnx.auto.candidates import Candidate, find_candidates, with_decisions
+from ptq_onnx.analysis.sensitivity import layerwise_errors
+from ptq_onnx.analysis.variants import Images
+from ptq_onnx.auto.candidates import WIDTHS, Candidate, find_candidates, with_decisions
 from ptq_onnx.auto.closeness import Labels, Recorded
-from ptq_onnx.auto.costs import cost
+from ptq_onnx.auto.costs import cost_of
 from ptq_onnx.auto.search import Option, Stage
+from ptq_onnx.auto.trial_runs import TrialRuns
 from ptq_onnx.config import stages
-from ptq_onnx.config.selector import ALL
+from ptq_onnx.config.bits import WIDEST
+from ptq_onnx.config.selector import ALL, MoreBits, Selector
 from ptq_onnx.evaluation.evaluate import since
 from ptq_onnx.evaluation.metrics.metric import Metric
 from ptq_onnx.images.source import ImageSource
@@ -55,8 +58,14 @@ class Trials:
     """Candidates, what they are expected to gain, and what a set of them really does."""
 
     def __init__(
-        self, plan: Plan, batches: Iterable[Any], evidence: Evidence, stage: Stage
+        self,
+        plan: Plan,
+        batches: Iterable[Any],
+        evidence: Evidence,
+        stage: Stage,
+        runs: TrialRuns | None = None,
     ) -> None:
+        """``runs``: where the files are run."""
         self._batches, self._evidence, self._stage = batches, evidence, stage
         self.reference = Recorded(
             evidence.reference,
@@ -64,6 +73,7 @@ class Trials:
             evidence.work,
             labels_of=evidence.labels_of,
             metric=evidence.metric,
+            trials=runs,
             threads=plan.config.threads,
             progress=since(stage(stages.RUNNING_FLOAT, len(evidence.images))),
         )
@@ -71,7 +81,8 @@ class Trials:
         statistics = self._base.measure(batches)
         self._specs = self._base.solve(statistics)
         self.plan = replace(plan, statistics=statistics)
-        self._whole = max(cost(plan.model, plan.sites, self._base.rules, {}), 1.0)
+        self._cost = cost_of(plan.config)
+        self._whole = max(self._cost(plan.model, plan.sites, *self._ends()), 1.0)
         self._known: dict[frozenset[tuple[str, Rule]], tuple[Closeness, float | None]] = {}
 
     def options(self) -> dict[Option, Candidate]:
@@ -83,9 +94,21 @@ class Trials:
         }
 
     def share(self, chosen: Sequence[Candidate]) -> float:
-        """What the candidates cost together, in percent of the whole model in float."""
-        after = self._quantizer(chosen).rules
-        return 100 * cost(self.plan.model, self.plan.sites, self._base.rules, after) / self._whole
+        """What the candidates cost together, in percent of the whole model in float, or in 16
+        bits."""
+        rules = self._base.rules, self._quantizer(chosen).rules
+        return 100 * self._cost(self.plan.model, self.plan.sites, *rules) / self._whole
+
+    def _ends(self) -> tuple[Mapping[str, Rule], Mapping[str, Rule]]:
+        """The rules of no decision, and of all: float, or 16 bits for every activation where
+        nothing is float, whatever they may have."""
+        rules, sites = self._base.rules, self.plan.sites
+        if not self.plan.config.runtime.all_codes:
+            return rules, {}
+        wide = {
+            t: r if sites[t].is_parameter else replace(r, bits=WIDEST) for t, r in rules.items()
+        }
+        return rules, wide
 
     def measure(self, chosen: Sequence[Candidate]) -> Closeness:
         """The file with those decisions against the float one; the same file once only."""
@@ -123,8 +146,11 @@ class Trials:
         tensors make when they alone are quantized, less what is left with 8 bits."""
         config = self.plan.config
         module = {c: Module(c.module, "op", c.role, c.block, "all", c.tensors) for c in candidates}
-        wider = {m for c, m in module.items() if c.kind == "8 bits"}
-        advance = self._stage(stages.EXPECTING, len(set(module.values())) + len(wider))
+        kinds = {c.kind for c in candidates} & WIDTHS.keys()
+        wider = {k: {m for c, m in module.items() if c.kind == k} for k in kinds}
+        advance = self._stage(
+            stages.EXPECTING, len(set(module.values())) + sum(map(len, wider.values()))
+        )
 
         def errors(modules: Iterable[Module], specs: Specs) -> dict[Module, Error]:
             return layerwise_errors(
@@ -132,15 +158,20 @@ class Trials:
                 {m: {t: specs[t] for t in m.tensors} for m in modules},
                 self._evidence.sample,
                 threads=config.threads,
+                workers=config.workers,
                 progress=advance,
             )
 
         noise = errors(module.values(), self._specs)
-        left: dict[Module, Error] = {}
-        if wider:
-            widest = replace(self.plan, config=replace(config, more_bits=(ALL,)), progress=None)
+        left: dict[tuple[str, Module], Error] = {}
+        for kind, modules in wider.items():
+            more = (str(MoreBits(Selector(ALL), WIDTHS[kind])),)
+            widest = replace(config, auto=False, max_drop=None, min_sqnr=None, more_bits=more)
             # All at once, so that no trial has to round a weight to 8 bits.
-            left = errors(wider, make_quantizer(widest).calibrate(self._batches))
+            specs = make_quantizer(replace(self.plan, config=widest, progress=None))
+            found = errors(modules, specs.calibrate(self._batches))
+            left |= {(kind, module): error for module, error in found.items()}
         return {
-            c: noise[m].snr - (left[m].snr if c.kind == "8 bits" else 0) for c, m in module.items()
+            c: noise[m].snr - (left[c.kind, m].snr if c.kind in WIDTHS else 0)
+            for c, m in module.items()
         }

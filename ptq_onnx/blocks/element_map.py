@@ -28,7 +28,7 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     if not _collect(end, start, nodes, constants):
         return None
     graph = onnx.helper.make_graph(
-        [ir.to_proto(node) for node in nodes],
+        [ir.serde.serialize_node(node) for node in nodes],
         "layout",
         [onnx.helper.make_tensor_value_info(str(start.name), onnx.TensorProto.INT64, shape)],
         [onnx.helper.make_tensor_value_info(str(end.name), onnx.TensorProto.INT64, None)],

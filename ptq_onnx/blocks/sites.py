@@ -271,8 +271,11 @@ def _channel_axes(
 
 
 CHANNELS_FIRST = frozenset(
-    ("Conv", "BatchNormalization", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize")
-)
+    (
+        "Conv", "ConvTranspose", "BatchNormalization", "GlobalAveragePool", "AveragePool",
+        "MaxPool", "Resize",
+    )
+)  # fmt: skip
 CHANNELWISE = ACTIVATIONS | {"Add", "Mul", "Sub", "Div", "ReduceMean"}
 
 
@@ -296,6 +299,9 @@ def _parameters(node: ir.Node, blocks: Blocks) -> list[Site]:
         found.append((node.inputs[1], f"{name}.weight", (1,)))
     elif node.op_type == "Conv" and node.inputs[1] is not None and is_constant(node.inputs[1]):
         found.append((node.inputs[1], f"{name}.weight", (0,)))
+    elif node.op_type == "ConvTranspose" and node.attributes.get_int("group", 1) == 1:
+        if node.inputs[1] is not None and is_constant(node.inputs[1]):
+            found.append((node.inputs[1], f"{name}.weight", (1,)))
     elif node.op_type == "Add" and name == "embed":
         for value in node.inputs:
             if value is not None and is_constant(value) and value.shape is not None:

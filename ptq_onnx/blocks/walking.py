@@ -66,6 +66,14 @@ def is_layout(node: ir.Node) -> bool:
     return node.op_type in LAYOUT_OPS
 
 
+def keeps_range(node: ir.Node) -> bool:
+    """True for ops whose numbers lie between those that they read: layout ops, a MaxPool, a Resize
+    that is no cubic one."""
+    if node.op_type == "Resize":
+        return node.attributes.get_string("mode", "nearest") != "cubic"
+    return is_layout(node) or node.op_type == "MaxPool"
+
+
 def is_constant(value: ir.Value | None) -> bool:
     """True for an initializer or the output of a Constant node."""
     if value is None:

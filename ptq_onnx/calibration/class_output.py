@@ -113,3 +113,10 @@ def _is_product(value: ir.Value) -> bool:
     if node is None or node.op_type not in ("MatMul", "Gemm", "Linear"):
         return False
     return any(v is not None and is_constant(v) for v in node.inputs[1:2])
+
+
+def float_outputs(model: ir.Model) -> tuple[str, ...]:
+    """The model's outputs that hold floats, each once."""
+    kinds = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+    made = [v for v in model.graph.outputs if v.dtype in kinds and v.producer() is not None]
+    return tuple(dict.fromkeys(str(v.name) for v in made))

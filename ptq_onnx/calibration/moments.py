@@ -21,6 +21,7 @@ from ptq_onnx.errors import ModelError
 from ptq_onnx.graph.formula import new_constant
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.model_sessions import open_session
+from ptq_onnx.runtime.devices import CPU_ONLY, providers_for
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -149,4 +150,4 @@ def _open(
     options.intra_op_num_threads = threads
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
-    return open_session(copy, options), outputs
+    return open_session(copy, options, providers_for(CPU_ONLY)), outputs

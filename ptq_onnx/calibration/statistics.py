@@ -26,6 +26,7 @@ from ptq_onnx.calibration.tapped_runs import (
     open_taps,
     taken_in_order,
 )
+from ptq_onnx.graph.formula import new_constant
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.preparation import model_files as graphs
 
@@ -216,6 +217,7 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tup
     values = {v.name: v for node in graph for v in node.outputs}
     values.update({v.name: v for v in graph.inputs})
     names: dict[str, tuple[str, ...]] = {}
+    constants: dict[tuple[int, ...], ir.Value] = {}
     for site in sites:
         value = values[site.tensor]
         rank = len(site.shape)
@@ -236,12 +238,11 @@ def tap(model: ir.Model, sites: Sequence[Site]) -> tuple[ir.Model, dict[str, tup
             if not axes:
                 node = ir.node("Identity", [data], num_outputs=1)
             else:
-                constant = ir.Value(
-                    name=f"{name}/axes", const_value=ir.tensor(np.array(axes, np.int64))
-                )
-                constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(axes)])
-                graph.register_initializer(constant)
-                node = ir.node(op, [data, constant], {"keepdims": 0}, num_outputs=1)
+                along = tuple(axes)
+                if along not in constants:
+                    array = np.array(along, np.int64)
+                    constants[along] = new_constant(graph, "tap/axes", array)
+                node = ir.node(op, [data, constants[along]], {"keepdims": 0}, num_outputs=1)
             node.outputs[0].name = name
             node.outputs[0].dtype = ir.DataType.FLOAT
             graph.append(node)

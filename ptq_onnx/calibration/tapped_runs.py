@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.preparation import sizes
 from ptq_onnx.preparation.model_sessions import open_session
+from ptq_onnx.runtime.devices import CPU_ONLY, providers_for
 from ptq_onnx.runtime.packed import given
 from ptq_onnx.runtime.processes import Processes, shared_threads
 from ptq_onnx.runtime.sessions import Session
@@ -26,7 +27,7 @@ one of them calls it, so that it and its result must be such as can be sent."""
 
 def tapped_session(model: ir.Model, threads: int) -> ort.InferenceSession:
     """A session of a standard model whose outputs are taps."""
-    return open_session(model, _options(threads))
+    return open_session(model, _options(threads), providers_for(CPU_ONLY))
 
 
 def copies_in(batches: Iterable[Array]) -> int:
@@ -86,7 +87,7 @@ def open_taking(
     path: str, wanted: Sequence[str], take: Taken, threads: int
 ) -> Callable[[Array], Any]:
     """What a process does with each batch."""
-    session = Session(path, _options(threads), providers=["CPUExecutionProvider"])
+    session = Session(path, _options(threads), providers=providers_for(CPU_ONLY))
     return _taking(session, wanted, take)
 
 

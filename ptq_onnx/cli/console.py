@@ -141,7 +141,8 @@ def show(result: Result) -> None:
         if report["analysis"].get("sensitivity"):
             console.print(costliest(report["analysis"]["sensitivity"]))
     if report.get("auto"):
-        console.print(decisions(report["auto"]))
+        unit = "elements" if report["config"].get("target") == "qnn" else "operations"
+        console.print(decisions(report["auto"], unit))
     warning = (report.get("preprocess_check") or {}).get("warning")
     if warning:
         console.say(f"warning: {warning}", "bold yellow")
@@ -203,14 +204,14 @@ def costliest(sensitivity: Mapping[str, Any], count: int = WORST) -> Table:
     return table
 
 
-def decisions(auto: Mapping[str, Any]) -> Table:
-    """What ``--auto`` decided, and the file measured without each decision."""
+def decisions(auto: Mapping[str, Any], unit: str = "operations") -> Table:
+    """What ``--auto`` decided, and the file measured without each decision; ``unit``: of costs."""
     rows = [("", "nothing decided", "", "", *_closeness(auto["before"]))]
     for one in auto["decisions"]:
         cells = str(one["step"]), one["module"], one["decision"], f"{one['cost']:.3f}"
         rows.append((*cells, *_closeness(one["without"])))
     rows.append(("", "all", "", f"{auto['cost']:.2f} %", *_closeness(auto["after"])))
-    names = ("step", "module", "decision", "cost, M operations")
+    names = ("step", "module", "decision", f"cost, M {unit}")
     table = simple_table((*names, "points lost without", "SQNR without"), rows)
     bound = "--max-drop" if auto["bound"] == "max_drop" else "--min-sqnr"
     table.title = f"Decisions of --auto, {bound} {auto['limit']:g}, on {auto['images']} images"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ptq_onnx.images.source import ImageSource
 
 
-@o.takes(*o.PICTURES, *o.METRIC, "batch", "threads", "workers")
+@o.takes(*o.PICTURES, *o.METRIC, "batch", "threads", "workers", "device")
 def evaluate(
     model: o.Model,
     val: o.Measured = None,
@@ -46,11 +46,13 @@ def evaluate(
     """Measure top-1 and top-5 of a model in ONNX Runtime, or on Qualcomm's NPU."""
     options, paths = settings(config, locals() | given)
     path = find_model(model, written=True)
+    from ptq_onnx.runtime.devices import on_device
+
     npu = npu_of(runtime, soc, htp_arch, context)
     other = None if reference is None else find_model(reference)
     if "val" not in paths:
         raise ConfigError("evaluate needs images: --val DIR.")
-    with progress_bars() as progress:
+    with on_device(options.device), progress_bars() as progress:
         source, found = _measured(path, other, npu, options, paths, progress)
     if npu is not None:
         print(WORDS, file=sys.stderr)

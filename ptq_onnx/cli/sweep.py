@@ -60,7 +60,7 @@ def sweep(
     matrix = read_sweep(sweep_file)
     cells = cells_of(matrix)
     with sweep_bar(sys.stderr) as begun:
-        found = run(cells, folder, Machines(workers, address), matrix.retries, begun)
+        found = run(cells, folder, Machines(workers, address, matrix.gpus), matrix.retries, begun)
     files = write_results(found.rows, folder, Path(sweep_file).name)
     _show(found, cells, files)
     if any(row.status == "failed" for row in found.rows):

@@ -103,11 +103,8 @@ def _check_npu(config: Fields) -> None:
             f"--keep-float with --target {config.target}: its ops all take codes; give what 8 bits"
             " serve badly 16, as in --more-bits residual1=16."
         )
-    if target.all_codes and config.auto:
-        raise ConfigError(
-            f"--auto with --target {config.target}: it leaves ops in float, and these all take"
-            " codes; --mixed chooses what gets 16 bits."
-        )
+    if target.all_codes and config.auto and config.mixed:
+        raise ConfigError("--auto with --mixed: either chooses what gets 16 bits; leave one out.")
     if target.all_codes and config.per_channel:
         raise ConfigError(
             f"--per-channel with --target {config.target}: its activations have one scale."

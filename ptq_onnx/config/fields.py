@@ -10,6 +10,7 @@ from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, opt
 from ptq_onnx.config.names import (
     ACTIVATION_NAMES,
     ARITHMETIC_NAMES,
+    DEVICE_NAMES,
     GELU_NAMES,
     MAX_DROP,
     METHOD_NAMES,
@@ -142,7 +143,7 @@ class Fields:
     auto: bool = option(
         False, NUMBERS, None,
         "Keep a few cheap ops in float, or at 8 bits, so that the loss stays in bounds: each of"
-        " them is needed, though another set may be smaller.",
+        " them is needed, though another set may be smaller. qnn: at 16 bits.",
     )
     max_drop: float | None = option(
         None, NUMBERS, "POINTS", "auto: points of top-1 that may be lost on the images of --val.",
@@ -278,6 +279,12 @@ class Fields:
         "Processes that calibrate and measure side by side; the numbers stay the same.",
         bounds=(1, 256),
     )
+    device: str = option(
+        "auto", RUNNING, "NAME",
+        "Where float runs calibrate and files are measured: auto measures on a GPU that works; cuda"
+        " calibrates there too, or stops with the reason.",
+        choices=DEVICE_NAMES,
+    )
     # fmt: on
 
     @property
@@ -356,7 +363,7 @@ class Fields:
     @property
     def mixes(self) -> bool:
         """True where some activations get 16 bits by what 8 would lose."""
-        unset = self.runtime.all_codes and str(self.widths) == "8/8/8"
+        unset = self.runtime.all_codes and str(self.widths) == "8/8/8" and not self.auto
         return unset if self.mixed is None else self.mixed
 
     @property

@@ -9,6 +9,7 @@ METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "p
 METRIC_NAMES = ("classification", "features", "segmentation", "detection", "depth", "text")
 PRECISION_NAMES = ("int8", "fp8")
 ROUNDING_NAMES = ("nearest", "gptq", "adaround")
+DEVICE_NAMES = ("auto", "cpu", "cuda")
 ACTIVATION_NAMES = ("static", "dynamic", "dynamic-token")
 GELU_NAMES = ("table", "polynomial")
 ARITHMETIC_NAMES = ("float", "integer")

@@ -15,14 +15,26 @@ LARGEST_CONFIG = 1 << 18
 """Bytes; all options together have two thousand."""
 
 
+DEEPEST = 32
+"""Levels; options have two or three. A file of brackets alone takes seconds to read to its end."""
+
+
 class _Plain(yaml.SafeLoader):
     """Without aliases, by which a short file can hold endless values."""
 
+    level = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node; raises ComposerError for an alias, which could grow without bound."""
+        """The next node; raises ComposerError for an alias, which could grow without bound, and
+        RecursionError below ``DEEPEST`` levels."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "options have no aliases (*name)", None)
-        return super().compose_node(parent, index)
+        if self.level == DEEPEST:
+            raise RecursionError
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Options(TypedDict, total=False):
     analysis_images: int
     threads: int
     workers: int
+    device: str
 
 
 def configured(config: QuantizeConfig | None, options: Mapping[str, Any]) -> QuantizeConfig:

@@ -111,7 +111,7 @@ class NodeKernels:
         # Hundreds of sessions live side by side: no arena each, no threads that spin.
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        data = ir.to_proto(self.model_of(name, active)).SerializeToString()
+        data = ir.serde.serialize_model(self.model_of(name, active)).SerializeToString()
         return open_with_fp8(data, options, ["CPUExecutionProvider"])
 
 

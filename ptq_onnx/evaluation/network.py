@@ -1,23 +1,32 @@
 """ONNX Runtime sessions of classifiers: on the GPU where one really works, else on the CPU."""
 
-import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.images.preprocess import FloatArray
 from ptq_onnx.preparation.signature import channels_last, feeds
+from ptq_onnx.runtime.devices import AUTO, CPU, cuda_works, provider_works, providers_for
 from ptq_onnx.runtime.packed import TYPES as INPUTS
 from ptq_onnx.runtime.packed import unpack
 from ptq_onnx.runtime.sessions import Session
 from ptq_onnx.telemetry import switch_off
+
+__all__ = [
+    "Classifier",
+    "Model",
+    "Network",
+    "cuda_works",
+    "may_be_classes",
+    "open_with_fp8",
+    "provider_works",
+    "session",
+]
 
 switch_off()  # by its API too, where it is loaded by now
 
@@ -34,7 +43,7 @@ _FLOATS = [name for name, kind in TYPES.items() if issubclass(kind, np.floating)
 _WHOLE = [f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 _NUMBERS = (*_FLOATS, "tensor(bool)", *_WHOLE)
 TENSORRT = "TensorrtExecutionProvider"
-_FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's severities
+_ERROR = 3  # ONNX Runtime's severity
 
 
 def session(
@@ -49,7 +58,8 @@ def session(
 ) -> ort.InferenceSession:
     """Open a model file, or its bytes, on ``threads`` CPU threads (0: all).
 
-    The GPU is used where CUDA really loads (``cpu=True`` forbids it), in full float32 precision.
+    The GPU is used where CUDA really loads, in full float32 precision, unless ``--device`` says
+    otherwise (``cpu=True`` forbids it).
     ``optimize=False`` runs the graph as it is written. ``spin=False``: its threads rest between
     two runs, so that they take no time from another session. ``tensorrt``: run in TensorRT, with
     these options of its provider. ``name``: what errors call the model. Raises ModelError.
@@ -61,9 +71,7 @@ def session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if not spin:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if not cpu and cuda_works():
-        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    providers = [CPU] if cpu else providers_for(AUTO)
     if tensorrt is not None:
         providers.insert(0, (TENSORRT, dict(tensorrt)))
     where = name or ("The model" if isinstance(model, bytes) else f"Model '{model}'")
@@ -94,48 +102,6 @@ def open_with_fp8(
             raise
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return Session(source, options, providers=providers)
-
-
-@lru_cache(maxsize=1)
-def cuda_works() -> bool:
-    """Whether ONNX Runtime can run a node with CUDA: a driver, a device and the libraries."""
-    return provider_works("CUDAExecutionProvider")
-
-
-def provider_works(provider: str) -> bool:
-    """Whether ONNX Runtime can run a node with a provider for NVIDIA's devices."""
-    if provider not in ort.get_available_providers() or not _cuda_devices():
-        return False
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
-    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
-    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", [value], [result])
-    probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    ort.set_default_logger_severity(_FATAL)
-    try:
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
-        opened = ort.InferenceSession(
-            probe.SerializeToString(), providers=[provider, "CPUExecutionProvider"]
-        )
-        opened.run(None, {"x": np.ones(1, dtype=np.float32)})
-        return bool(opened.get_providers()[0] == provider)
-    except Exception:  # whatever is missing: the CPU it is
-        return False
-    finally:
-        ort.set_default_logger_severity(_WARNING)
-
-
-def _cuda_devices() -> int:
-    """Number of devices the CUDA driver sees; 0 without a driver. Prints nothing."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            driver = ctypes.CDLL(name)
-        except OSError:
-            continue
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value
-    return 0
 
 
 class Network:

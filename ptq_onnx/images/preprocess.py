@@ -267,11 +267,12 @@ def _crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     just cover ``size / crop_pct``, rounded as torchvision does."""
     width, height, left, top = placed(image.width, image.height, preprocess)
     if (image.width, image.height) != (width, height):
-        image = image.resize((width, height), _filter(preprocess))
+        image = image.resize((width, height), resampling(preprocess))
     return image.crop((left, top, left + preprocess.size[1], top + preprocess.size[0]))
 
 
-def _filter(preprocess: Preprocess) -> Image.Resampling:
+def resampling(preprocess: Preprocess) -> Image.Resampling:
+    """Pillow's name of the interpolation."""
     return _RESAMPLING[preprocess.interpolation]
 
 

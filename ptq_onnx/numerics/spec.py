@@ -21,7 +21,12 @@ from ptq_onnx.config.targets import Stored
 from ptq_onnx.numerics.around.around import Around, ClipOf
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.around.row_sums import RowSums
-from ptq_onnx.numerics.around.run_time import ColumnMaximum, RunTimeRange, TokenMaximum
+from ptq_onnx.numerics.around.run_time import (
+    ColumnMaximum,
+    RunTimeRange,
+    SkewedToken,
+    TokenMaximum,
+)
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.codes.code import Code, Numbers
@@ -29,7 +34,9 @@ from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.grain import Grain, PerTensor, PowersOfTwo, grain_named
 
 PER_TENSOR, UNIFORM = PerTensor(), Uniform()
-RUN_TIME: tuple[Around, ...] = (RowMaximum(), RunTimeRange(), TokenMaximum(), ColumnMaximum())
+RUN_TIME: tuple[Around, ...] = (
+    RowMaximum(), RunTimeRange(), TokenMaximum(), SkewedToken(), ColumnMaximum(),
+)  # fmt: skip
 """What finds a range at run time; a tensor has one of them at most."""
 WIDTHS: tuple[tuple[Stored, Stored], ...] = (("int8", "uint8"), ("int16", "uint16"))
 """Types of codes: up to 8 bits, more; with a sign, without."""

@@ -54,6 +54,7 @@ def analyse(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> Analysed:
         fixed=job.fixed,
         batch=config.batch,
         threads=config.threads,
+        workers=config.workers,
         stage=job.stage,
     )
     if not (config.pictures and prepared.blocks.count):

@@ -18,6 +18,7 @@ from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.files.result_names import QUANTIZED
 from ptq_onnx.images.source import NOISE, ImageSource
 from ptq_onnx.progress import Planned, Progress, Stages
+from ptq_onnx.runtime.devices import on_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +119,7 @@ def measure_curve(
     begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
     begin(RUNNING_FLOAT, 1)
     points = []
-    with scratch_folder() as folder:
+    with on_device(config.device), scratch_folder() as folder:
         reference = Recorded(
             model,
             tested,

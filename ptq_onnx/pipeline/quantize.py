@@ -45,6 +45,7 @@ from ptq_onnx.pipeline.writing import (
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import own_faults
 from ptq_onnx.progress import Progress, Stages
+from ptq_onnx.runtime.devices import on_device
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -83,11 +84,10 @@ def quantize(
     ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
     Raises PtqError.
     """
-    begin = Stages(progress)
-    begin(stages.READING, 1)
+    config = config or QuantizeConfig()
     request = Request(
         model=model,
-        config=config or QuantizeConfig(),
+        config=config,
         place=Output.at(output) if keep_models else Output.of_reports(output),
         calib=calib,
         val=val,
@@ -97,7 +97,12 @@ def quantize(
         given=given or Given(),
         keep_models=keep_models,
     )
-    request = without_images(request)
+    with on_device(config.device):
+        return _quantize(without_images(request), Stages(progress))
+
+
+def _quantize(request: Request, begin: Stages) -> Result:
+    begin(stages.READING, 1)
     inputs = read_inputs(request)
     begin.plan(stages.planned(request.config, len(inputs.tested or ())))
     begin(stages.LOADING, 1)
@@ -108,7 +113,7 @@ def quantize(
         job = Job(request, inputs, work, begin, list(inputs.notes))
         with _errors_name(place.folder, work), own_faults(inputs.prepared.path, "quantized"):
             finished = run_stages(job)
-        if not keep_models:
+        if not request.keep_models:
             _remove_models(work)
         files = place.publish(work)
         begin.done()
@@ -117,7 +122,7 @@ def quantize(
         place.folder,
         files,
         finished.analysis,
-        place.model if keep_models else None,
+        place.model if request.keep_models else None,
     )
 
 

@@ -53,8 +53,7 @@ class Taken:
 
 def taken_by(model: str | Path) -> Taken:
     """What a file takes. Raises ModelError."""
-    graph = graphs.outline(model).graph
-    free = tuple(v for v in graph.inputs if not v.is_initializer())
+    free = tuple(graphs.inputs(model))
     return Taken(free, next((v for v in free if is_image(v)), None))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ModelError
@@ -36,7 +37,9 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
         return integer_file(config, made, quantizer)
     lowered = lower(quantizer.model, quantizer.specs)
     if config.runtime.fixed_batch:
-        lowered = with_batch(lowered, job.fixed or config.batch_size)
+        shape = job.inputs.preprocess.shape
+        job.notes.extend(notes_on_sizes(lowered, shape, config.target))
+        lowered = with_batch(lowered, job.fixed or config.batch_size, shape)
     if config.runtime.all_codes:
         job.notes.extend(notes_on_floats(complete(lowered), config.target))
     if not config.float16:
@@ -45,6 +48,17 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
         "--float16: quantized.onnx computes its float part in 16 bits; the analysis computes in 32."
     )
     return to_float16(lowered)
+
+
+def notes_on_sizes(model: ir.Model, shape: tuple[int, int, int], target: str) -> list[str]:
+    """What the file takes alone, where the model takes images of several sizes."""
+    dims = list(image_input(model).shape or ())[1:]
+    if len(dims) != len(shape) or all(isinstance(d, int) for d in dims):
+        return []
+    return [
+        f"--target {target}: the file takes images of {shape[1]}x{shape[2]} alone, all sizes in it"
+        " are fixed; --size HxW gives another."
+    ]
 
 
 def notes_on_floats(left: list[str], target: str) -> list[str]:

@@ -1,6 +1,8 @@
-"""A model for a batch of one size: no shape in it is computed any more."""
+"""A model for a batch and images of one size: no shape in it is computed any more."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -14,14 +16,18 @@ from ptq_onnx.graph.symbolic_shapes import fold_shapes
 from ptq_onnx.preparation.cleaning import FOLD_LIMIT, ROUNDS, infer_shapes
 
 
-def with_batch(model: ir.Model, size: int) -> ir.Model:
-    """A copy that takes ``size`` images at a time; codes stay codes."""
+def with_batch(model: ir.Model, size: int, image_shape: Sequence[int] = ()) -> ir.Model:
+    """A copy that takes ``size`` images at a time; codes stay codes. ``image_shape``: an image's
+    sizes, for those that the model leaves open."""
     copy = model.clone()
     graph = copy.graph
     image = image_input(copy)
     if image.shape is None:
         return copy
-    image.shape = ir.Shape([size, *list(image.shape)[1:]])
+    rest = list(image.shape)[1:]
+    if len(image_shape) == len(rest):
+        rest = [d if isinstance(d, int) else n for d, n in zip(rest, image_shape, strict=True)]
+    image.shape = ir.Shape([size, *rest])
     for _ in range(ROUNDS):
         before = len(graph)
         _infer(copy)

@@ -101,11 +101,13 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         if len(model.graph) == before:
             break
     infer_shapes(model)
+    before_last = _structure(model.graph)
     fold_shapes(model.graph)
     simplify_layout(model.graph)
     _tidy(model)
-    infer_shapes(model)
-    fold_shapes(model.graph)
+    if not _is_same(_structure(model.graph), before_last):
+        infer_shapes(model)
+        fold_shapes(model.graph)
     _name_outputs(model.graph, outputs)
     return CleanReport(
         nodes_before=nodes_before,
@@ -114,6 +116,21 @@ def clean(model: ir.Model, opset: int = 21) -> CleanReport:
         opset=model.graph.opset_imports[""],
         notes=tuple(notes),
     )
+
+
+def _structure(graph: ir.Graph) -> list[object]:
+    """All that shapes follow from, as the very objects: nodes with what they read and their
+    attributes, inputs, outputs and constants."""
+    found: list[object] = [*graph.inputs, *graph.outputs]
+    for value in graph.initializers.values():
+        found += (value, value.const_value)
+    for node in graph:
+        found += (node, *node.inputs, *node.attributes.values())
+    return found
+
+
+def _is_same(one: list[object], other: list[object]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _name_outputs(graph: ir.Graph, names: list[str]) -> None:

@@ -17,7 +17,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from ptq_onnx.errors import ModelError, one_line
 from ptq_onnx.files.held_folder import held_folder
-from ptq_onnx.graph.expansions import to_standard
+from ptq_onnx.graph.expansions import standardise, to_standard
 from ptq_onnx.graph.onnxruntime_ops import refile
 from ptq_onnx.graph.ordering import sort_nodes
 from ptq_onnx.graph.sparse import write_out_sparse
@@ -34,11 +34,14 @@ __all__ = [
     "CleanReport",
     "clean",
     "flatten",
+    "inputs",
     "load",
+    "map_external_data",
     "outline",
     "read",
     "save",
     "serialize",
+    "serialize_own",
     "to_standard",
 ]
 
@@ -66,8 +69,8 @@ def read(path: str | Path) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
-    _free_axes(model.graph)
-    _map_external_data(model, path)
+    _free_axes([*model.graph.inputs, *model.graph.outputs])
+    map_external_data(model, path)
     _check(proto, model, path)
     try:
         _let_go(model)
@@ -86,12 +89,32 @@ def outline(path: str | Path) -> ir.Model:
         proto = _parse(path)
         sort_nodes(proto.graph)
         model = ir.from_proto(proto)
-        _free_axes(model.graph)
+        _free_axes([*model.graph.inputs, *model.graph.outputs])
         return model
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
+
+
+def inputs(path: str | Path) -> list[ir.Value]:
+    """What an ONNX file takes, in order, without its weights; nothing else of it is looked at.
+
+    Raises :class:`ModelError`.
+    """
+    path = Path(path)
+    proto = _parse(path).graph
+    weights = {tensor.name for tensor in proto.initializer}
+    try:
+        found = [
+            ir.serde.deserialize_value_info_proto(given, None)
+            for given in proto.input
+            if given.name not in weights
+        ]
+    except Exception as error:
+        raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
+    _free_axes(found)
+    return found
 
 
 def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
@@ -138,6 +161,11 @@ def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
 def serialize(model: ir.Model) -> bytes:
     """The bytes of the standard form, for an ONNX Runtime session."""
     return _to_bytes(to_standard(model))
+
+
+def serialize_own(model: ir.Model) -> bytes:
+    """As :func:`serialize`, of a model that nobody else has: it is changed."""
+    return _to_bytes(standardise(model))
 
 
 def _to_bytes(standard: ir.Model) -> bytes:
@@ -230,7 +258,7 @@ def _unreadable(path: Path, name: str, location: str, error: Exception) -> Model
     )
 
 
-def _map_external_data(model: ir.Model, path: Path) -> None:
+def map_external_data(model: ir.Model, path: Path) -> None:
     """Initializers in other files become views of the mapped file: nothing is copied."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -244,9 +272,9 @@ def _map_external_data(model: ir.Model, path: Path) -> None:
         value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
-def _free_axes(graph: ir.Graph) -> None:
+def _free_axes(values: Iterable[ir.Value]) -> None:
     """A size below 1 of an input or output, as Paddle's exporters write it, is a dynamic one."""
-    for value in (*graph.inputs, *graph.outputs):
+    for value in values:
         dims = list(value.shape or ())
         if any(isinstance(d, int) and d < 1 for d in dims):
             value.shape = ir.Shape([None if isinstance(d, int) and d < 1 else d for d in dims])

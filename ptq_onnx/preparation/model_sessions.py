@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,6 +13,7 @@ import onnxruntime as ort
 from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.preparation import sizes
 from ptq_onnx.preparation.streamed import without_weights
+from ptq_onnx.runtime.devices import CPU
 from ptq_onnx.runtime.sessions import Session
 
 
@@ -22,12 +26,13 @@ def open_plain(model: ir.Model, threads: int = 0) -> ort.InferenceSession:
     return open_session(to_standard(model), options)
 
 
-def open_session(model: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU of a model in standard form.
+def open_session(
+    model: ir.Model, options: ort.SessionOptions, providers: Sequence[Any] = (CPU,)
+) -> ort.InferenceSession:
+    """An ONNX Runtime session of a model in standard form, on the CPU or where ``providers`` say.
 
     The weights of large models are handed over where they are, not in a protobuf.
     """
-    providers = ["CPUExecutionProvider"]
     if sizes.serialized_size(model) <= min(sizes.SHARED_LIMIT, sizes.EXTERNAL_LIMIT):
         content = ir.to_proto(model).SerializeToString()
         return Session(content, options, providers=providers)

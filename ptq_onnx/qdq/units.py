@@ -3,7 +3,8 @@
 Such a runtime takes an op as a unit: DequantizeLinear on every input, the op, QuantizeLinear on
 its output. Lowering puts codes where tensors were calibrated; here the rest follows from those:
 
-* layout ops keep their numbers: the same codes in front of them and behind;
+* layout ops keep their numbers: the same codes in front of them and behind; so do MaxPool and
+  Resize, which HTP computes in float otherwise (measured);
 * codes that are made behind layout ops are made at the op that computes the tensor already; where
   its parts have several ranges of one type, all have the range that holds them;
 * all activations of a unit are of one type: narrower ones are converted, exactly, up to the widest
@@ -13,7 +14,7 @@ its output. Lowering puts codes where tensors were calibrated; here the rest fol
   from what it is computed of (x · c: those of x, times c; a sigmoid: 0 to 1);
 * constants get codes too: biases of linears and convolutions int32 by the scales of the product, γ
   uint8 and β int32 by the scale of the output (HTP rounds β to steps of that: measured), all others
-  the type of their unit.
+  the type of their unit; weights whose codes fit 4 bits are stored in int4.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_product
+from ptq_onnx.blocks.walking import consumers, is_product, keeps_range
 from ptq_onnx.graph.codings import DEQUANTIZE, QUANTIZE, is_coding
-from ptq_onnx.qdq.nodes import Nodes, remove_unused
+from ptq_onnx.qdq.nodes import remove_unused
 from ptq_onnx.qdq.spelling import spell
+from ptq_onnx.qdq.unit_constants import UnitConstants, takes
 from ptq_onnx.qdq.unit_numbers import (
     UINT8,
     UINT16,
@@ -38,18 +39,16 @@ from ptq_onnx.qdq.unit_numbers import (
     is_float,
     joined,
     kept,
-    limits_of,
     numbers_of,
     quantizers,
 )
 
-LARGEST_BIAS = 2.0**31 - 1
-PARAMETERS = {"Clip": (0,), "Pad": (0,), "Resize": (0,), "Gather": (0,)}
-"""Inputs that are data, of ops whose other inputs are not."""
+ORDERING = ("Reshape", "Transpose")
+"""Layout ops that keep all elements, as they are spelled here."""
 
 
 @dataclass
-class _Units(Nodes):
+class _Units(UnitConstants):
     """The state of completing one graph, changed in place."""
 
     converted: dict[tuple[ir.Value, Numbers], ir.Value] = field(default_factory=dict)
@@ -63,9 +62,13 @@ class _Units(Nodes):
         for value in values:
             if is_float(value) and not value.is_initializer():
                 self.settle(value)
+        for node in [n for n in self.graph if n.op_type == QUANTIZE]:
+            self.narrow_early(node)
         for node in list(self.graph):
-            if not is_coding(node) and not is_layout(node) and node.op_type != "Constant":
+            if not is_coding(node) and not keeps_range(node) and node.op_type != "Constant":
                 self.unite(node)
+        for node in list(self.graph):
+            self.keep_swish_apart(node)
 
     # --- numbers of every tensor --------------------------------------------------------
 
@@ -77,7 +80,7 @@ class _Units(Nodes):
         if node is not None and not any(map(is_data, node.inputs)):
             return
         own = set(quantizers(value))
-        inner = kept(node) if node is not None and is_layout(node) else None
+        inner = kept(node) if node is not None and keeps_range(node) else None
         if node is not None and node.op_type == "Concat":
             inner = next(iter(own), None) or inner or joined(behind(value))
             if inner is not None:
@@ -137,6 +140,30 @@ class _Units(Nodes):
             elif (found := numbers_of(value)) is not None and found != numbers:
                 concat.replace_input_with(index, self.convert(value, numbers))
 
+    def narrow_early(self, quantize: ir.Node) -> None:
+        """Move a conversion to fewer bits in front of the ops that only order the tensor. HTP's
+        compiler (2.7.0) finds no memory for a Reshape of five axes, a Transpose of 16 x 16 and a
+        conversion behind them; nothing is rounded otherwise."""
+        numbers = Numbers.of(quantize)
+        while numbers is not None and numbers.dtype == UINT8:
+            wide = _only_source(quantize, DEQUANTIZE)
+            coded = None if wide is None else _only_source(wide, QUANTIZE)
+            mover = None if coded is None else _only_source(coded, *ORDERING)
+            if wide is None or coded is None or mover is None or Numbers.of(coded) == numbers:
+                return
+            before = mover.inputs[0]
+            if before is None or numbers_of(before) is None:
+                return
+            quantize.replace_input_with(0, mover.outputs[0])
+            self.graph.remove([wide, coded], safe=True)
+            real = self.pair(before.producer(), before, numbers)
+            mover.replace_input_with(0, real)
+            back = real.producer()
+            again = None if back is None else _only_source(back, QUANTIZE)
+            if again is None:
+                return
+            quantize = again
+
     # --- one type in every unit ---------------------------------------------------------
 
     def unite(self, node: ir.Node) -> None:
@@ -163,111 +190,26 @@ class _Units(Nodes):
                     self.code(value, numbers.wider())
         self.constants_of(node, UINT16 if wide else UINT8)
 
+    def keep_swish_apart(self, node: ir.Node) -> None:
+        """A Relu, which changes nothing, behind the sigmoid of x · sigmoid(x) in 16 bits: the
+        emulator (2.7.0) makes one op of both, whose numbers are wrong in most shapes (−1 dB)."""
+        if node.op_type != "Mul":
+            return
+        for index, value in enumerate(node.inputs):
+            made = None if value is None else _origin(value)
+            numbers = None if value is None else numbers_of(value)
+            if value is None or made is None or made.op_type != "Sigmoid" or numbers is None:
+                continue
+            if numbers.dtype == UINT16 and made.inputs[0] is node.inputs[1 - index]:
+                same = self.add(value.producer(), "Relu", [value], value, "kept")
+                node.replace_input_with(index, self.pair(same.producer(), same, numbers))
+
     def convert(self, value: ir.Value, numbers: Numbers) -> ir.Value:
         """The tensor's values in other codes; once for all that want them."""
         key = value, numbers
         if key not in self.converted:
             self.converted[key] = self.pair(value.producer(), value, numbers)
         return self.converted[key]
-
-    # --- constants ----------------------------------------------------------------------
-
-    def constants_of(self, node: ir.Node, dtype: ir.DataType) -> None:
-        """Codes for an op's constants, of ``dtype`` where nothing else is said of them."""
-        weighted = is_linear(node) or node.op_type in ("Conv", "ConvTranspose", "Gemm")
-        norm = node.op_type == "LayerNormalization"
-        for index, value in enumerate(node.inputs):
-            if value is None or value.const_value is None or not is_float(value):
-                continue
-            if weighted and index == 2:
-                self.bias(node, value)
-            elif norm and index == 2:
-                self.shift(node, value)
-            elif norm:
-                self.parameter(node, index, value, UINT8)
-            elif not weighted and takes(node, index):
-                self.parameter(node, index, value, dtype)
-
-    def parameter(self, node: ir.Node, index: int, value: ir.Value, dtype: ir.DataType) -> None:
-        """γ, and what is added to activations or multiplied with them: one scale."""
-        array = array_of(value)
-        low, high = float(array.min(initial=0)), float(array.max(initial=0))
-        numbers = Numbers.over(low, high, dtype)
-        node.replace_input_with(index, self.coded_constant(value, numbers, node))
-
-    def shift(self, norm: ir.Node, value: ir.Value) -> None:
-        """β of a norm: int32 codes in steps of the output; without one where it is zero."""
-        array = array_of(value)
-        made = quantizers(norm.outputs[0])
-        if not array.any():
-            norm.resize_inputs(2)
-        elif made:
-            scale = made[0].scale
-            codes = np.rint(array / scale).astype(np.int32)
-            point = np.array(0, np.int32)
-            norm.replace_input_with(2, self.stored(value, codes, np.float32(scale), point, norm))
-
-    def coded_constant(self, value: ir.Value, numbers: Numbers, node: ir.Node) -> ir.Value:
-        """DequantizeLinear of a constant's codes, in front of ``node``."""
-        low, high = limits_of(numbers.dtype)
-        codes = np.clip(np.rint(array_of(value) / numbers.scale) + numbers.zero, low, high)
-        kind = numbers.dtype.numpy()
-        point = np.array(numbers.zero, kind)
-        return self.stored(value, codes.astype(kind), np.float32(numbers.scale), point, node)
-
-    def bias(self, node: ir.Node, value: ir.Value) -> None:
-        """int32 codes, whose scale is that of the product, per output channel as the weight's."""
-        weight = None if node.inputs[1] is None else node.inputs[1].producer()
-        data = None if node.inputs[0] is None else numbers_of(node.inputs[0])
-        scales = None if weight is None else weight.inputs[1]
-        if weight is None or weight.op_type != DEQUANTIZE or data is None or scales is None:
-            return
-        array = array_of(value).reshape(-1)
-        scale = self.roomy(weight, array, float(data.scale)) * float(data.scale)
-        codes = np.clip(np.rint(array / scale), -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)
-        zero = np.zeros(scale.shape, np.int32)
-        made = self.stored(value, codes, scale.astype(np.float32), zero, node)
-        made.shape = ir.Shape(codes.shape)
-        node.replace_input_with(2, made)
-
-    def roomy(self, weight: ir.Node, bias: NDArray[np.float32], step: float) -> NDArray[np.float64]:
-        """The weight's scales, made larger where the bias would not fit 32 bits, its codes with
-        them."""
-        codes, scales = (v.const_value.numpy() for v in weight.inputs[:2])  # type: ignore[union-attr]
-        scale = np.asarray(scales, np.float64)
-        least = np.abs(bias.astype(np.float64)) / (LARGEST_BIAS * step)
-        wanted = np.maximum(scale, least if scale.ndim else least.max(initial=0))
-        if np.array_equal(wanted, scale):
-            return scale
-        name = str(weight.outputs[0].name)
-        axis = weight.attributes.get_int("axis", 0)
-        shape = [-1 if i == axis else 1 for i in range(codes.ndim)] if scale.ndim else []
-        fewer = np.rint(codes * (scale / wanted).reshape(shape)).astype(codes.dtype)
-        weight.replace_input_with(0, self.constant(f"{name}_fewer_codes", fewer))
-        weight.replace_input_with(1, self.constant(f"{name}_larger", wanted.astype(np.float32)))
-        return wanted
-
-    def stored(
-        self,
-        value: ir.Value,
-        codes: NDArray[np.generic],
-        scale: NDArray[np.float32] | np.float32,
-        zero: NDArray[np.generic],
-        node: ir.Node,
-    ) -> ir.Value:
-        """Codes as an initializer, dequantized in front of ``node``."""
-        inputs = [
-            self.constant(f"{value.name}_codes", codes),
-            self.constant(f"{value.name}_scale", scale),
-            self.constant(f"{value.name}_zero_point", zero),
-        ]
-        attributes = {"axis": 0} if np.ndim(scale) else {}
-        made = ir.node(DEQUANTIZE, inputs, attributes, name=self.unique(f"{value.name}_dequantize"))
-        output = made.outputs[0]
-        output.name = self.unique(f"{value.name}_dequantized")
-        output.shape, output.type = value.shape, value.type
-        self.graph.insert_before(node, made)
-        return output
 
 
 def complete(model: ir.Model) -> list[str]:
@@ -279,12 +221,20 @@ def complete(model: ir.Model) -> list[str]:
     return units.floats
 
 
-def takes(node: ir.Node, index: int) -> bool:
-    """Whether an input holds numbers that the op computes with."""
-    return index in PARAMETERS.get(node.op_type, (index,))
+def _only_source(node: ir.Node, *kinds: str) -> ir.Node | None:
+    """What makes a node's first input for it alone, where it is of one of these ops."""
+    value = node.inputs[0]
+    made = None if value is None else value.producer()
+    if value is None or made is None or made.op_type not in kinds:
+        return None
+    return made if len(value.uses()) == 1 and not value.is_graph_output() else None
 
 
-def array_of(value: ir.Value) -> NDArray[np.float32]:
-    """The numbers of a constant."""
-    assert value.const_value is not None
-    return np.asarray(value.const_value.numpy(), np.float32)
+def _origin(value: ir.Value) -> ir.Node | None:
+    """The op whose output a Q/DQ pair gives."""
+    node = value.producer()
+    for kind in (DEQUANTIZE, QUANTIZE):
+        if node is None or node.op_type != kind or node.inputs[0] is None:
+            return None
+        node = node.inputs[0].producer()
+    return node

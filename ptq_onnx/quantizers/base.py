@@ -137,6 +137,7 @@ class SiteQuantizer(VitQuantizer):
         """The rules that the same plan would get with another config; changes nothing."""
         other = copy.copy(self)
         other.plan, other.floats = replace(self.plan, config=config), {}
+        other.notes = list(self.notes)
         return other._dispatch()
 
     def _dispatch(self) -> dict[str, Rule]:

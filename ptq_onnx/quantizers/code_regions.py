@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_in_weight
 from ptq_onnx.blocks.regions import MOVING, Regions, clipped_to, find_regions, only_clips, result_of
-from ptq_onnx.blocks.walking import consumers
+from ptq_onnx.blocks.walking import consumers, is_layout, keeps_range
 from ptq_onnx.graph.formula import constant, scalar
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
@@ -118,6 +118,20 @@ def with_same_numbers(regions: Regions, specs: Mapping[str, TensorSpec]) -> dict
             for spec in (one, other):
                 found[spec.tensor] = with_step(spec, scale)
             found[number.tensor] = replace(number, scale=scale)
+    return found
+
+
+def with_moved_numbers(
+    graph: Iterable[ir.Node], specs: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """The specs, where what ops make that pick or interpolate numbers has the codes that they
+    read, whatever it was calibrated to."""
+    found = dict(specs)
+    for node in graph:
+        one = found.get(str(node.inputs[0].name)) if node.inputs and node.inputs[0] else None
+        other = found.get(str(node.outputs[0].name))
+        if one is not None and other is not None and keeps_range(node) and not is_layout(node):
+            found[other.tensor] = replace(one, tensor=other.tensor)
     return found
 
 

@@ -32,7 +32,7 @@ from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
-from ptq_onnx.numerics.around.run_time import ColumnMaximum, RunTimeRange, TokenMaximum
+from ptq_onnx.numerics.around.run_time import SkewedToken
 from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.grain import PerChannel
@@ -44,11 +44,13 @@ from ptq_onnx.quantizers.code_regions import (
     number_spec,
     regions_with,
     row_power,
+    with_moved_numbers,
     with_same_numbers,
 )
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
-from ptq_onnx.quantizers.mixed import widened
+from ptq_onnx.quantizers.mixed import NARROW, SECOND, narrowed, widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
+from ptq_onnx.quantizers.run_time_rules import run_time_rule
 from ptq_onnx.quantizers.solved_specs import tensor_spec
 
 PRODUCTS = ("Linear", "MatMul")
@@ -63,8 +65,6 @@ lie far below the largest, so that a finer step pays though it clips."""
 BETWEEN = "mse"
 """How ranges between convolutions are found: no outlier there is worth a step (PP-OCRv4: 1 to 4 dB
 over ``robust``)."""
-SECOND = ("k", "v")
-"""The second factors of QKᵀ and A·V."""
 ALONE = "stays float: another input of the product that reads it does"
 WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
@@ -111,7 +111,8 @@ class Deploy(SiteQuantizer):
                 widths.attention, sign, sign, code=code, method=method, around=rows, stored=stored
             )
         if self.plan.config.at_run_time and site.tensor not in self.plan.fixed:
-            return self._at_run_time(site)
+            made = None if site.producer is None else self._value(site)
+            return run_time_rule(self.plan.config, site, self.nodes, made)
         products = [self.nodes[name].op_type for name in site.consumers]
         sign = target.symmetric
         if "MatMul" in products:
@@ -164,27 +165,14 @@ class Deploy(SiteQuantizer):
         """Why convolutions stay float, by name."""
         return {name: f"stays float: {why}" for name, why in self.regions.floats.items()}
 
-    def _at_run_time(self, site: Site) -> Rule:
-        """One range for the whole tensor, or one for each vector that products sum over, where all
-        read it alike."""
-        config = self.plan.config
-        read = {
-            index
-            for name in site.consumers
-            for index, value in enumerate(self.nodes[name].inputs[:2])
-            if value is not None and value.name == site.tensor
-        }
-        if config.activations == "dynamic" or len(read) != 1:
-            return Rule(BYTE, False, False, method="fixed", around=(RunTimeRange(),))
-        around = TokenMaximum() if read == {0} else ColumnMaximum()
-        bits, stored = config.widths.activations, config.runtime.stored(True)
-        return Rule(bits, method="fixed", around=(around,), stored=stored)
-
     def _dispatch(self) -> dict[str, Rule]:
         """Rules of tensors whose products are in integers: with all inputs, or not at all."""
         self._draw_regions()
         rules = super()._dispatch()
         sites = self.plan.sites
+        narrow = narrowed(rules, sites) if self.plan.config.runtime.narrow_second else {}
+        rules |= narrow
+        self.notes += [NARROW] if narrow else []
         while not self._whole:
             inputs = Counter(
                 name
@@ -258,6 +246,8 @@ class Deploy(SiteQuantizer):
             known = known_range(self._value(site))
             if known is not None:
                 return tensor_spec(site, rule, *known)
+        if SkewedToken() in rule.around:
+            return tensor_spec(site, rule, SkewedToken.least(1 << rule.bits), 1.0)
         return super().activation(site, rule, stats)
 
     def parameter(self, site: Site, rule: Rule, factor: Array | None = None) -> TensorSpec:
@@ -268,7 +258,8 @@ class Deploy(SiteQuantizer):
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         """As of any quantizer; ops that pick numbers keep the codes."""
-        return with_same_numbers(self.regions, super().solve(stats))
+        specs = with_same_numbers(self.regions, super().solve(stats))
+        return with_moved_numbers(self.plan.model.graph, specs) if self._whole else specs
 
     @property
     def _whole(self) -> bool:
@@ -391,6 +382,6 @@ class Deploy(SiteQuantizer):
         super().reuse(specs, where)
 
     def _read_by_product(self, site: Site) -> bool:
-        products = (*PRODUCTS, "Conv") if self.plan.config.runtime.convolutions else PRODUCTS
-        kinds = [self.nodes[name].op_type for name in site.consumers]
-        return bool(kinds) and all(kind in products for kind in kinds)
+        others = ["Conv"] * self.plan.config.runtime.convolutions + ["ConvTranspose"] * self._whole
+        kinds = {self.nodes[name].op_type for name in site.consumers}
+        return bool(kinds) and kinds <= {*PRODUCTS, *others}

@@ -18,6 +18,9 @@ from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 BUDGET = 1 / 3
 """Of the elements of all activations of one image."""
 FACTORS = frozenset(("q", "k", "v", "qk", "softmax", "av"))
+SECOND = ("k", "v")
+"""The second factors of QKᵀ and A·V."""
+NARROW = "--more-bits: k and v keep 8 bits, the NPU counts no more of a product's second factor."
 ENOUGH = 40.0
 """dB of the codes from which on 16 bits are not worth it."""
 
@@ -51,6 +54,15 @@ def widened(
         f" {', '.join(worst) or 'none'}; --no-mixed leaves {BYTE} everywhere."
     )
     return chosen, note
+
+
+def narrowed(rules: Mapping[str, Rule], sites: Mapping[str, Site]) -> dict[str, Rule]:
+    """Rules of second factors for which more bits were asked than the NPU counts."""
+    return {
+        t: replace(rule, bits=BYTE)
+        for t, rule in rules.items()
+        if sites[t].role in SECOND and not sites[t].is_parameter and rule.bits > BYTE
+    }
 
 
 def _loss(spec: TensorSpec, stats: Statistics) -> float:

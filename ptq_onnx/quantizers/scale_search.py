@@ -31,6 +31,8 @@ Double = NDArray[np.float64]
 LEAST, MOST, NUMBER = 0.5, 1.2, 29
 """Candidates, as shares of the initial scale: the steps are 0.025."""
 ROUNDS = 2
+ALIKE, LEAST_LOSS = 1e-4, 1e-6
+"""Candidates whose 1 - ρ is larger by no more than this part, and this, are as good."""
 AT_ONCE = 64 << 20
 """Bytes of candidate outputs held at a time."""
 
@@ -127,8 +129,16 @@ def searched_scales(
                 product.scores(index, candidates, shares[product.operands[1 - index].tensor], score)
                 for product, index in uses
             ]
-            shares[tensor] = float(candidates[int(np.argmax(np.mean(found, axis=0)))])
+            shares[tensor] = float(candidates[_first_good(np.mean(found, axis=0))])
     return {t: _scaled(spec, shares.get(t, 1.0), t in free) for t, spec in specs.items()}
+
+
+def _first_good(scores: Double) -> int:
+    """The first of the candidates, the nearest to 1 before, that is as good as the best but for
+    rounding: where all factors of a product are one number (the map of a single key), ρ is the same
+    for all of them, and 0.675 times the range was taken."""
+    lost = 1 - scores
+    return int(np.argmax(lost <= lost.min() * (1 + ALIKE) + LEAST_LOSS))
 
 
 def _scaled(spec: TensorSpec, share: float, activation: bool) -> TensorSpec:

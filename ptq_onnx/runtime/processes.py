@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ptq_onnx.errors import ConfigError, PtqError
+from ptq_onnx.runtime.devices import chosen, take_device
 
 T = TypeVar("T")
 SECONDS = 5.0
@@ -44,7 +45,7 @@ class Processes:
             for _ in range(count):
                 mine, theirs = context.Pipe()
                 process = context.Process(
-                    target=_work, args=(theirs, opener, arguments), daemon=True
+                    target=_work, args=(theirs, opener, arguments, chosen()), daemon=True
                 )
                 process.start()
                 theirs.close()
@@ -125,9 +126,10 @@ class Processes:
         )
 
 
-def _work(end: Connection, opener: Opener, arguments: tuple[Any, ...]) -> None:
+def _work(end: Connection, opener: Opener, arguments: tuple[Any, ...], device: str) -> None:
     """What a process does: open, then answer item by item until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent ends this one
+    take_device(device)
     with suppress(EOFError, OSError):
         try:
             run = opener(*arguments)

@@ -78,7 +78,9 @@ class Cluster:
 
 
 @contextmanager
-def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
+def started(
+    cores: int, memory: int, environment: Mapping[str, str], gpus: int = 0
+) -> Iterator[Cluster]:
     """Ray on this machine with so much to give out, seen by this user's processes alone, without
     a dashboard; all of it is gone afterwards. ``environment``: variables of the workers.
 
@@ -92,7 +94,7 @@ def started(cores: int, memory: int, environment: Mapping[str, str]) -> Iterator
         try:
             ray.init(
                 num_cpus=cores,
-                num_gpus=0,
+                num_gpus=gpus,
                 _memory=memory,
                 object_store_memory=OBJECTS,
                 include_dashboard=False,

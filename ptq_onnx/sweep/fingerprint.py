@@ -22,7 +22,7 @@ def fingerprint(cell: Cell) -> str:
     parts = {
         "version": __version__,
         "config": None if cell.config is None else asdict(cell.config),
-        "model": _of_model(str(cell.model)),
+        "model": of_model(str(cell.model)),
         "labels": None if cell.labels is None else _of_file(cell.labels),
         "images": [_of_images(path) for path in (cell.calib, cell.val)],
     }
@@ -31,12 +31,13 @@ def fingerprint(cell: Cell) -> str:
 
 def forget() -> None:
     """Read files anew."""
-    for function in (_of_model, _of_file, _of_images):
+    for function in (of_model, _of_file, _of_images):
         function.cache_clear()
 
 
 @cache
-def _of_model(path: str) -> list[str]:
+def of_model(path: str) -> list[str]:
+    """Hashes of a model's file and of those that hold its weights. Raises ModelError, OSError."""
     return [_of_file(str(p)) for p in (Path(path), *data_files(path)) if p.is_file()]
 
 

@@ -46,6 +46,8 @@ class Sweep:
     options: Mapping[str, Any] = field(default_factory=dict)
     exclude: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     retries: int = 1
+    gpus: float = 0
+    """Of a cell, as Ray counts them; several cells share one where it is a part."""
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ PREPROCESSING = ("preprocess", "mean", "std", "size", "crop_pct", "interpolation
 """Options that a model of the table may have of its own."""
 KEYS = (
     *("models", "recipes", "targets", "bits", "calib", "seeds"),
-    *("val", "labels", "options", "exclude", "retries"),
+    *("val", "labels", "options", "exclude", "retries", "gpus"),
 )
 OF_AXES = {"quantizer": "recipes", "target": "targets", "bits": "bits", "seed": "seeds"}
 """Options that have an axis, which is where they are named."""
 OWN = "own"
 """The calibration set of the embedded model, which needs none to be named."""
 MOST_RETRIES = 20
+MOST_GPUS = 64
 LONGEST_NAME = 60
 """Bytes of a name: a cell's folder has several of them."""
 
@@ -62,6 +63,7 @@ def read_sweep(path: str | Path) -> Sweep:
         options=_options(values.get("options", {}), f"{where}: options"),
         exclude=_excluded(values.get("exclude"), f"{where}: exclude"),
         retries=_retries(values.get("retries", 1), f"{where}: retries"),
+        gpus=_gpus(values.get("gpus", 0), f"{where}: gpus"),
     )
 
 
@@ -199,6 +201,16 @@ def _excluded(value: Any, where: str) -> tuple[Mapping[str, tuple[str, ...]], ..
             }
         )
     return tuple(found)
+
+
+def _gpus(value: Any, where: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0 <= value < 1 or value in range(1, MOST_GPUS + 1)):
+        raise ConfigError(
+            f"{where}: expected a part of a GPU, 0 to 1, or a whole number up to {MOST_GPUS}, got"
+            f" {shown(value)}."
+        )
+    return float(value)
 
 
 def _retries(value: Any, where: str) -> int:

@@ -34,10 +34,11 @@ SECONDS = 1.0
 @dataclass(frozen=True)
 class Machines:
     """Where cells run: ``workers`` at a time on this machine, as many as fit where None, or on the
-    cluster at ``address``."""
+    cluster at ``address``. ``gpus``: of each cell, as Ray counts them."""
 
     workers: int | None = None
     address: str | None = None
+    gpus: float = 0
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,11 @@ def _run(
             memory = need.free_memory()
             fit = need.fitting(need.free_cores(), memory, threads, max(needs.values()))
             workers = min(machines.workers or fit, len(cells))
-            cluster = stack.enter_context(started(workers * threads, memory, environment))
+            place = started(workers * threads, memory, environment, _gpus_here(machines.gpus))
+            cluster = stack.enter_context(place)
         else:
             cluster = stack.enter_context(joined(machines.address, environment))
-            memory = _largest_node(cluster.ray, threads)
+            memory = _largest_node(cluster.ray, threads, machines.gpus)
         notes.extend(_too_large(needs, memory))
         write_text(folder / NOTICE, notice)
         stack.callback((folder / NOTICE).unlink, missing_ok=True)
@@ -134,7 +136,10 @@ def _run(
 
         def submit(cell: Cell, attempt: int) -> Any:
             asked = task.options(
-                num_cpus=need.cores_of(cell), memory=min(needs[cell.name], memory), name=cell.name
+                num_cpus=need.cores_of(cell),
+                num_gpus=machines.gpus,
+                memory=min(needs[cell.name], memory),
+                name=cell.name,
             )
             return asked.remote(cell, folder.resolve(), marks[cell.name], notice, attempt)
 
@@ -195,6 +200,21 @@ def _ended(error: Exception, attempts: int) -> str:
     return f"{words.get(kind, f'{kind}: {one_line(error)[:160]}')}{again}"
 
 
+def _gpus_here(wanted: float) -> int:
+    """The GPUs of this machine, where cells ask for any. Raises ConfigError without enough."""
+    if not wanted:
+        return 0
+    from ptq_onnx.runtime.devices import cuda_devices
+
+    found = cuda_devices()
+    if found < wanted:
+        raise ConfigError(
+            f"gpus: {wanted:g} for each cell, but NVIDIA's driver sees {found} here: leave gpus"
+            " out, or join a cluster by --address."
+        )
+    return found
+
+
 def _too_large(needs: Mapping[str, int], memory: int) -> list[str]:
     """A note on cells that are expected to need more than there is, which run one at a time."""
     large = [name for name, size in needs.items() if size > memory]
@@ -206,14 +226,16 @@ def _too_large(needs: Mapping[str, int], memory: int) -> list[str]:
     ]
 
 
-def _largest_node(ray: Any, threads: int) -> int:
+def _largest_node(ray: Any, threads: int, gpus: float = 0) -> int:
     """Bytes of memory that the largest node of a cluster gives. Raises ConfigError where no node
-    has the cores that a cell asks for."""
+    has the cores and the GPUs that a cell asks for."""
     nodes = [node["Resources"] for node in ray.nodes() if node.get("Alive")]
-    fit = [node.get("memory", 0) for node in nodes if node.get("CPU", 0) >= threads]
+    fit = [node for node in nodes if node.get("CPU", 0) >= threads and node.get("GPU", 0) >= gpus]
     if not fit:
-        raise ConfigError(f"No node of the cluster has {threads} cores: lower threads.")
-    return int(max(fit))
+        asked = f"{threads} cores" + (f" and {gpus:g} GPUs" if gpus else "")
+        what = "threads or gpus" if gpus else "threads"
+        raise ConfigError(f"No node of the cluster has {asked}: lower {what}.")
+    return int(max(node.get("memory", 0) for node in fit))
 
 
 def _clear(cells: Sequence[Cell], folder: Path) -> None:

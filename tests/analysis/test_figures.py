@@ -20,7 +20,8 @@ from ptq_onnx.analysis.advice import advise
 from ptq_onnx.analysis.attention_values import attention_values
 from ptq_onnx.analysis.graphwise import graphwise
 from ptq_onnx.analysis.modules import find_modules, left_in_float
-from ptq_onnx.analysis.sensitivity import Images, sensitivity
+from ptq_onnx.analysis.sensitivity import sensitivity
+from ptq_onnx.analysis.variants import Images
 from ptq_onnx.analysis.variation import variation
 from ptq_onnx.analysis.variation_results import TensorVariation, Variation
 from ptq_onnx.blocks.roles import find_blocks

@@ -14,7 +14,9 @@ from ptq_onnx.analysis.errors import logits_error
 from ptq_onnx.analysis.modules import find_modules
 from ptq_onnx.analysis.results import Sensitivity
 from ptq_onnx.analysis.segments import Segments, changed_constants, find_segments
-from ptq_onnx.analysis.sensitivity import Images, run_count, sensitivity
+from ptq_onnx.analysis.sensitivity import run_count, sensitivity
+from ptq_onnx.analysis.shards import PARTS, Shards, Way
+from ptq_onnx.analysis.variants import Images
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation import model_files as graphs
@@ -53,6 +55,26 @@ def test_cuts_are_the_residual_adds() -> None:
     assert [part.input for part in parts[1:]] == adds
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     assert parts[-1].stop == len(list(p.model.graph))
+
+
+def test_several_processes_find_the_same(quantizer: SiteQuantizer) -> None:
+    """To the last bit: the runs are the same, wherever they are made."""
+    p, pictures = prepared(DIGITS), Images(images()[:COUNT])
+    few = dict(list(quantizer.specs.items())[:60:10])
+    done: list[int] = []
+    one, two = (
+        sensitivity(
+            p.model, few, p.blocks, p.sites, pictures, held_apart=False, apart=False, threads=1,
+            workers=workers, progress=done.append if workers > 1 else None,
+        )
+        for workers in (1, 2)
+    )  # fmt: skip
+    assert replace(one, seconds=0) == replace(two, seconds=0)
+    assert len({found.error.snr for found in one.layerwise}) > 5
+    assert sum(done) == len(one.layerwise) + len(one.leave_one_out)
+    assert len(done) == 2 * 2 * PARTS
+    with Shards(Way(p.model, None, None, pictures), len) as shards:
+        assert shards.each({}, {}, None) == ({}, 2)
 
 
 def test_segments_one_by_one_give_the_whole() -> None:

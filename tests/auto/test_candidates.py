@@ -136,6 +136,35 @@ def test_with_decisions_keeps_what_the_user_asked_for() -> None:
     )
 
 
+# On codes alone
+
+
+def test_what_has_no_float_part_decides_sixteen_bits() -> None:
+    """Each costs its elements; a weight's 4 bits become 8."""
+    quantizer = make_quantizer(plan_of(target="qnn", auto=True, bits="4/8/8"))
+    assert not quantizer.plan.config.mixes
+    found = {(c.module, c.kind): c for c in find_candidates(quantizer, quantizer.rules)}
+    assert {kind for _, kind in found} == {"8 bits", "16 bits"}
+    sites = quantizer.plan.sites
+    for (_, kind), one in found.items():
+        acts = [t for t in one.tensors if not sites[t].is_parameter]
+        weights = [t for t in one.tensors if sites[t].is_parameter]
+        gained = sum(sites[t].elements for t in acts) + sum(sites[t].elements for t in weights) / 2
+        assert one.operations == gained
+        assert bool(acts) == (kind == "16 bits")
+    config = with_decisions(quantizer.plan.config, [found["blocks.3.fc2", "16 bits"]])
+    assert (config.auto, config.mixed, config.mixes) == (False, False, False)
+    assert config.more_bits == ("fc2@3=16",)
+    assert make_quantizer(plan_of(**_given(config))).rules == quantizer.rules_under(config)
+
+
+def _given(config: QuantizeConfig) -> dict[str, object]:
+    return {
+        "target": config.target, "bits": config.bits, "mixed": config.mixed,
+        "more_bits": config.more_bits,
+    }  # fmt: skip
+
+
 # More bits
 
 
@@ -275,8 +304,8 @@ def test_notes_say_what_went_short() -> None:
     assert "0.7 points" in texts[1]
     wide = replace(found, limit=0.8, met=False)
     assert notes_on(wide) == [
-        "--auto: even with everything in float this is out of reach: at most 0.8 points of top-1"
-        " lost; nothing was decided."
+        "--auto: even with all that can be decided this is out of reach: at most 0.8 points of"
+        " top-1 lost; nothing was decided."
     ]
     used = replace(found, bound="min_sqnr", limit=20.0, drop_error=None, held_apart=False)
     assert len(notes_on(used)) == 2

@@ -180,7 +180,7 @@ def test_what_selectors_match() -> None:
         ({"more_bits": ("auto",)}, "--more-bits takes roles"),
         ({"quantizer": "lowbit", "per_channel": ("fc1",)}, "a range of its own already"),
         ({"quantizer": "lowbit", "auto": True}, "--auto with --quantizer lowbit"),
-        ({"target": "qnn", "auto": True}, "--auto with --target qnn: it leaves ops in float"),
+        ({"target": "qnn", "auto": True, "mixed": True}, "--auto with --mixed: either chooses"),
         ({"more_bits": ("fc2@9-1",)}, "runs backwards"),
         ({"max_drop": 1}, "--max-drop is the bound of --auto"),
         ({"min_sqnr": 20}, "--min-sqnr is the bound of --auto"),

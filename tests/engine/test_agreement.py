@@ -43,7 +43,7 @@ OPTIONS = {
 
 def quantized(prepared: Prepared, calib: Path, **options: object) -> SiteQuantizer:
     """A calibrated quantizer, from 16 images."""
-    config = QuantizeConfig(**options)
+    config = QuantizeConfig(threads=1, **options)
     images = np.concatenate(list(open_images(calib, INCEPTION, limit=16).batches(8)))
     pixels = (INCEPTION.mean, INCEPTION.std)
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, pixels=pixels)
@@ -57,7 +57,7 @@ def quantized(prepared: Prepared, calib: Path, **options: object) -> SiteQuantiz
 def session(model: bytes | str) -> ort.InferenceSession:
     """Plain ONNX Runtime with its default optimizations."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -94,7 +94,7 @@ def test_the_simulator_computes_what_the_file_computes(
     path = tmp_path / "quantized.onnx"
     graphs.save(lower(quantizer.model, quantizer.specs), path)
     in_file = session(str(path)).run(None, {"input": images})[0]
-    simulated = Simulator(quantizer.model, quantizer).run(images)["logits"]
+    simulated = Simulator(quantizer.model, quantizer, threads=1).run(images)["logits"]
     assert decibels(in_file, simulated) >= 100
     assert path.stat().st_size < 0.35 * vit.path.stat().st_size
 
@@ -106,7 +106,7 @@ def test_deploy_runs_its_products_in_integers(
     quantizer = calibrated("deploy")
     data = graphs.serialize(lower(quantizer.model, quantizer.specs))
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     optimized = onnx.load(tmp_path / "optimized.onnx")
@@ -123,7 +123,7 @@ def test_every_quantized_node_of_the_file_gives_the_simulators_codes(
     specs = {t: s for t, s in quantizer.specs.items() if not vit.sites[t].is_parameter}
     file = graphs.to_standard(lower(vit.model, quantizer.specs))
     model = onnx.load_from_string(graphs.serialize(file))
-    simulator = Simulator(vit.model, quantizer)
+    simulator = Simulator(vit.model, quantizer, threads=1)
     values = simulator.run(images, [t for t in specs if t != "input"])
     values["input"] = images
     codes = {t: stored(values[t], spec) for t, spec in specs.items() if spec.rule.code == Uniform()}

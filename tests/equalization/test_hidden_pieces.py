@@ -1,6 +1,7 @@
 """Massive hidden channels in pieces: the sum, the bound, the file, and whole runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.equalization.hidden_pieces import held_in_one, on_grid, split_hidden
 from ptq_onnx.graph.expansions import EXPANSIONS
 from ptq_onnx.graph.formula import DOMAIN
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
@@ -157,6 +161,24 @@ def test_what_a_split_model_computes(activation: str) -> None:
     assert np.abs(after - before).max() < 2e-4 * np.abs(before).max()
     (found,) = Simulator(split.model, mode="torch").run(x).values()
     assert np.abs(found - after).max() < 2e-5 * np.abs(after).max()
+
+
+def test_only_one_uniform_scale_is_helped() -> None:
+    """Codes of another kind, and factors of channels, hold a massive channel by themselves."""
+    model = transformer(Choices())
+    blocks = find_blocks(model)
+    config = QuantizeConfig(quantizer="vanilla", method="minmax", threads=1)
+    plan = Plan(model, blocks, find_sites(model, blocks), config)
+    rules = dict(make_quantizer(plan).rules)
+    x = np.random.default_rng(3).normal(size=(8, TOKENS, WIDTH)).astype(np.float32)
+    (one,) = held_in_one(plan, rules, [x])
+    assert one.site.role == "gelu"
+    rule = rules[one.site.tensor]
+    for change in ({"code": Log2()}, {"grain": PerChannel()}, {"around": (RowMaximum(),)}):
+        changed = {**rules, one.site.tensor: replace(rule, **change)}
+        assert list(held_in_one(plan, changed, [x])) == []
+    del rules[one.site.tensor]
+    assert list(held_in_one(plan, rules, [x])) == []
 
 
 def test_nothing_massive_nothing_split(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from small_graph import SmallGraph, run
 
 from ptq_onnx.equalization.channel_axis import axis_before, axis_behind
+from ptq_onnx.equalization.foldings import keys_may_shift, norm_before
 
 AXES: list[tuple[str, tuple[int, ...], list[Any], dict[str, Any]]] = [
     ("Transpose", (2, 3, 8), [], {"perm": [2, 0, 1]}),
@@ -80,3 +82,24 @@ def test_where_channels_go(
         else:
             assert found[axis] in places
             assert axis_before(node, 0, found[axis], size) == axis
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "takes"),
+    [(-1, None, True), (0, None, False), (1, None, False), (-2, None, False),
+     (2, (2, 3, 8), True), (1, (2, 3, 8), False), (-1, (2, 3, 8), True)],
+)  # fmt: skip
+def test_the_last_axis_is_known_by_the_rank_alone(
+    axis: int, shape: tuple[int, ...] | None, takes: bool
+) -> None:
+    """A softmax and a norm over any other axis, or one that may be another, take no factors."""
+    g = SmallGraph((2, 3, 8))
+    product = g("MatMul", "x", np.ones((8, 8)))
+    weights = g("Softmax", product, axis=axis)
+    normed = g("LayerNormalization", weights, np.ones(8), np.zeros(8), axis=axis)
+    model = g.model(g("Linear", normed, np.ones((8, 4)), domain="ptq_onnx"))
+    for node in model.graph:
+        node.outputs[0].shape = None if shape is None else ir.Shape(shape)
+    nodes = {node.op_type: node for node in model.graph}
+    assert keys_may_shift(next(iter(model.graph))) == takes
+    assert (norm_before(nodes["LayerNormalization"].outputs[0]) is not None) == takes

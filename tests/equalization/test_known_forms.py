@@ -242,6 +242,18 @@ def test_other_scales_stay(options: dict[str, Any]) -> None:
     stays(fold_attention_scales, attention(packed=False, **options))
 
 
+@pytest.mark.parametrize("maker", ["", "Relu", "LayerNormalization"])
+def test_a_scale_of_queries_that_no_linear_makes_stays(maker: str) -> None:
+    g = SmallGraph((B, T, E))
+    more = (np.ones(E), np.zeros(E)) if maker == "LayerNormalization" else ()
+    q = g(maker, "x", *more) if maker else "x"
+    k = g("Add", g("MatMul", "x", sample(E, E)), sample(E, seed=1))
+    scores = g("Mul", g("MatMul", q, g("Transpose", k, perm=[0, 2, 1])), np.float32(0.5))
+    model = g.model(g("MatMul", g("Softmax", scores, axis=-1), k))
+    fuse(model)
+    stays(fold_attention_scales, model)
+
+
 def test_linears_of_two_axes() -> None:
     g = SmallGraph((B, 5))
     model = g.model(g("Add", g("MatMul", "x", sample(5, 3)), sample(3, seed=1)))

@@ -24,6 +24,7 @@ from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.equalization.factor_search import Choice, Product, Records, balance, choose_factor
 from ptq_onnx.equalization.restructure import restructure
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.ptf import needed_step, zero_points
 from ptq_onnx.numerics.spec import Site
@@ -292,3 +293,26 @@ def test_a_norm_that_is_read_twice() -> None:
         stats = plan.statistics.channels[str(value.name)]
         np.testing.assert_allclose(stats.highest[0], rows.max(axis=0), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(stats.mean, rows.mean(axis=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("place", ["values", "attended"])
+def test_values_stay_where_something_else_reads_them(target: str, place: str) -> None:
+    """Them, or what attends to them: the factors would have to come out again in front of it."""
+    model = transformer(Choices(packed=False))
+    (soft,) = (n for n in model.graph if n.op_type == "Softmax")
+    attended = next(iter(soft.outputs[0].uses())).node.outputs[0]
+    if place == "values":
+        attended = attended.producer().inputs[1]  # type: ignore[union-attr,assignment]
+    other = ir.node("Neg", [attended], num_outputs=1, name="other")
+    other.outputs[0].name = "other"
+    other.outputs[0].type, other.outputs[0].shape = attended.type, attended.shape
+    model.graph.append(other)
+    model.graph.outputs.append(other.outputs[0])
+    x = sample(2, TOKENS, WIDTH, seed=8)
+    before = run(to_standard(model), x)
+    plan = equalise(plan_of(model, target=target), BATCHES)
+    assert "v" not in {move.role for move in plan.moves}
+    assert "q" in {move.role for move in plan.moves}
+    for found, expected in zip(run(to_standard(plan.model), x), before, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())

@@ -99,6 +99,9 @@ TURNED: dict[str, tuple[Part, Part]] = {
     "channels first": (
         chain(more("Transpose", perm=[0, 2, 1]), more("Add", sample(D, 1, seed=7)),
               more("Transpose", perm=[0, 2, 1])), chain()),
+    "channels before all": (
+        chain(more("Transpose", perm=[2, 0, 1]), more("Add", sample(D, 1, 1, seed=7)),
+              more("Transpose", perm=[1, 2, 0])), chain()),
     "a grid": (
         chain(more("Reshape", np.array([0, 2, 3, D])), more("Reshape", np.array([0, T, D]))),
         chain()),

@@ -16,6 +16,7 @@ from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.equalization.equalize import equalise
+from ptq_onnx.equalization.reads import integer_readers
 from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.preparation.model_files import to_standard
@@ -220,3 +221,23 @@ def test_a_copy_that_is_an_output_is_no_reader_s_own() -> None:
     assert [v.name for v in file.graph.outputs] == [v.name for v in model.graph.outputs]
     for before, after in zip(expected[1:], run(file, x)[1:], strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_a_convolution_reads_codes_by_its_data_alone() -> None:
+    """In TensorRT and OpenVINO; its weight and bias, and all of it elsewhere, are no reads of
+    activations. A linear the same, and a product of two by both."""
+    g = SmallGraph(("batch", 4, 6, 6))
+    patches = g("Conv", "x", sample(8, 4, 2, 2), sample(8), strides=[2, 2])
+    tokens = g("Transpose", g("Reshape", patches, np.array([0, 8, 9])), perm=[0, 2, 1])
+    scores = g("MatMul", tokens, g("Transpose", tokens, perm=[0, 2, 1]))
+    model = g.model(linear(g, g("MatMul", g("Softmax", scores, axis=-1), tokens), 8, 3, 1))
+    fuse(model)
+    nodes = {node.op_type: node for node in model.graph}
+    for target, convolutions in (("tensorrt", True), ("openvino", True), ("onnxruntime", False)):
+        takes = integer_readers(
+            QuantizeConfig(target=target, quantizer="deploy"), find_blocks(model)
+        )
+        assert [takes(nodes["Conv"], k) for k in range(3)] == [convolutions, False, False]
+        assert [takes(nodes["Linear"], k) for k in range(3)] == [True, False, False]
+        assert [takes(nodes["MatMul"], k) for k in range(2)] == [True, True]
+        assert not takes(nodes["Softmax"], 0)

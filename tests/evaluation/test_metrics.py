@@ -223,6 +223,25 @@ def test_boxes_of_a_detr(tmp_path: Path) -> None:
     assert same.value == pytest.approx(100.0)
 
 
+@pytest.mark.usefixtures("coco")
+def test_boxes_with_their_scores_behind() -> None:
+    """As mmdeploy writes them: dets [batch, N, 5] and labels; rows of nothing tell no unit."""
+    labels = np.array([[2, 0]])
+    dets = np.array([[[1, 2, 7, 8, 0.9], [0, 0, 0, 0, 0]]], np.float32)
+    metric = Detection({"boxes": "dets"}, None, input_size=(SIDE, SIDE))
+    assert metric.found(["0"], {"dets": np.zeros_like(dets), "labels": labels})[0].corners.size == 8
+    (found,) = metric.found(["1"], {"dets": dets, "labels": labels})
+    np.testing.assert_array_equal(found.corners[0], [1, 2, 7, 8])
+    assert found.scores.tolist() == pytest.approx([0.9, 0])
+    assert found.classes.tolist() == [2, 0]
+    assert "units=pixels" in metric.guessed
+    with pytest.raises(ConfigError, match=r"boxes=dets: the output is \[1, 2, 3\]; expected"):
+        metric.found(["2"], {"dets": dets[..., :3], "labels": labels})
+    four = {"logits": np.zeros((1, 2, 5), np.float32), "rows": dets[..., :4]}
+    again = Detection({}, None, input_size=(SIDE, SIDE))
+    assert again.found(["3"], four)[0].corners.shape == (2, 4)
+
+
 def test_without_a_library_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("faster_coco_eval", "pycocotools", "pycocotools.coco"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -54,3 +54,16 @@ def swin_block() -> ir.Model:
     model = g.model(g("MatMul", g("ReduceMean", x, np.array([1]), keepdims=0), sample(WIDTH, 4)))
     fuse(model)
     return model
+
+
+def square_heads() -> ir.Model:
+    """[1, 4, 4, 16, 16] in 16 bits, reshaped and transposed to heads, which are read in 8."""
+    g = SmallGraph((1, 4, 4, 16, 16))
+
+    def coded(x: str, scale: float, zero: np.generic) -> str:
+        numbers = g.const(np.float32(scale)), g.const(zero)
+        return g("DequantizeLinear", g("QuantizeLinear", x, *numbers), *numbers)
+
+    x = coded("x", 8 / 65535, np.uint16(32768))
+    x = g("Transpose", g("Reshape", x, np.array([4, 4, 16, 16])), perm=[0, 1, 3, 2])
+    return g.model(coded(x, 8 / 255, np.uint8(128)))

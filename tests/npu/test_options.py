@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small_image_model import image_model
 from small_transformer import Choices, transformer
 
 from npu.units import tokens
+from ptq_onnx.api import quantize
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -77,6 +80,16 @@ def test_second_factors_have_eight_bits() -> None:
     assert {bits[role] for role in ("q", "softmax", "av", "residual1", "norm1")} == {16}
 
 
+def test_more_bits_leave_second_factors_at_eight_and_say_so() -> None:
+    model = transformer(Choices(packed=False))
+    blocks, sites = find_blocks(model), find_sites(model, find_blocks(model), whole=True)
+    config = QuantizeConfig(target="qnn", mixed=False, more_bits=("k=16", "q=16"), equalize=False)
+    quantizer = make_quantizer(Plan(model, blocks, sites, config))
+    bits = {sites[t].role: r.bits for t, r in quantizer.rules.items() if not sites[t].is_parameter}
+    assert (bits["q"], bits["k"], bits["v"]) == (16, 8, 8)
+    assert [n for n in quantizer.notes if "k and v keep 8 bits" in n]
+
+
 def test_nothing_below_where_gelu_is_zero_has_codes() -> None:
     model = transformer(Choices())
     blocks = find_blocks(model)
@@ -86,3 +99,33 @@ def test_nothing_below_where_gelu_is_zero_has_codes() -> None:
     specs = quantizer.calibrate([tokens(8) * np.float32(30)])
     (low,) = [s.clip[0] for t, s in specs.items() if sites[t].role == "fc1"]
     assert -4.6 <= low <= -4.4
+
+
+def test_auto_gives_sixteen_bits_where_they_are_needed(tmp_path: Path) -> None:
+    """Each decision is needed, the cost is its share of all elements, and the options found make
+    the same file."""
+    path = image_model(tmp_path / "float.onnx")
+    pictures = np.random.default_rng(0).normal(size=(48, 3, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "images.npy", pictures)
+    same: dict[str, Any] = {
+        "calib": tmp_path / "images.npy", "target": "qnn", "threads": 1, "report": False,
+        "images": 40,
+    }  # fmt: skip
+    plain = quantize(path, output=tmp_path / "plain", auto=True, min_sqnr=-1000, **same).report
+    bound = plain["auto"]["before"]["sqnr_db"] + 1
+    found = quantize(path, output=tmp_path / "auto", auto=True, min_sqnr=bound, **same).report
+    auto = found["auto"]
+    assert auto["met"]
+    assert auto["decisions"]
+    assert {one["decision"] for one in auto["decisions"]} == {"16 bits"}
+    assert auto["keep_float"] == []
+    assert all(text.endswith("=16") for text in auto["more_bits"])
+    assert auto["before"]["sqnr_db"] < bound <= auto["after"]["sqnr_db"]
+    rows = found["tensors"]
+    acts = [t for t in rows if not t["parameter"]]
+    assert {t["bits"] for t in acts} == {8, 16}
+    assert 0 < auto["cost"] < 100
+    again = tmp_path / "again"
+    quantize(path, output=again, mixed=False, more_bits=tuple(auto["more_bits"]), **same)
+    name = "quantized.onnx"
+    assert (again / name).read_bytes() == (tmp_path / "auto" / name).read_bytes()

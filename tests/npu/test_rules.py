@@ -91,6 +91,15 @@ def inner_weight_axis(graph: ir.Graph) -> None:
     weight.attributes["axis"] = ir.AttrInt64("axis", 0)
 
 
+def four_bits_for_all(graph: ir.Graph) -> None:
+    weight = node(graph, "MatMul").inputs[1].producer()
+    codes = weight.inputs[0].const_value.numpy()
+    kind = ir.DataType.INT4.numpy()
+    renew(graph, weight, 0, (codes // 32).astype(kind))
+    renew(graph, weight, 1, np.array(0.1, np.float32))
+    renew(graph, weight, 2, np.array(0, kind))
+
+
 def float_between(graph: ir.Graph) -> None:
     quantize, dequantize = behind(graph, "Softmax")
     dequantize.outputs[0].replace_all_uses_with(quantize.inputs[0])
@@ -116,6 +125,7 @@ BREAKS: dict[str, Callable[[ir.Graph], None]] = {
     "scale-positive": zero_scale,
     "activation-per-tensor": scale_per_channel,
     "weight-axis": inner_weight_axis,
+    "four-bits-per-channel": four_bits_for_all,
     "whole-units": float_between,
     "one-type": two_types,
     "norm-constants": wide_gamma,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,16 @@ import pytest
 from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
 
-from npu.swin_block import SIDE, swin_block
+from npu.convolutions import IMAGE, convolutional, images, swish_image
+from npu.swin_block import SIDE, square_heads, swin_block
 from npu.units import file_of, quantizer_for, tokens
+from ptq_onnx.blocks.walking import keeps_range
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.pipeline.writing import notes_on_sizes
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.qdq.unit_numbers import Numbers, joined
+from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.qdq.unit_numbers import Numbers, joined, numbers_of
+from ptq_onnx.qdq.units import complete
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.coding import Coding
 from ptq_onnx.targets.qnn.compiling import Compiler
@@ -68,8 +74,6 @@ def test_nothing_is_left_in_float(
 
 def test_it_computes_what_lowering_alone_computes() -> None:
     """Codes of layout ops, conversions and int32 biases change nothing that is not rounding."""
-    from ptq_onnx.qdq.lowering import lower
-
     quantizer = quantizer_for(transformer(Choices(), blocks=2), "8/16/16")
     x = tokens(16, seed=1)
     plain = run(lower(quantizer.model, quantizer.specs), x, 16)
@@ -92,6 +96,42 @@ def test_biases_are_int32_by_the_scales_of_the_product() -> None:
         data, weight, bias = (Coding(v.producer()) for v in node.inputs)
         assert bias.dtype == ir.DataType.INT32
         np.testing.assert_allclose(bias.scale, data.scale * weight.scale, rtol=1e-6)
+
+
+def test_multipliers_of_sixteen_bits_are_numbers_that_the_npu_holds() -> None:
+    """s_x s_w / s_y of every channel has 10 bits behind the first, for at most 1/2048 of s_w."""
+    quantizer = quantizer_for(transformer(Choices()), "8/16/16")
+    lowered, _ = file_of(quantizer)
+    names = {n.name: str(n.inputs[1].name) for n in quantizer.model.graph if n.op_type == "Linear"}
+    linears = [n for n in lowered.graph if n.op_type == "Linear"]
+    assert len(linears) == 7
+    for node in linears:
+        data, weight = (Coding(v.producer()).scale for v in node.inputs[:2])
+        (quantize,) = [use.node for use in node.outputs[0].uses()]
+        mantissa, _ = np.frexp(data * weight / Coding(quantize).scale)
+        np.testing.assert_allclose(mantissa * 2048, np.rint(mantissa * 2048), atol=1e-3)
+        own = quantizer.specs[names[node.name]].scale
+        np.testing.assert_allclose(weight, own, rtol=1 / 2048)
+        assert not np.array_equal(weight, own)
+    plain = file_of(quantizer_for(transformer(Choices()), "8/8/8"))[0]
+    node = next(n for n in plain.graph if n.op_type == "Linear")
+    specs = quantizer_for(transformer(Choices()), "8/8/8").specs
+    np.testing.assert_array_equal(
+        Coding(node.inputs[1].producer()).scale, specs[names[node.name]].scale
+    )
+
+
+def test_weights_of_four_bits_are_stored_in_four() -> None:
+    """With a scale per output channel, and what asks for 8 in int8."""
+    quantizer = quantizer_for(transformer(Choices()), "4/16/16", ["fc2=8"])
+    lowered, left = file_of(quantizer)
+    assert left == []
+    weights = [Coding(n.inputs[1].producer()) for n in lowered.graph if n.op_type == "Linear"]
+    assert Counter(w.dtype for w in weights) == {ir.DataType.INT4: 6, ir.DataType.INT8: 1}
+    assert {w.axis for w in weights} == {1}
+    plain = lower(quantizer.model, quantizer.specs)
+    x = tokens(16, seed=1)
+    assert decibels(run(plain, x, 16), run(lowered, x, 1)) >= 60
 
 
 def test_norms_have_uint8_gamma_without_loss_and_beta_in_steps_of_the_output() -> None:
@@ -181,3 +221,97 @@ def test_splits_become_slices_and_axes_of_one_are_reshaped_away() -> None:
     assert not {"Split", "Squeeze", "Unsqueeze", "Gather"} & kinds
     x = tokens(8, seed=1, count=SIDE * SIDE)
     assert decibels(run(swin_block(), x, 8), run(lowered, x, 1)) >= 30
+
+
+def test_only_what_is_dequantized_has_numbers() -> None:
+    """Not what else reads constants that would do for them, nor what no op makes."""
+    g = SmallGraph((2, 3))
+    scale, zero = g.const(np.float32(0.5), "scale"), g.const(np.uint8(7), "zero")
+    codes = g("QuantizeLinear", "x", scale, zero)
+    made = g("DequantizeLinear", codes, scale, zero)
+    clipped = g("Clip", made, scale, g.const(np.float32(2), "most"))
+    model = g.model(clipped)
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    assert numbers_of(values[made]) == Numbers(np.float32(0.5), 7, UINT8)
+    for other in (values[codes], values[clipped], model.graph.inputs[0]):
+        assert numbers_of(other) is None
+
+
+def test_convolutions_pools_and_gates_are_all_on_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every size of the image fixed, where the model leaves it open."""
+    monkeypatch.setattr(Compiler, "__call__", lambda *_: None)
+    quantizer = quantizer_for(convolutional(), "8/16/16", inputs=images)
+    lowered, left = file_of(quantizer, image=IMAGE)
+    assert left == []
+    assert lowered.graph.inputs[0].shape == ir.Shape([1, *IMAGE])
+    path = tmp_path / "quantized.onnx"
+    graphs.save(lowered, path)
+    report = check(path, "qnn")
+    assert report.violations == ()
+    assert report.quantized_linears == report.linears == 7
+    x = images(4, seed=1)
+    assert decibels(run(convolutional(), x, 4), run(lowered, x, 1)) >= 45
+
+
+def test_it_is_told_that_the_size_of_images_is_fixed() -> None:
+    (note,) = notes_on_sizes(convolutional(), IMAGE, "qnn")
+    assert "takes images of 16x24 alone" in note
+    assert notes_on_sizes(transformer(Choices()), IMAGE, "qnn") == []
+    assert notes_on_sizes(SmallGraph(("batch", *IMAGE)).model("x"), IMAGE, "qnn") == []
+
+
+def test_transposed_convolutions_have_a_scale_per_output_channel() -> None:
+    lowered, _ = file_of(quantizer_for(convolutional(), "8/8/8", inputs=images), image=IMAGE)
+    (node,) = [n for n in lowered.graph if n.op_type == "ConvTranspose"]
+    data, weight, bias = (Coding(v.producer()) for v in node.inputs)
+    assert (weight.dtype, weight.axis) == (ir.DataType.INT8, 1)
+    largest = np.abs(weight.node.inputs[0].const_value.numpy()).max(axis=(0, 2, 3))
+    assert largest.tolist() == [127] * 6
+    np.testing.assert_allclose(bias.scale, data.scale * weight.scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "Resize"])
+def test_ops_that_pick_or_interpolate_keep_the_numbers(kind: str) -> None:
+    """In the file and in the specs, whatever the range of what they make."""
+    quantizer = quantizer_for(convolutional(), "8/8/8", inputs=images)
+    lowered, _ = file_of(quantizer, image=IMAGE)
+    (node,) = [n for n in lowered.graph if n.op_type == kind]
+    (quantize,) = [use.node for use in node.outputs[0].uses()]
+    assert Numbers.of(quantize) == Numbers.of(node.inputs[0].producer())
+    (node,) = [n for n in quantizer.model.graph if n.op_type == kind]
+    read, made = (quantizer.specs[str(v.name)] for v in (node.inputs[0], node.outputs[0]))
+    assert (made.scale, made.zero_point) == (read.scale, read.zero_point)
+
+
+def test_a_cubic_resize_has_numbers_of_its_own() -> None:
+    """It overshoots."""
+    cubic = ir.node("Resize", [ir.val("x")], {"mode": "cubic"})
+    assert not keeps_range(cubic)
+    assert keeps_range(ir.node("Resize", [ir.val("x")]))
+
+
+def test_conversions_to_fewer_bits_stand_in_front_of_what_only_orders() -> None:
+    model, plain = square_heads(), square_heads()
+    assert complete(model) == []
+    ops = [n.op_type for n in model.graph]
+    pair = ["QuantizeLinear", "DequantizeLinear"]
+    assert ops == [*pair, *pair, "Reshape", *pair, "Transpose", *pair]
+    kinds = [Coding(n).dtype for n in model.graph if n.op_type == "QuantizeLinear"]
+    assert kinds == [UINT16, UINT8, UINT8, UINT8]
+    x = np.random.default_rng(0).normal(size=(1, 4, 4, 16, 16)).astype(np.float32)
+    np.testing.assert_array_equal(run(model, x, 1), run(plain, x, 1))
+
+
+@pytest.mark.parametrize(("bits", "apart"), [("8/16/16", 1), ("8/8/8", 0)])
+def test_a_swish_is_kept_apart_in_sixteen_bits(bits: str, apart: int) -> None:
+    lowered, left = file_of(quantizer_for(swish_image(), bits, inputs=images), image=IMAGE)
+    assert left == []
+    relus = [n for n in lowered.graph if n.op_type == "Relu"]
+    assert len(relus) == apart
+    for node in relus:
+        (quantize,) = [use.node for use in node.outputs[0].uses()]
+        assert Numbers.of(node.inputs[0].producer()) == Numbers.of(quantize)
+    x = images(4, seed=1)
+    assert decibels(run(swish_image(), x, 4), run(lowered, x, 1)) >= 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -25,19 +25,28 @@ def tokens(images: int, seed: int = 0, count: int = TOKENS) -> np.ndarray:
 
 
 def quantizer_for(
-    model: ir.Model, bits: str, more: Sequence[str] = (), count: int = TOKENS
+    model: ir.Model,
+    bits: str,
+    more: Sequence[str] = (),
+    count: int = TOKENS,
+    inputs: Callable[[int, int], np.ndarray] | None = None,
 ) -> SiteQuantizer:
-    """The quantizer of the target qnn on an equalised model, calibrated."""
+    """The quantizer of the target qnn on an equalised model, calibrated on ``inputs`` (how many,
+    seed), tokens where that is not given."""
+    made = inputs or (lambda images, seed: tokens(images, seed, count))
     config = QuantizeConfig(target="qnn", bits=bits, more_bits=tuple(more), mixed=False, threads=1)
     blocks = find_blocks(model)
-    batches = [tokens(8, count=count), tokens(8, seed=2, count=count)]
-    plan = equalise(Plan(model, blocks, find_sites(model, blocks), config), batches)
+    batches = [made(8, 0), made(8, 2)]
+    whole = inputs is not None
+    plan = equalise(Plan(model, blocks, find_sites(model, blocks, whole=whole), config), batches)
     quantizer = make_quantizer(plan)
     quantizer.run(torch.from_numpy(batches[0][:1]), batches)
     return quantizer
 
 
-def file_of(quantizer: SiteQuantizer, batch: int = 1) -> tuple[ir.Model, list[str]]:
+def file_of(
+    quantizer: SiteQuantizer, batch: int = 1, image: Sequence[int] = ()
+) -> tuple[ir.Model, list[str]]:
     """The model of the file, and what stays in float."""
-    model = with_batch(lower(quantizer.model, quantizer.specs), batch)
+    model = with_batch(lower(quantizer.model, quantizer.specs), batch, image)
     return model, complete(model)

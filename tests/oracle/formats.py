@@ -14,6 +14,8 @@ multiplied behind. ``centred``: the mean over the tokens of x, in whole steps, i
 a product with it adds the mean to its result. ``dynamic``: s = (max - min) / 255 of the whole
 tensor, zero among them, in place of scale and zero point. ``token`` and ``column``: x is divided by
 the largest magnitude of its last axis, or of the one before, and multiplied behind.
+``token_skewed``: by the largest value, or the least one below zero as many times as there are more
+codes above zero than below.
 """
 
 from __future__ import annotations
@@ -143,6 +145,11 @@ class Format:
         if self.granularity in VECTORS:
             top = np.abs(x).max(axis=VECTORS[self.granularity], keepdims=True)
             top = np.maximum(top, 1e-30)
+            part = x / top
+        if self.granularity == "token_skewed":
+            skew = (self.limits[1] - zero) / zero
+            ends = x.max(axis=-1, keepdims=True), -skew * x.min(axis=-1, keepdims=True)
+            top = np.maximum(np.maximum(*ends), 1e-30)
             part = x / top
         if self.centred:
             # The mean of whole steps, in single precision: half a step more or less is another

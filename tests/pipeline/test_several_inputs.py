@@ -16,6 +16,8 @@ from small_image_model import HEADS, WIDTH, linear, pictures, random
 
 import ptq_onnx
 from ptq_onnx.errors import ConfigError, ImageError, PtqError
+from ptq_onnx.images.preprocess import load_image
+from ptq_onnx.pipeline.several_inputs import open_source
 from ptq_onnx.report.schema import report_schema, violations
 from ptq_onnx.runtime.packed import pack, unpack
 
@@ -166,11 +168,45 @@ def test_pictures_with_a_mask(place: Path, given: str) -> None:
     mask = np.ones((2, 16), np.int64) if "=" in given else np.load(place / given)[:2]
     names = sorted((place / "pictures").glob("*.png"))[:2]
     shown = ptq_onnx.Preprocess.named("inception", 16)
-    from ptq_onnx.images.preprocess import load_image
-
     x = np.stack([load_image(name, shown) for name in names])
     real = outputs(place / "masked.onnx", {"x": x, "mask": mask})
     assert decibels(real, outputs(run.output / "quantized.onnx", {"x": x, "mask": mask})) > 25
+
+
+def test_workers_and_seeds_take_every_input(place: Path) -> None:
+    """The same bytes and figures as of one process; another seed draws other entries, and every
+    picture keeps its own mask."""
+    words, made = [f"mask={place / 'own.npy'}"], []
+    own = np.ones((COUNT, 16), np.int64)
+    own[np.arange(COUNT), np.arange(COUNT) % 16] = 0
+    np.save(place / "own.npy", own)
+    for workers, seed in ((1, 3), (2, 3), (1, 4)):
+        output = place / f"drawn{workers}{seed}"
+        ptq_onnx.quantize(
+            place / "masked.onnx", calib=place / "pictures", input=words, output=output,
+            preprocess="inception", report=False, seed=seed, workers=workers, batch=5,
+            quantizer="channelwise", method="minmax", **QUICK,
+        )  # fmt: skip
+        made.append((output / "quantized.onnx").read_bytes())
+    assert made[0] == made[1] != made[2]
+    found = [
+        ptq_onnx.evaluate(
+            place / "drawn13/quantized.onnx", place / "pictures", reference=place / "masked.onnx",
+            input=words, threads=1, workers=workers, batch_size=5,
+        )
+        for workers in (1, 2)
+    ]  # fmt: skip
+    assert found[0] == found[1]
+    assert (found[0].count, found[0].left_out) == (COUNT, ())
+    shown = ptq_onnx.Preprocess.named("inception", 16)
+    source = open_source(place / "masked.onnx", place / "pictures", shown, words).drawn(7, 3)
+    for names, batch in source.named_batches(2):
+        parts = unpack(batch)
+        assert parts is not None
+        places = [source.reopened().names.index(name) for name in names]
+        np.testing.assert_array_equal(parts[1], own[places])
+        for name, picture in zip(names, parts[0], strict=True):
+            np.testing.assert_array_equal(picture, load_image(place / "pictures" / name, shown))
 
 
 def test_what_is_refused_in_one_line(place: Path) -> None:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, numpy_helper
-from small_graph import SmallGraph, run
+from small_graph import SmallGraph, run, text
 from test_targets import decibels
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -178,6 +178,21 @@ def test_attributes_and_readers_that_need_32_bits() -> None:
     np.testing.assert_array_equal(run(before, x)[0], expected)
 
 
+def test_statistics_of_a_norm_and_whole_numbers_keep_their_types() -> None:
+    """Mean and inverse deviation have the type that ``stash_type`` says, whatever the input's."""
+    g = SmallGraph((2, 3))
+    g.inputs.append(onnx.helper.make_tensor_value_info("rows", TensorProto.INT64, (2,)))
+    norm = g("LayerNormalization", "x", np.ones(3), np.zeros(3), axis=-1, outputs=3)
+    model = to_float16(g.model(g("Gather", norm, "rows"), f"{norm}_1", f"{norm}_2"))
+    found = {v.name: v.dtype for node in model.graph for v in node.outputs}
+    assert found[norm] == ir.DataType.FLOAT16
+    assert found[f"{norm}_1"] == found[f"{norm}_2"] == ir.DataType.FLOAT
+    casts = [node.inputs[0].name for node in model.graph if node.op_type == "Cast"]
+    assert len(casts) == 2  # the image, and the first output
+    assert casts[0] == "x"
+    onnx.checker.check_model(onnx.load_from_string(graphs.serialize(model)), full_check=True)
+
+
 @pytest.mark.parametrize("output", [False, True])
 def test_norms_of_squares_stay_in_32_bits(output: bool) -> None:
     """400² is beyond 16 bits, and so is the 1e-12 that keeps a quotient finite."""
@@ -260,6 +275,25 @@ def test_small_scales_that_cannot_grow_are_refused() -> None:
     coded = g("QuantizeLinear", "x", scale, zero)
     with pytest.raises(ModelError, match="'small': expected at least 2\\^-14"):
         to_float16(g.model(g("DequantizeLinear", coded, scale, zero)))
+
+
+@pytest.mark.parametrize("op", ["Linear", "Conv"])
+def test_a_scale_in_front_of_a_computed_bias_stays(op: str) -> None:
+    """The factor would have to go into the bias as well, which is no constant."""
+    g = SmallGraph((2, 3, 2, 2) if op == "Conv" else (2, 3))
+    codes = np.ones((4, 3, 2, 2) if op == "Conv" else (3, 4), np.int8)
+    weight = g(
+        "DequantizeLinear",
+        g.const(codes, "codes"),
+        g.const(np.full(4, 1e-5), "scale"),
+        axis=0 if op == "Conv" else 1,
+    )
+    bias = g("Abs", g.const(np.arange(4.0), "b"))
+    domain = "ptq_onnx" if op == "Linear" else ""
+    model = g.model(g(op, "x", weight, bias, domain=domain))
+    before = text(model)
+    assert enlarge_small_scales(model.graph) == 0
+    assert text(model) == before
 
 
 def test_scaled_sums_stay_in_range_as_means() -> None:

@@ -18,12 +18,18 @@ from small_graph import SmallGraph, run, sample
 
 import ptq_onnx
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.numerics.around.run_time import ColumnMaximum, RunTimeRange, TokenMaximum
+from ptq_onnx.numerics.around.run_time import (
+    ColumnMaximum,
+    RunTimeRange,
+    SkewedToken,
+    TokenMaximum,
+)
 from ptq_onnx.numerics.fake_quantize import clipped, fake_quantize
 from ptq_onnx.numerics.scales_file import read_scales
-from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.quantizers.solved_specs import tensor_spec
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.optimised import optimised_histogram
 
@@ -42,6 +48,11 @@ def whole(tensor: str = "x") -> TensorSpec:
 def vectors(around: TokenMaximum, tensor: str = "x") -> TensorSpec:
     rule = Rule(8, method="fixed", around=(around,))
     return TensorSpec(tensor, rule, np.float32(1 / 127), np.int32(0))
+
+
+def skewed(tensor: str = "x") -> TensorSpec:
+    rule = Rule(8, False, False, method="fixed", around=(SkewedToken(),))
+    return TensorSpec(tensor, rule, np.float32(1 / 223), np.int32(32))
 
 
 def by_the_standard(x: np.ndarray) -> np.ndarray:
@@ -69,7 +80,9 @@ def test_a_tensor_as_the_standard_has_it(seed: int, size: float, shift: float) -
 
 
 @pytest.mark.parametrize("x", [np.zeros((2, 4)), np.full((2, 4), 3.0), np.full((2, 4), -1e30)])
-@pytest.mark.parametrize("spec", [whole(), vectors(TokenMaximum()), vectors(ColumnMaximum())])
+@pytest.mark.parametrize(
+    "spec", [whole(), vectors(TokenMaximum()), vectors(ColumnMaximum()), skewed()]
+)
 def test_odd_tensors_stay_finite(spec: TensorSpec, x: np.ndarray) -> None:
     x = x.astype(np.float32)
     np.testing.assert_allclose(fake_quantize(x, spec), x, rtol=1e-5)
@@ -91,6 +104,48 @@ def test_a_massive_token_harms_only_itself() -> None:
     alone[0, 2] /= 1000
     np.testing.assert_array_equal(rows, fake_quantize(alone, vectors(TokenMaximum()))[0, others])
     assert np.abs(fake_quantize(x, whole())[0, others]).max() < np.abs(x[0, 2]).max() / 100
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.01, 1.0, 300.0]))
+def test_tokens_that_reach_up_have_nearly_twice_the_codes(seed: int, size: float) -> None:
+    """Half of 1/223 of the largest value, of 223/32 of the least where that is more; zero is exact,
+    and a second time changes nothing."""
+    rng = np.random.default_rng(seed)
+    x = (size * np.maximum(rng.normal(size=(2, 6, 16)), -0.17)).astype(np.float32)
+    x[0, 0], x[0, 1, 3], x[1, 2] = 0, 1000 * size, -np.abs(x[1, 2])
+    found = fake_quantize(x, skewed())
+    top = np.maximum(x.max(axis=-1, keepdims=True), -223 / 32 * x.min(axis=-1, keepdims=True))
+    assert (np.abs(found - x) <= top / 223 / 2 * 1.001).all()
+    assert (found[x == 0] == 0).all()
+    again = fake_quantize(found, skewed())
+    np.testing.assert_allclose(again, found, rtol=1e-5, atol=float(top.max()) * 1e-6)
+
+
+def test_the_file_computes_skewed_codes() -> None:
+    """The least and the largest of each token, no magnitudes."""
+    x = np.maximum(sample(2, 6, 8), np.float32(-0.1))
+    g = SmallGraph((2, 6, 8))
+    read = g("Identity", "x")
+    made = g("Linear", read, sample(8, 5, seed=1), sample(5, seed=2), domain="ptq_onnx")
+    lowered = graphs.to_standard(lower(g.model(made), {read: skewed(read)}))
+    ops = Counter(node.op_type for node in lowered.graph)
+    assert (ops["ReduceMax"], ops["ReduceMin"], ops["Abs"], ops["QuantizeLinear"]) == (1, 1, 0, 1)
+    wanted = fake_quantize(x, skewed()) @ sample(8, 5, seed=1) + sample(5, seed=2)
+    np.testing.assert_allclose(run(lowered, x)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_every_width_has_an_eighth_below_zero(bits: int) -> None:
+    rule = Rule(bits, False, False, method="fixed", around=(SkewedToken(),))
+    site = Site("x", "fc2", 0, (1,), (2, 3), "n", ("m",))
+    spec = tensor_spec(site, rule, SkewedToken.least(1 << bits), 1.0)
+    zero = {2: 0, 3: 1, 4: 2, 6: 8, 8: 32}[bits]
+    assert int(spec.zero_point) == zero
+    assert float(spec.scale) == pytest.approx(1 / ((1 << bits) - 1 - zero))
+    x = np.array([[0, 0.4, 1, SkewedToken.least(1 << bits)]], np.float32)
+    assert (np.abs(fake_quantize(x, spec) - x) <= spec.scale / 2 * 1.001).all()
+    assert TensorSpec.from_json("x", spec.to_json()).rule == rule
 
 
 def test_steps_come_back_before_the_bias() -> None:
@@ -157,7 +212,7 @@ def test_every_product_is_computed_in_integers(place: Path, way: str) -> None:
     assert (ops.get("DynamicQuantizeMatMul", 0) > 0) == (way == "dynamic")
     held = read_scales(place / way / "report.json")
     around = {type(a) for s in held.values() for a in s.rule.around}
-    wanted = {RunTimeRange} if way == "dynamic" else {TokenMaximum, ColumnMaximum}
+    wanted = {RunTimeRange} if way == "dynamic" else {TokenMaximum, SkewedToken, ColumnMaximum}
     assert wanted <= around
     assert RunTimeRange in wanted or RunTimeRange not in around
 

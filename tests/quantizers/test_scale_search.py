@@ -149,3 +149,17 @@ def test_a_range_that_is_known_stays() -> None:
             step = (high - low) / 255
             assert float(quantizer.specs[tensor].scale) == pytest.approx(step, rel=1e-3)
     assert quantizer.plan.fixed
+
+
+def test_of_equals_the_range_that_was_calibrated_stays() -> None:
+    """The map of a single key is 1 everywhere: ρ does not see how far it is clipped."""
+    weights, values = np.ones((1, 40, 1), np.float32), sample(1, 1, 6, seed=4)
+    one = spec(1 / 255, bits=8, signed=False, symmetric=False)
+    product = Product(
+        (Operand("map", one, weights), Operand("v", None, values)), weights @ values, np.ones(40)
+    )
+    candidates = np.linspace(search.LEAST, search.MOST, search.NUMBER)
+    candidates = candidates[np.argsort(np.abs(candidates - 1), kind="stable")]
+    scores = product.scores(0, candidates, 1.0, correlation)
+    assert candidates[search._first_good(scores)] == 1
+    assert search._first_good(np.array([0.9, 0.99, 0.9899999, 0.98])) == 1

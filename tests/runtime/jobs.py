@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ptq_onnx.errors import ModelError
+from ptq_onnx.runtime.devices import chosen
 
 
 def squares(base: int) -> Callable[[int], tuple[int, int]]:
@@ -37,3 +38,7 @@ def waits(path: str) -> Callable[[int], int]:
         return 0
 
     return run
+
+
+def tells_device() -> Callable[[int], str]:
+    return lambda _: chosen()

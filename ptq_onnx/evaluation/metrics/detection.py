@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,8 @@ from ptq_onnx.evaluation.metrics.metric import Metric, Outputs, Running, Values
 from ptq_onnx.images.preprocess import placed
 
 Array = NDArray[np.float32]
+SIDES = 4, 5
+"""What the last axis of boxes may have: their sides, and the score behind them."""
 MOST_BOXES = 100
 """Of an image, the surest: what COCO counts."""
 SURE = 0.5
@@ -53,7 +55,7 @@ class Detection(Metric):
     name: ClassVar[str] = "detection"
     figure: ClassVar[str] = "mAP"
     takes: ClassVar[dict[str, str]] = {
-        "boxes": "the boxes [batch, N, 4]",
+        "boxes": "the boxes [batch, N, 4], or [batch, N, 5] with the score behind",
         "scores": "the scores [batch, N], or class logits [batch, N, classes]",
         "labels": "the classes [batch, N], where the scores are not by class",
         "form": "cxcywh (centre and size), xyxy (corners) or xywh (corner and size)",
@@ -78,6 +80,7 @@ class Detection(Metric):
         """The surest boxes of each image."""
         rows = self._boxes(names, outputs)
         scores, classes = self._scores(names, outputs, rows)
+        rows = rows[..., :4]
         form = self.options.get("form")
         if form is None:
             form = "cxcywh" if self._relative(rows) else "xyxy"
@@ -103,29 +106,32 @@ class Detection(Metric):
 
     def _annotated(self, name: str) -> Boxes:
         assert self.targets is not None
-        entries = self.targets.boxes(name)
         try:
             width, height, left, top = placed(*self.targets.size(name), self.targets.preprocess)
         except ValueError as error:
             raise ImageError(f"Image '{name}': {error}.") from None
-        own = np.array([e["bbox"] for e in entries], np.float32).reshape(-1, 4)
+        own = annotated(self.targets.boxes(name))
         before = self.targets.size(name)
         scale = np.array([width / before[0], height / before[1]] * 2, np.float32)
-        corners = _corners(own, "xywh") * scale - np.array([left, top, left, top], np.float32)
+        corners = own.corners * scale - np.array([left, top, left, top], np.float32)
         down, across = self.input_size
         cut = np.clip(corners, 0, np.array([across, down, across, down], np.float32))
         there = ((cut[:, 2] - cut[:, 0]) > 1) & ((cut[:, 3] - cut[:, 1]) > 1)
-        classes = np.array([e["category_id"] for e in entries], np.int64)
-        crowd = np.array([e["iscrowd"] for e in entries], bool)
-        return Boxes(
-            cut[there], np.ones(int(there.sum()), np.float32), classes[there], crowd[there]
-        )
+        return Boxes(cut[there], own.scores[there], own.classes[there], own.crowd[there])
 
     def _boxes(self, names: Sequence[str], outputs: Outputs) -> Array:
-        fits = {n: v.dtype.kind == "f" and v.shape[-1:] == (4,) for n, v in outputs.items()}
+        for sides in SIDES:
+            fits = {n: v.dtype.kind == "f" and v.shape[-1:] == (sides,) for n, v in outputs.items()}
+            if any(fits.values()):
+                break
         named = {n: good and "box" in n.lower() for n, good in fits.items()}
         fits = named if any(named.values()) else fits  # four classes have the same shape
         found = self.output(outputs, "boxes", fits, "boxes [batch, N, 4]")
+        if found.shape[-1:] not in [(s,) for s in SIDES]:
+            raise ConfigError(
+                f"--metric-option boxes={self.options['boxes'][:60]}: the output is"
+                f" {list(found.shape)}; expected [batch, N, 4], or 5 with the score behind."
+            )
         self._own = next(n for n, v in outputs.items() if v is found)
         return np.asarray(_of_images(found, names, 3), np.float32)
 
@@ -135,7 +141,10 @@ class Detection(Metric):
         if units is not None:
             return self.word("units", ("relative", "pixels")) == "relative"
         if self._looked is None:
-            self._looked = bool(np.abs(rows).max(initial=0) <= 2)
+            largest = np.abs(rows).max(initial=0)
+            if largest == 0:  # no box, or rows filled up with nothing: the next batch will tell
+                return False
+            self._looked = bool(largest <= 2)
             self.guess(f"units={'relative' if self._looked else 'pixels'}")
         return self._looked
 
@@ -144,6 +153,8 @@ class Detection(Metric):
     ) -> tuple[Array, NDArray[np.int64]]:
         """Scores and classes [B, N]."""
         count = rows.shape[1]
+        if rows.shape[2] == 5 and "scores" not in self.options:
+            return rows[..., 4], self._labels(names, outputs, count)
         fits = {
             n: v.dtype.kind == "f" and n != self._own and count in v.shape[-2:]
             for n, v in outputs.items()
@@ -160,10 +171,14 @@ class Detection(Metric):
             elif activation == "sigmoid":
                 values = np.asarray(1 / (1 + np.exp(-values)), np.float32)
             return values.max(axis=-1), self._numbered(values.argmax(axis=-1))
+        scores = np.asarray(_of_images(found, names, 2), np.float32)
+        return scores, self._labels(names, outputs, count)
+
+    def _labels(self, names: Sequence[str], outputs: Outputs, count: int) -> NDArray[np.int64]:
+        """Classes [B, N]."""
         fits = {n: v.dtype.kind in "iu" and v.shape[-1:] == (count,) for n, v in outputs.items()}
         classes = self.output(outputs, "labels", fits, f"classes of {count} boxes")
-        scores = np.asarray(_of_images(found, names, 2), np.float32)
-        return scores, self._numbered(_of_images(classes, names, 2))
+        return self._numbered(_of_images(classes, names, 2))
 
     def _numbered(self, classes: Values) -> NDArray[np.int64]:
         """COCO's category ids."""
@@ -192,6 +207,14 @@ class _Kept(Running):
     def figures(self) -> dict[str, float]:
         """Percentages. Raises ImageError where no image has a box."""
         return average_precision(self._truth, self._found)
+
+
+def annotated(entries: Sequence[Mapping[str, Any]]) -> Boxes:
+    """COCO's annotations of a picture, in its own pixels."""
+    rows = np.array([e["bbox"] for e in entries], np.float32).reshape(-1, 4)
+    classes = np.array([e["category_id"] for e in entries], np.int64)
+    crowd = np.array([e["iscrowd"] for e in entries], bool)
+    return Boxes(_corners(rows, "xywh"), np.ones(len(rows), np.float32), classes, crowd)
 
 
 def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes]) -> dict[str, float]:

@@ -112,6 +112,11 @@ class Targets:
         """Width and height of a picture, as COCO's annotations have them."""
         return self._sizes[self._index(image)]
 
+    @property
+    def images(self) -> list[str]:
+        """The pictures that COCO's annotations name, sorted."""
+        return sorted(self._coco[0])
+
     def _index(self, image: str) -> int:
         images = self._coco[0]
         index = images.get(image, images.get(PurePosixPath(image).name))

@@ -67,12 +67,52 @@ class TokenMaximum(Around):
         product."""
         axes = builder.constant("vector", np.array([self.axis], np.int64))
         least = builder.constant("vector_least", LEAST)
-        size = builder.op("Abs", [value], "magnitude")
-        top = builder.op("ReduceMax", [size, axes], "vector_max", single=self.axis)
-        held = builder.op("Max", [top, least], "vector_held", single=self.axis)
+        ends = self.top(builder, value, axes, numbers.scale)
+        held = builder.op("Max", [*ends, least], "vector_held", single=self.axis)
         inverse = builder.op("Reciprocal", [held], "vector_inverse", single=self.axis)
         part = builder.op("Mul", [value, inverse], "vector_scaled")
         return part, Restore("Mul", held, RESCALED, self.index)
+
+    def top(self, builder: Builder[V], value: V, axes: V, scale: Array) -> tuple[V, ...]:
+        """What the largest of is the magnitude that vectors are divided by."""
+        size = builder.op("Abs", [value], "magnitude")
+        return (builder.op("ReduceMax", [size, axes], "vector_max", single=self.axis),)
+
+
+@dataclass(frozen=True)
+class SkewedToken(TokenMaximum):
+    """The same of rows that reach further up than down, as behind GELU: an eighth of the codes are
+    below zero, which stays exact, and m is the largest value, or what the least asks for."""
+
+    name: ClassVar[str] = "token_skewed"
+
+    @staticmethod
+    def least(levels: int) -> float:
+        """The lower end of what so many codes hold where 1 is the upper one; both are codes."""
+        zero = round((levels - 1) / 8)
+        return -zero / (levels - 1 - zero)
+
+    def relative(self, x: Array, scale: Array) -> Relative:
+        """Vectors over m, up to 1; those of zeros stay."""
+        low, high = (end(x, axis=self.axis, keepdims=True) for end in (np.min, np.max))
+        top = np.maximum(np.maximum(high, low * -_skew(scale)), LEAST)
+        return Relative(np.asarray(x * (np.float32(1) / top), np.float32), factor=top)
+
+    def top(self, builder: Builder[V], value: V, axes: V, scale: Array) -> tuple[V, ...]:
+        """The largest value, and the least as many times as there are more codes above zero."""
+        by = builder.constant("vector_skew", -_skew(scale))
+        least = builder.op("ReduceMin", [value, axes], "vector_min", single=self.axis)
+        return (
+            builder.op("ReduceMax", [value, axes], "vector_max", single=self.axis),
+            builder.op("Mul", [least, by], "vector_min_skewed", single=self.axis),
+        )
+
+
+def _skew(scale: Array) -> np.float32:
+    """Codes above zero for one below, by the step of vectors up to 1; 0 without any below."""
+    above = round(1 / float(scale))
+    below = round(above / 7)
+    return np.float32(above / below if below else 0)
 
 
 @dataclass(frozen=True)

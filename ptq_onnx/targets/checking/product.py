@@ -97,9 +97,9 @@ class Product:
 
     @property
     def coded(self) -> bool:
-        """Both factors are quantized, to 8 or 16 bits."""
+        """Both factors are quantized, to 4, 8 or 16 bits."""
         codes = (o.dequantize.dtype for o in self.operands if o.dequantize is not None)
-        return [c in EIGHT_BITS or c in SIXTEEN_BITS for c in codes] == [True, True]
+        return [c in (*EIGHT_BITS, *SIXTEEN_BITS, *FOUR_BITS) for c in codes] == [True, True]
 
     @property
     def weight_only(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,12 @@ class Interval:
         """From numbers or arrays of any type."""
         return cls(low, high)
 
-    @property
+    @cached_property
     def least(self) -> int:
         """The smallest value of any channel."""
         return int(self.low.min())
 
-    @property
+    @cached_property
     def most(self) -> int:
         """The largest value of any channel."""
         return int(self.high.max())

@@ -77,14 +77,20 @@ class Ranges:
     overflows: list[Overflow] = field(default_factory=list)
 
 
-def integer_ranges(model: ir.Model, inputs: Mapping[str, tuple[int, int]] | None = None) -> Ranges:
+def integer_ranges(
+    model: ir.Model,
+    inputs: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    inferred: bool = False,
+) -> Ranges:
     """Ranges of all integer tensors of a model in standard ONNX. Floats are left out.
 
-    ``inputs``: ranges of integer inputs by name, narrower than their types.
+    ``inputs``: ranges of integer inputs by name, narrower than their types. ``inferred``: the
+    model comes from :func:`with_types`.
     """
-    inferred = with_types(model)
-    analysis = _Analysis(inferred)
-    for value in inferred.graph.inputs:
+    model = model if inferred else with_types(model)
+    analysis = _Analysis(model)
+    for value in model.graph.inputs:
         limits = (inputs or {}).get(str(value.name))
         if limits is not None:
             analysis.found[value] = Interval.of(*limits)

@@ -107,6 +107,18 @@ def weight_axis(model: QuantizedModel) -> Iterator[Finding]:
     yield from common.once(common.wrong_weight_axes(model))
 
 
+def four_bits_per_channel(model: QuantizedModel) -> Iterator[Finding]:
+    """Weights of 4 bits have a scale per output channel: with one for all, 2.7.0 reads their codes
+    wrongly (measured)."""
+    for coding in model.codings:
+        if coding.dtype in FOUR_BITS and is_constant(coding.node.inputs[0]) and coding.per_tensor:
+            yield Finding(
+                coding.name,
+                "expected a scale per output channel of 4-bit codes, found one for all; give the"
+                " weight one per channel, or 8 bits.",
+            )
+
+
 def whole_units(model: QuantizedModel) -> Iterator[Finding]:
     """Every op has DequantizeLinear on its inputs and QuantizeLinear on its output, else HTP
     computes it in float, or not at all (QNN Execution Provider, "Running a model with QNN EP's HTP
@@ -261,6 +273,7 @@ STATIC: tuple[Rule, ...] = (
     scale_positive,
     activation_per_tensor,
     weight_axis,
+    four_bits_per_channel,
     whole_units,
     one_type,
     norm_constants,

@@ -44,7 +44,11 @@ def run(step: Any, *inputs: NDArray[Any], limits: dict[str, tuple[int, int]] | N
     """The step's output in ONNX Runtime; the interpreter must give the same, without overflow,
     and every tensor must stay in its proved range (``limits``: those of the inputs)."""
     proto = model_of(step, *inputs)
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     (found,) = session.run(None, {f"x{i}": x for i, x in enumerate(inputs)})
     interpreter = Interpreter(proto)
     interpreter.inputs = interpreter.inputs[:1]

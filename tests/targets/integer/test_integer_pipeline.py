@@ -21,7 +21,9 @@ TOKENS, WIDTH, HEADS, BLOCKS = 65, 64, 4, 6
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("integer") / "out"
-    config = QuantizeConfig(target="integer", images=16, analysis_images=2, pictures=False)
+    config = QuantizeConfig(
+        target="integer", images=16, analysis_images=2, pictures=False, threads=1
+    )
     quantize(DIGITS, config=config, output=folder, calib=ROOT / "img/digits/calib")
     return folder
 

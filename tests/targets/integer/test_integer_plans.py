@@ -16,6 +16,7 @@ from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.targets.integer.elementwise import MeanStep, TableStep
 from ptq_onnx.targets.integer.fixed_point import fixed_point
 from ptq_onnx.targets.integer.nodes import make_plan
+from ptq_onnx.targets.integer.rules import no_float_inside
 
 UINT8 = Rule(8, signed=False, symmetric=False)
 
@@ -203,3 +204,32 @@ def test_the_largest_multiplier(bits: int) -> None:
     step = fixed_point([np.array(2.0**40)], np.zeros(()), [1], (0, 255), bits)
     assert int(step.multipliers[0]) == 2**bits - 1
     assert int(step.shift) == 0
+
+
+@pytest.mark.parametrize("op", ["Erf", "Tanh"])
+def test_what_stands_beside_a_gelu_by_polynomial_stays_a_table(op: str) -> None:
+    g = SmallGraph((1, 5, 4))
+    planned = plan_of(g, g(op, g("Gelu", "x")), gelu="polynomial").steps
+    kinds = {node.op_type: isinstance(one.step, TableStep) for node, one in planned.items()}
+    assert kinds == {"Gelu": False, op: True}
+
+
+@pytest.mark.parametrize("left", ["split2", "split2_1"])
+def test_a_linear_of_which_a_part_stays_in_float(left: str) -> None:
+    """Its columns are requantized where they end up, all or none."""
+    g = SmallGraph((1, 5, 4))
+    parts = g("Split", g("Add", g("MatMul", "x", sample(4, 8)), sample(8)), axis=-1, outputs=2,
+              num_outputs=2)  # fmt: skip
+    ends = [g("Erf", parts), g("Erf", f"{parts}_1")]
+    assert len(plan_of(g, *ends, specs={"add1": None}).steps) == 3
+    with pytest.raises(ModelError, match="stay"):
+        plan_of(g, *ends, specs={"add1": None, left: None})
+
+
+def test_what_makes_a_tensor_of_unknown_type_is_named() -> None:
+    g = SmallGraph((1, 5, 4), dtype=3)
+    model = g.model(g("Identity", g("Odd", "x", domain="elsewhere")))
+    for node in model.graph:
+        node.outputs[0].type = None
+    told = [f.text for f in no_float_inside(model)]
+    assert "Odd: the type of 'odd0' is not known." in told

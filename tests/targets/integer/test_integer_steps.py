@@ -6,6 +6,7 @@ interpreter, which refuses overflows; all must agree to the bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -167,6 +168,26 @@ def test_linears_multiply_bytes_exactly(extreme: bool) -> None:
         np.testing.assert_array_equal(run(step, x), expected.astype(np.int64))
         np.testing.assert_array_equal(step(x.astype(np.int64)), expected.astype(np.int64))
         assert np.abs(expected).max() <= largest_sum(weight, zero, (0, 255), 1)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("zero", "low", "high"), [(77, 10, 200), (0, 0, 255), (255, 0, 255), (128, 128, 131), (5, 9, 9)]
+)
+def test_the_largest_sum_is_that_of_the_worst_input(
+    zero: int, low: int, high: int, axis: int
+) -> None:
+    """Of all inputs at their limits; reached on either side."""
+    rng = np.random.default_rng(axis)
+    for weight in (rng.integers(-128, 128, (6, 6)), rng.integers(-128, 1, (6, 6))):
+        rows = weight.tolist() if axis == 0 else weight.T.tolist()
+        sums = [
+            sum((x - zero) * w for x, w in zip(corner, row, strict=True))
+            for row in rows
+            for corner in itertools.product((low, high), repeat=6)
+        ]
+        kernel = weight.reshape(6, 2, 3, 1) if axis == 0 else weight
+        assert largest_sum(kernel, zero, (low, high), axis) == max(map(abs, sums))
 
 
 def test_patch_embedding() -> None:

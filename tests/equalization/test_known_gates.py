@@ -1,0 +1,188 @@
+"""Factors of tensors between convolutions on codes: what they divide, and that nothing else
+changes, for every way in which such a tensor is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from small_graph import SmallGraph, run, sample
+
+from ptq_onnx.blocks.regions import find_regions
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.equalization.by_quantizer import rewritten
+from ptq_onnx.equalization.gates import Gated, Plain, Source, in_steps, sources
+from ptq_onnx.equalization.restructure import in_form
+from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.graph.expansions import to_standard
+from ptq_onnx.quantizers.base import Plan
+
+WIDE, SIDE = 64, 12
+X = sample(2, WIDE, SIDE, SIDE, seed=1) * 3
+FACTOR = np.exp2(np.random.default_rng(3).uniform(-2, 2, WIDE))
+
+
+def conv(g: SmallGraph, x: str, seed: int, groups: int = 1) -> str:
+    inside, side = (WIDE, 1) if groups == 1 else (1, 3)
+    weight = sample(WIDE, inside, side, side, seed=seed) / (side * np.sqrt(inside))
+    bias = sample(WIDE, seed=seed + 50)
+    return g("Conv", x, weight, bias, pads=[side // 2] * 4, group=groups)
+
+
+def behind(g: SmallGraph, x: str, pool: bool = True) -> str:
+    """A sum, perhaps a pool, and two convolutions that take a factor in."""
+    x = g("Add", x, np.array(0.3))
+    x = g("MaxPool", x, kernel_shape=[2, 2], strides=[1, 1]) if pool else x
+    y = conv(g, conv(g, x, 6, WIDE), 7)
+    return conv(g, conv(g, g("Add", conv(g, x, 5), y), 9), 10)
+
+
+def excited(g: SmallGraph, x: str) -> str:
+    y = g("Relu", conv(g, x, 2))
+    gate = g("HardSigmoid", conv(g, g("GlobalAveragePool", y), 3))
+    return behind(g, g("Mul", y, gate), False)
+
+
+def through_a_gate(g: SmallGraph, x: str) -> str:
+    """The factor of a convolution's output passes a number for each channel and image."""
+    gate = g("HardSigmoid", conv(g, g("GlobalAveragePool", "x"), 3))
+    return behind(g, g("Mul", conv(g, x, 2), gate), False)
+
+
+NETWORKS: dict[str, tuple[Callable[[SmallGraph], str], str]] = {
+    "plain": (lambda g: behind(g, conv(g, "x", 2)), "the convolutions behind"),
+    "relu": (lambda g: behind(g, g("Relu", conv(g, "x", 2))), "the convolutions behind"),
+    "gated": (
+        lambda g: behind(g, g("HardSwish", conv(g, conv(g, "x", 1), 2)), False),
+        "the gate and the convolutions behind",
+    ),
+    "excited": (
+        lambda g: excited(g, conv(g, "x", 1)),
+        "the small gate and the convolutions behind",
+    ),
+    "through a gate": (lambda g: through_a_gate(g, "x"), "the convolutions behind"),
+    "entering": (lambda g: behind(g, conv(g, g("Tanh", "x"), 2)), "Mul"),
+}
+
+
+COUNTS = {"plain": 3, "relu": 3, "gated": 1, "excited": 1, "through a gate": 3, "entering": 1}
+"""Of the tensors that are made so, those that convolutions alone read, be it behind other ops."""
+
+
+def plan_of(name: str) -> Plan:
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    model = g.model(NETWORKS[name][0](g))
+    fuse(model)
+    blocks = find_blocks(model)
+    config = QuantizeConfig(quantizer="deploy", threads=1)
+    return Plan(model, blocks, find_sites(model, blocks), config)
+
+
+def formed(name: str) -> ir.Model:
+    return in_form(plan_of(name)).model
+
+
+def tensors(model: ir.Model) -> dict[str, np.ndarray]:
+    copy = to_standard(model)
+    made = [v for node in copy.graph for v in node.outputs]
+    copy.graph.outputs[:] = made
+    return dict(zip([str(v.name) for v in made], run(copy, X), strict=True))
+
+
+def found_in(model: ir.Model, name: str) -> list[Source]:
+    return [s for s in sources(find_regions(model.graph)) if s.name == NETWORKS[name][1]]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_only_what_is_named_is_divided(name: str) -> None:
+    count = len(found_in(formed(name), name))
+    assert count == COUNTS[name]
+    for place in range(count):
+        model = formed(name)
+        before = tensors(model)
+        one = found_in(model, name)[place]
+        factor = in_steps(FACTOR) if isinstance(one, Gated) else FACTOR
+        made, readers = [str(v.name) for v in one.made], set(one.carried.readers)
+        new = one.divide(model.graph, factor)
+        one.carried.take_in(model.graph, factor)
+        after = tensors(model)
+        last = str(model.graph.outputs[0].name)
+        np.testing.assert_allclose(
+            after[last], before[last], atol=2e-5 * np.abs(before[last]).max()
+        )
+        divided = {**dict.fromkeys(made, ""), **new}
+        if isinstance(one, Plain):
+            divided[str(one.convolution.outputs[0].name)] = ""  # in front of a Relu
+        if name == "entering":
+            divided = {**new, **dict.fromkeys(made[1:], "")}
+        for tensor, old in divided.items():
+            expected = before[old or tensor] / factor.reshape(-1, 1, 1)
+            np.testing.assert_allclose(
+                after[tensor], expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max()
+            )
+        others = before.keys() & after.keys() - divided.keys()
+        for tensor in others - {str(n.outputs[0].name) for n in readers}:
+            if before[tensor].shape == after[tensor].shape:
+                size = np.abs(before[tensor]).max()
+                same = np.abs(after[tensor] - before[tensor]).max() <= 2e-5 * size
+                assert same or isinstance(one, Gated), tensor
+        assert all(node.op_type == "Conv" for node in readers)
+        assert one.costs == (name == "entering")
+
+
+def test_where_a_gate_is_shut_and_how_steep_it_is_open() -> None:
+    """HardSwish, written on u / √6: zero below -3, and u above 3."""
+    model = formed("gated")
+    (one,) = found_in(model, "gated")
+    assert isinstance(one, Gated)
+    assert one.least == pytest.approx(-3 / np.sqrt(6))
+    product = str(one.made[1].name)
+    values = tensors(model)
+    u, made = values[str(one.value.name)], values[product]
+    assert np.abs(made[u < one.least]).max(initial=0) < 1e-5
+    wide = u > -one.least
+    np.testing.assert_allclose(made[wide], one.slope * u[wide], rtol=1e-5)
+    assert wide.any()
+    assert (u < one.least).any()
+
+
+@pytest.mark.parametrize("name", ["plain", "gated"])
+def test_every_tensor_in_a_network_has_its_factor(name: str) -> None:
+    """Those that cost no op of floats, in the order of the data."""
+    plan = rewritten(plan_of(name), [X])
+    found = [s for s in sources(find_regions(formed(name).graph)) if not s.costs]
+    assert [move.into for move in plan.moves] == [one.name for one in found]
+    before, after = (run(m, X)[0] for m in (plan_of(name).model, plan.model))
+    np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
+
+
+def test_a_tensor_that_something_else_reads_is_none() -> None:
+    """Nor is one that is an output, nor one that a convolution of computed weights reads."""
+    for name in ("gated", "plain", "entering"):
+        model = formed(name)
+        one = found_in(model, name)[0]
+        model.graph.outputs.append(one.value)
+        left = [str(s.value.name) for s in found_in(model, name)]
+        assert str(one.value.name) not in left, name
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"convolutions": False}, True), ({"target": "tensorrt"}, False)],
+)
+def test_what_a_concat_joins_is_a_site_in_onnx_runtime_too(
+    options: dict[str, object], expected: bool
+) -> None:
+    """Its only integer convolution gives codes; elsewhere only what the Concat makes is one."""
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    model = g.model(g("Relu", g("Concat", conv(g, "x", 1), conv(g, "x", 2), axis=1)))
+    blocks = find_blocks(model)
+    config = QuantizeConfig(quantizer="deploy", threads=1, **options)  # type: ignore[arg-type]
+    plan = in_form(Plan(model, blocks, find_sites(model, blocks), config))
+    made = {str(n.outputs[0].name) for n in model.graph if n.op_type == "Conv"}
+    assert made & plan.sites.keys() == (made if expected else set())
+    assert len(made) == 2
