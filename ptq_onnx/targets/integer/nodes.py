@@ -294,7 +294,7 @@ def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
     step = SoftmaxStep(read.step, tokens, spec.rule.bits, kind, read.high - read.low)
     if kind == "uniform":
         return plan.planned(node, step, (0,), Grid.of(spec))
-    if RowSums() not in around:
+    if kind == "shares" and RowSums() not in around:
         raise refusal(node, "its rows are not divided by their sums behind A·V")
     shares = kind == "shares"
     made = ShareGrid.codes(step.top) if shares else LogGrid.codes(step.last)
