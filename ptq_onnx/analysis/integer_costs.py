@@ -113,7 +113,7 @@ def operation_counts(
     constants = {t.name: tuple(t.dims) for t in model.graph.initializer}
     shape = {**constants, **sizes}
     makers = {o: n for n in model.graph.node for o in n.output}
-    found: Counter[str] = Counter()
+    found = Counter[str](power_of_two_macs=0)
     for node in model.graph.node:
         out = math.prod(shape.get(node.output[0], ()))
         if node.op_type == "MatMulInteger":

@@ -162,7 +162,7 @@ def _check_owners(config: Fields) -> None:
         ("--no-bias-correction", not config.bias_correction, "deploy"),
         (f"--rounding {config.rounding}", config.rounding != "nearest", "deploy"),
         ("--no-wide-ends", not config.wide_ends, "lowbit"),
-        ("--no-lis", not config.lis, "fqvit"),
+        ("--lis" if config.lis else "--no-lis", config.lis is not None, "fqvit"),
         ("--arithmetic integer", config.arithmetic == INTEGER, "fqvit"),
         ("--multiplier-bits", config.multiplier_bits != 31, "fqvit"),
     ):

@@ -20,6 +20,7 @@ from ptq_onnx.config.names import (
     PRECISION_NAMES,
     QUANTIZER_NAMES,
     ROUNDING_NAMES,
+    SHARES_FROM,
     TARGETS,
 )
 from ptq_onnx.config.targets import ONNXRUNTIME, Target
@@ -158,7 +159,11 @@ class Fields:
         None, NUMBERS, "K", "fqvit: largest exponent, 0 to 12.",
         shown="as large as the channels need", bounds=(0, 12),
     )
-    lis: bool = option(True, NUMBERS, None, "fqvit: log2 codes for attention maps.")
+    lis: bool | None = option(
+        None, NUMBERS, None,
+        "fqvit: log2 codes for attention maps; without, uniform ones on [0, 1].",
+        shown="on below 6 bits, above uniform ones of a row's shares of its largest value",
+    )
     equalize: bool = option(
         True, NUMBERS, None,
         "deploy: move shifts and factors per channel between ops, equal in float.",
@@ -342,6 +347,11 @@ class Fields:
         unset = unset or self.runtime.all_codes
         unset = unset or self.quantizer == "lowbit"
         return unset if self.rotate is None else self.rotate
+
+    @property
+    def log_maps(self) -> bool:
+        """True where fqvit holds attention maps as powers of two."""
+        return self.widths.attention < SHARES_FROM if self.lis is None else self.lis
 
     @property
     def splits_hidden(self) -> bool:

@@ -44,7 +44,7 @@ class Options(TypedDict, total=False):
     min_sqnr: float | None
     ptf: bool
     ptf_k: int | None
-    lis: bool
+    lis: bool | None
     equalize: bool
     convolutions: bool | None
     rotate: bool | None

@@ -21,7 +21,14 @@ from ptq_onnx.calibration.product_samples import RowSample
 from ptq_onnx.equalization.rotation import turn
 from ptq_onnx.equalization.stream_parts import Stream
 from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms, sensitivities
-from ptq_onnx.equalization.stream_trial import Outputs, Steps, loss, outputs_of
+from ptq_onnx.equalization.stream_trial import (
+    Outputs,
+    Steps,
+    StreamTrial,
+    outputs_of,
+    refined,
+    some_of,
+)
 from ptq_onnx.equalization.streams import Refused, find_streams
 from ptq_onnx.numerics.ptf import Factors, searched_factors
 from ptq_onnx.numerics.rotations import flattened, spreading
@@ -61,6 +68,8 @@ class Turned:
     """Products that were added, for what does not take the matrix in."""
     added: float = 0.0
     """Multiplications of these, as a part of those of the stream's own."""
+    refined_db: float = 0.0
+    """What the outputs lose less since the steps were chosen by that."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ def turn_streams(
     matrices: list[Double | None] = []
     added: list[str] = []
     factors: dict[str, Factors] = {}
-    trial = _Trial(model.clone() if codes.factors else model, batches, codes, threads)
+    trial = _Trial(model.clone(), batches, codes, threads)
     for number, stream in enumerate(streams):
         found, best = _choose(number, stream, rows, trial)
         turned.append(found)
@@ -165,6 +174,7 @@ class _Tried:
     largest: float
     factors: Mapping[str, Factors] = field(default_factory=dict)
     won: float = 0.0
+    refined: float = 0.0
 
     @property
     def score(self) -> float:
@@ -203,8 +213,8 @@ def _choose(
             best = min(best, tried(how, seed, matrix), key=lambda one: one.score)
     if stream.products and best.score > WORTH_PRODUCTS * plain.score:
         best = plain
-    if trial.codes.factors:
-        best = trial.better(number, rows, plain, best)
+    if trial.codes.of_stream:
+        best = trial.best(number, rows, plain, best)
     found = Turned(
         stream=str(stream.norms[0].name),
         width=stream.width,
@@ -217,8 +227,30 @@ def _choose(
         norm_db=_decibels(plain.normed, best.normed),
         products=0 if best.matrix is None else len(stream.products),
         added=0.0 if best.matrix is None else stream.added,
+        refined_db=best.refined,
     )
     return found, best
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A stream as it is held in a trial: steps by the tensors' names there."""
+
+    tried: _Tried
+    trial: StreamTrial
+    steps: Mapping[str, Steps]
+    now: Mapping[str, str]
+    """The name in the trial of each tensor of the stream."""
+
+    def refined(self, won: float) -> _Tried:
+        """The ranges or factors times what :func:`refined` finds."""
+        better = refined(self.trial, self.steps)
+        by = {name: better.factors[held] for name, held in self.now.items()}
+        gain = _decibels(np.array(better.before), np.array(better.after))
+        one = self.tried
+        ranges = {n: (low * by[n], high * by[n]) for n, (low, high) in one.ranges.items()}
+        factors = {n: replace(f, scale=f.scale * by[n]) for n, f in one.factors.items()}
+        return replace(one, ranges=ranges, factors=factors, won=won, refined=gain)
 
 
 @dataclass
@@ -226,13 +258,29 @@ class _Trial:
     """Factors per channel against matrices, by what the outputs lose on a few images."""
 
     model: ir.Model
+    """The model before any stream was turned."""
     batches: Iterable[Any]
     codes: Codes
     threads: int
     original: Outputs = field(default_factory=list)
 
-    def better(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:
-        """Stream ``number`` as it is with factors, where the outputs lose less than by ``best``."""
+    def best(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:
+        """Stream ``number`` turned by ``best``, or as it is with factors where it may have these
+        and the outputs lose less; its steps refined."""
+        if not self.original:
+            self.batches = some_of(self.batches)
+            self.original = outputs_of(self.model, self.batches, self.threads)
+        turned = self.by_range(number, best)
+        if not self.codes.factors:
+            return turned.refined(0.0)
+        held = self.by_factors(number, rows, plain)
+        lost = held.trial.lost(held.steps), turned.trial.lost(turned.steps)
+        if lost[0] > lost[1]:
+            return turned.refined(0.0)
+        return held.refined(_decibels(np.array(lost[1]), np.array(lost[0])))
+
+    def by_factors(self, number: int, rows: list[Rows], plain: _Tried) -> _Held:
+        """The stream as it is, with searched factors per channel."""
         codes = self.codes
         counts = sensitivities(find_streams(self.model.graph)[0][number])
         factors: dict[str, Factors] = {}
@@ -241,30 +289,30 @@ class _Trial:
             factors[one.tensor], _ = searched_factors(
                 one.stream, one.power, limits, codes.max_k, counts[one.tensor]
             )
-        held = {n: Steps.of_factors(found, codes.levels_in(n)) for n, found in factors.items()}
-        self.original = self.original or outputs_of(self.model, {}, self.batches, self.threads)
-        by_factors = self.lost(self.model, held)
+        steps = {n: Steps.of_factors(found, codes.levels_in(n)) for n, found in factors.items()}
+        tried = replace(plain, how=FACTORS, factors=factors)
+        return self.held(tried, self.model, steps, {name: name for name in steps})
+
+    def by_range(self, number: int, best: _Tried) -> _Held:
+        """The turned stream, with one step for each tensor."""
         turned = self.model.clone()
         stream = find_streams(turned.graph)[0][number]
         names = read_by_norms(stream)
         if best.matrix is not None:
             turn(turned.graph, stream, best.matrix)
         now = dict(zip(names, read_by_norms(stream), strict=True))
-        by_matrix = self.lost(
-            turned,
-            {
-                now[name]: Steps.of_range(*ends, codes.levels_in(name))
-                for name, ends in best.ranges.items()
-            },
-        )
-        if by_factors > by_matrix:
-            return best
-        won = _decibels(np.array(by_matrix), np.array(by_factors))
-        return replace(plain, how=FACTORS, factors=factors, won=won)
+        steps = {
+            now[name]: Steps.of_range(*ends, self.codes.levels_in(name))
+            for name, ends in best.ranges.items()
+        }
+        return self.held(best, turned, steps, now)
 
-    def lost(self, model: ir.Model, steps: Mapping[str, Steps]) -> float:
-        """What the outputs lose where the tensors of a stream have these steps."""
-        return loss(outputs_of(model, steps, self.batches, self.threads), self.original)
+    def held(
+        self, tried: _Tried, model: ir.Model, steps: Mapping[str, Steps], now: Mapping[str, str]
+    ) -> _Held:
+        """That, with a trial of it."""
+        trial = StreamTrial(model, steps, self.batches, self.threads, self.original)
+        return _Held(tried, trial, steps, now)
 
 
 def _massive(rows: list[Rows]) -> Double:

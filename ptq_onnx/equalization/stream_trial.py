@@ -1,15 +1,17 @@
 """What a network's outputs lose where the tensors of a stream are rounded, measured on images.
 
 Errors of single tensors do not tell a matrix from factors per channel: with a factor of its own a
-channel's rounding is alike in all tokens and adds up, spread it is noise that averages out. So
-the float model is run with each tensor of the stream rounded, and its outputs are compared.
+channel's rounding is alike in all tokens and adds up, spread it is noise that averages out. Nor do
+they tell good steps from bad: a massive channel is nearly constant, and what its rounding leaves is
+a matter of where the constant lies between two codes. So the float model is run with the tensors of
+the stream rounded, and its outputs are compared. Few images show it: what is alike in all tokens is
+alike in all images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,22 +19,30 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.statistics import open_taps
-from ptq_onnx.graph.formula import new_constant
 from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.preparation import model_files as graphs
 
 Double = NDArray[np.float64]
+Single = NDArray[np.float32]
 Outputs = list[list[NDArray[Any]]]
 
-BATCHES = 8
-"""Batches that a trial takes at most."""
+BATCHES = 4
+"""Batches that a trial takes."""
+FACTORS = 2.0 ** (np.arange(-4, 8) / 8)
+"""Factors of all steps that are tried; of powers of two, the last eight are all there are."""
+PARTS = ("inverse", "lowest", "highest", "step")
+"""Of what a tensor is rounded by."""
+OF_ONE = 2.0 ** (np.array([-1, 1, 2]) / 4)
+"""Factors of one tensor's steps."""
+ENOUGH = 0.98
+"""Part of the loss that one tensor's steps may leave, to be taken."""
 
 
 @dataclass(frozen=True)
 class Steps:
     """Codes of a tensor: a step [1] or one per channel [C], and the smallest and largest code."""
 
-    step: NDArray[np.float32]
+    step: Single
     lowest: float
     highest: float
 
@@ -49,17 +59,98 @@ class Steps:
         step = found.scale * np.exp2(found.alpha.astype(np.float64))
         return cls(step.astype(np.float32), -found.zero_point, levels - 1 - found.zero_point)
 
+    def times(self, factor: float) -> Steps:
+        """The same codes of other values."""
+        return replace(self, step=self.step * np.float32(factor))
 
-def outputs_of(
-    model: ir.Model, steps: Mapping[str, Steps], batches: Iterable[Any], threads: int
-) -> Outputs:
-    """The outputs on the first batches, tensors with steps rounded; the model stays as it is."""
-    standard = graphs.to_standard(model.clone())
-    values = {str(v.name): v for node in standard.graph for v in node.outputs}
-    for name, one in steps.items():
-        _round(standard.graph, values[name], one)
-    session, feed, _ = open_taps(standard, (), threads)
-    return [session.run(None, {feed: batch}) for batch in islice(iter(batches), BATCHES)]
+
+class StreamTrial:
+    """A float model, the tensors of a stream in which are rounded by steps that each run is given.
+
+    ``batches`` [B, C, H, W] are kept. ``original``: what nothing rounded gives. The
+    model stays as it is.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        tensors: Iterable[str],
+        batches: Iterable[Any],
+        threads: int,
+        original: Outputs | None = None,
+    ) -> None:
+        standard = graphs.to_standard(model.clone())
+        values = {str(v.name): v for node in standard.graph for v in node.outputs}
+        for name in tensors:
+            _round(standard.graph, values[name])
+        self._session, self._feed, _ = open_taps(standard, (), threads)
+        self._batches = list(batches)
+        self._original = [] if original is None else original
+
+    def outputs(self, steps: Mapping[str, Steps]) -> Outputs:
+        """The model's outputs on each batch, every tensor rounded by its steps."""
+        fed: dict[str, Single] = {}
+        for name, one in steps.items():
+            lowest, highest = (np.array([end], np.float32) for end in (one.lowest, one.highest))
+            inverse = np.asarray(1 / one.step, np.float32)
+            numbers = (inverse, lowest, highest, one.step)
+            fed |= {f"{name}_{part}": v for part, v in zip(PARTS, numbers, strict=True)}
+        return [self._session.run(None, {self._feed: batch, **fed}) for batch in self._batches]
+
+    def lost(self, steps: Mapping[str, Steps]) -> float:
+        """What the outputs lose, Σ error² / Σ signal²."""
+        return loss(self.outputs(steps), self._original)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What the outputs lose (Σ error² / Σ signal²) with steps as found, and with each tensor's
+    times its factor."""
+
+    before: float
+    after: float
+    factors: Mapping[str, float]
+
+
+def refined(trial: StreamTrial, steps: Mapping[str, Steps]) -> Refined:
+    """Factors of the steps that leave less of the outputs' loss: one for all tensors, then of one
+    tensor after the other, the last ones, whose rounding is the coarsest, first."""
+
+    def lost(factors: Mapping[str, float]) -> float:
+        return trial.lost({name: one.times(factors[name]) for name, one in steps.items()})
+
+    before = least = lost(dict.fromkeys(steps, 1.0))
+    found: dict[str, float] = dict.fromkeys(steps, 1.0)
+    every = [dict.fromkeys(steps, float(factor)) for factor in FACTORS]
+    for tried in every:
+        now = lost(tried)
+        if now < least:
+            found, least = tried, now
+    for name in reversed(list(steps)):
+        each = [{**found, name: found[name] * float(factor)} for factor in OF_ONE]
+        losses = [lost(tried) for tried in each]
+        if min(losses) < ENOUGH * least:
+            least = min(losses)
+            found = each[losses.index(least)]
+    return Refined(before, least, found)
+
+
+def some_of(batches: Iterable[Any]) -> list[Any]:
+    """``BATCHES`` of the batches, spread over all: calibration images often come class by class."""
+    kept: list[Any] = []
+    stride = 1
+    for number, batch in enumerate(batches):
+        if number % stride == 0:
+            kept.append(batch)
+        if len(kept) == 2 * BATCHES:
+            kept, stride = kept[::2], 2 * stride
+    places = np.linspace(0, len(kept) - 1, min(BATCHES, len(kept))).round().astype(int)
+    return [kept[place] for place in places]
+
+
+def outputs_of(model: ir.Model, batches: Iterable[Any], threads: int) -> Outputs:
+    """The outputs, nothing rounded; the model stays as it is."""
+    return StreamTrial(model, (), batches, threads).outputs({})
 
 
 def loss(rounded: Outputs, original: Outputs) -> float:
@@ -76,25 +167,28 @@ def loss(rounded: Outputs, original: Outputs) -> float:
     return total
 
 
-def _round(graph: ir.Graph, value: ir.Value, steps: Steps) -> None:
-    """Let the readers of a tensor read it rounded."""
+def _round(graph: ir.Graph, value: ir.Value) -> None:
+    """Let the readers of a tensor read it rounded, by inputs of the graph."""
     before = value.producer()
     assert before is not None
     uses = [(use.node, use.idx) for use in value.uses()]
-    name = f"{value.name}_trial"
-    inverse = new_constant(graph, f"{name}_inverse", (1 / steps.step).astype(np.float32))
-    ends = [
-        new_constant(graph, f"{name}_end", np.array(end, np.float32))
-        for end in (steps.lowest, steps.highest)
-    ]
-    step = new_constant(graph, f"{name}_step", steps.step)
-    made = [ir.node("Mul", [value, inverse])]
+    fed = {
+        part: ir.Value(
+            name=f"{value.name}_{part}",
+            shape=ir.Shape([f"{value.name}_{part}_channels"]),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
+        for part in PARTS
+    }
+    graph.inputs.extend(fed.values())
+    made = [ir.node("Mul", [value, fed["inverse"]])]
     made.append(ir.node("Round", [made[-1].outputs[0]]))
-    made.append(ir.node("Clip", [made[-1].outputs[0], *ends]))
-    made.append(ir.node("Mul", [made[-1].outputs[0], step]))
+    made.append(ir.node("Max", [made[-1].outputs[0], fed["lowest"]]))
+    made.append(ir.node("Min", [made[-1].outputs[0], fed["highest"]]))
+    made.append(ir.node("Mul", [made[-1].outputs[0], fed["step"]]))
     for number, node in enumerate(made):
-        node.outputs[0].name = f"{name}_{number}"
-        node.name = f"{name}_{number}_node"
+        node.outputs[0].name = f"{value.name}_trial_{number}"
+        node.name = f"{value.name}_trial_{number}_node"
         node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
     graph.insert_after(before, made)
     for node, index in uses:

@@ -235,13 +235,14 @@ def notes_on(turns: Turns) -> list[str]:
         f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by});"
         f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
         f" expected of one scale per tensor by {t.stream_db:.1f} dB, behind norms by"
-        f" {t.norm_db:.1f} dB{added_to(t)}."
+        f" {t.norm_db:.1f} dB{added_to(t)}{refined_by(t)}."
         for t, matrix in zip(turns.turned, turns.matrices, strict=True)
         if matrix is not None
     ]
     notes += [
         f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, stays: with searched"
-        f" factors per channel the outputs lose {t.stream_db:.1f} dB less than by the best matrix."
+        f" factors per channel the outputs lose {t.stream_db:.1f} dB less than by the best matrix"
+        f"{refined_by(t)}."
         for t in turns.turned
         if t.by == FACTORS
     ]
@@ -264,6 +265,13 @@ def added_to(turned: Turned) -> str:
         f"; products added for what does not take the matrix in: {turned.products}, or"
         f" {turned.added:.1%} of the stream's own"
     )
+
+
+def refined_by(turned: Turned) -> str:
+    """What the choice of its steps by the outputs won, in words; nothing where that is little."""
+    if turned.refined_db < 0.05:
+        return ""
+    return f"; steps chosen by the outputs' error, which fell by {turned.refined_db:.1f} dB"
 
 
 def codes_of(plan: Plan, rules: Mapping[str, Rule]) -> Codes:

@@ -1,7 +1,7 @@
 """FQ-ViT: everything in integers, with Power-of-Two Factors and Log-Int-Softmax.
 
 Source: Lin et al., arXiv 2111.13824. Weights per output channel, activations asymmetric
-uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps. Beyond the paper:
+uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps of few bits. Beyond the paper:
 
 * K grows where the channels need it (AugReg ViTs need 7, not 3), and ranges are estimated
   to hold on unseen images (calibration/robust.py);
@@ -10,8 +10,9 @@ uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps. Beyond the pa
 * the outputs of proj and fc2 are not rounded by themselves: an integer machine adds the
   linear's 32-bit accumulator to the residual and requantizes once (where they are convolutions
   they are rounded for ONNX Runtime, whose only integer convolution gives codes);
-* the rows of a log2 attention map, which do not sum to one, are divided by their sum after
-  A·V;
+* attention maps of 6 bits and more are uniform codes of each row's shares of its largest value:
+  log2 codes are an octave apart, however many there are;
+* the rows of a map so held, which do not sum to one, are divided by their sum after A·V;
 * several linears or convolutions that read a tensor take its factor each into their weight; for
   the target integer, a tensor that several linears read has no factors instead.
 """
@@ -27,6 +28,8 @@ from ptq_onnx.blocks.channels import is_convolution, rows_in_weight
 from ptq_onnx.blocks.walking import is_layout, is_linear
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.config.names import INTEGER
+from ptq_onnx.numerics.around.around import Around
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.codes.code import Code
 from ptq_onnx.numerics.codes.log2 import Log2
@@ -70,9 +73,13 @@ class FqVit(SiteQuantizer):
                 grain = PerChannel()
             return Rule(widths.weights, True, True, grain, method="minmax")
         if site.role == "softmax":
-            lis = config.lis and self._weighs_values(site)
-            code: Code = Log2() if lis else Uniform()
-            around = (RowSums(),) if lis else ()
+            code: Code = Uniform()
+            around: tuple[Around, ...] = ()
+            if self._weighs_values(site):
+                if config.log_maps:
+                    code, around = Log2(), (RowSums(),)
+                elif config.lis is None:
+                    around = (RowMaximum(), RowSums())
             return Rule(widths.attention, False, False, code=code, method=FIXED, around=around)
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
         wide = wide and not (config.target == INTEGER and self._stays_in_product(site))

@@ -42,7 +42,8 @@ KINDS = {
     "rows": {"quantizer": "deploy"},
     "centred": {"quantizer": "deploy", "target": "tensorrt", "centre_values": True},
     "narrow": {"quantizer": "vanilla", "bits": "4/4/3"},
-    "ptf, log2": {"quantizer": "fqvit"},
+    "ptf, log2": {"quantizer": "fqvit", "lis": True},
+    "ptf, shares": {"quantizer": "fqvit"},
     "blocks of codes": {"quantizer": "deploy", "rounding": "gptq", "bits": "3/8/8"},
 }
 
@@ -183,7 +184,8 @@ def test_variation(kind: str) -> None:
         assert one.clip_noise == pytest.approx(noise[outside].sum() / noise.sum(), abs=0.03)
         seen.add(str(one.clip_of))
     assert seen == {"rows": {"row", "values"}, "centred": {"centred", "values"},
-                    "blocks of codes": {"row", "values"}}.get(kind, {"values"})  # fmt: skip
+                    "blocks of codes": {"row", "values"},
+                    "ptf, shares": {"row", "values"}}.get(kind, {"values"})  # fmt: skip
 
 
 def _check(one: TensorVariation, v: np.ndarray, channel_axes: tuple[int, ...]) -> None:

@@ -91,7 +91,11 @@ def test_the_choice_is_the_best_of_33(levels: int, symmetric: bool) -> None:
     for name in ("largest_before", "largest_after", "stream_db", "norm_db"):
         assert getattr(one, name) == pytest.approx(wanted[name], rel=1e-4), name
     assert found.ranges.keys() == ranges.keys()
+    tried = np.multiply.outer(2.0 ** (np.arange(-4, 8) / 8), 2.0 ** (np.array([-1, 0, 1, 2]) / 4))
     for name, ends in found.ranges.items():
-        assert ends == pytest.approx(ranges[name], rel=1e-4)
+        factor = ends[1] / ranges[name][1]  # of the refinement by the outputs
+        assert ends == pytest.approx(np.multiply(ranges[name], factor), rel=1e-4)
+        assert np.abs(tried / factor - 1).min() < 1e-4
+    assert one.refined_db > 0
     assert found.changed
     assert found.to_json()["turned"][0]["seed"] == one.seed

@@ -7,7 +7,15 @@ from small_graph import SmallGraph, run, sample
 
 from ptq_onnx.equalization.rotation_choice import FACTORS, Codes, turn_streams
 from ptq_onnx.equalization.stream_rows import sensitivities
-from ptq_onnx.equalization.stream_trial import Steps, loss, outputs_of
+from ptq_onnx.equalization.stream_trial import (
+    BATCHES,
+    Steps,
+    StreamTrial,
+    loss,
+    outputs_of,
+    refined,
+    some_of,
+)
 from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.numerics.ptf import Factors
@@ -55,9 +63,49 @@ def test_outputs_are_those_of_the_rounded_tensor() -> None:
     centred = rounded - rounded.mean(-1, keepdims=True)
     normed = centred / np.sqrt(rounded.var(-1, keepdims=True) + 1e-5) + sample(D, seed=4)
     expected = normed @ sample(D, 5, seed=6) + sample(5, seed=7)
-    found = outputs_of(model, {name: steps}, [images], 1)
+    original = outputs_of(model, [images], 1)
+    np.testing.assert_allclose(original[0][0], output, atol=1e-5)
+    trial = StreamTrial(model, [name], [images], 1, original)
+    found = trial.outputs({name: steps})
     np.testing.assert_allclose(found[0][0], expected, atol=1e-4 * np.abs(expected).max())
-    np.testing.assert_allclose(outputs_of(model, {}, [images], 1)[0][0], output, atol=1e-5)
+    lost = np.sum((expected - output) ** 2) / np.sum(output**2)
+    assert trial.lost({name: steps}) == pytest.approx(lost, rel=1e-3)
+    wider = trial.outputs({name: steps.times(2.0)})
+    rounded = np.clip(np.rint(stream / steps.step / 2), -8, 7) * steps.step * 2
+    centred = rounded - rounded.mean(-1, keepdims=True)
+    normed = centred / np.sqrt(rounded.var(-1, keepdims=True) + 1e-5) + sample(D, seed=4)
+    expected = normed @ sample(D, 5, seed=6) + sample(5, seed=7)
+    np.testing.assert_allclose(wider[0][0], expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_steps_are_refined_by_what_the_outputs_lose() -> None:
+    """The best of all that is tried, and what is said of it is so."""
+    model = network(1.0)
+    name = stream_of(model)
+    images = batches()[:2]
+    trial = StreamTrial(model, [name], images, 1, outputs_of(model, images, 1))
+    steps = {name: Steps(np.full(D, 0.5, np.float32), -4096, 4095)}
+    found = refined(trial, steps)
+    assert found.before == trial.lost(steps)
+    assert found.after == trial.lost({name: steps[name].times(found.factors[name])})
+    assert found.after < 0.6 * found.before
+    eighths = 2.0 ** (np.arange(-4, 8) / 8)
+    losses = {k: trial.lost({name: steps[name].times(k)}) for k in eighths}
+    best = min(losses, key=lambda k: losses[k])
+    for k in best * 2.0 ** (np.array([-1, 1, 2]) / 4):
+        losses[k] = trial.lost({name: steps[name].times(k)})
+    assert losses[found.factors[name]] == found.after
+    assert found.after <= min(losses.values()) / 0.98
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 16, 31, 100])
+def test_a_trial_takes_batches_from_everywhere(count: int) -> None:
+    found = some_of(range(count))
+    assert len(found) == min(BATCHES, count)
+    assert found == sorted(set(found))
+    assert found[0] == 0
+    assert found[-1] >= count * (1 - 1 / BATCHES) - 1
+    assert np.diff(found).max(initial=0) <= -(-count // 2)
 
 
 def test_the_loss_of_several_outputs_is_added() -> None:

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "channelwise": {"quantizer": "channelwise"},
     "channelwise all": {"quantizer": "channelwise", "per_channel": ("all",)},
     "fqvit": {},
+    "fqvit log2": {"lis": True},
     "fqvit 8/8/4": {"bits": "8/8/4"},
     "fqvit 4/4/4": {"bits": "4/4/4"},
     "fqvit uniform": {"lis": False, "ptf": False},
@@ -67,7 +68,8 @@ def constant(value: ir.Value | None) -> NDArray[Any]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_one_pair_for_every_spec(name: str) -> None:
-    """Q and DQ per uniform activation, DQ per weight, a table per log2 map: no more, no less."""
+    """Q and DQ per uniform activation, DQ per weight, a table per log2 map, a sum per map
+    whose rows do not sum to one: no more, no less."""
     specs, model = lowered(name)
     sites = quantizer_of(name).plan.sites
     weights = [s for s in specs.values() if sites[s.tensor].is_parameter]
@@ -77,7 +79,7 @@ def test_one_pair_for_every_spec(name: str) -> None:
     assert ops["QuantizeLinear"] == activations
     assert ops["DequantizeLinear"] == activations + len(weights)
     assert ops["Round"] == ops["Log"] == ops["Floor"] == len(log2)
-    assert ops["ReduceSum"] == sum((RowSums() in s.rule.around) for s in log2)
+    assert ops["ReduceSum"] == sum((RowSums() in s.rule.around) for s in specs.values())
     assert ops["Clip"] == len(log2) + sum(
         s.rule.bits < 8 for s in specs.values() if s not in log2 and s not in weights
     )

@@ -93,3 +93,23 @@ class LogGrid(Grid):
     def floats(self, ints: Ints) -> NDArray[Any]:
         """2^-code, float32; 0 beyond ``last``."""
         return np.where(ints > self.last, 0.0, np.exp2(-ints.astype(np.float64))).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ShareGrid(Grid):
+    """Uniform codes of an attention map's shares of each row's largest value, which has the code
+    ``high``. Real values are those of rows that sum to one."""
+
+    @classmethod
+    def codes(cls, top: int) -> ShareGrid:
+        """Codes 0 … top."""
+        return cls(np.ones(()), np.zeros((), np.int64), 0, top, step=1.0)
+
+    def ints(self, values: NDArray[Any]) -> Ints:
+        """The codes of rows (the last axis), whatever they sum to."""
+        real = values.astype(np.float64)
+        return np.asarray(np.rint(real / real.max(axis=-1, keepdims=True) * self.high), np.int64)
+
+    def floats(self, ints: Ints) -> NDArray[Any]:
+        """Codes over the sum of their row, float32."""
+        return np.asarray(ints / ints.sum(axis=-1, keepdims=True), np.float32)

@@ -12,13 +12,19 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, is_product, name_of
 from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.targets.integer.attention import QUOTIENT_BITS, AttentionStep
+from ptq_onnx.targets.integer.attention import (
+    QUOTIENT_BITS,
+    AttentionStep,
+    LogAttentionStep,
+    ShareAttentionStep,
+)
 from ptq_onnx.targets.integer.elementwise import FUNCTIONS, MeanStep, SumStep, table_step
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, requantize
 from ptq_onnx.targets.integer.gelu import gelu_step
-from ptq_onnx.targets.integer.grid import Double, Grid, LogGrid
+from ptq_onnx.targets.integer.grid import Double, Grid, LogGrid, ShareGrid
 from ptq_onnx.targets.integer.layer_norm import layer_norm_step
 from ptq_onnx.targets.integer.plan import IntegerPlan, Planned, Planning, refusal, spread
 from ptq_onnx.targets.integer.products import (
@@ -29,7 +35,7 @@ from ptq_onnx.targets.integer.products import (
     scale_of,
 )
 from ptq_onnx.targets.integer.reasons import INSTEAD, of_weight, without_form
-from ptq_onnx.targets.integer.softmax import SoftmaxStep
+from ptq_onnx.targets.integer.softmax import Kind, SoftmaxStep
 
 Planner = Callable[[Planning, ir.Node], Planned]
 
@@ -69,7 +75,7 @@ def make_plan(
         for value in model.graph.outputs:
             if str(value.name) not in specs:
                 raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
-    return IntegerPlan(specs, plan.steps, tuple(plan.left), image, plan.log_grids)
+    return IntegerPlan(specs, plan.steps, tuple(plan.left), image, plan.maps)
 
 
 def planner_of(node: ir.Node) -> Planner | None:
@@ -128,11 +134,11 @@ def plan_conv(plan: Planning, node: ir.Node) -> Planned:
 
 
 def plan_product(plan: Planning, node: ir.Node) -> Planned:
-    """QKᵀ, or A·V from log2 or uniform codes."""
+    """QKᵀ, or A·V."""
     x, y = plan.byte(node, 0), plan.byte(node, 1)
     made = plan.target(node.outputs[0], -1)
     depth = shape_of(node)[-1]
-    if isinstance(x, LogGrid):
+    if isinstance(x, LogGrid | ShareGrid):
         if made is None:
             raise refusal(node, "its output has no scale")
         if not isinstance(depth, int) or depth * 255 * 255 >= 1 << 31:
@@ -142,7 +148,12 @@ def plan_product(plan: Planning, node: ir.Node) -> Planned:
             raise refusal(node, "the factors of V vary over the tokens")
         bound = 256 << QUOTIENT_BITS
         finish = requantize([column / (1 << QUOTIENT_BITS)], np.zeros(()), [bound], made, plan.bits)
-        step = AttentionStep(x.last, int(y.zero), depth, finish)
+        zero = int(y.zero)
+        step: AttentionStep = (
+            LogAttentionStep(1 << x.last, zero, depth, finish)
+            if isinstance(x, LogGrid)
+            else ShareAttentionStep(x.high, zero, depth, finish)
+        )
         return plan.planned(node, step, (0, 1), made)
     scale = product_scale(node, x, y)
     if not isinstance(depth, int):
@@ -263,7 +274,7 @@ def _per_channel(node: ir.Node, array: Double, channels: int) -> Double:
 
 
 def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
-    """Softmax, to log2 or uniform codes."""
+    """Softmax, to log2 or uniform codes, or to uniform ones of shares of the row's largest."""
     shape = shape_of(node)
     if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
         raise refusal(node, "only a softmax over the last axis is covered")
@@ -278,12 +289,17 @@ def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
         raise refusal(node, "its input or output has no scale")
     if spec.rule.bits > 8:
         raise refusal(node, "its output has codes of more than 8 bits; give it 8 at most")
-    log2 = spec.rule.code == Log2()
-    step = SoftmaxStep(read.step, tokens, spec.rule.bits, log2, read.high - read.low)
-    if not log2:
+    around = spec.rule.around
+    kind: Kind = "log2" if spec.rule.code == Log2() else "shares" if around else "uniform"
+    step = SoftmaxStep(read.step, tokens, spec.rule.bits, kind, read.high - read.low)
+    if kind == "uniform":
         return plan.planned(node, step, (0,), Grid.of(spec))
-    plan.log_grids[name] = LogGrid.codes(step.last)
-    return plan.planned(node, step, (0,), plan.log_grids[name])
+    if kind == "shares" and RowSums() not in around:
+        raise refusal(node, "its rows are not divided by their sums behind A·V")
+    shares = kind == "shares"
+    made = ShareGrid.codes(step.top) if shares else LogGrid.codes(step.last)
+    plan.maps[name] = made
+    return plan.planned(node, step, (0,), made)
 
 
 def plan_activation(plan: Planning, node: ir.Node) -> Planned:

@@ -25,7 +25,7 @@ from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.targets.integer.elementwise import Term
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
-from ptq_onnx.targets.integer.grid import Double, Grid, Ints, LogGrid
+from ptq_onnx.targets.integer.grid import Double, Grid, Ints
 from ptq_onnx.targets.integer.products import WEIGHT_ZERO
 from ptq_onnx.targets.integer.reasons import WINDOWS, of_batch, of_padding
 
@@ -65,8 +65,8 @@ class IntegerPlan:
     """Compute nodes that cannot be in integers, where that is allowed."""
     image: TensorSpec | None = None
     """How the image is quantized; None where nodes may be left."""
-    log_grids: Mapping[str, LogGrid] = field(default_factory=dict)
-    """Grids of attention maps in log2 codes, by tensor."""
+    maps: Mapping[str, Grid] = field(default_factory=dict)
+    """Grids of attention maps in codes that A·V divides by the sums of their rows, by tensor."""
 
     def __str__(self) -> str:
         lines = [str(planned) for planned in self.steps.values()]
@@ -87,7 +87,7 @@ class Planning:
     """Compute nodes in graph order."""
     accumulators: dict[ir.Value, tuple[Grid, int]] = field(default_factory=dict)
     """Outputs without a grid of their own: theirs, and the largest magnitude."""
-    log_grids: dict[str, LogGrid] = field(default_factory=dict)
+    maps: dict[str, Grid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.carried = carried_specs(self.model, self.specs)
@@ -118,8 +118,8 @@ class Planning:
             return self.accumulators[value][0]
         name = str(value.name)
         origin = self.carried[name][0] if name in self.carried else name
-        if origin in self.log_grids:
-            return self.log_grids[origin]
+        if origin in self.maps:
+            return self.maps[origin]
         spec = self.spec_of(value)
         if spec is None:
             raise refusal(node, f"its input '{name}' stays in float")

@@ -1,4 +1,5 @@
-"""Softmax in integers, to log2 codes (FQ-ViT's Log-Int-Softmax) or to uniform codes.
+"""Softmax in integers, to log2 codes (FQ-ViT's Log-Int-Softmax) or to uniform codes, of the values
+or of their shares of the row's largest.
 
 The exponential is I-BERT's (arXiv 2101.01321, algorithm 2), written with d = max - code ≥ 0,
 so that all of it is unsigned 32-bit. The grid is made finer by f bits, until its unit u = s /
@@ -17,12 +18,16 @@ t = round(Σe / e_i) by integer division, and the code is the number of j ≤ L 
 ⌊log2 t⌋, one more from t ≥ 1.5 · 2^⌊log2 t⌋ on. Codes 0 … L stand for 2^-code, code L + 1 for
 zero: L = 14 with 4 bits (2^b - 2), E - 2 with 8 (19 for 197 tokens). e_i = 0 gives t = Σe ≥
 2^(E-1), which is beyond L.
+
+Shares: the row's largest exponential is that of d = 0, ē = ⌊c/u²⌋ ≫ h < 2^E for every row, so that
+round((2^b - 1) e / ē) divides by a constant, and (2^(b+1) - 2) e + ē < 2^31 fits int32.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -43,6 +48,10 @@ LARGEST_SCALE = 2.0**8
 """A step of 256 leaves nothing but the maximum, as any larger one would."""
 
 
+Kind = Literal["log2", "uniform", "shares"]
+"""What the codes are of."""
+
+
 @dataclass(frozen=True)
 class SoftmaxStep:
     """The constants of one softmax over codes of scale ``scale``, rows of ``tokens``."""
@@ -50,7 +59,7 @@ class SoftmaxStep:
     scale: float
     tokens: int
     bits: int
-    log2: bool
+    kind: Kind
     span: int = 255
     """Largest difference of two codes."""
 
@@ -83,6 +92,16 @@ class SoftmaxStep:
         return max(self.constants[2].bit_length() - self.exp_bits, 0)
 
     @property
+    def top(self) -> int:
+        """The largest uniform code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def largest(self) -> int:
+        """ē."""
+        return self.constants[2] >> self.down
+
+    @property
     def last(self) -> int:
         """L, the code of the smallest value that is not zero."""
         return min((1 << self.bits) - 2, self.exp_bits - 2)
@@ -101,12 +120,15 @@ class SoftmaxStep:
         return np.asarray((c - r * (b - r)) >> np.minimum(q + self.down, 31), np.int64)
 
     def __call__(self, codes: Ints) -> Ints:
-        """Codes of softmax over the last axis: log2 codes, or round(top · e / Σe)."""
+        """Codes of softmax over the last axis: log2 codes, round(top · e / Σe), round(top · e /
+        ē)."""
         e = self.exponentials(codes)
+        if self.kind == "shares":
+            return (2 * self.top * e + self.largest) // (2 * self.largest)
         total = e.sum(axis=-1, keepdims=True)
-        if not self.log2:
-            top = (1 << self.bits) - 1
-            return np.asarray(np.minimum((2 * top * e + total) // (2 * total), top), np.int64)
+        if self.kind == "uniform":
+            found = (2 * self.top * e + total) // (2 * total)
+            return np.asarray(np.minimum(found, self.top), np.int64)
         safe = np.maximum(e, 1)
         t = (2 * total + safe) // (2 * safe)
         return np.asarray(np.searchsorted(self.thresholds, t, side="right"), np.int64)
@@ -124,10 +146,11 @@ class SoftmaxStep:
         value = b.op("Sub", [b.number(c, U32), rest], U32)
         amount = b.op("Add", [q, b.number(self.down, U32)], U32) if self.down else q
         amount = b.op("Min", [amount, b.number(31, U32)], U32)
-        e = b.cast(b.shift(value, amount, bounds=(0, c >> self.down)), I32)
-        least = c >> self.down
-        total = b.reduce("ReduceSum", e, bounds=(least, self.tokens * least))
-        if not self.log2:
+        e = b.cast(b.shift(value, amount, bounds=(0, self.largest)), I32)
+        if self.kind == "shares":
+            return self.shares(b, e, name)
+        total = b.reduce("ReduceSum", e, bounds=(self.largest, self.tokens * self.largest))
+        if self.kind == "uniform":
             return self.uniform(b, e, total, name)
         safe = b.op("Max", [e, b.number(1, I32)], I32)
         twice = b.op("Mul", [total, b.number(2, I32)], I32)
@@ -144,9 +167,15 @@ class SoftmaxStep:
 
     def uniform(self, b: Builder, e: ir.Value, total: ir.Value, name: str) -> ir.Value:
         """round(e (2^b - 1) / Σe), half up, in int64."""
-        top = (1 << self.bits) - 1
         wide, sum_ = b.cast(e, I64), b.cast(total, I64)
-        above = b.op("Add", [b.op("Mul", [wide, b.number(2 * top)], I64), sum_], I64)
+        above = b.op("Add", [b.op("Mul", [wide, b.number(2 * self.top)], I64), sum_], I64)
         twice = b.op("Mul", [sum_, b.number(2)], I64)
-        code = b.op("Div", [above, twice], I64, bounds=(0, top))
+        code = b.op("Div", [above, twice], I64, bounds=(0, self.top))
+        return b.cast(code, U8, name=name)
+
+    def shares(self, b: Builder, e: ir.Value, name: str) -> ir.Value:
+        """round(e (2^b - 1) / ē), half up, in int32."""
+        scaled = b.op("Mul", [e, b.number(2 * self.top, I32)], I32)
+        above = b.op("Add", [scaled, b.number(self.largest, I32)], I32)
+        code = b.op("Div", [above, b.number(2 * self.largest, I32)], I32, bounds=(0, self.top))
         return b.cast(code, U8, name=name)

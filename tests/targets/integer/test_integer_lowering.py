@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,6 +41,7 @@ OPTIONS = [
     {"bits": "8/8/4"},
     {"bits": "6/7/3"},
     {"bits": "8/8/8", "lis": False},
+    {"bits": "8/8/8", "lis": True},
     {"bits": "8/8/8", "ptf": False},
 ]
 
@@ -111,10 +113,21 @@ def test_no_float_stands_inside() -> None:
     assert violations(file) == []
     ops = Counter(node.op_type for node in file.graph)
     assert ops["QuantizeLinear"] == ops["DequantizeLinear"] == 1
-    # 6 blocks of qkv, QKᵀ, three bytes of A·V, proj, fc1 and fc2, and the head.
-    assert ops["MatMulInteger"] == 6 * 8 + 1
+    # 6 blocks of qkv, QKᵀ, A·V, proj, fc1 and fc2, and the head.
+    assert ops["MatMulInteger"] == 6 * 6 + 1
     assert ops["ConvInteger"] == 1
     assert {node.domain for node in file.graph} == {""}
+
+
+def test_log2_maps_of_eight_bits_take_three_products() -> None:
+    """One for each byte of the shifts, and one for all in shares of the row's largest value."""
+    model = transformer(Choices())
+    plans = {lis: calibrated(model, lis=lis) for lis in (True, None)}
+    files = {lis: lower_integer(model, one.specs) for lis, one in plans.items()}
+    ops = {lis: Counter(n.op_type for n in file.graph) for lis, file in files.items()}
+    assert ops[True]["MatMulInteger"] == ops[None]["MatMulInteger"] + 2
+    assert ops[True]["BitShift"] > ops[None]["BitShift"]
+    assert violations(files[True]) == violations(files[None]) == []
 
 
 def test_fewer_multiplier_bits_cost_accuracy_and_nothing_else() -> None:
@@ -210,12 +223,14 @@ def test_a_batch_gives_what_its_images_give() -> None:
 # --- other structures, and what is refused ----------------------------------------------
 
 
-def calibrated(model: ir.Model, batches: list[np.ndarray] | None = None) -> SiteQuantizer:
+def calibrated(
+    model: ir.Model, batches: list[np.ndarray] | None = None, **options: Any
+) -> SiteQuantizer:
     """A quantizer of a small model; by default of one whose input is [batch, 6, 8]."""
     import torch
 
     blocks = find_blocks(model)
-    config = QuantizeConfig(target="integer", threads=1)
+    config = QuantizeConfig(target="integer", threads=1, **options)
     quantizer = make_quantizer(_plan(model, blocks, config))
     rng = np.random.default_rng(0)
     if batches is None:
@@ -353,7 +368,7 @@ def test_the_plan_reads_as_a_line_for_every_node() -> None:
     assert list(lines) == [name_of(node) for node in plan.steps]
     assert plan.left == ()
     by_role = {find_blocks(model).roles[name].name: text for name, text in lines.items()}
-    assert by_role["softmax"] == "SoftmaxStep of codes 0…255 → codes 0…21"
+    assert by_role["softmax"] == "SoftmaxStep of codes 0…255 → codes 0…255"
     assert by_role["fc1"] == "LinearStep of codes 0…255 per channel → codes 0…255 per channel"
     bound = plan.steps[next(n for n in plan.steps if n.op_type == "MatMul")].made.high
     assert by_role["qk"].endswith(f"→ accumulator {-bound}…{bound}")

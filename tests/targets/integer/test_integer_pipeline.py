@@ -44,7 +44,7 @@ def test_the_file_is_integer(output: Path, report: dict[str, Any]) -> None:
 
 def test_every_tensor_has_its_range_and_stays_in_it(report: dict[str, Any]) -> None:
     columns, rows = report["integer"]["ranges"]["columns"], report["integer"]["ranges"]["rows"]
-    assert len(rows) > 1500
+    assert len(rows) > 1400
     for row in rows:
         entry = dict(zip(columns, row, strict=True))
         assert entry["low"] <= entry["seen_low"] <= entry["seen_high"] <= entry["high"]
@@ -55,13 +55,13 @@ def test_every_tensor_has_its_range_and_stays_in_it(report: dict[str, Any]) -> N
 
 
 def test_operations_are_those_of_the_architecture(report: dict[str, Any]) -> None:
-    """MACs of the linears and products, counted by hand; A·V in three bytes."""
+    """MACs of the linears and products, counted by hand."""
     linears = BLOCKS * TOKENS * WIDTH * WIDTH * (3 + 1 + 4 + 4) + 10 * WIDTH
     attention = BLOCKS * TOKENS * TOKENS * WIDTH
     patches = (TOKENS - 1) * WIDTH * _patch_weights()
     found = report["integer"]["operations"]
-    assert found["power_of_two_macs"] == 3 * attention
-    assert found["macs"] == linears + 4 * attention + patches
+    assert found["power_of_two_macs"] == 0
+    assert found["macs"] == linears + 2 * attention + patches
     assert found["look_ups"] == BLOCKS * TOKENS * 4 * WIDTH
     assert found["divisions"] < found["shifts"]
 

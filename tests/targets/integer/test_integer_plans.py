@@ -10,6 +10,8 @@ from small_graph import SmallGraph, sample
 
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.numerics.spec import Rule, TensorSpec
@@ -100,8 +102,16 @@ def test_softmaxes() -> None:
             specs={"softmax0": spec("softmax0", 1, 0, rule=log2)},
         )
         (planned,) = plan.steps.values()
-        assert (planned.step.tokens, planned.step.log2, planned.step.span) == (4, True, 255)
+        assert (planned.step.tokens, planned.step.kind, planned.step.span) == (4, "log2", 255)
         assert planned.made.last == 14
+    shares = Rule(6, False, False, around=(RowMaximum(), RowSums()))
+    (planned,) = plan_of(
+        one("Softmax"), "softmax0", specs={"softmax0": spec("softmax0", 1 / 63, 0, rule=shares)}
+    ).steps.values()
+    assert (planned.step.kind, planned.made.high) == ("shares", 63)
+    alone = Rule(8, False, False, around=(RowMaximum(),))
+    with pytest.raises(ModelError, match="not divided by their sums behind A·V"):
+        plan_of(one("Softmax"), "softmax0", specs={"softmax0": spec("softmax0", 1, 0, rule=alone)})
     plan_of(one("Softmax", shape=(1, 1 << 15)), "softmax0")
     for shape in ((1, (1 << 15) + 1), (1, "t")):
         with pytest.raises(ModelError, match="not known, or beyond 32,768"):

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from integer_steps import model_of, run
 
 from ptq_onnx.errors import ModelError
-from ptq_onnx.targets.integer.attention import AttentionStep
+from ptq_onnx.targets.integer.attention import LogAttentionStep, ShareAttentionStep
 from ptq_onnx.targets.integer.elementwise import MeanStep, SumStep, Term, gelu, table_step
 from ptq_onnx.targets.integer.fixed_point import FixedPoint, fixed_point
 from ptq_onnx.targets.integer.gelu import gelu_step
-from ptq_onnx.targets.integer.grid import Grid, Ints, LogGrid
+from ptq_onnx.targets.integer.grid import Grid, Ints, LogGrid, ShareGrid
 from ptq_onnx.targets.integer.layer_norm import LayerNormStep, layer_norm_step
 from ptq_onnx.targets.integer.products import ConvStep, LinearStep, ProductStep, largest_sum
-from ptq_onnx.targets.integer.softmax import SoftmaxStep
+from ptq_onnx.targets.integer.softmax import Kind, SoftmaxStep
 from ptq_onnx.targets.integer.square_root import integer_sqrt
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -349,10 +349,15 @@ def test_layer_norm_that_could_overflow_is_refused() -> None:
 
 
 @settings(max_examples=40)
-@given(st.floats(2.0**-30, 2.0**10), st.sampled_from([2, 3, 4, 6, 8]), st.booleans(), SEEDS)
-def test_softmax_is_that_of_big_integers(scale: float, bits: int, log2: bool, seed: int) -> None:
+@given(
+    st.floats(2.0**-30, 2.0**10),
+    st.sampled_from([2, 3, 4, 6, 8]),
+    st.sampled_from(["log2", "uniform", "shares"]),
+    SEEDS,
+)
+def test_softmax_is_that_of_big_integers(scale: float, bits: int, kind: Kind, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    step = SoftmaxStep(scale, 65, bits, log2)
+    step = SoftmaxStep(scale, 65, bits, kind)
     codes = np.clip(np.rint(rng.normal(128, rng.uniform(0, 128), (9, 65))), 0, 255)
     codes[0], codes[1] = 0, 255
     codes[2, 1:], codes[2, 0] = 0, 255
@@ -365,8 +370,12 @@ def test_softmax_is_that_of_big_integers(scale: float, bits: int, log2: bool, se
             q, r = divmod((max(row) - code) << step.fraction, ln2)
             e.append((c - r * (b - r)) >> min(q + step.down, 31))
         assert 2 * sum(e) + max(e) < 1 << 31
-        if not log2:
-            top = (1 << bits) - 1
+        top = (1 << bits) - 1
+        if kind == "shares":
+            assert got == [math.floor(Fraction(top * v, max(e)) + Fraction(1, 2)) for v in e]
+            assert max(got) == top
+            continue
+        if kind == "uniform":
             assert got == [min((2 * top * v + sum(e)) // (2 * sum(e)), top) for v in e]
             continue
         for value, code in zip(e, got, strict=True):
@@ -381,7 +390,7 @@ def test_softmax_is_that_of_big_integers(scale: float, bits: int, log2: bool, se
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**-14, 0.2, 1.0, 255.9, 256.0, 2.0**20])
 @pytest.mark.parametrize("tokens", [2, 197, 1025, 16384])
 def test_the_exponential_fits_its_bits(scale: float, tokens: int) -> None:
-    step = SoftmaxStep(scale, tokens, 8, True)
+    step = SoftmaxStep(scale, tokens, 8, "log2")
     ln2, b, c = step.constants
     assert 2.0**-14 <= step.unit <= 2.0**-13
     assert 255 << step.fraction < 1 << 29
@@ -391,13 +400,14 @@ def test_the_exponential_fits_its_bits(scale: float, tokens: int) -> None:
     assert tokens << step.exp_bits <= 1 << 29
     assert (c >> step.down) >= -(-3 * (1 << step.last) // 2)  # e = 0 is beyond the last code
     e = step.exponentials(np.array([[0, 255], [255, 255]]))
-    assert e.max() == c >> step.down
+    assert e.max() == c >> step.down == step.largest
+    assert 2 * step.top * step.largest + step.largest < 1 << 31  # shares of the largest
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.05, 0.2, 0.7])
 def test_the_exponential_is_near_the_real_one(scale: float) -> None:
     """I-BERT's polynomial is within 0.3 % of exp, the grid within as much again."""
-    step = SoftmaxStep(scale, 197, 8, True)
+    step = SoftmaxStep(scale, 197, 8, "log2")
     codes = np.arange(256)
     e = step.exponentials(codes)
     real = np.exp((codes - 255) * scale)
@@ -407,7 +417,7 @@ def test_the_exponential_is_near_the_real_one(scale: float) -> None:
 
 def test_codes_of_a_softmax() -> None:
     """One row by hand: values 1, 1/2, and one that 4 bits have no code for."""
-    step = SoftmaxStep(math.log(2), 4, 4, True)
+    step = SoftmaxStep(math.log(2), 4, 4, "log2")
     assert step.last == 14
     codes = step(np.array([[100, 100, 99, 60]]))
     assert codes.tolist() == [[1, 1, 2, 15]]
@@ -427,7 +437,7 @@ def test_attention_is_the_rounded_quotient(seed: int, last: int, zero: int) -> N
     values = rng.integers(0, 256, (2, 3, 9, 4)).astype(np.uint8)
     values[1] = 255 if zero < 128 else 0
     finish = fixed_point([np.array(2.0**-16)], np.array(128.0), [256 << 16], (0, 255))
-    step = AttentionStep(last, zero, 9, finish)
+    step = LogAttentionStep(1 << last, zero, 9, finish)
     found = step(codes.astype(np.int64), values.astype(np.int64))
     limits = {"x0": (0, last + 1)}
     np.testing.assert_array_equal(run(step, codes, values, limits=limits), found)
@@ -443,9 +453,39 @@ def test_attention_at_its_widest_overflows_nowhere() -> None:
     values = np.zeros((1, 1, 4096, 3), np.uint8)
     values[..., 0], values[..., 1] = 255, 128
     finish = fixed_point([np.array(2.0**-16)], np.array(128.0), [256 << 16], (0, 255))
-    step = AttentionStep(19, 128, 4096, finish)
+    step = LogAttentionStep(1 << 19, 128, 4096, finish)
     found = run(step, codes, values, limits={"x0": (0, 20)})
     assert found[0, 0].tolist() == [[255, 128, 0]] * 2
+
+
+def test_a_softmax_in_shares_by_hand() -> None:
+    """Halves and quarters of the largest; what is read of it are rows that sum to one."""
+    step = SoftmaxStep(math.log(2), 5, 8, "shares")
+    codes = step(np.array([[100, 100, 99, 98, 60]]))
+    assert codes.tolist() == [[255, 255, 127, 64, 0]]  # 127.5, and a polynomial for exp
+    shares = ShareGrid.codes(255)
+    floats = shares.floats(codes)
+    np.testing.assert_allclose(floats, codes / 701, rtol=1e-7)
+    np.testing.assert_array_equal(shares.ints(floats), codes)
+    np.testing.assert_array_equal(shares.ints(floats * 3), codes)
+
+
+@EASY
+@given(SEEDS, st.sampled_from([15, 63, 255]), st.sampled_from([0, 131, 255]))
+def test_attention_by_shares_is_the_rounded_quotient(seed: int, top: int, zero: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, top + 1, (2, 3, 5, 9)).astype(np.uint8)
+    codes[..., 4] = top
+    codes[0, 0, 0] = top
+    values = rng.integers(0, 256, (2, 3, 9, 4)).astype(np.uint8)
+    values[1] = 255 if zero < 128 else 0
+    finish = fixed_point([np.array(2.0**-16)], np.array(128.0), [256 << 16], (0, 255))
+    step = ShareAttentionStep(top, zero, 9, finish)
+    found = step(codes.astype(np.int64), values.astype(np.int64))
+    np.testing.assert_array_equal(run(step, codes, values, limits={"x0": (0, top)}), found)
+    w = codes.astype(np.float64)
+    real = w @ (values.astype(int) - zero) / w.sum(axis=-1, keepdims=True) + 128
+    assert np.abs(found - np.clip(real, 0, 255)).max() <= 0.5 + 2.0**-16
 
 
 # --- tables -----------------------------------------------------------------------------
