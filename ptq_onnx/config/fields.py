@@ -162,7 +162,7 @@ class Fields:
     lis: bool | None = option(
         None, NUMBERS, None,
         "fqvit: log2 codes for attention maps; without, uniform ones on [0, 1].",
-        shown="on below 6 bits, above uniform ones of a row's shares of its largest value",
+        shown="on below 7 bits; from there on uniform ones of a row's shares of its largest value",
     )
     equalize: bool = option(
         True, NUMBERS, None,

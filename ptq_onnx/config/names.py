@@ -22,5 +22,5 @@ OPSETS = range(20, 24)
 MAX_DROP = 0.5
 MIN_SQNR = 20.0
 """Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""
-SHARES_FROM = 5
+SHARES_FROM = 7
 """Bits of attention from which fqvit holds uniform shares of a row's largest value."""

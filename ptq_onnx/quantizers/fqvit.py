@@ -10,7 +10,7 @@ uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps of few bits. B
 * the outputs of proj and fc2 are not rounded by themselves: an integer machine adds the
   linear's 32-bit accumulator to the residual and requantizes once (where they are convolutions
   they are rounded for ONNX Runtime, whose only integer convolution gives codes);
-* attention maps of 6 bits and more are uniform codes of each row's shares of its largest value:
+* attention maps of 7 bits and more are uniform codes of each row's shares of its largest value:
   log2 codes are an octave apart, however many there are;
 * the rows of a map so held, which do not sum to one, are divided by their sum after A·V;
 * several linears or convolutions that read a tensor take its factor each into their weight; for
