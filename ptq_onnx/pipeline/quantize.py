@@ -84,6 +84,8 @@ def quantize(
     ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
     Raises PtqError.
     """
+    begin = Stages(progress)
+    begin(stages.READING, 1)
     config = config or QuantizeConfig()
     request = Request(
         model=model,
@@ -98,11 +100,10 @@ def quantize(
         keep_models=keep_models,
     )
     with on_device(config.device):
-        return _quantize(without_images(request), Stages(progress))
+        return _quantize(without_images(request), begin)
 
 
 def _quantize(request: Request, begin: Stages) -> Result:
-    begin(stages.READING, 1)
     inputs = read_inputs(request)
     begin.plan(stages.planned(request.config, len(inputs.tested or ())))
     begin(stages.LOADING, 1)

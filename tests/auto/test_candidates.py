@@ -199,7 +199,7 @@ def test_sixteen_bits_for_a_role_are_of_its_activations() -> None:
 def test_log_codes_have_no_sixteen_bits() -> None:
     for options in ({"bits": "8/8/16"}, {"more_bits": ("softmax=16",)}):
         with pytest.raises(ConfigError, match=r"'log2' codes have at most 8 bits, not 16"):
-            make_quantizer(plan_of(quantizer="fqvit", **options))
+            make_quantizer(plan_of(quantizer="fqvit", lis=True, **options))
 
 
 def test_a_rule_s_type_is_as_wide_as_its_bits() -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from ptq_onnx.engine.node_sessions import carried_specs
-from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.around.row_sums import RowSums
+from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.preparation.prepare import Prepared, prepare
 from ptq_onnx.quantizers.base import SiteQuantizer
 from zoo.architectures import torchvision_schemas
@@ -79,7 +81,8 @@ def test_swin_is_quantized_as_fq_vit_does(swin: SiteQuantizer) -> None:
         assert (table.rule.bits, table.rule.granularity, table.factor) == (8, "tensor", None)
         for role in ("qk", "bias"):
             assert roles[(role, block, False)].rule.granularity == "tensor"
-        assert roles[("softmax", block, False)].rule.code == Log2()
+        shares = roles[("softmax", block, False)].rule
+        assert (shares.code, shares.around) == (Uniform(), (RowMaximum(), RowSums()))
         # A mask of -100 within the range would leave a step of half a unit.
         assert float(roles[("bias", block, False)].scale) < 0.2
     assert not any(role == "mask" for role, _, _ in roles)

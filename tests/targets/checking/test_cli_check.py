@@ -78,11 +78,11 @@ def test_integer_file(command: Command, tmp_path: Path) -> None:
     code, out, err = command(good, "--target", "integer")
     assert (code, err) == (0, "")
     table = " ".join(out.split())
-    for text in ("MatMulInteger 49", "BitShift 162", "widest accumulator tensor", "bits 23, of 32"):
+    for text in ("MatMulInteger 37", "BitShift 144", "widest accumulator tensor", "bits 23, of 32"):
         assert text in table
     code, out, _ = command(good, "--target", "integer", "--json")
     found = json.loads(out)
-    assert (code, found["conforms"], found["ops"]["MatMulInteger"]) == (0, True, 49)
+    assert (code, found["conforms"], found["ops"]["MatMulInteger"]) == (0, True, 37)
     assert set(found["rules"]) == {"standard-domain", "no-float-inside", "no-overflow"}
     widest = found["facts"]["widest accumulator"]
     assert (widest["bits"], widest["of"]) == (23, 32)
