@@ -266,7 +266,10 @@ class _Trial:
 
     def best(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:
         """Stream ``number`` turned by ``best``, or as it is with factors where it may have these
-        and the outputs lose less; its steps refined."""
+        and the outputs lose less; its steps refined. One that stays without factors is calibrated
+        as any tensor is."""
+        if best.matrix is None and not self.codes.factors:
+            return best
         if not self.original:
             self.batches = some_of(self.batches)
             self.original = outputs_of(self.model, self.batches, self.threads)
@@ -276,7 +279,7 @@ class _Trial:
         held = self.by_factors(number, rows, plain)
         lost = held.trial.lost(held.steps), turned.trial.lost(turned.steps)
         if lost[0] > lost[1]:
-            return turned.refined(0.0)
+            return best if best.matrix is None else turned.refined(0.0)
         return held.refined(_decibels(np.array(lost[1]), np.array(lost[0])))
 
     def by_factors(self, number: int, rows: list[Rows], plain: _Tried) -> _Held:

@@ -139,6 +139,15 @@ def test_factors_where_the_massive_channel_is_not_read() -> None:
     assert plain.turned[0].by != FACTORS
 
 
+def test_a_stream_that_stays_has_no_steps_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a matrix or factors its ranges are those of calibration: nothing is tried."""
+    monkeypatch.setattr("ptq_onnx.equalization.rotation_choice.SEEDS", 0)  # no matrix is tried
+    found = turn_streams(network(1.0), batches(), Codes(16, symmetric=False), threads=1)
+    (one,) = found.turned
+    assert (one.by, one.refined_db) == ("none", 0.0)
+    assert (found.matrices, found.ranges, found.factors) == ((None,), {}, {})
+
+
 def test_a_channel_counts_by_what_reads_it() -> None:
     model = network(0.5)
     (stream,), _ = find_streams(model.graph)
