@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation.metrics.metric import Metric, Score, Scoring
-from ptq_onnx.evaluation.network import Classifier, Model, Network, cuda_works, session
+from ptq_onnx.evaluation.network import Classifier, Model, Network, session
 from ptq_onnx.evaluation.outputs import OutputFigures, Tallies, Tally, Values, notes_on, pairs
 from ptq_onnx.evaluation.runs import Runs
 from ptq_onnx.images.preprocess import FloatArray
 from ptq_onnx.images.source import ImageSource
 
-__all__ = ["Evaluation", "Progress", "cuda_works", "evaluate", "logits", "session"]
+__all__ = ["Evaluation", "Progress", "evaluate", "logits", "session"]
 
 Progress = Callable[[int, int], Any]
 """Called with (images done, images in all)."""

@@ -11,22 +11,11 @@ from numpy.typing import NDArray
 from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.images.preprocess import FloatArray
 from ptq_onnx.preparation.signature import channels_last, feeds
-from ptq_onnx.runtime.devices import AUTO, CPU, cuda_works, provider_works, providers_for
+from ptq_onnx.runtime.devices import AUTO, CPU, providers_for
 from ptq_onnx.runtime.packed import TYPES as INPUTS
 from ptq_onnx.runtime.packed import unpack
 from ptq_onnx.runtime.sessions import Session
 from ptq_onnx.telemetry import switch_off
-
-__all__ = [
-    "Classifier",
-    "Model",
-    "Network",
-    "cuda_works",
-    "may_be_classes",
-    "open_with_fp8",
-    "provider_works",
-    "session",
-]
 
 switch_off()  # by its API too, where it is loaded by now
 

@@ -71,7 +71,7 @@ def _missing() -> str:
 @lru_cache(maxsize=1)
 def cuda_works() -> bool:
     """Whether ONNX Runtime can run a node with CUDA: a driver, a device and the libraries."""
-    return provider_works("CUDAExecutionProvider")
+    return provider_works(CUDA)
 
 
 def provider_works(provider: str) -> bool:
@@ -86,9 +86,7 @@ def provider_works(provider: str) -> bool:
     try:
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        opened = ort.InferenceSession(
-            probe.SerializeToString(), providers=[provider, "CPUExecutionProvider"]
-        )
+        opened = ort.InferenceSession(probe.SerializeToString(), providers=[provider, CPU])
         opened.run(None, {"x": np.ones(1, dtype=np.float32)})
         return bool(opened.get_providers()[0] == provider)
     except Exception:  # whatever is missing: the CPU it is

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq_onnx.errors import ImageError, ModelError, PtqError
-from ptq_onnx.evaluation.evaluate import cuda_works, evaluate, logits, session
+from ptq_onnx.evaluation.evaluate import evaluate, logits, session
 from ptq_onnx.evaluation.network import Network
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import ImageSource, Preprocess, open_images
+from ptq_onnx.runtime.devices import cuda_works
 
 PLAIN = Preprocess((0.0,) * 3, (1.0,) * 3, (4, 4))
 FLOAT = TensorProto.FLOAT

@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime as ort
 
 from ptq_onnx.errors import ModelError, one_line
-from ptq_onnx.evaluation.network import cuda_works
+from ptq_onnx.runtime.devices import cuda_works
 from ptq_onnx.targets.timing.runner import AS_WRITTEN
 from ptq_onnx.targets.timing.session_runner import SessionRunner
 from ptq_onnx.targets.timing.timed_model import Subject

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from ptq_onnx.errors import ConfigError, ModelError, one_line
-from ptq_onnx.evaluation.network import TENSORRT, provider_works
+from ptq_onnx.evaluation.network import TENSORRT
+from ptq_onnx.runtime.devices import provider_works
 from ptq_onnx.targets.timing.runner import AS_WRITTEN, Runner
 from ptq_onnx.targets.timing.session_runner import SessionRunner
 from ptq_onnx.targets.timing.timed_model import Subject
