@@ -9,7 +9,7 @@ float part counts elements that have more than 8 bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
 
@@ -52,11 +52,8 @@ def cost(
     products = {name_of(node): node for node in model.graph if macs(node)}
     was, now = (_widths(products, sites, rules) for rules in (before, after))
     total = sum(macs(node) * (now[name] - was[name]) for name, node in products.items())
-    for site in sites.values():
-        if site.consumers and products.keys() >= set(site.consumers):
-            continue
-        total += site.elements * (_bits(after, site.tensor) - _bits(before, site.tensor))
-    return total / UNIT
+    others = (s for s in sites.values() if not s.consumers or set(s.consumers) - products.keys())
+    return (total + _gained(others, before, after)) / UNIT
 
 
 def elements(
@@ -66,8 +63,7 @@ def elements(
     after: Mapping[str, Rule],
 ) -> float:
     """Elements of one image, and of weights, by the bytes that they gain."""
-    gained = (s.elements * (_bits(after, t) - _bits(before, t)) for t, s in sites.items())
-    return sum(gained) / BYTE
+    return _gained(sites.values(), before, after) / BYTE
 
 
 def cost_of(config: QuantizeConfig) -> Cost:
@@ -77,6 +73,11 @@ def cost_of(config: QuantizeConfig) -> Cost:
 
 Cost = Callable[[ir.Model, Mapping[str, Site], Mapping[str, Rule], Mapping[str, Rule]], float]
 """Of a model, its sites, and the rules before and after."""
+
+
+def _gained(sites: Iterable[Site], before: Mapping[str, Rule], after: Mapping[str, Rule]) -> int:
+    """Elements of one image by the bits that each gains."""
+    return sum(s.elements * (_bits(after, s.tensor) - _bits(before, s.tensor)) for s in sites)
 
 
 def _widths(
