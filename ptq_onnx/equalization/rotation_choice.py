@@ -246,7 +246,7 @@ class _Held:
         """The ranges or factors times what :func:`refined` finds."""
         better = refined(self.trial, self.steps)
         by = {name: better.factors[held] for name, held in self.now.items()}
-        gain = _decibels(np.array(better.before), np.array(better.after))
+        gain = _decibels(better.before, better.after)
         one = self.tried
         ranges = {n: (low * by[n], high * by[n]) for n, (low, high) in one.ranges.items()}
         factors = {n: replace(f, scale=f.scale * by[n]) for n, f in one.factors.items()}
@@ -280,7 +280,7 @@ class _Trial:
         lost = held.trial.lost(held.steps), turned.trial.lost(turned.steps)
         if lost[0] > lost[1]:
             return best if best.matrix is None else turned.refined(0.0)
-        return held.refined(_decibels(np.array(lost[1]), np.array(lost[0])))
+        return held.refined(_decibels(lost[1], lost[0]))
 
     def by_factors(self, number: int, rows: list[Rows], plain: _Tried) -> _Held:
         """The stream as it is, with searched factors per channel."""
@@ -326,8 +326,8 @@ def _massive(rows: list[Rows]) -> Double:
     return np.asarray(np.linalg.eigh(moment)[1][:, -1], np.float64)
 
 
-def _decibels(before: Double, after: Double) -> float:
-    return float(10 * np.log10(max(before.sum(), 1e-300) / max(after.sum(), 1e-300)))
+def _decibels(before: Double | float, after: Double | float) -> float:
+    return float(10 * np.log10(max(np.sum(before), 1e-300) / max(np.sum(after), 1e-300)))
 
 
 def _searched(

@@ -28,8 +28,9 @@ Outputs = list[list[NDArray[Any]]]
 
 BATCHES = 4
 """Batches that a trial takes."""
-FACTORS = 2.0 ** (np.arange(-4, 8) / 8)
-"""Factors of all steps that are tried; of powers of two, the last eight are all there are."""
+FACTORS = 2.0 ** (np.array([-4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7]) / 8)
+"""Factors of all steps that are tried: an octave up, as powers of two come round there but for what
+is clipped, and half of one down."""
 PARTS = ("inverse", "lowest", "highest", "step")
 """Of what a tensor is rounded by."""
 OF_ONE = 2.0 ** (np.array([-1, 1, 2]) / 4)
@@ -67,8 +68,8 @@ class Steps:
 class StreamTrial:
     """A float model, the tensors of a stream in which are rounded by steps that each run is given.
 
-    ``batches`` [B, C, H, W] are kept. ``original``: what nothing rounded gives. The
-    model stays as it is.
+    ``batches`` [B, C, H, W] are kept. ``original``: what nothing rounded gives. The model stays as
+    it is.
     """
 
     def __init__(
@@ -121,8 +122,8 @@ def refined(trial: StreamTrial, steps: Mapping[str, Steps]) -> Refined:
 
     before = least = lost(dict.fromkeys(steps, 1.0))
     found: dict[str, float] = dict.fromkeys(steps, 1.0)
-    every = [dict.fromkeys(steps, float(factor)) for factor in FACTORS]
-    for tried in every:
+    for factor in FACTORS:
+        tried = dict.fromkeys(steps, float(factor))
         now = lost(tried)
         if now < least:
             found, least = tried, now
