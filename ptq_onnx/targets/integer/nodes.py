@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, is_product, name_of
 from ptq_onnx.errors import ModelError
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.around.row_sums import RowSums
 from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.spec import TensorSpec
@@ -290,13 +291,13 @@ def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
     if spec.rule.bits > 8:
         raise refusal(node, "its output has codes of more than 8 bits; give it 8 at most")
     around = spec.rule.around
-    kind: Kind = "log2" if spec.rule.code == Log2() else "shares" if around else "uniform"
+    shares = RowMaximum() in around
+    kind: Kind = "log2" if spec.rule.code == Log2() else "shares" if shares else "uniform"
     step = SoftmaxStep(read.step, tokens, spec.rule.bits, kind, read.high - read.low)
     if kind == "uniform":
         return plan.planned(node, step, (0,), Grid.of(spec))
-    if kind == "shares" and RowSums() not in around:
+    if shares and RowSums() not in around:
         raise refusal(node, "its rows are not divided by their sums behind A·V")
-    shares = kind == "shares"
     made = ShareGrid.codes(step.top) if shares else LogGrid.codes(step.last)
     plan.maps[name] = made
     return plan.planned(node, step, (0,), made)
