@@ -178,7 +178,7 @@ class Fields:
         None, NUMBERS, None,
         "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
         " in float and free at run time, where one scale per tensor is then expected to lose less.",
-        shown="on with --quantize-residual, for qnn, and for lowbit",
+        shown="on with --quantize-residual, for qnn, fqvit and lowbit",
     )
     split_hidden: bool | None = option(
         None, NUMBERS, None,
@@ -345,7 +345,7 @@ class Fields:
         """True where residual streams are turned if that lowers the expected error."""
         unset = self.quantize_residual and self.precision != "fp8"
         unset = unset or self.runtime.all_codes
-        unset = unset or self.quantizer == "lowbit"
+        unset = unset or self.quantizer in ("fqvit", "lowbit")
         return unset if self.rotate is None else self.rotate
 
     @property

@@ -121,6 +121,19 @@ def split_hidden(
     return (in_pieces(plan, found) if found else plan), found
 
 
+def fit(plan: Plan, rules: Mapping[str, Rule], found: Iterable[Pieces]) -> bool:
+    """Whether pieces that an earlier run chose are of this model's activations."""
+    wanted = {name: plan.sites[name] for name, _ in _candidates(plan, rules)}
+    return all(
+        one.tensor in wanted
+        and wanted[one.tensor].shape[wanted[one.tensor].channel_axes[0]] == len(one.counts)
+        and min(one.counts) >= 1
+        and sum(one.counts) <= (1 + MOST_ADDED) * len(one.counts)
+        and -np.inf < one.low <= 0 < one.bound < np.inf
+        for one in found
+    )
+
+
 def _candidates(plan: Plan, rules: Mapping[str, Rule]) -> Iterable[tuple[str, Hidden]]:
     """Outputs of activations that linears alone read and that one scale is to hold."""
     values = {str(v.name): v for node in plan.model.graph for v in node.outputs}

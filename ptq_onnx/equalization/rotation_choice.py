@@ -9,9 +9,9 @@ So massive tokens, which few rows are, may be clipped where all others gain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -41,8 +41,12 @@ CLIPS = np.linspace(1.0, 0.3, 15)
 """Parts of the range seen that are tried."""
 WORTH_PRODUCTS = 0.8
 """Part of the expected error that may be left where products are added."""
-PLAIN, SPREAD, FLATTENED = "none", "spread", "spread, then flattened"
-FACTORS = "none: factors per channel"
+How = Literal["none", "spread", "spread, then flattened", "none: factors per channel"]
+"""How a matrix is made, or what holds a stream that has none."""
+PLAIN: Final = "none"
+SPREAD: Final = "spread"
+FLATTENED: Final = "spread, then flattened"
+FACTORS: Final = "none: factors per channel"
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,7 @@ class Turned:
     width: int
     tensors: int
     """How many of its tensors norms read."""
-    by: str
-    """How the matrix is made; "none" where the stream stays as it is, and what holds it then."""
+    by: How
     seed: int
     largest_before: float
     largest_after: float
@@ -70,6 +73,16 @@ class Turned:
     """Multiplications of these, as a part of those of the stream's own."""
     refined_db: float = 0.0
     """What the outputs lose less since the steps were chosen by that."""
+    direction: tuple[float, ...] = field(default=(), repr=False)
+    """[D], what was flattened; empty where nothing was."""
+
+    @property
+    def matrix(self) -> Double | None:
+        """R [D, D]; None where the stream stays as it is."""
+        if self.by in (PLAIN, FACTORS):
+            return None
+        spread = spreading(self.width, self.seed)
+        return spread if self.by == SPREAD else flattened(spread, np.array(self.direction))
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,24 @@ def turn_streams(
     return Turns(tuple(turned), tuple(refused), ranges, tuple(matrices), tuple(added), factors)
 
 
+def turn_as(model: ir.Model, turned: Sequence[Turned]) -> Turns | None:
+    """Turn the streams of the model, in place, as an earlier run did; None, and nothing turned,
+    where its numbers are not of these streams."""
+    streams, refused = find_streams(model.graph)
+    if [(t.stream, t.width) for t in turned] != [(str(s.norms[0].name), s.width) for s in streams]:
+        return None
+    for one in turned:
+        whole = one.by != FLATTENED or len(one.direction) == one.width
+        if not whole or one.seed < 0 or not np.isfinite(one.direction).all():
+            return None
+    matrices = tuple(one.matrix for one in turned)
+    added: list[str] = []
+    for stream, matrix in zip(streams, matrices, strict=True):
+        if matrix is not None:
+            added += turn(model.graph, stream, matrix)
+    return Turns(tuple(turned), tuple(refused), {}, matrices, tuple(added))
+
+
 def turn_again(model: ir.Model, matrices: Iterable[Double | None]) -> None:
     """Turn the streams of the same model, prepared anew, by the matrices found before."""
     for stream, matrix in zip(find_streams(model.graph)[0], matrices, strict=True):
@@ -165,7 +196,7 @@ class _Tried:
     """A candidate, the expected errors of the stream's tensors and of what norms make, [T] each,
     and the ranges of the stream's tensors."""
 
-    how: str
+    how: How
     seed: int
     matrix: Double | None
     stream: Double
@@ -189,7 +220,7 @@ def _choose(
     codes = trial.codes
     rows = [Rows.of(name, samples[name]) for name in dict.fromkeys(read_by_norms(stream))]
 
-    def tried(how: str, seed: int, matrix: Double | None) -> _Tried:
+    def tried(how: How, seed: int, matrix: Double | None) -> _Tried:
         turned = [one.turned(matrix) for one in rows]
         outer = [
             _searched(r.stream, r.power, codes.levels_in(r.tensor), codes.symmetric) for r in turned
@@ -209,13 +240,13 @@ def _choose(
     best = plain = tried(PLAIN, 0, None)
     for seed in range(SEEDS):
         spread = spreading(stream.width, seed)
-        for how, matrix in ((SPREAD, spread), (FLATTENED, flattened(spread, direction))):
-            best = min(best, tried(how, seed, matrix), key=lambda one: one.score)
+        found = tried(SPREAD, seed, spread), tried(FLATTENED, seed, flattened(spread, direction))
+        best = min(best, *found, key=lambda one: one.score)
     if stream.products and best.score > WORTH_PRODUCTS * plain.score:
         best = plain
     if trial.codes.of_stream:
         best = trial.best(number, rows, plain, best)
-    found = Turned(
+    turned = Turned(
         stream=str(stream.norms[0].name),
         width=stream.width,
         tensors=len(rows),
@@ -228,8 +259,9 @@ def _choose(
         products=0 if best.matrix is None else len(stream.products),
         added=0.0 if best.matrix is None else stream.added,
         refined_db=best.refined,
+        direction=tuple(direction.tolist()) if best.how == FLATTENED else (),
     )
-    return found, best
+    return turned, best
 
 
 @dataclass(frozen=True)

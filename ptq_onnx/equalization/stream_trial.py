@@ -60,6 +60,11 @@ class Steps:
         step = found.scale * np.exp2(found.alpha.astype(np.float64))
         return cls(step.astype(np.float32), -found.zero_point, levels - 1 - found.zero_point)
 
+    @classmethod
+    def unrounded(cls) -> Steps:
+        """So fine that nothing is lost: float32 has no digits behind these, or no use for them."""
+        return cls(np.array([2.0**-20], np.float32), -np.inf, np.inf)
+
     def times(self, factor: float) -> Steps:
         """The same codes of other values."""
         return replace(self, step=self.step * np.float32(factor))
@@ -115,10 +120,12 @@ class Refined:
 
 def refined(trial: StreamTrial, steps: Mapping[str, Steps]) -> Refined:
     """Factors of the steps that leave less of the outputs' loss: one for all tensors, then of one
-    tensor after the other, the last ones, whose rounding is the coarsest, first."""
+    tensor after the other, the last ones, whose rounding is the coarsest, first. A tensor without
+    whose rounding the outputs lose no less is passed over."""
 
-    def lost(factors: Mapping[str, float]) -> float:
-        return trial.lost({name: one.times(factors[name]) for name, one in steps.items()})
+    def lost(factors: Mapping[str, float], without: str | None = None) -> float:
+        held = {name: one.times(factors[name]) for name, one in steps.items()}
+        return trial.lost(held if without is None else held | {without: Steps.unrounded()})
 
     before = least = lost(dict.fromkeys(steps, 1.0))
     found: dict[str, float] = dict.fromkeys(steps, 1.0)
@@ -128,6 +135,8 @@ def refined(trial: StreamTrial, steps: Mapping[str, Steps]) -> Refined:
         if now < least:
             found, least = tried, now
     for name in reversed(list(steps)):
+        if lost(found, without=name) >= least:
+            continue
         each = [{**found, name: found[name] * float(factor)} for factor in OF_ONE]
         losses = [lost(tried) for tried in each]
         if min(losses) < ENOUGH * least:

@@ -25,16 +25,19 @@ Finite = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 Scale = Annotated[float, Field(allow_inf_nan=False, ge=1e-37, le=1e30)]
 Exponent = Annotated[int, Field(ge=-126, le=126)]
 Number = TypeVar("Number")
+Part = TypeVar("Part", bound=BaseModel)
 Point = Annotated[int, Field(ge=-(1 << WIDEST), le=1 << WIDEST)]
 Length = Annotated[int, Field(ge=1, le=MOST_ENTRIES)]
 Text = Annotated[str, Field(max_length=4096)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of ``report.json`` that is used again."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
-class Factors(_Strict, Generic[Number]):
+class Factors(Strict, Generic[Number]):
     """Numbers that broadcast against a tensor."""
 
     shape: Annotated[list[Length], Field(max_length=8)]
@@ -47,7 +50,7 @@ class Factors(_Strict, Generic[Number]):
         return self
 
 
-class Entry(_Strict):
+class Entry(Strict):
     """What ``report.json`` says of a tensor, as :meth:`TensorSpec.to_json` writes it; a code's own
     numbers are left for it to check."""
 
@@ -72,7 +75,7 @@ class Entry(_Strict):
     factor: Factors[Scale] | None = None
 
 
-class Numbers(_Strict):
+class Numbers(Strict):
     """The part of ``report.json`` that is used again."""
 
     tensors: list[Entry]
@@ -80,26 +83,37 @@ class Numbers(_Strict):
 
 def read_scales(path: str | Path) -> dict[str, TensorSpec]:
     """Specs by tensor from the report.json of an earlier run. Raises ConfigError."""
-    where = f"--scales {path}"
+    found = read_part(path, Numbers)
     try:
-        found = Numbers.model_validate_json(read_text(path, LARGEST_REPORT))
         specs = {e.tensor: _spec(e) for e in found.tensors}
+    except ValueError as error:
+        raise ConfigError(f"{_not_ours(path)}: {error}.") from error
+    if len(specs) != len(found.tensors):
+        raise ConfigError(f"{_not_ours(path)}: it has a tensor twice.")
+    return specs
+
+
+def read_part(path: str | Path, kind: type[Part]) -> Part:
+    """A part of the report.json of an earlier run. Raises ConfigError."""
+    try:
+        return kind.model_validate_json(read_text(path, LARGEST_REPORT))
     except OSError as error:
-        raise ConfigError(f"{where} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"--scales {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} cannot be read: {error}.") from error
+        raise ConfigError(f"--scales {path} cannot be read: {error}.") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"{where} is not a report.json of this tool: {place}{': ' if place else ''}"
+            f"{_not_ours(path)}: {place}{': ' if place else ''}"
             f"{str(first['msg'])[:120]}, got {_short(first['input'])}."
         ) from None
     except ValueError as error:
-        raise ConfigError(f"{where} is not a report.json of this tool: {error}.") from error
-    if len(specs) != len(found.tensors):
-        raise ConfigError(f"{where} is not a report.json of this tool: it has a tensor twice.")
-    return specs
+        raise ConfigError(f"{_not_ours(path)}: {error}.") from error
+
+
+def _not_ours(path: str | Path) -> str:
+    return f"--scales {path} is not a report.json of this tool"
 
 
 def check_fit(spec: TensorSpec, site: Site, where: str) -> None:

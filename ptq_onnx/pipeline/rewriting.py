@@ -17,6 +17,7 @@ from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.numerics.grain import PowersOfTwo
+from ptq_onnx.pipeline.earlier_run import earlier_rewrites
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.reading import prepared_anew
 from ptq_onnx.preparation.prepare import Prepared
@@ -74,6 +75,9 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     reference = original_run(job)
     off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
     found = _Attempt(plan, job.inputs.prepared, off, original=kept_for_pictures(job))
+    before = earlier_rewrites(job)
+    if before is not None:
+        before.check(job.config)
     if job.config.rotates:
         found = _rotated(job, found, reference)
     if job.config.splits_hidden:
@@ -116,10 +120,10 @@ def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
     if plan.config.products_only and not plan.config.runtime.all_codes:
         job.notes.append("--split-hidden: deploy gives these channels factors of their own.")
         return found
-    if job.request.scales is not None:
-        job.notes.append("--scales: no hidden channels were split, which is decided on images.")
-        return found
-    rules, advance = make_quantizer(plan).rules, job.stage(stages.SPLITTING)
+    rules, before = make_quantizer(plan).rules, earlier_rewrites(job)
+    if before is not None:
+        return _split_as(job, found, reference, before.pieces_in(plan, rules))
+    advance = job.stage(stages.SPLITTING)
     held, off = held_in_one(plan, rules, job.batches(), advance), None
     for least in BOUNDS_TRIED:
         split, pieces = split_hidden(plan, held, least)
@@ -130,6 +134,22 @@ def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
             job.notes.extend(describe(one) for one in pieces)
             return replace(found, plan=split, pieces=pieces, off=off)
     return found if off is None else _undone(job, found, PIECES, off, reference)
+
+
+def _split_as(
+    job: Job, found: _Attempt, reference: Reference, pieces: tuple[Pieces, ...]
+) -> _Attempt:
+    """With the massive hidden channels of an earlier run in its pieces."""
+    from ptq_onnx.equalization.hidden_pieces import describe, in_pieces
+
+    if not pieces:
+        return found
+    split = in_pieces(found.plan, pieces)
+    off = reference.off(split.model)
+    if not reference.accepts(off):
+        return _undone(job, found, PIECES, off, reference)
+    job.notes.extend(describe(one) for one in pieces)
+    return replace(found, plan=split, pieces=pieces, off=off)
 
 
 def _in_form(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
@@ -207,22 +227,22 @@ def _restored(job: Job, found: _Attempt) -> _Attempt:
 
 def turn(job: Job, plan: Plan) -> Turns:
     """Turn the residual streams of the plan's model, in place, where that lowers the expected
-    error (see ``equalization/rotation_choice.py``). Raises ConfigError."""
+    error (see ``equalization/rotation_choice.py``), or as the earlier run did whose scales are
+    used. Raises ConfigError."""
     from ptq_onnx.equalization.rotation_choice import turn_streams
     from ptq_onnx.quantizers.by_name import make_quantizer
 
-    if job.request.scales is not None:
-        raise ConfigError(
-            f"--scales {job.request.scales}: the rotation is chosen on the images, so that the"
-            " scales of another run do not fit; calibrate anew, or use --no-rotate."
+    before = earlier_rewrites(job)
+    if before is not None:
+        turns = before.turned_in(plan.model)
+    else:
+        turns = turn_streams(
+            plan.model,
+            job.batches(),
+            codes_of(plan, make_quantizer(plan).rules),
+            threads=plan.config.threads,
+            progress=job.stage(stages.TURNING),
         )
-    turns = turn_streams(
-        plan.model,
-        job.batches(),
-        codes_of(plan, make_quantizer(plan).rules),
-        threads=plan.config.threads,
-        progress=job.stage(stages.TURNING),
-    )
     job.notes.extend(notes_on(turns))
     return turns
 

@@ -22,6 +22,7 @@ from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.equalization.hidden_pieces import held_in_one, on_grid, split_hidden
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.expansions import EXPANSIONS
 from ptq_onnx.graph.formula import DOMAIN
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
@@ -34,7 +35,7 @@ from ptq_onnx.quantizers.by_name import make_quantizer
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"
 CHANNEL, TIMES, HIDDEN = 5, 60.0, 256
-PLAIN = {"quantizer": "fqvit", "ptf": False, "lis": False}
+PLAIN = {"quantizer": "fqvit", "ptf": False, "lis": False, "rotate": False}
 """One scale for each activation."""
 
 
@@ -202,3 +203,30 @@ def test_symmetric_codes_and_other_widths(massive: Path, tmp_path: Path, bits: s
     (piece,) = report["pieces"]
     (spec,) = (t for t in report["tensors"] if t["tensor"] == piece["tensor"])
     assert spec["clip"][1] == pytest.approx(piece["bound"], rel=1e-5)
+
+
+def test_an_earlier_run_s_pieces_are_made_again(massive: Path, tmp_path: Path) -> None:
+    """On a turned stream, and not chosen anew: the same file, bit for bit."""
+    options = {**PLAIN, "rotate": True}
+    report = quantized(massive, tmp_path / "a", **options)
+    assert len(report["pieces"]) == len(report["rotation"]["turned"]) == 1
+    again: dict[str, Any] = {**options, "scales": tmp_path / "a/report.json", "report": False}
+    again |= {"calib": IMAGES / "calib", "images": 32, "threads": 1}
+    ptq_onnx.quantize(massive, output=tmp_path / "b", **again)
+    name = "quantized.onnx"
+    assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    for change in (
+        {"counts": [1] * (HIDDEN - 1)},
+        {"counts": [0] * HIDDEN},
+        {"counts": [2] * HIDDEN},
+        {"tensor": "other"},
+        {"bound": -1.0},
+    ):
+        other = json.loads((tmp_path / "a/report.json").read_text())
+        other["pieces"][0] |= change
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        again["scales"] = tmp_path / "other.json"
+        with pytest.raises(ConfigError, match="its hidden channels are not those of this model"):
+            ptq_onnx.quantize(massive, output=tmp_path / "c", **again)
+    with pytest.raises(ConfigError, match="is of a run with --split-hidden: use it here too"):
+        ptq_onnx.quantize(massive, output=tmp_path / "c", **again, split_hidden=False)

@@ -1,5 +1,7 @@
 """Factors per channel against a matrix: by what the outputs lose."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -96,6 +98,36 @@ def test_steps_are_refined_by_what_the_outputs_lose() -> None:
         losses[k] = trial.lost({name: steps[name].times(k)})
     assert losses[found.factors[name]] == found.after
     assert found.after <= min(losses.values()) / 0.98
+
+
+class Counted:
+    """Outputs that lose the square of tensor a's step, 4 where it is not rounded; b costs nothing,
+    and without c's rounding they lose more."""
+
+    def __init__(self) -> None:
+        self.tried: list[str] = []
+
+    def lost(self, steps: Mapping[str, Steps]) -> float:
+        fine = [name for name, one in steps.items() if one.step[0] == 2.0**-20]
+        self.tried += fine
+        return 4 + float(steps["a"].step[0]) ** 2 * ("a" not in fine) + ("c" in fine)
+
+
+def test_what_costs_nothing_is_passed_over() -> None:
+    trial, one = Counted(), Steps(np.ones(1, np.float32), -8, 7)
+    found = refined(trial, dict.fromkeys("abc", one))  # type: ignore[arg-type]
+    assert trial.tried == ["c", "b", "a"]
+    assert found.factors["b"] == found.factors["c"] == 2**-0.5
+    assert found.factors["a"] == 2**-0.75
+    assert (found.before, found.after) == (5.0, pytest.approx(4 + 2**-1.5))
+
+
+def test_unrounded_steps_lose_nothing() -> None:
+    model = network(1.0)
+    name = stream_of(model)
+    images = batches()[:1]
+    trial = StreamTrial(model, [name], images, 1, outputs_of(model, images, 1))
+    assert trial.lost({name: Steps.unrounded()}) < 1e-11
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 16, 31, 100])

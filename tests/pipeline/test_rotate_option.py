@@ -55,7 +55,7 @@ def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path) -> Non
     stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
     assert {t["granularity"] for t in stream} == {"ptf"}
     assert any("searched factors per channel the outputs lose" in n for n in report["notes"])
-    plain = quantized(tmp_path / "b", quantizer="fqvit")
+    plain = quantized(tmp_path / "b", quantizer="fqvit", rotate=False)
     before = {t["tensor"]: t["scale"] for t in plain["tensors"]}
     assert sum(before[t["tensor"]] != t["scale"] for t in stream) == 13
 
@@ -97,22 +97,63 @@ def test_one_note_for_all_that_stays() -> None:
     assert last == "Rotation: no residual stream was turned."
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"target": "tensorrt", "precision": "fp8", "rotate": True}, "--rotate with --precision"),
-        ({"scales": "report.json", "quantizer": "fqvit", "rotate": True}, "use --no-rotate"),
-    ],
-)
-def test_what_excludes_it(tmp_path: Path, options: dict[str, object], text: str) -> None:
-    if "scales" in options:
-        quantized(tmp_path / "first", quantizer="fqvit")
-        options = {**options, "scales": tmp_path / "first/report.json"}
-    with pytest.raises(ConfigError, match=text):
+def test_what_excludes_it(tmp_path: Path) -> None:
+    options = {"target": "tensorrt", "precision": "fp8", "rotate": True}
+    with pytest.raises(ConfigError, match="--rotate with --precision"):
         ptq_onnx.quantize(
             MODEL, calib=IMAGES, images=8, report=False, output=tmp_path / "x", **options
         )
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def turned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose stream has one scale, so that it is turned by a matrix."""
+    folder = tmp_path_factory.mktemp("turned") / "a"
+    report = quantized(folder, quantizer="fqvit", ptf=False)
+    (turned,) = report["rotation"]["turned"]
+    assert turned["by"] == "spread, then flattened"
+    assert len(turned["direction"]) == turned["width"] == 64
+    return folder
+
+
+def test_an_earlier_run_s_rotation_is_done_again(turned_run: Path, tmp_path: Path) -> None:
+    """Not chosen anew: the same file, bit for bit."""
+    ptq_onnx.quantize(
+        MODEL, scales=turned_run / "report.json", report=False, quantizer="fqvit", ptf=False,
+        images=32, threads=1, output=tmp_path / "b",
+    )  # fmt: skip
+    notes = json.loads((tmp_path / "b/report.json").read_text())["notes"]
+    assert any("was turned (spread, then flattened)" in note for note in notes)
+    name = "quantized.onnx"
+    assert (tmp_path / "b" / name).read_bytes() == (turned_run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "text"),
+    [
+        ({}, {"rotate": False}, "is of a run with --rotate: use it here too, or calibrate anew"),
+        ({"direction": [0.5] * 63}, {}, "its residual streams are not those of this model"),
+        ({"direction": [0.5] * 63 + [float("nan")]}, {}, "its residual streams are not those"),
+        ({"seed": -1}, {}, "its residual streams are not those of this model"),
+        ({"width": 32}, {}, "its residual streams are not those of this model"),
+        ({"stream": "other"}, {}, "its residual streams are not those of this model"),
+        ({"by": "magic"}, {}, "is not a report.json of this tool: rotation.turned.0.by"),
+    ],
+)
+def test_a_rotation_that_does_not_fit(
+    turned_run: Path, tmp_path: Path, change: dict[str, object], options: dict[str, object],
+    text: str,
+) -> None:  # fmt: skip
+    report = json.loads((turned_run / "report.json").read_text())
+    report["rotation"]["turned"][0] |= change
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ConfigError, match=text):
+        ptq_onnx.quantize(
+            MODEL, scales=tmp_path / "report.json", report=False, quantizer="fqvit", ptf=False,
+            output=tmp_path / "b", **options,
+        )  # fmt: skip
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +164,10 @@ def test_what_excludes_it(tmp_path: Path, options: dict[str, object], text: str)
         ({"quantizer": "lowbit", "bits": "4/8/8"}, True),
         ({"quantizer": "lowbit", "bits": "4/4/4", "rotate": False}, False),
         ({"quantizer": "deploy", "bits": "4/4/4"}, False),
-        ({"quantizer": "fqvit"}, False),
+        ({"quantizer": "fqvit"}, True),
+        ({"quantizer": "fqvit", "target": "integer"}, True),
+        ({"quantizer": "fqvit", "rotate": False}, False),
+        ({"quantizer": "channelwise"}, False),
         ({"target": "qnn"}, True),
     ],
 )
