@@ -49,7 +49,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "fqvit 8/8/8": {"quantizer": "fqvit"},
     "fqvit 8/8/8, LIS": {"quantizer": "fqvit", "lis": True},
     "fqvit 8/8/8, no LIS": {"quantizer": "fqvit", "lis": False},
-    "fqvit 8/8/8, rotated": {"quantizer": "fqvit", "rotate": True},
+    "fqvit 8/8/8, not rotated": {"quantizer": "fqvit", "rotate": False},
     "fqvit 8/8/4": {"quantizer": "fqvit", "bits": "8/8/4"},
     "fqvit 8/8/8, integer": {"quantizer": "fqvit", "target": "integer"},
     "fqvit 8/8/4, integer": {"quantizer": "fqvit", "bits": "8/8/4", "target": "integer"},
