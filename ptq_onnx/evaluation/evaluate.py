@@ -14,6 +14,7 @@ from ptq_onnx.errors import ImageError, ModelError
 from ptq_onnx.evaluation.metrics.metric import Metric, Score, Scoring
 from ptq_onnx.evaluation.network import Classifier, Model, Network, session
 from ptq_onnx.evaluation.outputs import OutputFigures, Tallies, Tally, Values, notes_on, pairs
+from ptq_onnx.evaluation.recorded import Record
 from ptq_onnx.evaluation.runs import Runs
 from ptq_onnx.images.preprocess import FloatArray
 from ptq_onnx.images.source import ImageSource
@@ -77,6 +78,7 @@ def evaluate(
     baseline: bool = False,
     workers: int = 1,
     metric: Metric | None = None,
+    record: Record | None = None,
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
 
@@ -87,7 +89,8 @@ def evaluate(
     call the two models. ``features``: outputs that look like [batch, classes] and are none; not
     asked where there are labels. ``baseline``: count the reference's right answers too, of the
     same run. ``metric``: another measure of both. ``workers``: processes that run the models; the
-    figures do not depend on them. Raises ImageError, ModelError, ConfigError.
+    figures do not depend on them. ``record``: where the reference's outputs on these images are
+    kept for other runs. Raises ImageError, ModelError, ConfigError.
     """
     tested = Network(model, threads, name=names[0])
     trusted = None if reference is None else Network(reference, threads, name=names[1])
@@ -105,7 +108,7 @@ def evaluate(
         own = _Counting(Tallies(trusted.names), classes, trusted)
     scoring = None if metric is None else Scoring(metric, reference=trusted is not None)
     count = 0
-    runs = Runs(tested, trusted, (model, reference), names, threads, workers)
+    runs = Runs(tested, trusted, (model, reference), names, threads, workers, record)
     for batch_names, found, floats in runs.over(images, batch_size):
         beside = (
             None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats}

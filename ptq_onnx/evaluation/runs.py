@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.network import Model, Network
 from ptq_onnx.evaluation.outputs import Values
+from ptq_onnx.evaluation.recorded import NOTHING, Record, Recorder
 from ptq_onnx.images.preprocess import FloatArray
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.runtime.processes import Processes, shared_threads
@@ -21,6 +23,7 @@ class Runs:
     """The outputs of ``tested``, and of ``trusted`` where there is one, batch by batch.
 
     ``models``: what they were opened from; ``workers``: processes that run them, here where 1.
+    ``record``: the outputs of ``trusted``, or the place for them; not used by several processes.
     Raises ConfigError where several cannot open what was given.
     """
 
@@ -32,8 +35,10 @@ class Runs:
         names: Names,
         threads: int,
         workers: int,
+        record: Record | None = None,
     ) -> None:
         self._tested, self._trusted, self._workers = tested, trusted, workers
+        self._record = record
         self._opened = models, names, shared_threads(threads, workers)
         if workers > 1 and not isinstance(models[0], str | Path | bytes):
             raise ConfigError(
@@ -45,9 +50,7 @@ class Runs:
     ) -> Iterator[tuple[list[str], Found, Found | None]]:
         """Names of the images, outputs and the reference's outputs, in the images' order."""
         if self._workers == 1:
-            for names, batch in images.named_batches(batch_size):
-                found = self._tested(batch)
-                yield names, found, None if self._trusted is None else self._trusted(batch)
+            yield from self._here(images, batch_size)
             return
         with Processes(self._workers, open_networks, *self._opened) as processes:
             made = processes.beside(images.named_batches(batch_size))
@@ -55,6 +58,32 @@ class Runs:
                 self._tested.whole |= whole[0]
                 if self._trusted is not None:
                     self._trusted.whole |= whole[1]
+                yield names, found, floats
+
+    def _here(
+        self, images: ImageSource, batch_size: int
+    ) -> Iterator[tuple[list[str], Found, Found | None]]:
+        """In this process; the reference's outputs are read where they were kept."""
+        trusted, record = self._trusted, self._record
+        if trusted is None:
+            for names, batch in images.named_batches(batch_size):
+                yield names, self._tested(batch), None
+            return
+        kept = iter(()) if record is None else record.batches()
+        with ExitStack() as stack:
+            keep = None
+            if record is not None and not record.exists:
+                keep = stack.enter_context(Recorder(record)).add
+            for names, batch in images.named_batches(batch_size):
+                found = self._tested(batch)
+                before, floats, whole = next(kept, NOTHING)
+                if before == names:
+                    trusted.whole |= whole
+                else:  # other images could be read then
+                    kept = iter(())
+                    floats = trusted(batch)
+                    if keep is not None:
+                        keep(names, floats, trusted.whole)
                 yield names, found, floats
 
 

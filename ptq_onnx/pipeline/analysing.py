@@ -170,6 +170,7 @@ def measure(job: Job, made: Rewritten) -> dict[str, Any]:
         features=feature_outputs(made.prepared.model),
         stage=job.stage,
         metric=job.metric(source),
+        floats=job.request.floats if kind == "val" else None,
     )
     job.notes.extend(notes)
     return found

@@ -15,8 +15,10 @@ from ptq_onnx.config.stages import MEASURING
 from ptq_onnx.evaluation.evaluate import Evaluation, evaluate, since
 from ptq_onnx.evaluation.metrics.metric import Metric
 from ptq_onnx.evaluation.outputs import OutputFigures, decibels
+from ptq_onnx.evaluation.recorded import Record
 from ptq_onnx.images.source import ImageSource
 
+BATCH = 8
 NAMES = ("The quantized model", "The float model")
 """What errors call the two files: where they lie while they are measured is no one's business."""
 
@@ -33,13 +35,18 @@ def measured(
     features: Collection[str] = (),
     stage: Callable[[str, int], Callable[[int], Any]],
     metric: Metric | None = None,
+    floats: Path | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """``accuracy`` (None without labels), ``metric`` (None without one) and ``fidelity`` of the
     report, and notes.
 
     ``kind``: which images these are: ``val``, ``held apart`` from calibration, or of the
-    ``calibration`` itself. ``features``: outputs that are no classes. Raises PtqError.
+    ``calibration`` itself. ``features``: outputs that are no classes. ``floats``: where the float
+    model's outputs on these images are kept for other runs. Raises PtqError.
     """
+    record = None
+    if floats is not None:
+        record = Record.of(floats, reference, images.preprocess, BATCH, threads)
     found = evaluate(
         quantized,
         images,
@@ -52,6 +59,8 @@ def measured(
         features=features,
         baseline=True,
         metric=metric,
+        batch_size=BATCH,
+        record=record,
     )
     fidelity: dict[str, Any] = {
         "images": found.count,

@@ -70,6 +70,7 @@ def quantize(
     progress: Progress | None = None,
     keep_models: bool = True,
     given: Given | None = None,
+    floats: Path | None = None,
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
@@ -82,7 +83,8 @@ def quantize(
     the model was changed before it was quantized, ``config.yaml``, ``report.json``, ``report.html``
     and ``attention/``; it is written beside and renamed, so a failure leaves nothing.
     ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
-    Raises PtqError.
+    ``floats``: a folder for ``val`` alone, in which the float model's outputs are kept for other
+    runs. Raises PtqError.
     """
     begin = Stages(progress)
     begin(stages.READING, 1)
@@ -98,6 +100,7 @@ def quantize(
         scales=scales,
         given=given or Given(),
         keep_models=keep_models,
+        floats=floats,
     )
     with on_device(config.device):
         return _quantize(without_images(request), begin)

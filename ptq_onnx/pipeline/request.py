@@ -34,6 +34,8 @@ class Request:
     keep_models: bool = True
     calibrated: bool = True
     """Whether images say what is quantized; else they are only measured on."""
+    floats: Path | None = None
+    """A folder in which float outputs on the images ``val`` are kept for other runs."""
 
     def check_place(self) -> None:
         """Refuse results that would replace what is read, or a model that is not written anew.

@@ -15,9 +15,12 @@ from ptq_onnx.errors import PtqError, one_line
 from ptq_onnx.files.publishing import publish, workshop
 from ptq_onnx.files.result_names import PAGE
 from ptq_onnx.files.text_file import read_text, write_text
+from ptq_onnx.sweep.fingerprint import of_images
 from ptq_onnx.sweep.matrix import AXES, Cell
 
 RECORD = "cell.json"
+FLOATS = ".floats"
+"""In the sweep's folder while it runs: outputs of the float models."""
 DONE, FAILED, REFUSED = "done", "failed", "refused"
 NOTICE = ".sweep"
 """A file of the running sweep in its folder, by which a node sees that it is the same folder."""
@@ -63,7 +66,7 @@ def run_cell(cell: Cell, folder: Path, mark: str, notice: str = "", attempt: int
     begin = time.monotonic()
     try:
         _check_folder(folder, notice)
-        row = _quantized(cell, place)
+        row = _quantized(cell, place, folder / FLOATS)
     except Exception as error:
         known = isinstance(error, PtqError | OSError)
         reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
@@ -105,7 +108,8 @@ def finished(cell: Cell, folder: Path, mark: str) -> Row | None:
         return None
 
 
-def _quantized(cell: Cell, place: Path) -> Row:
+def _quantized(cell: Cell, place: Path, floats: Path) -> Row:
+    """``floats``: where cells of the same model share what it gives on the same images."""
     from ptq_onnx.pipeline.quantize import quantize
 
     # A record of other numbers must not outlive the numbers
@@ -118,6 +122,7 @@ def _quantized(cell: Cell, place: Path) -> Row:
         calib=cell.calib,
         val=cell.val,
         labels=cell.labels,
+        floats=None if cell.val is None else floats / str(of_images(cell.val)),
     )
     report = result.report
     accuracy, fidelity = report.get("accuracy") or {}, report.get("fidelity") or {}

@@ -24,14 +24,14 @@ def fingerprint(cell: Cell) -> str:
         "config": None if cell.config is None else asdict(cell.config),
         "model": of_model(str(cell.model)),
         "labels": None if cell.labels is None else _of_file(cell.labels),
-        "images": [_of_images(path) for path in (cell.calib, cell.val)],
+        "images": [of_images(path) for path in (cell.calib, cell.val)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def forget() -> None:
     """Read files anew."""
-    for function in (of_model, _of_file, _of_images):
+    for function in (of_model, _of_file, of_images):
         function.cache_clear()
 
 
@@ -51,7 +51,7 @@ def _of_file(path: str) -> str:
 
 
 @cache
-def _of_images(path: str | None) -> str | None:
+def of_images(path: str | None) -> str | None:
     """Names and sizes below a folder, or of a file; of no path its name."""
     if path is None or not os.path.exists(path):
         return path

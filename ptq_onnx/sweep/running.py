@@ -12,10 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from ptq_onnx.errors import ConfigError, PtqError, one_line
-from ptq_onnx.files.held_folder import LOCK, clear, locked, unfinished, unlock
+from ptq_onnx.files.held_folder import LOCK, clear, locked, remove, unfinished, unlock
 from ptq_onnx.files.text_file import write_text
 from ptq_onnx.sweep import need
-from ptq_onnx.sweep.cell import DONE, NOTICE, REFUSED, Row, failed, finished, keep_failure, run_cell
+from ptq_onnx.sweep.cell import (
+    DONE,
+    FLOATS,
+    NOTICE,
+    REFUSED,
+    Row,
+    failed,
+    finished,
+    keep_failure,
+    run_cell,
+)
 from ptq_onnx.sweep.cluster import Cluster, joined, started
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
 from ptq_onnx.sweep.interrupts import interrupts
@@ -119,6 +129,8 @@ def _run(
     notice = secrets.token_hex(16)
     with ExitStack() as stack:
         check = stack.enter_context(interrupts())
+        remove(folder / FLOATS)  # of images that may have changed since
+        stack.callback(remove, folder / FLOATS)
         stack.callback(_clear, cells, folder)  # last, when no process is left that could write
         if machines.address is None:
             memory = need.free_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ptq_onnx.cli import app as cli
-from ptq_onnx.sweep.cell import run_cell
+from ptq_onnx.sweep.cell import FLOATS, run_cell
 from ptq_onnx.sweep.matrix import Cell, cells_of
 from ptq_onnx.sweep.matrix_file import read_sweep
 
@@ -23,6 +24,7 @@ models: [short.onnx, broken.onnx]
 recipes: [channelwise, fqvit]
 targets: [onnxruntime, tensorrt]
 calib: {DIGITS / "calib"}
+val: val
 seeds: [3]
 options: {{images: 8, analysis_images: 8, report: false}}
 exclude: {{model: broken, recipe: fqvit}}
@@ -33,6 +35,9 @@ exclude: {{model: broken, recipe: fqvit}}
 def base(tmp_path: Path, short: Path) -> Path:
     shutil.copy(short, tmp_path / "short.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    (tmp_path / "val").mkdir()
+    for picture in sorted((DIGITS / "val").iterdir())[:12]:
+        shutil.copy(picture, tmp_path / "val")
     (tmp_path / "s.yaml").write_text(TEXT)
     return tmp_path
 
@@ -48,6 +53,11 @@ def command(base: Path, *words: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=120,
     )
+
+
+def fidelity(folder: Path, cells: Sequence[Cell]) -> dict[str, object]:
+    files = ((cell.name, folder / cell.name / "report.json") for cell in cells)
+    return {n: json.loads(file.read_text())["fidelity"] for n, file in files if file.is_file()}
 
 
 def quantized(folder: Path, cells: Sequence[Cell]) -> dict[str, bytes]:
@@ -69,6 +79,9 @@ def test_a_sweep_and_the_same_again(base: Path) -> None:
         run_cell(cell, base / "alone", "")
     assert quantized(base / "out", cells) == quantized(base / "alone", cells)
     assert len(quantized(base / "out", cells)) == 2
+    assert fidelity(base / "out", cells) == fidelity(base / "alone", cells)
+    assert len(list((base / "alone" / FLOATS).rglob("*.npy"))) == 1  # both cells' float model
+    assert not (base / "out" / FLOATS).exists()
     before = {p: p.stat().st_mtime_ns for p in (base / "out").rglob("quantized.onnx")}
     again = command(base, "-o", "out", "--workers", "1")
     assert (again.returncode, again.stderr) == (1, "")
