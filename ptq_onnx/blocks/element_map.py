@@ -127,6 +127,18 @@ def _batch_name(value: ir.Value) -> str | None:
     return None if isinstance(dim, int) else dim.value
 
 
+def is_part(value: ir.Value | None, start: ir.Value) -> bool:
+    """Whether all that a tensor holds are elements of ``start``, moved by layout ops: a part of
+    it, or parts joined anew (windows that are shifted), and no constant with them."""
+    if value is None or value is start:
+        return value is start
+    node = value.producer()
+    if node is None or not is_layout(node) or node.op_type == "Shape":
+        return False
+    read = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+    return all(is_part(item, start) for item in read)
+
+
 def _collect(
     value: ir.Value, start: ir.Value, nodes: list[ir.Node], constants: dict[str, ir.Value]
 ) -> bool:
@@ -137,10 +149,12 @@ def _collect(
         constants[str(value.name)] = value
         return value.const_value is not None
     node = value.producer()
-    if node is None or not is_layout(node) or node.op_type in ("Concat", "Shape"):
+    if node is None or not is_layout(node) or node.op_type == "Shape":
         return False
     if node in nodes:
         return True
+    if node.op_type == "Concat" and not all(is_part(item, start) for item in node.inputs):
+        return False
     for item in node.inputs:
         if item is not None and not _collect(item, start, nodes, constants):
             return False

@@ -17,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import Factor, rows_of
+from ptq_onnx.blocks.element_map import is_part
 from ptq_onnx.blocks.walking import is_constant, is_layout, name_of
 from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.graph.expansions import standardise
@@ -156,12 +157,12 @@ def moved_factor(start: ir.Value, value: ir.Value, factor: Factor) -> Factor | N
 
 def _quantized_before(value: ir.Value, specs: Mapping[str, TensorSpec]) -> ir.Value | None:
     """The tensor with a spec that ``value`` is a layout of, or None."""
-    node = value.producer()
-    while node is not None and is_layout(node) and node.op_type not in ("Concat", "Shape"):
+    node, end = value.producer(), value
+    while node is not None and is_layout(node) and node.op_type != "Shape":
         before = node.inputs[0]
         if before is None or is_constant(before):
             return None
         if str(before.name) in specs:
-            return before
+            return before if is_part(end, before) else None
         node = before.producer()
     return None

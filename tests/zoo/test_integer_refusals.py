@@ -12,7 +12,7 @@ from zoo.architectures import ARCHITECTURES
 from zoo.cells import Cell, write
 
 REFUSED = {
-    "swin": "(Linear): other axes join the batch behind it (windows, as in Swin), which the",
+    "swinv2": "(L2Normalization): the integer target has no integer form of this op.",
     "vit_rope": "(Linear): its output is reshaped before",
 }
 

@@ -102,10 +102,10 @@ class Builder:
         assert value.dtype is not None
         return self.op("BitShift", [value, by], value.dtype, {"direction": direction}, **options)
 
-    def reduce(self, op_type: str, value: ir.Value, axis: int = -1, **options: Any) -> ir.Value:
-        """ReduceSum or ReduceMax over one axis, which stays with size 1."""
+    def reduce(self, op_type: str, value: ir.Value, *over: int, **options: Any) -> ir.Value:
+        """ReduceSum or ReduceMax over axes (the last one), which stay with size 1."""
         assert value.dtype is not None
-        axes = self.number([axis])
+        axes = self.number(over or [-1])
         keep = options.pop("keepdims", 1)
         return self.op(op_type, [value, axes], value.dtype, {"keepdims": keep}, **options)
 

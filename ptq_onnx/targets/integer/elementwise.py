@@ -68,23 +68,53 @@ class SumStep:
         return self.finish.emit(b, *values, name=name)
 
 
+class SameStep:
+    """Codes that stay as they are, with another scale: Mul by a number, whose output is rounded
+    later on."""
+
+    def __call__(self, x: Ints) -> Ints:
+        """The codes."""
+        return x
+
+    def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """No node."""
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class MaskStep:
+    """Logits' codes, -1 in place of those that are shut out: code · open + open - 1."""
+
+    open: NDArray[np.bool_]
+    """Broadcasts against the logits."""
+
+    def __call__(self, x: Ints) -> Ints:
+        """Codes, or -1."""
+        return np.where(self.open, x, -1)
+
+    def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX; int32."""
+        kept = b.op("Mul", [b.cast(x, I32), b.number(self.open, I32)], I32)
+        return b.op("Add", [kept, b.number(self.open.astype(np.int32) - 1, I32)], I32, name=name)
+
+
 @dataclass(frozen=True, eq=False)
 class MeanStep:
-    """The mean over one axis (pooling): an integer sum, 1/count in the multiplier."""
+    """The mean over axes (pooling): an integer sum, 1/count in the multiplier."""
 
     term: Term
-    axis: int
+    axes: tuple[int, ...]
     keepdims: bool
     finish: FixedPoint
 
     def __call__(self, x: Ints) -> Ints:
-        """Codes of the mean over ``axis``: the sum, its division in the multiplier."""
-        return self.finish(self.term(x).sum(axis=self.axis, keepdims=self.keepdims))
+        """Codes of the mean over ``axes``: the sum, its division in the multiplier."""
+        return self.finish(self.term(x).sum(axis=self.axes, keepdims=self.keepdims))
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
         """The same in ONNX; uint8 codes."""
         keep = int(self.keepdims)
-        total = b.reduce("ReduceSum", self.term.emit(b, x), self.axis, keepdims=keep)
+        total = b.reduce("ReduceSum", self.term.emit(b, x), *self.axes, keepdims=keep)
         return self.finish.emit(b, total, name=name)
 
 

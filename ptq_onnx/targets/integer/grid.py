@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.blocks.masks import SHUT_OUT
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import TensorSpec
@@ -71,6 +72,26 @@ class Grid:
         enough that :meth:`ints` finds them again."""
         values = (ints - self.zero) * self.scale + self.offset
         return values if self.accumulator else np.asarray(values, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedGrid(Grid):
+    """Codes from 0 on, and -1 where logits are shut out: real values ``SHUT_OUT`` below the
+    least."""
+
+    @classmethod
+    def of_codes(cls, grid: Grid) -> MaskedGrid:
+        """Of logits on that grid, which has one scale."""
+        return cls(grid.scale, grid.zero, grid.low, grid.high, grid.alpha, grid.step)
+
+    def ints(self, values: NDArray[Any]) -> Ints:
+        """Codes, -1 for all below the least."""
+        return np.maximum(super().ints(values), -1)
+
+    def floats(self, ints: Ints) -> NDArray[Any]:
+        """Real values, float32."""
+        found = super().floats(np.maximum(ints, 0))
+        return np.where(ints < 0, found + np.float32(SHUT_OUT), found)
 
 
 @dataclass(frozen=True, eq=False)

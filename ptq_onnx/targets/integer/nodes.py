@@ -5,11 +5,14 @@ Raises ModelError, one line that names node and op, for what has none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx.blocks.masks import SHUT_OUT, is_mask
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, is_product, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
@@ -22,10 +25,17 @@ from ptq_onnx.targets.integer.attention import (
     LogAttentionStep,
     ShareAttentionStep,
 )
-from ptq_onnx.targets.integer.elementwise import FUNCTIONS, MeanStep, SumStep, table_step
+from ptq_onnx.targets.integer.elementwise import (
+    FUNCTIONS,
+    MaskStep,
+    MeanStep,
+    SameStep,
+    SumStep,
+    table_step,
+)
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, requantize
 from ptq_onnx.targets.integer.gelu import gelu_step
-from ptq_onnx.targets.integer.grid import Double, Grid, LogGrid, ShareGrid
+from ptq_onnx.targets.integer.grid import Double, Grid, LogGrid, MaskedGrid, ShareGrid
 from ptq_onnx.targets.integer.layer_norm import layer_norm_step
 from ptq_onnx.targets.integer.plan import IntegerPlan, Planned, Planning, refusal, spread
 from ptq_onnx.targets.integer.products import (
@@ -60,6 +70,7 @@ def make_plan(
         raise ModelError("--gelu polynomial: the model has no GELU; leave the option out.")
     for node in model.graph:
         if is_layout(node) or node.op_type == "Constant":
+            plan.moved(node)
             continue
         try:
             planner = planner_of(node)
@@ -188,7 +199,9 @@ def column_scale(scale: Double) -> Double | None:
 
 
 def plan_add(plan: Planning, node: ir.Node) -> Planned:
-    """Position embedding and residual."""
+    """Position embedding and residual; a mask."""
+    if is_mask(node):
+        return plan_mask(plan, node)
     parts = [plan.term(node, i) for i in range(2)]
     free = tuple(i for i, part in enumerate(parts) if part[0].constant is None)
     made = plan.needed(node)
@@ -202,6 +215,24 @@ def plan_add(plan: Planning, node: ir.Node) -> Planned:
     return plan.planned(node, SumStep(tuple(p[0] for p in parts), finish), free, made)
 
 
+def plan_mask(plan: Planning, node: ir.Node) -> Planned:
+    """Logits, some of which a constant shuts out."""
+    index = next((i for i, v in enumerate(node.inputs) if is_constant(v)), None)
+    if index is None or node.outputs[0].name in plan.specs:
+        raise refusal(node, "only a mask that is constant, and is not quantized, is covered")
+    array = plan.constant(node, index)
+    shut = array <= SHUT_OUT
+    if np.any(array[~shut]) or shut.all(axis=-1).any():
+        raise refusal(node, "only a mask of zeros and of what shuts out part of a row is covered")
+    read = plan.byte(node, 1 - index)
+    plan.scalar(node, read, 1 - index)
+    if read.accumulator or read.low < 0:
+        raise refusal(node, "its input is not quantized in unsigned codes")
+    made = MaskedGrid.of_codes(read)
+    plan.derived[node.outputs[0]] = made
+    return plan.planned(node, MaskStep(~shut), (1 - index,), made)
+
+
 def plan_scale(plan: Planning, node: ir.Node) -> Planned:
     """Mul or Div by a constant: 1/√d on QKᵀ, LayerScale."""
     index = next((i for i, v in enumerate(node.inputs) if is_constant(v)), None)
@@ -212,6 +243,11 @@ def plan_scale(plan: Planning, node: ir.Node) -> Planned:
         raise refusal(node, "its constant is neither a scalar nor a vector of channels")
     number = number.reshape(-1) if number.size > 1 else number.reshape(())
     by = number if node.op_type == "Mul" else 1 / number
+    read = plan.read(node, 1 - index)
+    if plan.target(node.outputs[0], -1) is None and not read.accumulator and not by.ndim and by > 0:
+        made = replace(read, scale=read.scale * by, step=read.step * float(by))
+        plan.derived[node.outputs[0]] = made
+        return plan.planned(node, SameStep(), (1 - index,), made)
     term, step, offset, bound = plan.term(node, 1 - index)
     made = plan.needed(node)
     finish = requantize([step * by], offset * by, [bound], made, plan.bits)
@@ -223,17 +259,18 @@ def plan_mean(plan: Planning, node: ir.Node) -> Planned:
     axes = axes_of(node)
     shape = shape_of(node)
     rank = len(shape)
-    if len(axes) != 1 or axes[0] % rank in (0, rank - 1):
+    over = tuple(sorted(axis % rank for axis in axes))
+    if not over or over[0] == 0 or over[-1] == rank - 1:
         raise refusal(node, "only the mean over the tokens is covered")
-    axis = axes[0] % rank
-    count = shape[axis]
-    if not isinstance(count, int):
+    sizes = [shape[axis] for axis in over]
+    if not all(isinstance(size, int) for size in sizes):
         raise refusal(node, "the number of tokens is not known")
+    count = math.prod(int(size) for size in sizes)
     term, step, offset, bound = plan.term(node, 0)
     made = plan.needed(node)
     finish = requantize([step / count], offset, [bound * count], made, plan.bits)
     keep = bool(node.attributes.get_int("keepdims", 1))
-    return plan.planned(node, MeanStep(term, axis, keep, finish), (0,), made)
+    return plan.planned(node, MeanStep(term, over, keep, finish), (0,), made)
 
 
 def axes_of(node: ir.Node) -> list[int]:
@@ -293,7 +330,8 @@ def plan_softmax(plan: Planning, node: ir.Node) -> Planned:
     around = spec.rule.around
     shares = RowMaximum() in around
     kind: Kind = "log2" if spec.rule.code == Log2() else "shares" if shares else "uniform"
-    step = SoftmaxStep(read.step, tokens, spec.rule.bits, kind, read.high - read.low)
+    masked = isinstance(read, MaskedGrid)
+    step = SoftmaxStep(read.step, tokens, spec.rule.bits, kind, read.high - read.low, masked)
     if kind == "uniform":
         return plan.planned(node, step, (0,), Grid.of(spec))
     if shares and RowSums() not in around:

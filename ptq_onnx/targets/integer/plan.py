@@ -8,7 +8,6 @@ output has no spec (proj, fc2, QKᵀ before its scale) leaves its accumulator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.element_map import layout_indices
+from ptq_onnx.blocks.element_map import layout_indices, static_shape
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, name_of
 from ptq_onnx.engine.node_sessions import carried_specs
@@ -27,7 +26,7 @@ from ptq_onnx.targets.integer.elementwise import Term
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
 from ptq_onnx.targets.integer.grid import Double, Grid, Ints
 from ptq_onnx.targets.integer.products import WEIGHT_ZERO
-from ptq_onnx.targets.integer.reasons import WINDOWS, of_batch, of_padding
+from ptq_onnx.targets.integer.reasons import of_batch, of_padding
 
 BYTE = 255
 PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
@@ -88,6 +87,9 @@ class Planning:
     accumulators: dict[ir.Value, tuple[Grid, int]] = field(default_factory=dict)
     """Outputs without a grid of their own: theirs, and the largest magnitude."""
     maps: dict[str, Grid] = field(default_factory=dict)
+    derived: dict[ir.Value, Grid] = field(default_factory=dict)
+    """Grids of codes that have no spec: of scaled ones, and of logits some of which are shut
+    out."""
 
     def __post_init__(self) -> None:
         self.carried = carried_specs(self.model, self.specs)
@@ -116,6 +118,8 @@ class Planning:
         assert value is not None
         if value in self.accumulators:
             return self.accumulators[value][0]
+        if value in self.derived:
+            return self.derived[value]
         name = str(value.name)
         origin = self.carried[name][0] if name in self.carried else name
         if origin in self.maps:
@@ -150,9 +154,9 @@ class Planning:
         found_at = list(places(output, self.specs))
         if not found_at:
             return None
-        if output.shape is None or not isinstance(output.shape[axis], int):
+        shape = static_shape(output)
+        if shape is None:
             raise ModelError(f"Tensor '{output.name}': the number of channels is not known.")
-        shape = [d if isinstance(d, int) else 1 for d in output.shape]
         scale, zero = np.zeros(shape[axis]), np.zeros(shape[axis], np.int64)
         found: list[tuple[Ints, Grid]] = []
         for place, spec in found_at:
@@ -194,9 +198,24 @@ class Planning:
                 or f"its output is reshaped before '{place.name}', or joined there with other"
                 " values or by sizes that are not fixed",
             )
-        if indices.size and int(indices.max()) >= math.prod(shape[1:]):
-            raise refusal(producer(output), of_batch(image_input(self.model)) or WINDOWS)
-        return np.unravel_index(indices, [1, *shape[1:]])[axis]
+        reason = of_batch(image_input(self.model))
+        if reason is not None:
+            raise refusal(producer(output), reason)
+        return np.unravel_index(indices, shape)[axis]
+
+    def moved(self, node: ir.Node) -> None:
+        """Let accumulators and derived codes keep their grid through a layout op, where all that
+        it moves has the same."""
+        data = [v for v in node.inputs if v is not None and not is_constant(v)]
+        data = data if node.op_type == "Concat" else data[:1]
+        if not data:
+            return
+        grid, sums = self.derived.get(data[0]), self.accumulators.get(data[0])
+        if grid is not None and all(self.derived.get(v) is grid for v in data):
+            self.derived |= dict.fromkeys(node.outputs, grid)
+        if sums is not None and all(self.accumulators.get(v) is sums for v in data):
+            kept = (out for out in node.outputs if keeps_channels(node, data[0], out))
+            self.accumulators |= dict.fromkeys(kept, sums)
 
     def planned(self, node: ir.Node, step: Any, inputs: tuple[int, ...], made: Grid) -> Planned:
         """The node with its step and the grids of the inputs at those positions."""
@@ -282,6 +301,17 @@ def places(
                 yield value, spec
             else:
                 yield out, spec
+
+
+def keeps_channels(node: ir.Node, value: ir.Value, output: ir.Value) -> bool:
+    """Whether a layout op leaves every channel (the last axis) where it is."""
+    before, after = static_shape(value), static_shape(output)
+    if before is None or after is None or before[-1] != after[-1]:
+        return False
+    if node.op_type == "Concat":
+        return node.attributes.get_int("axis", 0) % len(after) != len(after) - 1
+    indices = layout_indices(value, output)
+    return indices is not None and bool(np.all(indices % before[-1] == np.arange(after[-1])))
 
 
 def fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -10,10 +10,6 @@ import onnx_ir as ir
 from ptq_onnx.blocks.walking import consumers, is_layout, name_of
 
 INSTEAD = "use --target onnxruntime"
-WINDOWS = (
-    "other axes join the batch behind it (windows, as in Swin), which the integer target does not"
-    f" cover; {INSTEAD}"
-)
 
 
 def of_batch(image: ir.Value) -> str | None:

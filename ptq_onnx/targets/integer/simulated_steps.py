@@ -39,17 +39,10 @@ def integer_overrides(
     plan = make_plan(model, specs, strict=False, bits=bits, gelu=gelu)
     image = image_input(model)
     found: dict[str, Override] = {
-        name_of(node): StepOverride(
-            planned, specs.get(str(image.name)) if reads(node, image) else None
-        )
+        name_of(node): StepOverride(planned, image, specs.get(str(image.name)))
         for node, planned in plan.steps.items()
     }
     return found, [name_of(node) for node in plan.left]
-
-
-def reads(node: ir.Node, value: ir.Value) -> bool:
-    """True where the node's first input is the value."""
-    return bool(node.inputs) and node.inputs[0] is value
 
 
 @dataclass(frozen=True)
@@ -57,8 +50,9 @@ class StepOverride:
     """One node in integers: real values on their grids in, real values on the grid out."""
 
     planned: Planned
-    image: TensorSpec | None
-    """The spec of the image, where the node reads it: its values are on no grid yet."""
+    image: ir.Value
+    spec: TensorSpec | None
+    """Of the image: where the node reads it, its values are on no grid yet."""
 
     def __call__(self, values: list[Tensor]) -> Tensor:
         """The step on real values that lie on the grids of its inputs; real values on the grid of
@@ -66,8 +60,8 @@ class StepOverride:
         inputs = []
         for place, grid in zip(self.planned.positions, self.planned.read, strict=True):
             array = values[place].detach().cpu().numpy()
-            if self.image is not None:
-                inputs.append(quantize(array, self.image).astype(np.int64))
+            if self.spec is not None and self.planned.node.inputs[place] is self.image:
+                inputs.append(quantize(array, self.spec).astype(np.int64))
             else:
                 inputs.append(grid.ints(array))
         made = self.planned.made.floats(self.planned.step(*inputs))

@@ -19,6 +19,10 @@ t = round(Σe / e_i) by integer division, and the code is the number of j ≤ L 
 zero: L = 14 with 4 bits (2^b - 2), E - 2 with 8 (19 for 197 tokens). e_i = 0 gives t = Σe ≥
 2^(E-1), which is beyond L.
 
+Logits that a mask shuts out come as the code -1 (``MaskStep``): they take the code 0, no larger
+than that of any other, and their exponential is multiplied by 0. No row is shut out as a whole, so
+that the largest code is that of a logit that is not, and Σe ≥ ē all the same.
+
 Shares: the row's largest exponential is that of d = 0, ē = ⌊c/u²⌋ ≫ h < 2^E for every row, so that
 round((2^b - 1) e / ē) divides by a constant, and (2^(b+1) - 2) e + ē < 2^31 fits int32.
 """
@@ -62,6 +66,8 @@ class SoftmaxStep:
     kind: Kind
     span: int = 255
     """Largest difference of two codes."""
+    masked: bool = False
+    """Codes of -1 are shut out."""
 
     @property
     def fraction(self) -> int:
@@ -114,10 +120,11 @@ class SoftmaxStep:
     def exponentials(self, codes: Ints) -> Ints:
         """e of codes [.., N], below 2^E."""
         ln2, b, c = self.constants
+        codes, open_ = (np.maximum(codes, 0), codes >= 0) if self.masked else (codes, np.True_)
         p = (codes.max(axis=-1, keepdims=True) - codes) << self.fraction
         q = p // ln2
         r = p - q * ln2
-        return np.asarray((c - r * (b - r)) >> np.minimum(q + self.down, 31), np.int64)
+        return np.asarray((c - r * (b - r)) >> np.minimum(q + self.down, 31), np.int64) * open_
 
     def __call__(self, codes: Ints) -> Ints:
         """Codes of softmax over the last axis: log2 codes, round(top · e / Σe), round(top · e /
@@ -136,6 +143,10 @@ class SoftmaxStep:
     def emit(self, b: Builder, codes: ir.Value, name: str) -> ir.Value:
         """The same in ONNX, the exponentials in 32 bits; uint8 codes."""
         ln2, bb, c = self.constants
+        open_ = None
+        if self.masked:
+            open_ = b.cast(b.op("Greater", [codes, b.number(-1, I32)], BOOL), I32)
+            codes = b.cast(b.op("Max", [codes, b.number(0, I32)], I32), U8)
         top = b.reduce("ReduceMax", codes)
         d = b.op("Sub", [top, codes], U8, bounds=(0, self.span))
         p = b.shift(b.cast(d, U32), b.number(self.fraction, U32), "LEFT")
@@ -147,6 +158,8 @@ class SoftmaxStep:
         amount = b.op("Add", [q, b.number(self.down, U32)], U32) if self.down else q
         amount = b.op("Min", [amount, b.number(31, U32)], U32)
         e = b.cast(b.shift(value, amount, bounds=(0, self.largest)), I32)
+        if open_ is not None:
+            e = b.op("Mul", [e, open_], I32)
         if self.kind == "shares":
             return self.shares(b, e, name)
         total = b.reduce("ReduceSum", e, bounds=(self.largest, self.tokens * self.largest))

@@ -82,7 +82,12 @@ def test_poolings() -> None:
     for axes, keep in ((np.array([1]), 0), (np.array([-2]), 1)):
         (planned,) = plan_of(one("ReduceMean", axes, keepdims=keep), "reducemean0").steps.values()
         assert isinstance(planned.step, MeanStep)
-        assert (planned.step.axis, planned.step.keepdims) == (1, bool(keep))
+        assert (planned.step.axes, planned.step.keepdims) == ((1,), bool(keep))
+    both = plan_of(one("ReduceMean", np.array([-2, 1]), shape=(1, 5, 6, 4)), "reducemean0")
+    (planned,) = both.steps.values()
+    assert planned.step.axes == (1, 2)
+    step = planned.step.finish
+    np.testing.assert_allclose(step.multipliers[0] / 2.0**step.shift, 1 / 30, rtol=1e-8)
     assert next(
         iter(plan_of(one("ReduceMean", np.array([1])), "reducemean0").steps.values())
     ).step.keepdims
@@ -91,6 +96,46 @@ def test_poolings() -> None:
             plan_of(one("ReduceMean", axes), "reducemean0")
     with pytest.raises(ModelError, match="the number of tokens is not known"):
         plan_of(one("ReduceMean", np.array([1]), shape=(1, "t", 4)), "reducemean0")
+
+
+def masked(mask: Any, **specs: Any) -> Any:
+    g = SmallGraph((1, 3, 3))
+    added = g("Add", "x", np.asarray(mask, np.float32))
+    attention = g("Softmax", added, axis=-1)
+    return plan_of(g, attention, specs={added: None, **specs})
+
+
+def test_masks() -> None:
+    causal = np.triu(np.full((3, 3), -1e4), 1)
+    add, softmax = masked(causal).steps.values()
+    np.testing.assert_array_equal(add.step.open, np.tril(np.ones((3, 3), bool)))
+    codes = np.arange(9).reshape(1, 3, 3)
+    np.testing.assert_array_equal(add.step(codes), np.where(np.tril(np.ones((3, 3))), codes, -1))
+    assert softmax.step.masked
+    whole = causal.copy()
+    whole[0] = -1e4
+    with pytest.raises(ModelError, match="only a mask of zeros and of what shuts out part of"):
+        masked(whole)
+    signed = spec("x", 0.05, 0, rule=Rule(8))
+    with pytest.raises(ModelError, match="its input is not quantized in unsigned codes"):
+        masked(causal, x=signed)
+    with pytest.raises(ModelError, match="only a mask that is constant, and is not quantized"):
+        masked(causal, add0=spec("add0"))
+
+
+def test_codes_whose_scaling_is_not_rounded_stay() -> None:
+    """1/√d with its rounding behind the relative positions, as in Swin."""
+    g = SmallGraph((1, 5, 4))
+    scaled = g("Mul", "x", np.array(0.25, np.float32))
+    plan = plan_of(g, g("Softmax", scaled, axis=-1), specs={scaled: None})
+    mul, softmax = plan.steps.values()
+    codes = np.arange(20).reshape(1, 5, 4)
+    assert mul.step(codes) is codes
+    np.testing.assert_allclose((float(mul.made.scale), softmax.step.scale), 0.05 / 4, rtol=1e-7)
+    g = SmallGraph((1, 5, 4))
+    scaled = g("Mul", "x", np.array(-0.25, np.float32))
+    with pytest.raises(ModelError, match=r"\(Mul\): its output 'mul0' stays in float"):
+        plan_of(g, g("Softmax", scaled, axis=-1), specs={scaled: None})
 
 
 def test_softmaxes() -> None:

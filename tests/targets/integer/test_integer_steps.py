@@ -142,7 +142,7 @@ def test_pooling(seed: int, keep: bool) -> None:
     codes = rng.integers(0, 256, (2, 7, 6)).astype(np.uint8)
     read, made = grid(0.03, 100, rng.integers(0, 4, 6)), grid(0.02, 120)
     finish = fixed_point([np.array(0.03 / 7 / 0.02)], np.array(120.0), [255 * 7 << 3], (0, 255))
-    step = MeanStep(term(read), 1, keep, finish)
+    step = MeanStep(term(read), (1,), keep, finish)
     found = step(codes.astype(np.int64))
     np.testing.assert_array_equal(run(step, codes), found)
     real = ((codes.astype(np.int64) - 100) * read.scale).mean(axis=1, keepdims=keep)
