@@ -323,6 +323,8 @@ def _symbolic_inference(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference  # torch: seconds
 
+    # Its guesses at sizes, which are warnings to its own users
+    logging.getLogger(SymbolicShapeInference.__module__).setLevel(logging.ERROR)
     inference = SymbolicShapeInference(
         int_max=2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
     )
