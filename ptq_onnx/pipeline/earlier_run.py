@@ -13,7 +13,6 @@ from ptq_onnx.equalization.rotation_choice import FLATTENED, SPREAD, Turned, Tur
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.scales_file import Strict, read_part
 from ptq_onnx.numerics.spec import Rule
-from ptq_onnx.pipeline.job import Job
 from ptq_onnx.quantizers.base import Plan
 
 
@@ -66,8 +65,3 @@ class Rewrites:
             f"{self._where}: its {what} are not those of this model; it belongs to another model,"
             " or was changed by hand: calibrate anew."
         )
-
-
-def earlier_rewrites(job: Job) -> Rewrites | None:
-    """Those of the run whose scales are used; None where there is none."""
-    return None if job.request.scales is None else Rewrites(job.request.scales)

@@ -17,7 +17,6 @@ from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.numerics.grain import PowersOfTwo
-from ptq_onnx.pipeline.earlier_run import earlier_rewrites
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.reading import prepared_anew
 from ptq_onnx.preparation.prepare import Prepared
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from ptq_onnx.equalization.hidden_pieces import Pieces
     from ptq_onnx.equalization.rotation_choice import Codes, Turned, Turns
     from ptq_onnx.numerics.spec import Rule
+    from ptq_onnx.pipeline.earlier_run import Rewrites
     from ptq_onnx.quantizers.base import Plan
 
 ROTATION, PIECES, EQUALISATION, FORM = (
@@ -96,6 +96,13 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     plan = with_known_ranges(job, found.plan)
     prepared = replace(found.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
     return Rewritten(plan, prepared, parity, found.turns, found.pieces, found.original)
+
+
+def earlier_rewrites(job: Job) -> Rewrites | None:
+    """Those of the run whose scales are used; None where there is none."""
+    from ptq_onnx.pipeline.earlier_run import Rewrites
+
+    return None if job.request.scales is None else Rewrites(job.request.scales)
 
 
 def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:

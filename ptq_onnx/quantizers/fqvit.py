@@ -14,12 +14,15 @@ uint8 per tensor, PTF on LayerNorm's input, LIS on attention maps of few bits. B
   log2 codes are an octave apart, however many there are;
 * the rows of a map so held, which do not sum to one, are divided by their sum after A·V;
 * several linears or convolutions that read a tensor take its factor each into their weight; for
-  the target integer, a tensor that several linears read has no factors instead.
+  the target integer, a tensor that several linears read has no factors instead (nor have the
+  tokens that several heads read, which have one scale for all: ``shared_codes.py``).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +41,7 @@ from ptq_onnx.numerics.grain import Grain, PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.ptf import MAX_K, Factors, Reader, find_factors, needed_step
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import Array, SiteQuantizer
+from ptq_onnx.quantizers.shared_codes import places_of_one, share_statistics, shared
 from ptq_onnx.quantizers.solved_specs import clip_range, tensor_spec, trim
 
 PER_TENSOR = frozenset(
@@ -82,10 +86,24 @@ class FqVit(SiteQuantizer):
                     around = (RowMaximum(), RowSums())
             return Rule(widths.attention, False, False, code=code, method=FIXED, around=around)
         wide = config.ptf and site.role not in PER_TENSOR and bool(site.channel_axes)
-        wide = wide and not (config.target == INTEGER and self._stays_in_product(site))
+        if config.target == INTEGER:
+            wide = wide and not self._stays_in_product(site)
+            wide = wide and all(site.tensor not in group for group in self._shared)
         wide = wide and site.tensor not in self.plan.searched
         grain = PowersOfTwo() if wide else PerTensor()
         return Rule(widths.activations, False, False, grain, method=method)
+
+    @cached_property
+    def _shared(self) -> tuple[tuple[str, ...], ...]:
+        return places_of_one(self.plan.model.graph, self.plan.sites)
+
+    def measure(self, batches: Iterable[Any]) -> Statistics:
+        """Statistics of all activations with a rule; for the target integer those that must have
+        the same codes have the same."""
+        stats = super().measure(batches)
+        if self.plan.config.target == INTEGER:
+            share_statistics(stats, self._shared)
+        return stats
 
     def _weighs_values(self, site: Site) -> bool:
         """True for a map that only products with values read, as their first factor."""
@@ -100,10 +118,10 @@ class FqVit(SiteQuantizer):
         return all(roles[n].name in ("residual1", "residual2") for n in site.consumers)
 
     def _stays_in_product(self, site: Site) -> bool:
-        """True where a linear reads the tensor and others do too: its factor cannot move into
-        one weight, and would stand inside an integer product."""
-        linear = [is_linear(self.nodes[name]) for name in site.consumers]
-        return any(linear) and len(linear) > 1
+        """True where a linear or a convolution reads the tensor and others do too: its factor
+        cannot move into one weight, and would stand inside an integer product."""
+        nodes = [self.nodes[name] for name in site.consumers]
+        return len(nodes) > 1 and any(is_linear(n) or n.op_type == "Conv" for n in nodes)
 
     def solve(self, stats: Statistics) -> dict[str, TensorSpec]:
         """Specs from statistics; the factor of an input is divided out of the weight that reads it
@@ -130,7 +148,7 @@ class FqVit(SiteQuantizer):
                 specs.update(self._value(site, pair, stats, rows))
             else:
                 specs[site.tensor] = self._ptf(site, rule, stats, rows)
-        return specs
+        return specs if self.plan.config.target != INTEGER else shared(specs, self._shared)
 
     def _parameter(self, site: Site, rule: Rule, rows: Array | None) -> TensorSpec:
         if rule.grain == PowersOfTwo():
@@ -148,7 +166,9 @@ class FqVit(SiteQuantizer):
         """The linears and convolutions into whose weights the site's factor moves, if any."""
         alone = self.linear_behind(site)
         nodes = [self.nodes[name] for name in site.consumers]
-        if self.plan.config.target == INTEGER:
+        if self.plan.config.target == INTEGER and not (
+            len(nodes) == 1 and is_convolution(nodes[0])
+        ):
             nodes = [] if alone is None else [alone]
         moment = stats.channels[site.tensor].second_moment
         taking = [

@@ -223,7 +223,12 @@ def test_six_bits_are_as_good_in_the_file_as_in_integers(tmp_path: Path) -> None
     found = {}
     for target in ("onnxruntime", "integer"):
         config = QuantizeConfig(
-            quantizer="fqvit", bits="6/6/6", target=target, report=False, threads=1
+            quantizer="fqvit",
+            bits="6/6/6",
+            target=target,
+            rotate=False,
+            report=False,
+            threads=1,
         )
         output = tmp_path / target
         quantize(DIGITS, config=config, output=output, calib=ROOT / "img/digits/calib")

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.targets.integer.builder import I32, TYPES, Builder, type_of_codes
+from ptq_onnx.targets.integer.builder import I32, I64, TYPES, Builder, type_of_codes
 from ptq_onnx.targets.integer.fixed_point import FixedPoint
 from ptq_onnx.targets.integer.grid import Double, Grid, Ints
 
@@ -85,17 +85,40 @@ class SameStep:
 class MaskStep:
     """Logits' codes, -1 in place of those that are shut out: code · open + open - 1."""
 
-    open: NDArray[np.bool_]
-    """Broadcasts against the logits."""
+    open: Ints | None
+    """1, and 0 where logits are shut out; broadcasts against them. None: the second input is it."""
 
-    def __call__(self, x: Ints) -> Ints:
+    def __call__(self, x: Ints, given: Ints | None = None) -> Ints:
         """Codes, or -1."""
-        return np.where(self.open, x, -1)
+        return np.where((self.open if given is None else given) == 1, x, -1)
 
-    def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
+    def emit(self, b: Builder, *inputs_and_name: Any) -> ir.Value:
         """The same in ONNX; int32."""
-        kept = b.op("Mul", [b.cast(x, I32), b.number(self.open, I32)], I32)
-        return b.op("Add", [kept, b.number(self.open.astype(np.int32) - 1, I32)], I32, name=name)
+        x, *given, name = inputs_and_name
+        open_ = given[0] if given else b.number(self.open, I32)
+        less = b.op("Sub", [open_, b.number(1, I32)], I32) if given else None
+        if less is None:
+            assert self.open is not None
+            less = b.number(self.open - 1, I32)
+        kept = b.op("Mul", [b.cast(x, I32), open_], I32)
+        return b.op("Add", [kept, less], I32, name=name)
+
+
+@dataclass(frozen=True, eq=False)
+class GateStep:
+    """The product of two activations, element by element, requantized once."""
+
+    terms: tuple[Term, Term]
+    finish: FixedPoint
+
+    def __call__(self, x: Ints, y: Ints) -> Ints:
+        """Codes of the product."""
+        return self.finish(self.terms[0](x) * self.terms[1](y))
+
+    def emit(self, b: Builder, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
+        """The same in ONNX, the product in int64."""
+        product = b.op("Mul", [self.terms[0].emit(b, x), self.terms[1].emit(b, y)], I64)
+        return self.finish.emit(b, product, name=name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +161,7 @@ def gelu(x: Double, approximate: str) -> Double:
 FUNCTIONS: dict[str, Callable[[Double, Any], Double]] = {
     "Gelu": lambda x, node: gelu(x, node.attributes.get_string("approximate", "none")),
     "QuickGelu": lambda x, _: x * sigmoid(1.702 * x),
+    "Silu": lambda x, _: x * sigmoid(x),
     "Relu": lambda x, _: np.maximum(x, 0),
     "Sigmoid": lambda x, _: sigmoid(x),
     "Tanh": lambda x, _: np.tanh(x),

@@ -95,6 +95,20 @@ class MaskedGrid(Grid):
 
 
 @dataclass(frozen=True, eq=False)
+class OpenGrid(Grid):
+    """A mask: 1, and 0 for what it shuts out."""
+
+    @classmethod
+    def of_mask(cls) -> OpenGrid:
+        """The only one."""
+        return cls(np.ones(()), np.zeros((), np.int64), 0, 1, step=1.0)
+
+    def ints(self, values: NDArray[Any]) -> Ints:
+        """0 for numbers that shut out."""
+        return np.asarray(values > SHUT_OUT, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
 class LogGrid(Grid):
     """Log2 codes of an attention map: 2^-code, and zero beyond ``last``."""
 

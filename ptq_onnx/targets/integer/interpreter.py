@@ -243,15 +243,25 @@ def matmul_integer(inputs: list[Any], _: Attributes) -> Array:
 
 
 def conv_integer(inputs: list[Any], attributes: Attributes) -> Array:
-    """A convolution of one group without padding."""
+    """A convolution over two axes, tap by tap: each weight of the kernel times the part of the
+    image that it meets."""
     x, w = centred(inputs, 0), centred(inputs, 1)
-    if any(attributes.get("pads", [])) or attributes.get("group", 1) != 1:
-        raise ModelError("ConvInteger with padding or groups is not interpreted.")
-    rows, columns = attributes.get("strides", [1, 1])
-    windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[2:], axis=(2, 3))
-    patches = windows[:, :, ::rows, ::columns]
-    sums = np.tensordot(patches, w, ([1, 4, 5], [1, 2, 3]))
-    return as_int32(sums.transpose(0, 3, 1, 2))
+    top, left, bottom, right = attributes.get("pads", [0, 0, 0, 0])
+    down, across = attributes.get("strides", [1, 1])
+    rise, run = attributes.get("dilations", [1, 1])
+    groups = attributes.get("group", 1)
+    batch, channels, height, width = x.shape
+    padded = np.zeros((batch, channels, top + height + bottom, left + width + right))
+    padded[:, :, top : top + height, left : left + width] = x
+    rows = (padded.shape[2] - rise * (w.shape[2] - 1) - 1) // down + 1
+    columns = (padded.shape[3] - run * (w.shape[3] - 1) - 1) // across + 1
+    grouped = w.reshape(groups, -1, *w.shape[1:])
+    sums = np.zeros((batch, groups, grouped.shape[1], rows, columns))
+    for i, j in np.ndindex(*w.shape[2:]):
+        part = padded[:, :, i * rise :, j * run :][:, :, ::down, ::across][:, :, :rows, :columns]
+        part = part.reshape(batch, groups, -1, rows, columns)
+        sums += np.einsum("bgcrq,gnc->bgnrq", part, grouped[..., i, j])
+    return as_int32(sums.reshape(batch, -1, rows, columns))
 
 
 # --- floats at either end ---------------------------------------------------------------

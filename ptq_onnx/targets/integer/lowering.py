@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx.blocks.masks import SHUT_OUT
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.blocks.walking import is_constant, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.targets.integer.builder import FLOAT, U8, Builder, type_of_codes
+from ptq_onnx.targets.integer.builder import FLOAT, I32, U8, Builder, type_of_codes
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS
 from ptq_onnx.targets.integer.nodes import make_plan
 from ptq_onnx.targets.integer.plan import IntegerPlan, places
@@ -142,6 +143,8 @@ class _Lowering:
         if value.const_value is None:
             raise ModelError(f"Node '{name_of(node)}' ({node.op_type}): input without a value.")
         array = value.const_value.numpy()
+        if value in self.plan.masks:
+            return self.b.number(array > SHUT_OUT, I32)
         if array.dtype.kind == "f":
             spec = self.spec_behind(node)
             if spec is None:

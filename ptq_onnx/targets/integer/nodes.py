@@ -5,15 +5,12 @@ Raises ModelError, one line that names node and op, for what has none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.masks import SHUT_OUT, is_mask
-from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, is_product, name_of
+from ptq_onnx.blocks.walking import is_layout, is_linear, is_product, name_of
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.around.row_sums import RowSums
@@ -27,17 +24,19 @@ from ptq_onnx.targets.integer.attention import (
 )
 from ptq_onnx.targets.integer.elementwise import (
     FUNCTIONS,
-    MaskStep,
-    MeanStep,
-    SameStep,
-    SumStep,
     table_step,
+)
+from ptq_onnx.targets.integer.elementwise_nodes import (
+    plan_add,
+    plan_batch_norm,
+    plan_mean,
+    plan_scale,
 )
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, requantize
 from ptq_onnx.targets.integer.gelu import gelu_step
 from ptq_onnx.targets.integer.grid import Double, Grid, LogGrid, MaskedGrid, ShareGrid
 from ptq_onnx.targets.integer.layer_norm import layer_norm_step
-from ptq_onnx.targets.integer.plan import IntegerPlan, Planned, Planning, refusal, spread
+from ptq_onnx.targets.integer.plan import IntegerPlan, Planned, Planning, refusal, shape_of, spread
 from ptq_onnx.targets.integer.products import (
     ConvStep,
     LinearStep,
@@ -45,7 +44,7 @@ from ptq_onnx.targets.integer.products import (
     largest_sum,
     scale_of,
 )
-from ptq_onnx.targets.integer.reasons import INSTEAD, of_weight, without_form
+from ptq_onnx.targets.integer.reasons import INSTEAD, without_form
 from ptq_onnx.targets.integer.softmax import Kind, SoftmaxStep
 
 Planner = Callable[[Planning, ir.Node], Planned]
@@ -87,7 +86,7 @@ def make_plan(
         for value in model.graph.outputs:
             if str(value.name) not in specs:
                 raise ModelError(f"Output '{value.name}': the integer target needs its scale.")
-    return IntegerPlan(specs, plan.steps, tuple(plan.left), image, plan.maps)
+    return IntegerPlan(specs, plan.steps, tuple(plan.left), image, plan.maps, plan.masks)
 
 
 def planner_of(node: ir.Node) -> Planner | None:
@@ -105,9 +104,7 @@ def plan_linear(plan: Planning, node: ir.Node) -> Planned:
     """x W + b."""
     x = plan.byte(node, 0)
     weight, spec = plan.weight(node)
-    rows = np.ones(()) if spec.factor is None else spec.factor.astype(np.float64).ravel()
-    if x.accumulator or not np.allclose(x.scale * rows, x.step, rtol=1e-6, atol=0):
-        raise refusal(node, of_weight(node))
+    plan.taken_in(node, x, spec)
     bias = plan.constant(node, 2)
     step = scale_of(x.step, spec.scale)
     bound = largest_sum(weight, int(x.zero), (x.low, x.high), 1)
@@ -116,25 +113,19 @@ def plan_linear(plan: Planning, node: ir.Node) -> Planned:
 
 
 def plan_conv(plan: Planning, node: ir.Node) -> Planned:
-    """The patch embedding."""
+    """A convolution over two axes: the patch embedding, and those of a stem."""
     x = plan.byte(node, 0)
-    plan.scalar(node, x, 0)
     weight, spec = plan.weight(node)
-    kernel = list(weight.shape[2:])
-    plain = (
-        len(kernel) == 2
-        and list(node.attributes.get_ints("strides", [1, 1])) == kernel
-        and not any(node.attributes.get_ints("pads", [0]))
-        and set(node.attributes.get_ints("dilations", [1])) == {1}
-        and node.attributes.get_int("group", 1) == 1
-        and node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    )
-    if not plain:
-        raise refusal(node, "only a patch embedding (stride = kernel, no padding) is covered")
+    plan.taken_in(node, x, spec)
+    if weight.ndim != 4:
+        raise refusal(node, "only convolutions over two axes are covered")
+    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise refusal(node, "its padding follows the size of its input (auto_pad)")
     bias = plan.constant(node, 2)
     shape = (-1, 1, 1)
     step = scale_of(x.step, spec.scale.reshape(shape) if spec.scale.ndim else spec.scale)
-    bound = largest_sum(weight, int(x.zero), (x.low, x.high), 0)
+    pads = tuple(node.attributes.get_ints("pads", [0, 0, 0, 0]))
+    bound = largest_sum(weight, int(x.zero), (x.low, x.high), 0, filled=any(pads))
     finish, made = plan.accumulate(
         node,
         plan.target(node.outputs[0], 1),
@@ -142,7 +133,17 @@ def plan_conv(plan: Planning, node: ir.Node) -> Planned:
         bias.reshape(shape) if bias.ndim else bias,
         bound,
     )
-    return plan.planned(node, ConvStep(weight, int(x.zero), finish), (0,), made)
+    how = node.attributes
+    conv = ConvStep(
+        weight,
+        int(x.zero),
+        finish,
+        strides=tuple(how.get_ints("strides", [1, 1])),
+        pads=pads,
+        dilations=tuple(how.get_ints("dilations", [1, 1])),
+        group=how.get_int("group", 1),
+    )
+    return plan.planned(node, conv, (0,), made)
 
 
 def plan_product(plan: Planning, node: ir.Node) -> Planned:
@@ -198,89 +199,6 @@ def column_scale(scale: Double) -> Double | None:
     return None
 
 
-def plan_add(plan: Planning, node: ir.Node) -> Planned:
-    """Position embedding and residual; a mask."""
-    if is_mask(node):
-        return plan_mask(plan, node)
-    parts = [plan.term(node, i) for i in range(2)]
-    free = tuple(i for i, part in enumerate(parts) if part[0].constant is None)
-    made = plan.needed(node)
-    finish = requantize(
-        [step for _, step, _, _ in parts],
-        np.asarray(sum(offset for _, _, offset, _ in parts)),
-        [bound for *_, bound in parts],
-        made,
-        plan.bits,
-    )
-    return plan.planned(node, SumStep(tuple(p[0] for p in parts), finish), free, made)
-
-
-def plan_mask(plan: Planning, node: ir.Node) -> Planned:
-    """Logits, some of which a constant shuts out."""
-    index = next((i for i, v in enumerate(node.inputs) if is_constant(v)), None)
-    if index is None or node.outputs[0].name in plan.specs:
-        raise refusal(node, "only a mask that is constant, and is not quantized, is covered")
-    array = plan.constant(node, index)
-    shut = array <= SHUT_OUT
-    if np.any(array[~shut]) or shut.all(axis=-1).any():
-        raise refusal(node, "only a mask of zeros and of what shuts out part of a row is covered")
-    read = plan.byte(node, 1 - index)
-    plan.scalar(node, read, 1 - index)
-    if read.accumulator or read.low < 0:
-        raise refusal(node, "its input is not quantized in unsigned codes")
-    made = MaskedGrid.of_codes(read)
-    plan.derived[node.outputs[0]] = made
-    return plan.planned(node, MaskStep(~shut), (1 - index,), made)
-
-
-def plan_scale(plan: Planning, node: ir.Node) -> Planned:
-    """Mul or Div by a constant: 1/√d on QKᵀ, LayerScale."""
-    index = next((i for i, v in enumerate(node.inputs) if is_constant(v)), None)
-    if index is None or (node.op_type == "Div" and index == 0):
-        raise refusal(node, "only scaling by a constant is covered")
-    number = plan.constant(node, index)
-    if number.ndim and any(d != 1 for d in number.shape[:-1]):
-        raise refusal(node, "its constant is neither a scalar nor a vector of channels")
-    number = number.reshape(-1) if number.size > 1 else number.reshape(())
-    by = number if node.op_type == "Mul" else 1 / number
-    read = plan.read(node, 1 - index)
-    if plan.target(node.outputs[0], -1) is None and not read.accumulator and not by.ndim and by > 0:
-        made = replace(read, scale=read.scale * by, step=read.step * float(by))
-        plan.derived[node.outputs[0]] = made
-        return plan.planned(node, SameStep(), (1 - index,), made)
-    term, step, offset, bound = plan.term(node, 1 - index)
-    made = plan.needed(node)
-    finish = requantize([step * by], offset * by, [bound], made, plan.bits)
-    return plan.planned(node, SumStep((term,), finish), (1 - index,), made)
-
-
-def plan_mean(plan: Planning, node: ir.Node) -> Planned:
-    """Pooling over the tokens."""
-    axes = axes_of(node)
-    shape = shape_of(node)
-    rank = len(shape)
-    over = tuple(sorted(axis % rank for axis in axes))
-    if not over or over[0] == 0 or over[-1] == rank - 1:
-        raise refusal(node, "only the mean over the tokens is covered")
-    sizes = [shape[axis] for axis in over]
-    if not all(isinstance(size, int) for size in sizes):
-        raise refusal(node, "the number of tokens is not known")
-    count = math.prod(int(size) for size in sizes)
-    term, step, offset, bound = plan.term(node, 0)
-    made = plan.needed(node)
-    finish = requantize([step / count], offset, [bound * count], made, plan.bits)
-    keep = bool(node.attributes.get_int("keepdims", 1))
-    return plan.planned(node, MeanStep(term, over, keep, finish), (0,), made)
-
-
-def axes_of(node: ir.Node) -> list[int]:
-    """The axes of a reduction."""
-    if len(node.inputs) > 1 and node.inputs[1] is not None:
-        found = node.inputs[1].const_value
-        return [] if found is None else [int(a) for a in found.numpy()]
-    return list(node.attributes.get_ints("axes", []))
-
-
 def plan_layer_norm(plan: Planning, node: ir.Node) -> Planned:
     """LayerNormalization."""
     shape = shape_of(node)
@@ -290,6 +208,8 @@ def plan_layer_norm(plan: Planning, node: ir.Node) -> Planned:
     read, made = plan.read(node, 0), plan.needed(node)
     if read.accumulator:
         raise refusal(node, "its input is not quantized")
+    if term.alpha.ndim > 1:
+        raise refusal(node, "its input has factors along another axis than the last")
     channels = shape[-1]
     if not isinstance(channels, int):
         raise refusal(node, "the number of channels is not known")
@@ -351,14 +271,6 @@ def plan_activation(plan: Planning, node: ir.Node) -> Planned:
     return plan.planned(node, table_step(node, read, made), (0,), made)
 
 
-def shape_of(node: ir.Node) -> list[int | str]:
-    """The shape of the first input; names for axes that are not known."""
-    value = node.inputs[0]
-    if value is None or value.shape is None:
-        raise refusal(node, "the shape of its input is not known")
-    return [d if isinstance(d, int) else str(d.value) for d in value.shape]
-
-
 PLANNERS: dict[str, Planner] = {
     "Conv": plan_conv,
     "Add": plan_add,
@@ -367,5 +279,7 @@ PLANNERS: dict[str, Planner] = {
     "LayerNormalization": plan_layer_norm,
     "Softmax": plan_softmax,
     "ReduceMean": plan_mean,
+    "GlobalAveragePool": plan_mean,
+    "BatchNormalization": plan_batch_norm,
 }
 """Linears, products of activations and activations apart (see :func:`planner_of`)."""

@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ptq_onnx.blocks.channels import rows_in_weight
 from ptq_onnx.blocks.element_map import layout_indices, static_shape
 from ptq_onnx.blocks.sites import image_input
-from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, name_of
+from ptq_onnx.blocks.walking import consumers, is_constant, is_layout, is_linear, name_of
 from ptq_onnx.engine.node_sessions import carried_specs
 from ptq_onnx.errors import ModelError
 from ptq_onnx.numerics.fake_quantize import quantize
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.targets.integer.elementwise import Term
 from ptq_onnx.targets.integer.fixed_point import MULTIPLIER_BITS, FixedPoint, requantize
-from ptq_onnx.targets.integer.grid import Double, Grid, Ints
+from ptq_onnx.targets.integer.grid import Double, Grid, Ints, OpenGrid
 from ptq_onnx.targets.integer.products import WEIGHT_ZERO
-from ptq_onnx.targets.integer.reasons import of_batch, of_padding
+from ptq_onnx.targets.integer.reasons import of_batch, of_padding, of_weight
 
 BYTE = 255
 PLAIN = Term(np.zeros((), np.int64), np.zeros((), np.int64), widen=False)
@@ -66,6 +67,8 @@ class IntegerPlan:
     """How the image is quantized; None where nodes may be left."""
     maps: Mapping[str, Grid] = field(default_factory=dict)
     """Grids of attention maps in codes that A·V divides by the sums of their rows, by tensor."""
+    masks: frozenset[ir.Value] = frozenset()
+    """Constants that layout ops bring to where they shut logits out."""
 
     def __str__(self) -> str:
         lines = [str(planned) for planned in self.steps.values()]
@@ -88,8 +91,10 @@ class Planning:
     """Outputs without a grid of their own: theirs, and the largest magnitude."""
     maps: dict[str, Grid] = field(default_factory=dict)
     derived: dict[ir.Value, Grid] = field(default_factory=dict)
-    """Grids of codes that have no spec: of scaled ones, and of logits some of which are shut
-    out."""
+    """Grids of codes that have no spec: of scaled ones, of logits some of which are shut out, and
+    of masks."""
+    masks: frozenset[ir.Value] = frozenset()
+    """Constants that layout ops bring to where they shut logits out."""
 
     def __post_init__(self) -> None:
         self.carried = carried_specs(self.model, self.specs)
@@ -217,6 +222,17 @@ class Planning:
             kept = (out for out in node.outputs if keeps_channels(node, data[0], out))
             self.accumulators |= dict.fromkeys(kept, sums)
 
+    def fixed_mask(self, value: ir.Value | None) -> bool:
+        """Whether a mask is a constant; else its constant is noted, and that it is one."""
+        if value is None or is_constant(value):
+            return True
+        self.derived[value] = OpenGrid.of_mask()
+        while (node := value.producer()) is not None and is_layout(node):
+            assert node.inputs[0] is not None
+            value = node.inputs[0]
+        self.masks |= {value}
+        return False
+
     def planned(self, node: ir.Node, step: Any, inputs: tuple[int, ...], made: Grid) -> Planned:
         """The node with its step and the grids of the inputs at those positions."""
         return Planned(node, step, inputs, tuple(self.read(node, i) for i in inputs), made)
@@ -241,6 +257,17 @@ class Planning:
         array = np.asarray(value.const_value.numpy(), np.float32)
         return quantize(array, spec).astype(np.int64), spec
 
+    def taken_in(self, node: ir.Node, x: Grid, weight: TensorSpec) -> None:
+        """Refuse a weight that has not taken in the factors of what its product reads."""
+        scale: Double = x.scale
+        if scale.ndim and scale.size == _inputs_of(node):
+            ratio = np.asarray(scale.ravel() / x.step, np.float32)
+            scale = rows_in_weight(node, ratio).astype(np.float64) * x.step
+        factor = np.ones(()) if weight.factor is None else weight.factor.astype(np.float64)
+        whole = not (scale.ndim and factor.ndim) or scale.shape == factor.shape
+        if x.accumulator or not whole or not np.allclose(scale * factor, x.step, rtol=1e-6, atol=0):
+            raise refusal(node, of_weight(node))
+
     def term(self, node: ir.Node, index: int) -> tuple[Term, Double, Double, int]:
         """One addend: its form, its step, its offset and its largest magnitude."""
         value = node.inputs[index]
@@ -257,7 +284,7 @@ class Planning:
                 grid, bound = self.accumulators[value]
                 return PLAIN, grid.scale, grid.offset, bound
             grid = self.read(node, index)
-        if grid.alpha is None or grid.alpha.ndim > 1 or bool(np.any(grid.alpha < 0)):
+        if grid.alpha is None or bool(np.any(grid.alpha < 0)):
             raise refusal(node, f"its input '{value.name}' needs power-of-two factors")
         codes, zero = None, grid.zero
         if constant is not None:  # stored as uint8, as weights are
@@ -266,9 +293,9 @@ class Planning:
         bound = spread(grid) << int(grid.alpha.max())
         return term, np.asarray(grid.step), np.zeros(()), bound
 
-    def needed(self, node: ir.Node) -> Grid:
-        """The grid of an output that must have one."""
-        made = self.target(node.outputs[0], -1)
+    def needed(self, node: ir.Node, axis: int = -1) -> Grid:
+        """The grid of an output that must have one, its channels along an axis."""
+        made = self.target(node.outputs[0], axis)
         if made is None:
             raise refusal(node, f"its output '{node.outputs[0].name}' stays in float")
         return made
@@ -281,6 +308,15 @@ class Planning:
         if value.const_value is None:
             raise refusal(node, f"its input '{value.name}' must be a constant")
         return np.asarray(value.const_value.numpy(), np.float64)
+
+
+def _inputs_of(node: ir.Node) -> int:
+    """Channels that a linear or a convolution reads; 0 where that is not known."""
+    weight = node.inputs[1]
+    sizes = [] if weight is None or weight.shape is None else list(weight.shape)
+    inside = sizes[0 if is_linear(node) else 1] if len(sizes) > 1 else 0
+    groups = 1 if is_linear(node) else node.attributes.get_int("group", 1)
+    return groups * inside if isinstance(inside, int) else 0
 
 
 def places(
@@ -336,6 +372,14 @@ def producer(value: ir.Value) -> ir.Node:
 def spread(grid: Grid) -> int:
     """The largest |code - zero|."""
     return int(np.max(np.maximum(np.abs(grid.high - grid.zero), np.abs(grid.low - grid.zero))))
+
+
+def shape_of(node: ir.Node) -> list[int | str]:
+    """The shape of the first input; names for axes that are not known."""
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        raise refusal(node, "the shape of its input is not known")
+    return [d if isinstance(d, int) else str(d.value) for d in value.shape]
 
 
 def refusal(node: ir.Node, reason: str) -> ModelError:

@@ -44,31 +44,48 @@ class LinearStep:
 
 @dataclass(frozen=True, eq=False)
 class ConvStep:
-    """A convolution without padding whose patches do not overlap: the patch embedding."""
+    """A convolution over two axes; ConvInteger fills up with the code of zero."""
 
     weight: Ints
-    """[N, C, h, w] int8 codes."""
+    """[N, C / group, h, w] int8 codes."""
     zero: int
     finish: FixedPoint | None
+    strides: tuple[int, ...] = (1, 1)
+    pads: tuple[int, ...] = (0, 0, 0, 0)
+    dilations: tuple[int, ...] = (1, 1)
+    group: int = 1
 
     def __call__(self, x: Ints) -> Ints:
-        """A convolution whose windows do not overlap, of codes [B, C, H, W]: codes, or the
-        accumulator without ``finish``."""
-        n, channels, height, width = self.weight.shape
-        batch, _, rows, columns = x.shape
-        rows, columns = rows // height, columns // width
-        cut = x[:, :, : rows * height, : columns * width] - self.zero
-        parts = cut.reshape(batch, channels, rows, height, columns, width)
-        patches = parts.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, -1)
-        out = matmul(patches, self.weight.reshape(n, -1).T)
-        return done(out.transpose(0, 3, 1, 2), self.finish)
+        """The sums of codes [B, C, H, W] less their zero: codes, or the accumulator without
+        ``finish``."""
+        n, depth, height, width = self.weight.shape
+        top, left, bottom, right = self.pads
+        filled = np.pad(x - self.zero, ((0, 0), (0, 0), (top, bottom), (left, right)))
+        down, across = self.dilations
+        reach = (height - 1) * down + 1, (width - 1) * across + 1
+        windows = np.lib.stride_tricks.sliding_window_view(filled, reach, axis=(2, 3))
+        windows = windows[:, :, :: self.strides[0], :: self.strides[1], ::down, ::across]
+        batch, _, rows, columns = windows.shape[:4]
+        parts = windows.reshape(batch, self.group, depth, rows * columns, height * width)
+        patches = parts.transpose(0, 1, 3, 2, 4).reshape(batch, self.group, rows * columns, -1)
+        weight = self.weight.reshape(self.group, n // self.group, -1).transpose(0, 2, 1)
+        out = matmul(patches, weight).transpose(0, 1, 3, 2)
+        return done(out.reshape(batch, n, rows, columns), self.finish)
 
     def emit(self, b: Builder, x: ir.Value, name: str) -> ir.Value:
         """ConvInteger, and what finishes it."""
         inputs = [x, stored(b, self.weight, name), b.number(self.zero, U8)]
         inputs.append(b.number(WEIGHT_ZERO, U8))
-        kernel = list(self.weight.shape[2:])
-        attributes = {"strides": kernel, "kernel_shape": kernel}
+        attributes: dict[str, Any] = {
+            "strides": list(self.strides),
+            "kernel_shape": list(self.weight.shape[2:]),
+        }
+        if any(self.pads):
+            attributes["pads"] = list(self.pads)
+        if self.dilations != (1, 1):
+            attributes["dilations"] = list(self.dilations)
+        if self.group > 1:
+            attributes["group"] = self.group
         return finished(b, "ConvInteger", inputs, attributes, self.finish, name)
 
 
@@ -118,10 +135,15 @@ def finished(
     return finish.emit(b, b.op(op_type, inputs, I32, attributes), name=name)
 
 
-def largest_sum(weight: Ints, zero: int, limits: tuple[int, int], axis: int) -> int:
-    """max |Σ (x - z) w| over all x within the limits, ``axis`` being that of the outputs."""
+def largest_sum(
+    weight: Ints, zero: int, limits: tuple[int, int], axis: int, *, filled: bool = False
+) -> int:
+    """max |Σ (x - z) w| over all x within the limits, ``axis`` being that of the outputs.
+    ``filled``: x = z may stand for any, as where a convolution fills up."""
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     low, high = limits[0] - zero, limits[1] - zero
+    if filled:
+        low, high = min(low, 0), max(high, 0)
     top = np.maximum(rows * low, rows * high).sum(axis=1)
     bottom = np.minimum(rows * low, rows * high).sum(axis=1)
     return int(max(abs(int(top.max(initial=0))), abs(int(bottom.min(initial=0)))))

@@ -338,6 +338,8 @@ class _Analysis:
         if x is None:
             return None
         low, high = x.least - zero, x.most - zero
+        if any(node.attributes.get_ints("pads", [0])):  # zeros are filled in
+            low, high = min(low, 0), max(high, 0)
         weight = node.inputs[1]
         assert weight is not None
         if weight.const_value is not None:

@@ -196,7 +196,7 @@ def test_patch_embedding() -> None:
         rng.integers(0, 256, (2, 3, 8, 8)).astype(np.uint8),
         rng.integers(-128, 128, (5, 3, 4, 4)),
     )
-    step = ConvStep(weight, 117, None)
+    step = ConvStep(weight, 117, None, strides=(4, 4))
     found = run(step, x)
     np.testing.assert_array_equal(found, step(x.astype(np.int64)))
     corner = (x[1, :, 4:, :4].astype(int) - 117) * weight[2]
