@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.metric_options import check_metric
-from ptq_onnx.config.names import INTEGER, WEIGHTS
+from ptq_onnx.config.names import INTEGER, OLDER, WEIGHTS
 from ptq_onnx.config.option_types import no_such
 from ptq_onnx.config.selector import AUTO, MoreBits, Selector
 from ptq_onnx.errors import ConfigError
@@ -70,6 +70,11 @@ def _check_target(config: Fields) -> None:
             raise ConfigError(
                 f"{option} with --target {config.target}: {why}; use --target tensorrt."
             )
+    if config.cpu == OLDER and not target.sixteen_bit_sums:
+        raise ConfigError(
+            f"--cpu older with --target {config.target}: it is for the kernels of ONNX Runtime;"
+            " use --target onnxruntime."
+        )
 
 
 def _check_widths(config: Fields) -> None:

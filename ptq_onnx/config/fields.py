@@ -10,6 +10,7 @@ from ptq_onnx.config.flags import ANALYSIS, INPUT, NUMBERS, RUNNING, TARGET, opt
 from ptq_onnx.config.names import (
     ACTIVATION_NAMES,
     ARITHMETIC_NAMES,
+    CPUS,
     DEVICE_NAMES,
     GELU_NAMES,
     MAX_DROP,
@@ -22,6 +23,7 @@ from ptq_onnx.config.names import (
     ROUNDING_NAMES,
     SHARES_FROM,
     TARGETS,
+    VNNI,
 )
 from ptq_onnx.config.targets import ONNXRUNTIME, Target
 from ptq_onnx.config.targets import TARGETS as BY_NAME
@@ -229,6 +231,12 @@ class Fields:
     target: str = option(
         "onnxruntime", TARGET, "NAME", f"What the file is for: {', '.join(TARGETS)}.",
         choices=TARGETS,
+    )
+    cpu: str = option(
+        VNNI, TARGET, "NAME",
+        "onnxruntime: the x86 CPUs that the file is for: those with VNNI, or older ones too, whose"
+        " int8 kernels add up in 16 bits; weights then have scales with which none saturates.",
+        choices=CPUS,
     )
     opset: int = option(
         0, TARGET, "N",

@@ -17,6 +17,8 @@ TARGETS = tuple(BY_NAME)
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
 """Those that files can be timed in; each has a folder in ``targets`` with a module ``timing``."""
 INTEGER = "integer"
+VNNI, OLDER = CPUS = ("vnni", "older")
+"""x86 CPUs that a file is for: older ones have no VNNI (before Ice Lake and Zen 4)."""
 WEIGHTS = (8, 4)
 OPSETS = range(20, 24)
 MAX_DROP = 0.5

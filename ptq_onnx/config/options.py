@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     multiplier_bits: int
     gelu: str
     target: str
+    cpu: str
     opset: int
     mixed: bool | None
     batch_size: int

@@ -47,6 +47,8 @@ class Target:
     """A residual add takes its skip input in int8, where asked for."""
     half_floats: bool = False
     """The float part may have 16 bits, where asked for."""
+    sixteen_bit_sums: bool = False
+    """On x86 CPUs without VNNI its products of bytes are added up in 16 bits, two by two."""
     run_time_ranges: bool = False
     """It finds the range of an activation itself, where asked for."""
     convolutions: bool = False
@@ -98,6 +100,7 @@ ONNXRUNTIME = Target(
     quantizer="deploy",
     widest=WIDEST,
     codes_of_convolutions=True,
+    sixteen_bit_sums=True,
     run_time_ranges=True,
 )
 TENSORRT = Target(

@@ -38,6 +38,7 @@ from ptq_onnx.pipeline.writing import (
     coverage,
     formed,
     integer_costs,
+    on_this_processor,
     optimised_ops,
     quantized_model,
     write_report,
@@ -168,6 +169,7 @@ def run_stages(job: Job) -> Finished:
         job.notes[:] = notes
         job, config = without_regions(job, left), replace(config, convolutions=False)
         made, decided, quantizer, lowered = quantized(job, config)
+    job.notes.extend(on_this_processor(config))
     report = describe(job, made, quantizer)
     report |= rewrites(made)
     report["formed"] = formed(job, made, quantizer)

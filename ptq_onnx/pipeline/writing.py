@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ptq_onnx.blocks.sites import image_input
-from ptq_onnx.config.names import INTEGER
+from ptq_onnx.config.bits import BYTE
+from ptq_onnx.config.names import INTEGER, VNNI
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ModelError
 from ptq_onnx.files.result_names import FLOAT, FORMED, PAGE, QUANTIZED, REPORT
@@ -17,6 +18,7 @@ from ptq_onnx.pipeline.analysing import Analysed
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.rewriting import EQUALISATION, Rewritten
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.runtime.processor import sums_saturate
 
 if TYPE_CHECKING:
     from ptq_onnx.quantizers.base import SiteQuantizer
@@ -121,6 +123,18 @@ def coverage(
     reasons = {**float_reasons(quantizer.floats, consumers), **quantizer.float_nodes}
     found = measure_coverage(job.work / QUANTIZED, config.target, reasons)
     return found.to_json(), found.warning
+
+
+def on_this_processor(config: QuantizeConfig) -> list[str]:
+    """A note where this machine's int8 kernels add up in less than the file is made for."""
+    exposed = config.runtime.sixteen_bit_sums and config.cpu == VNNI
+    if not exposed or config.widths.weights < BYTE or config.weight_only or not sums_saturate():
+        return []
+    return [
+        "This processor has no VNNI: ONNX Runtime's int8 kernels add up in 16 bits here, which"
+        " saturate, so that the file is less accurate than on others; --cpu older makes one that"
+        " is the same on both."
+    ]
 
 
 def optimised_ops(job: Job) -> dict[str, int]:

@@ -43,6 +43,7 @@ from ptq_onnx.quantizers.solved_specs import (
     channel_spec,
     solved_spec,
     tensor_spec,
+    weight_scale,
     with_room_for_biases,
 )
 
@@ -361,7 +362,7 @@ class SiteQuantizer(VitQuantizer):
         if factor is not None:
             weight = weight / factor
         axis = site.channel_axes[0] if rule.grain.per_channel else None
-        scale = rule.code.weight_scale(weight, axis, rule.bits)
+        scale = weight_scale(rule, weight, axis, self.plan.config.cpu)
         return TensorSpec(
             tensor=site.tensor,
             rule=rule,

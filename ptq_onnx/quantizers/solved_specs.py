@@ -9,9 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.config.bits import BYTE
+from ptq_onnx.config.names import OLDER
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import Solved
+from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.fake_quantize import reach
+from ptq_onnx.numerics.pair_sums import fitting_scale
 from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
@@ -27,6 +31,13 @@ def tensor_spec(
     lows, highs = np.array([low], np.float32), np.array([high], np.float32)
     found = rule.code.solve(lows, highs, rule.bits, rule.signed, rule.symmetric)
     return solved_spec(site, rule, found, factor)
+
+
+def weight_scale(rule: Rule, weight: Array, axis: int | None, cpu: str) -> Array:
+    """Scales of a weight by its rule; of 8 bits for an older ``cpu`` as its kernels add up."""
+    scale = rule.code.weight_scale(weight, axis, rule.bits)
+    whole = cpu == OLDER and rule.bits == BYTE and rule.code == Uniform()
+    return fitting_scale(weight, axis, scale) if whole else scale
 
 
 def solved_spec(site: Site, rule: Rule, found: Solved, factor: Array | None = None) -> TensorSpec:

@@ -27,6 +27,7 @@ from ptq_onnx.targets.checking.product import Product, inner_axis
 from ptq_onnx.targets.checking.quantized_model import QuantizedModel
 from ptq_onnx.targets.checking.result import Finding
 from ptq_onnx.targets.checking.target import Rule, Target
+from ptq_onnx.targets.onnxruntime.saturation import TITLE, saturation
 
 NAME = "ONNX Runtime"
 OPSETS = 13, 26
@@ -325,7 +326,9 @@ def product_of(left: OptimisedNode, model: QuantizedModel) -> Product | None:
 
 def _facts(model: QuantizedModel) -> Mapping[str, Mapping[str, int]]:
     nodes = model.derived(optimise).nodes
-    return {"optimised": dict(Counter(n.op_type for n in nodes).most_common())}
+    found = {"optimised": dict(Counter(n.op_type for n in nodes).most_common())}
+    saturating = saturation(model)
+    return found | ({TITLE: saturating} if any(saturating.values()) else {})
 
 
 STATIC: tuple[Rule, ...] = (
