@@ -12,7 +12,7 @@ ONE_OUTPUT = "the node has one output"
 HALVINGS = "halvings beyond the 53 bits of float64"
 
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
-    ("", "reshape(-1,", "reshape(-2,", "NumPy leaves open any size below zero"),
+    ("", "reshape(-1", "reshape(-2", "NumPy leaves open any size below zero"),
     ("", "inputs) > 2", "inputs) != 2", "an op with a weight has two inputs or three"),
     ("calibration/histogram.py", "clip(place - first, 0,", "clip(place - first, -1,",
      "what lies outside is taken from the outer bins"),
@@ -74,6 +74,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "FLOAT is the first of the types, and an input of a model has one"),
     ("targets/integer/products.py", "weight.shape[axis], -1)", "weight.shape[axis], -2)",
      "NumPy leaves open any size below zero"),
+    ("targets/integer/fixed_point.py", "max(most, 1.0)", "max(most, 2.0)",
+     "what is below 2^61 needs no room"),
     ("targets/integer/nodes.py", "constant(node, 1, 1.0)", "constant(node, 1, 0.0)",
      "a LayerNormalization has a scale (ONNX)"),
     ("targets/integer/nodes.py", "[bound * count]", "[bound / count]",

@@ -299,10 +299,9 @@ def _is_norm(node: ir.Node, value: ir.Value) -> bool:
 
 def _one_each(index: NDArray[np.int64], factor: Factor) -> bool:
     """True where no output channel is to be divided by two factors (heads that share one)."""
-    flat, values = index.ravel(), factor.ravel()
-    held = np.zeros(int(flat.max()) + 1, np.float32)
-    held[flat] = values
-    return bool(np.array_equal(held[flat], values))
+    values = factor.ravel()
+    _, first, inverse = np.unique(index.ravel(), return_index=True, return_inverse=True)
+    return bool(np.array_equal(values[first][inverse], values))
 
 
 def _shown(use: Reader) -> bool:

@@ -150,6 +150,12 @@ def test_where_a_gate_is_shut_and_how_steep_it_is_open() -> None:
     assert (u < one.least).any()
 
 
+def test_factors_in_steps_are_whole_parts_of_the_largest() -> None:
+    """n/255 of it, the nearest n, and 1 where that would be 0."""
+    found = in_steps(np.array([5.1, 2.55, 0.031, 0.001, 0.0]))
+    np.testing.assert_allclose(found, np.array([255, 128, 2, 1, 1]) * 5.1 / 255, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["plain", "gated"])
 def test_every_tensor_in_a_network_has_its_factor(name: str) -> None:
     """Those that cost no op of floats, in the order of the data."""
