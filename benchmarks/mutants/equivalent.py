@@ -42,6 +42,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("equalization/patch_forms.py", "channels, -1)", "channels, -2)",
      "NumPy leaves open any size below zero"),
     ("equalization/pixels.py", "uses[0].inputs", "uses[-1].inputs", "there is one"),
+    ("equalization/runtime_forms.py", "len(output.shape) != 3 or", "len(output.shape) < 3 or",
+     "with four axes no part has its tokens where they would be looked for"),
     ("equalization/runtime_forms.py", "part = found[:, 0] %", "part = found[:, -1] %",
      "of all tokens the columns are the same, or they are refused below"),
     ("equalization/runtime_forms.py", "found.shape[1] != tokens", "found.shape[1] > tokens",

@@ -107,7 +107,7 @@ def test_packed_pixels_are_two_parts_at_least(parts: int, count: int) -> None:
     made = g("Conv", "x", sample(4 * parts, 4, 1, 1, seed=1), sample(4 * parts, seed=2))
     rows = g("Reshape", made, np.array([0, 4 * parts, -1]))
     if parts == 1:
-        model = g.model(g("MatMul", rows, sample(6, 5)))
+        model = g.model(g("MatMul", rows, g("Reshape", "x", np.array([0, 6, 4]))))
     else:
         q = g("Split", rows, np.array([4] * parts), axis=1, outputs=parts)
         scores = g("MatMul", g("Transpose", q, perm=[0, 2, 1]), f"{q}_1")
@@ -132,11 +132,13 @@ def values(
     g = SmallGraph((B, T, 8))
     v = linear(g, "x", 8, 8)
     scores = weights(g, g("MatMul", "x", sample(8, T, seed=2)))
-    product = g("MatMul", v, sample(8, 8, seed=3)) if as_keys else g("MatMul", scores, v)
+    other = g("Reshape", g("MatMul", "x", sample(8, 8, seed=3)), np.array([0, 8, T]))
+    product = g("MatMul", v, other) if as_keys else g("MatMul", scores, v)
     read = g(between, product) if between else product
-    out = linear(g, read, 8, 3, seed=4)
+    width = T if as_keys else 8
+    out = linear(g, read, width, 3, seed=4)
     more = {"v": v, "product": product}.get(second)
-    return fused(g, out, *([g("Neg", more)] if more else [])), v
+    return fused(g, out, *([linear(g, more, 8, 3, seed=5)] if more else [])), v
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,9 @@ def test_the_path_of_values() -> None:
     assert is_product(path[0])
     assert path[0].inputs[1] is named(model, v)
     assert path[1].outputs[0] is model.graph.outputs[0]
+    weights = path[0].inputs[0]
+    assert weights is not None
+    assert value_path(weights) is None  # the other factor
     model.graph.outputs.append(named(model, v))
     assert value_path(named(model, v)) is None
 
@@ -220,8 +225,8 @@ def test_ranges_at_run_time_need_a_copy_behind_layout_ops(first: bool) -> None:
         made = []
         for straight in (first, not first):
             read = y if straight else g("Reshape", y, np.array([0, 3, 2, 8]))
-            made.append(linear(g, read, 8, 3, seed=len(made)))
-        model = fused(g, *made)
+            made.append(g("Linear", read, sample(8, 3), domain="ptq_onnx"))
+        model = g.model(*made)
         before = text(model)
         blocks = find_blocks(model)
         takes = integer_readers(QuantizeConfig(quantizer="deploy"), blocks)

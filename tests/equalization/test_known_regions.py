@@ -1,8 +1,9 @@
-"""Tensors between convolutions: which have factors that are worth their op, and which have sites."""
+"""Tensors between convolutions: which have factors worth their op, and which have sites."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,11 +12,12 @@ from small_graph import SmallGraph, run, sample
 from test_known_gates import SIDE, WIDE, X, behind, conv, plan_of
 
 from ptq_onnx.blocks.regions import find_regions
-from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.roles import Role, find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import consumers, name_of
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.by_quantizer import rewritten
+from ptq_onnx.equalization.code_forms import sites_of
 from ptq_onnx.equalization.gates import Gated, Plain, sources
 from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
@@ -84,12 +86,24 @@ def gated(g: SmallGraph, near: str) -> str:
     other = {"a third reader": u, "the sum": moved, "the gate": clipped, "another product": u}
     if near in other:
         y = g("Add", y, conv(g, other[near], 4))
+    if near == "a pool":
+        pooled = g("MaxPool", u, kernel_shape=[1, 1], strides=[1, 1])
+        y = g("Add", y, conv(g, pooled, 4))
     return y
 
 
 @pytest.mark.parametrize(
     "near",
-    ["", "a third reader", "the sum", "the gate", "two tensors", "another product", "output"],
+    [
+        "",
+        "a third reader",
+        "a pool",
+        "the sum",
+        "the gate",
+        "two tensors",
+        "another product",
+        "output",
+    ],
 )
 def test_a_gate_is_a_clipped_sum_of_what_it_multiplies(near: str) -> None:
     """That nothing else reads, and both nothing but they."""
@@ -162,3 +176,22 @@ def test_codes_and_the_numbers_of_their_forms_are_sites() -> None:
         if site.role == "number":
             assert site.consumers == tuple(name_of(n) for n, _ in consumers(value))
             assert (site.channel_axes, site.shape, site.block) == ((), (), None)
+
+
+def test_sites_are_named_after_what_makes_them() -> None:
+    """And numbers after what reads them, whatever else reads or makes them."""
+    plan = in_form(plan_of("gated"))
+    regions, nodes = find_regions(plan.model.graph), list(plan.model.graph)
+    roles = {name_of(node): Role(place, f"role{place}") for place, node in enumerate(nodes)}
+    blocks = replace(plan.blocks, roles=roles)
+    plain = find_sites(plan.model, blocks)
+    found = sites_of(plan.model, blocks, plan.config)
+    extra = {str(v.name): v for v in (*regions.codes, *regions.constants) if v.name not in plain}
+    assert found.keys() == plain.keys() | extra.keys()
+    assert {found[name].is_parameter for name in extra} == {True, False}
+    for name, value in extra.items():
+        node, site = value.producer(), found[name]
+        first = next(n for n, _ in consumers(value))
+        named = roles[name_of(first if node is None else node)]
+        assert site.block == named.block
+        assert site.role == ("number" if node is None else named.name)

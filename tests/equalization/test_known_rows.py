@@ -62,4 +62,6 @@ def test_factors_of_values_go_where_each_row_is_a_channel(way: str, quantizer: s
     found = run(to_standard(plan.model), x)[0]
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     into = {move.role: move.into for move in plan.moves}
+    if way == "sigmoids":  # products alone read what is no attention's q, k or v
+        assert {"norm2", "norm"} < into.keys() <= {"pre_norm", "norm2", "norm", "gelu"}
     assert ("proj" in into.values()) == (way in ("all", "another order"))

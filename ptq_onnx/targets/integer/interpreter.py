@@ -365,7 +365,7 @@ OPS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "DequantizeLinear": dequantize_linear,
     "Gather": gather,
     "Reshape": reshape,
-    "Transpose": lambda i, a: np.transpose(*i, a.get("perm")),
+    "Transpose": lambda i, a: np.transpose(i[0], a.get("perm")),
     "Split": split,
     "Slice": slice_,
     "Squeeze": squeeze,

@@ -1,4 +1,4 @@
-"""Ranges that the exporter proves: no value leaves them, and values come near both of their ends."""
+"""Ranges that the exporter proves: no value leaves them, and values come near both their ends."""
 
 from __future__ import annotations
 

@@ -89,3 +89,19 @@ def test_channels_that_two_places_read(change: dict[str, Any], fits: bool, first
         return
     found = planned(plan_of(g, *ends, specs=specs), "Linear").made
     np.testing.assert_allclose(found.scale, np.full(8, SCALE))
+
+
+@pytest.mark.parametrize("factor", [[2, 2, 2, 2], [1, 2, 1, 2], [1, 2, 4, 2]], ids=str)
+def test_a_table_for_each_pair_of_scales(factor: list[int]) -> None:
+    """One, two or three: each channel has its own."""
+    g = SmallGraph((1, 5, 4))
+    read = g("Erf", "x")
+    out = g("Relu", read)
+    specs = {read: spec(read, 0.05, 120, np.float32(factor), PTF), out: spec(out, 0.06, 3)}
+    step = planned(plan_of(g, out, specs=specs), "Relu").step
+    assert len(step.tables) == len(set(factor))
+    codes = np.arange(256)[:, None] + np.zeros(4, np.int64)
+    real = np.maximum(codes - 120, 0) * (0.05 * np.array(factor))
+    expected = np.clip(np.rint(real / 0.06) + 3, 0, 255)
+    assert np.abs(step(codes) - expected).max() <= 1
+    assert (step(codes) == expected).mean() > 0.99
