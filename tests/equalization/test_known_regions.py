@@ -178,9 +178,20 @@ def test_codes_and_the_numbers_of_their_forms_are_sites() -> None:
             assert (site.channel_axes, site.shape, site.block) == ((), (), None)
 
 
-def test_sites_are_named_after_what_makes_them() -> None:
-    """And numbers after what reads them, whatever else reads or makes them."""
-    plan = in_form(plan_of("gated"))
+def joined(g: SmallGraph) -> str:
+    both = g("Concat", conv(g, "x", 1), g("Relu", conv(g, "x", 2)), axis=1)
+    return g("Relu", g("Conv", both, sample(WIDE, 2 * WIDE, 1, 1, seed=3) / 16))
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_sites_are_named_after_what_makes_them(numbers: bool) -> None:
+    """What a Concat joins; and numbers after what reads them."""
+    if numbers:
+        plan = plan_of("gated")
+    else:
+        model, config = built(joined), QuantizeConfig(quantizer="deploy", threads=1)
+        plan = Plan(model, find_blocks(model), {}, config)
+    plan = in_form(plan)
     regions, nodes = find_regions(plan.model.graph), list(plan.model.graph)
     roles = {name_of(node): Role(place, f"role{place}") for place, node in enumerate(nodes)}
     blocks = replace(plan.blocks, roles=roles)
@@ -188,10 +199,11 @@ def test_sites_are_named_after_what_makes_them() -> None:
     found = sites_of(plan.model, blocks, plan.config)
     extra = {str(v.name): v for v in (*regions.codes, *regions.constants) if v.name not in plain}
     assert found.keys() == plain.keys() | extra.keys()
-    assert {found[name].is_parameter for name in extra} == {True, False}
+    assert {found[name].is_parameter for name in extra} == {numbers}
     for name, value in extra.items():
         node, site = value.producer(), found[name]
         first = next(n for n, _ in consumers(value))
         named = roles[name_of(first if node is None else node)]
         assert site.block == named.block
-        assert site.role == ("number" if node is None else named.name)
+        assert site.role == ("number" if numbers else named.name)
+        assert site.channel_axes == (() if numbers else (1,))

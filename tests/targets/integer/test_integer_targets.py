@@ -100,6 +100,7 @@ def test_a_table_for_each_pair_of_scales(factor: list[int]) -> None:
     specs = {read: spec(read, 0.05, 120, np.float32(factor), PTF), out: spec(out, 0.06, 3)}
     step = planned(plan_of(g, out, specs=specs), "Relu").step
     assert len(step.tables) == len(set(factor))
+    assert step.pair.shape == ((4,) if len(set(factor)) > 1 else ())
     codes = np.arange(256)[:, None] + np.zeros(4, np.int64)
     real = np.maximum(codes - 120, 0) * (0.05 * np.array(factor))
     expected = np.clip(np.rint(real / 0.06) + 3, 0, 255)
