@@ -322,14 +322,14 @@ def leaves(use: Reader) -> list[Reader]:
 
 
 def way(start: ir.Value, end: ir.Value | None) -> list[tuple[ir.Node, int]] | None:
-    """The layout ops from ``start`` to ``end``, each with the index of its output, in order; None
-    where one reads more than constants besides."""
+    """The layout ops that lead from ``start`` to ``end``, each with the index of its output, in
+    order; None where one reads more than constants besides."""
     found: list[tuple[ir.Node, int]] = []
     while end is not start:
-        node = None if end is None else end.producer()
-        if end is None or node is None or not is_layout(node) or node.op_type == "Concat":
-            return None
-        if node.inputs[0] is None or not all(is_constant(v) for v in node.inputs[1:]):
+        assert end is not None
+        node = end.producer()
+        assert node is not None
+        if node.op_type == "Concat" or not all(is_constant(v) for v in node.inputs[1:]):
             return None
         found.append((node, list(node.outputs).index(end)))
         end = node.inputs[0]

@@ -223,8 +223,9 @@ def test_six_bits_are_as_good_in_the_file_as_in_integers(tmp_path: Path) -> None
     found = {}
     for target in ("onnxruntime", "integer"):
         config = QuantizeConfig(
-            quantizer="fqvit", bits="6/6/6", target=target, report=False, threads=1
-        )
+            quantizer="fqvit", rotate=False, bits="6/6/6", target=target, images=64, report=False, threads=1,
+            check_preprocess=False,
+        )  # fmt: skip
         output = tmp_path / target
         quantize(DIGITS, config=config, output=output, calib=ROOT / "img/digits/calib")
         source = open_images(ROOT / "img/digits/val", resolve_preprocess(DIGITS, config), limit=200)
