@@ -1,4 +1,4 @@
-"""Ops that such a runtime has no units for, by others: the same numbers, and shapes that are true."""
+"""Ops that such a runtime has no units for, by others: the same numbers, and true shapes."""
 
 from __future__ import annotations
 

@@ -223,8 +223,8 @@ def test_six_bits_are_as_good_in_the_file_as_in_integers(tmp_path: Path) -> None
     found = {}
     for target in ("onnxruntime", "integer"):
         config = QuantizeConfig(
-            quantizer="fqvit", rotate=False, bits="6/6/6", target=target, images=64, report=False, threads=1,
-            check_preprocess=False,
+            quantizer="fqvit", rotate=False, bits="6/6/6", target=target, images=64,
+            check_preprocess=False, report=False, threads=1,
         )  # fmt: skip
         output = tmp_path / target
         quantize(DIGITS, config=config, output=output, calib=ROOT / "img/digits/calib")
