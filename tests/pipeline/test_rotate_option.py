@@ -26,14 +26,6 @@ def quantized(folder: Path, **options: object) -> dict[str, object]:
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run whose stream stays as it is."""
-    folder = tmp_path_factory.mktemp("plain") / "a"
-    quantized(folder, quantizer="fqvit", rotate=False)
-    return folder / "report.json"
-
-
 def test_on_with_a_quantized_residual(tmp_path: Path) -> None:
     report = quantized(tmp_path / "a", target="tensorrt", quantize_residual=True)
     (turned,) = report["rotation"]["turned"]
@@ -55,7 +47,7 @@ def test_one_scale_for_each_tensor_of_a_turned_stream(tmp_path: Path) -> None:
     assert {t["granularity"] for t in stream} == {"tensor"}
 
 
-def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path, plain: Path) -> None:
+def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path) -> None:
     report = quantized(tmp_path / "a", quantizer="fqvit", rotate=True)
     (stays,) = report["rotation"]["turned"]
     assert stays["by"] == "none: factors per channel"
@@ -63,7 +55,8 @@ def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path, plain:
     stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
     assert {t["granularity"] for t in stream} == {"ptf"}
     assert any("searched factors per channel the outputs lose" in n for n in report["notes"])
-    before = {t["tensor"]: t["scale"] for t in json.loads(plain.read_text())["tensors"]}
+    plain = quantized(tmp_path / "b", quantizer="fqvit")
+    before = {t["tensor"]: t["scale"] for t in plain["tensors"]}
     assert sum(before[t["tensor"]] != t["scale"] for t in stream) == 13
 
 
@@ -111,11 +104,10 @@ def test_one_note_for_all_that_stays() -> None:
         ({"scales": "report.json", "quantizer": "fqvit", "rotate": True}, "use --no-rotate"),
     ],
 )
-def test_what_excludes_it(
-    tmp_path: Path, plain: Path, options: dict[str, object], text: str
-) -> None:
+def test_what_excludes_it(tmp_path: Path, options: dict[str, object], text: str) -> None:
     if "scales" in options:
-        options = {**options, "scales": plain}
+        quantized(tmp_path / "first", quantizer="fqvit")
+        options = {**options, "scales": tmp_path / "first/report.json"}
     with pytest.raises(ConfigError, match=text):
         ptq_onnx.quantize(
             MODEL, calib=IMAGES, images=8, report=False, output=tmp_path / "x", **options
