@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from small_graph import SmallGraph, run, sample
 
-from ptq_onnx.qdq.unit_numbers import Numbers, derived, joined, kept, numbers_of
+from ptq_onnx.qdq.unit_numbers import Numbers, derived, is_data, joined, kept, numbers_of
 from ptq_onnx.qdq.units import complete
 from ptq_onnx.targets.checking.coding import Coding
 
@@ -133,3 +133,51 @@ def test_a_concat_keeps_the_range_of_all_that_it_joins() -> None:
     assert found[0] != other_s or found[0].range == other_s.range
     assert found[1] == one_s
     assert found[2] == one_s
+
+
+def test_activations_are_what_no_constants_make() -> None:
+    """Whatever stands first among an op's inputs; a constant's own DequantizeLinear is none."""
+    g = SmallGraph((1, 4))
+    names = [g("Mul", np.ones(4, np.float32), "x"), g("Add", "x", "x"), coded(g, "x", 8)]
+    scale, zero = g.const(np.float32(0.1)), g.const(np.uint8(3))
+    held = g("DequantizeLinear", g.const(np.arange(4, dtype=np.uint8)), scale, zero)
+    model = g.model(*names, g("Add", "x", held), g("Shape", "x"))
+    nodes = {str(n.outputs[0].name): n for n in model.graph}
+    assert all(is_data(nodes[name].outputs[0]) for name in names)
+    assert is_data(model.graph.inputs[0])
+    assert not is_data(nodes[held].outputs[0])
+    assert not is_data(model.graph.initializers[scale])
+    assert not is_data(model.graph.outputs[-1])  # whole numbers
+    assert not is_data(None)
+
+
+@pytest.mark.parametrize("scales", [1, 3])
+def test_a_bias_of_more_than_32_bits_makes_its_weight_s_steps_larger(scales: int) -> None:
+    """The weight's values stay, to half of the larger step, and the bias fits."""
+    g = SmallGraph((1, 5, 4))
+    step = np.full(3, 1e-7, np.float32)
+    step[-1] = 1e-3  # of this channel the bias fits
+    step = step if scales == 3 else step[:1].reshape(())
+    codes = np.random.default_rng(0).integers(-127, 128, (4, 3)).astype(np.int8)
+    zero = np.zeros(step.shape, np.int8)
+    axis = {"axis": 1} if scales == 3 else {}
+    weight = g("DequantizeLinear", g.const(codes), g.const(step), g.const(zero), **axis)
+    bias = np.float32([30.0, -70.0, 50.0])
+    read = coded(g, "x", 8, span=2.55)
+    model = g.model(coded(g, g("Linear", read, weight, bias, domain="ptq_onnx"), 8, span=200.0))
+    for node in model.graph:
+        if node.op_type == "Linear":
+            node.outputs[0].shape = ir.Shape([1, 5, 3])
+            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    assert complete(model) == []
+    (node,) = [n for n in model.graph if n.op_type == "Linear"]
+    made, held = (Coding(v.producer()) for v in node.inputs[1:])  # type: ignore[union-attr]
+    new = np.broadcast_to(made.scale, (3,))
+    wanted = np.maximum(np.broadcast_to(step, (3,)), np.abs(bias) / (2.0**31 - 1) / 0.01)
+    wanted = wanted if scales == 3 else np.full(3, wanted.max())
+    np.testing.assert_allclose(new, wanted, rtol=1e-5)
+    values = made.node.inputs[0].const_value.numpy() * new  # type: ignore[union-attr]
+    assert (np.abs(values - codes * np.float64(step)) <= 0.5001 * new).all()
+    shifted = held.node.inputs[0].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
+    assert held.dtype == ir.DataType.INT32
+    np.testing.assert_allclose(shifted * held.scale, bias, rtol=1e-6, atol=1e-6)

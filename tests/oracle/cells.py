@@ -77,8 +77,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "lowbit narrow ends/onnxruntime": {"quantizer": "lowbit", "wide_ends": False},
     "deploy dynamic/onnxruntime": {"activations": "dynamic"},
     "deploy dynamic token/onnxruntime": {"activations": "dynamic-token"},
-    "fqvit log2/onnxruntime": {**AS_IT_IS, "lis": True},
-    "fqvit log2/integer": {**AS_IT_IS, "target": "integer", "lis": True},
+    "fqvit log2/onnxruntime": {"quantizer": "fqvit", "lis": True},
+    "fqvit log2/integer": {"target": "integer", "lis": True},
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (

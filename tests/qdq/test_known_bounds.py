@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from small_graph import SmallGraph, sample
+from small_graph import SmallGraph, run, sample
 from test_known_lowering import activation
 
 from ptq_onnx.graph.bounded import bound_of, set_bound
+from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.numerics.around.run_time import RunTimeRange
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.qdq.half import to_float16
@@ -113,3 +114,21 @@ def test_constants_that_nothing_reads_are_left_out_of_a_file_of_16_bits() -> Non
     assert halves.graph.initializers["read"].dtype == ir.DataType.FLOAT16
     np.testing.assert_array_equal(halves.graph.initializers["given"].const_value, sample(5))
     assert set(model.graph.initializers) == {"read", "given", "unread"}
+
+
+@pytest.mark.parametrize("op", ["RMSNormalization", "L2Normalization"])
+def test_a_norm_of_squares_that_is_an_output_among_others(op: str) -> None:
+    """Each output keeps its place, its name and its numbers."""
+    g = SmallGraph((2, 8))
+    gamma = [g.const(1 + 0.1 * sample(8, seed=3), "gamma")] if op == "RMSNormalization" else []
+    norm = g(op, "x", *gamma, domain="ptq_onnx", epsilon=1e-6)
+    model = g.model(g("Mul", norm, 2.0), norm, g("Add", norm, 1.0))
+    for node in model.graph:
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape([2, 8])
+    x = sample(2, 8, seed=5)
+    expected, names = run(to_standard(model), x), [v.name for v in model.graph.outputs]
+    halves = to_float16(model)
+    assert [v.name for v in halves.graph.outputs] == names
+    for found, wanted in zip(run(halves, x), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3)

@@ -11,7 +11,9 @@ from small_graph import SmallGraph, run, sample
 from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.numerics.around.run_time import ColumnMaximum, TokenMaximum
 from ptq_onnx.numerics.fake_quantize import fake_quantize
+from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.qdq.factors import plan_factors
 from ptq_onnx.qdq.lowering import lower
 
 PLACES = {"linear": (TokenMaximum, 0), "first": (TokenMaximum, 0), "second": (ColumnMaximum, 1)}
@@ -75,3 +77,17 @@ def test_vectors_along_the_other_axis_come_back_in_front(place: str) -> None:
     value = fake_quantize(np.maximum(x, 0), spec)
     wanted = value @ x if place == "first" else x @ value
     np.testing.assert_allclose(run(to_standard(lowered), x)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("coded", ["first", "second"])
+def test_a_factor_of_one_side_of_a_product_of_one_channel_comes_back(coded: str) -> None:
+    """The other side, in float, has none that cancels it."""
+    g = SmallGraph((2, 3, 1))
+    q, k = g("Relu", "x"), g("Transpose", g("Neg", "x"), perm=[0, 2, 1])
+    model = g.model(g("Softmax", g("MatMul", q, k), axis=-1))
+    name = q if coded == "first" else k
+    rule = Rule(8, False, False, PowersOfTwo())
+    spec = TensorSpec(name, rule, np.float32(0.02), np.int32(120), factor=np.float32([[4.0]]))
+    (place,) = plan_factors(model.graph, {name: spec}).places.values()
+    assert dict(place.behind) == {}
+    assert [node.op_type for node, _ in place.rescaled] == ["MatMul"]
