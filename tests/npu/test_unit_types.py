@@ -138,16 +138,18 @@ def test_a_concat_keeps_the_range_of_all_that_it_joins() -> None:
 def test_activations_are_what_no_constants_make() -> None:
     """Whatever stands first among an op's inputs; a constant's own DequantizeLinear is none."""
     g = SmallGraph((1, 4))
-    names = [g("Mul", np.ones(4, np.float32), "x"), g("Add", "x", "x"), coded(g, "x", 8)]
+    ones = np.ones(4, np.float32)
+    names = [g("Mul", ones, "x"), g("Add", ones, "x"), g("Add", "x", "x"), coded(g, "x", 8)]
     scale, zero = g.const(np.float32(0.1)), g.const(np.uint8(3))
     held = g("DequantizeLinear", g.const(np.arange(4, dtype=np.uint8)), scale, zero)
-    model = g.model(*names, g("Add", "x", held), g("Shape", "x"))
+    shape = g("Shape", "x")
+    model = g.model(*names, g("Add", "x", held))
     nodes = {str(n.outputs[0].name): n for n in model.graph}
     assert all(is_data(nodes[name].outputs[0]) for name in names)
     assert is_data(model.graph.inputs[0])
     assert not is_data(nodes[held].outputs[0])
     assert not is_data(model.graph.initializers[scale])
-    assert not is_data(model.graph.outputs[-1])  # whole numbers
+    assert not is_data(nodes[shape].outputs[0])  # whole numbers
     assert not is_data(None)
 
 
