@@ -197,8 +197,8 @@ def on_terminal(command: list[str]) -> tuple[float, str]:
     return first, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode())
 
 
-def test_on_a_terminal_every_bar_ends_at_its_total(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ptq_onnx", "quantize", str(MODEL), "--calib", str(CALIB),
+def test_on_a_terminal_every_bar_ends_at_its_total(short: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ptq_onnx", "quantize", str(short), "--calib", str(CALIB),
                "--images", "16", "--no-report", "--output", str(tmp_path / "o"),
                "--threads", "1"]  # fmt: skip
     _, text = on_terminal(command)
