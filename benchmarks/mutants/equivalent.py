@@ -22,6 +22,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "a histogram is of one value at least"),
     ("calibration/product_samples.py", "initial=0)", "initial=-1)",
      "a maximum of magnitudes of one value at least is not below zero"),
+    ("equalization/channel_axis.py", 'get_int("axis", 0)', 'get_int("axis", -1)',
+     "a Concat has an axis (ONNX)"),
     ("equalization/channel_steps.py", "if n.inputs[0] is not None}", "if n.inputs[1] is not None}",
      "a linear has both"),
     ("equalization/foldings.py", "value = node.outputs[0]", "value = node.outputs[-1]", ONE_OUTPUT),

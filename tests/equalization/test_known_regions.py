@@ -18,6 +18,7 @@ from ptq_onnx.blocks.walking import consumers, name_of
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.by_quantizer import rewritten
 from ptq_onnx.equalization.code_forms import sites_of
+from ptq_onnx.equalization.convolution_steps import ConvolutionSteps
 from ptq_onnx.equalization.gates import Gated, Plain, sources
 from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
@@ -207,3 +208,17 @@ def test_sites_are_named_after_what_makes_them(numbers: bool) -> None:
         assert site.block == named.block
         assert site.role == ("number" if numbers else named.name)
         assert site.channel_axes == (() if numbers else (1,))
+
+
+def test_the_magnitudes_that_read_a_channel() -> None:
+    """Of every output and pixel, by input channel."""
+    weight = sample(5, 3, 2, 2, seed=4)
+    g = SmallGraph(("batch", 3, 6, 6))
+    model = g.model(g("Conv", "x", weight))
+    steps = ConvolutionSteps()
+    steps.weight_bits = 6
+    (found,) = steps.of_convolutions(model.graph)
+    assert (found.magnitude.shape, found.bits) == ((3, 20), 6)
+    for channel in range(3):
+        expected = np.sort(np.abs(weight[:, channel]).ravel())
+        np.testing.assert_array_equal(np.sort(found.magnitude[channel]), expected)

@@ -17,15 +17,17 @@ from ptq_onnx.quantizers.base import Plan
 
 TOKENS = 6
 BATCHES = [sample(4, TOKENS, WIDTH, seed=s) * 2 for s in range(3)]
-WAYS = ("all", "a part", "twice", "another order", "tokens", "scaled weights", "sigmoids")
+WAYS = ("all", "uneven", "a part", "twice", "another order", "tokens", "scaled weights", "sigmoids")
 
 
 def network(way: str) -> ir.Model:
     """A block whose projection reads all channels, some, each twice, tokens in place of channels;
-    or whose weights of tokens do not sum to one."""
+    or whose weights of tokens do not sum to one, or see what is added to all keys."""
     g = SmallGraph(("batch", TOKENS, WIDTH))
     q, k, v = packed(g, norm(g, "x"))
     scores = g("Mul", g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2])), 0.5)
+    if way == "uneven":
+        scores = g("Mul", scores, np.linspace(0.5, 1.5, TOKENS))
     weights = g("Sigmoid", scores) if way == "sigmoids" else g("Softmax", scores, axis=-1)
     weights = g("Mul", weights, np.array(0.5)) if way == "scaled weights" else weights
     made = g("Transpose", g("MatMul", weights, v), perm=[0, 2, 1, 3])
@@ -64,4 +66,4 @@ def test_factors_of_values_go_where_each_row_is_a_channel(way: str, quantizer: s
     into = {move.role: move.into for move in plan.moves}
     if way == "sigmoids":  # products alone read what is no attention's q, k or v
         assert {"norm2", "norm"} < into.keys() <= {"pre_norm", "norm2", "norm", "gelu"}
-    assert ("proj" in into.values()) == (way in ("all", "another order"))
+    assert ("proj" in into.values()) == (way in ("all", "uneven", "another order"))
