@@ -143,12 +143,12 @@ def test_every_kind_of_model_gives_the_same_file(folder: Path, short: Path, tmp_
 
 def test_options_as_keywords(folder: Path, short: Path, tmp_path: Path) -> None:
     result = ptq_onnx.quantize(
-        short, calib=folder, output=tmp_path / "o", quantizer="fqvit", bits=(8, 8, 4),
+        short, calib=folder, output=tmp_path / "o", quantizer="fqvit", rotate=False, bits=(8, 8, 4),
         keep_float="head", attention_blocks=[0], size=32, **QUICK,
     )  # fmt: skip
     config = QuantizeConfig.load(tmp_path / "o/config.yaml")
     assert config == QuantizeConfig(
-        quantizer="fqvit", bits="8/8/4", keep_float=("head",), attention_blocks=(0,),
+        quantizer="fqvit", rotate=False, bits="8/8/4", keep_float=("head",), attention_blocks=(0,),
         size=(32, 32), **QUICK,
     )  # fmt: skip
     assert result.report["config"]["bits"] == "8/8/4"
@@ -277,7 +277,13 @@ def test_labels_that_a_loader_yields(
     assert ptq_onnx.evaluate(short, loader).top1 == pytest.approx(500 / 6)
     assert ptq_onnx.evaluate(short, arrays, list(truth)).top1 == pytest.approx(500 / 6)
     result = ptq_onnx.quantize(
-        short, calib=folder, val=loader, output=tmp_path / "o", quantizer="fqvit", **QUICK
+        short,
+        calib=folder,
+        val=loader,
+        output=tmp_path / "o",
+        quantizer="fqvit",
+        rotate=False,
+        **QUICK,
     )
     assert result.report["accuracy"]["float"]["top1"] == pytest.approx(500 / 6)
     soft = [(array[None], np.zeros((1, 10), np.float32)) for array in arrays]

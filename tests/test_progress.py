@@ -106,7 +106,7 @@ def run(tmp_path: Path, model: Path = MODEL, **options: Any) -> Recorded:
             [stages.CHANNELS, stages.CALIBRATING, stages.HISTOGRAMS, stages.WRITING,
              stages.EVERY_OP, stages.VARIATION, stages.ATTENTION, stages.REPORTING],
         ),
-        ({"quantizer": "fqvit", "report": True}, [stages.DRAWING]),
+        ({"quantizer": "vanilla", "report": True}, [stages.DRAWING]),
         ({"rounding": "gptq", "bits": "4/8/8", "report": False}, [stages.ROUNDING]),
         ({"method": "pearson", "report": False}, [stages.SCALES]),
         ({"weights": 4, "report": False}, [stages.CALIBRATING]),
@@ -141,8 +141,8 @@ def test_analyse_and_auto(tmp_path: Path, short: Path) -> None:
     }
 
 
-def test_compare(tmp_path: Path) -> None:
-    run(tmp_path, report=False)
+def test_compare(tmp_path: Path, short: Path) -> None:
+    run(tmp_path, short, report=False)
     told = Recorded()
     few = open_images(VAL, resolve_preprocess(MODEL, QuantizeConfig()), limit=10)
     compare([tmp_path / "o"], few, batch=4, threads=1, progress=told)
@@ -151,7 +151,7 @@ def test_compare(tmp_path: Path) -> None:
     assert told.stages[3].steps == [4, 4, 2, 4, 4, 2]
 
 
-def test_unreadable_images_and_errors(tmp_path: Path) -> None:
+def test_unreadable_images_and_errors(tmp_path: Path, short: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for path in sorted(CALIB.iterdir())[:5]:
@@ -159,11 +159,11 @@ def test_unreadable_images_and_errors(tmp_path: Path) -> None:
     (folder / "bad.png").write_bytes(b"no picture")
     told = Recorded()
     config = QuantizeConfig(report=False, threads=1)
-    quantize(MODEL, config=config, calib=folder, output=tmp_path / "o", progress=told)
+    quantize(short, config=config, calib=folder, output=tmp_path / "o", progress=told)
     told.assert_complete()
     told = Recorded()
     with pytest.raises(ConfigError):
-        quantize(MODEL, config=config, calib=folder, output=folder / "bad.png", progress=told)
+        quantize(short, config=config, calib=folder, output=folder / "bad.png", progress=told)
     assert sum(told.stages[0].steps) < UNITS
 
 
@@ -197,8 +197,8 @@ def on_terminal(command: list[str]) -> tuple[float, str]:
     return first, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode())
 
 
-def test_on_a_terminal_every_bar_ends_at_its_total(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ptq_onnx", "quantize", str(MODEL), "--calib", str(CALIB),
+def test_on_a_terminal_every_bar_ends_at_its_total(short: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ptq_onnx", "quantize", str(short), "--calib", str(CALIB),
                "--images", "16", "--no-report", "--output", str(tmp_path / "o"),
                "--threads", "1"]  # fmt: skip
     _, text = on_terminal(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,9 +22,8 @@ from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.equalization.equalize import equalise
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.images.opening import Preprocess, open_images
-from ptq_onnx.pipeline.quantize import quantize
+from ptq_onnx.pipeline import quantize as pipeline
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
@@ -195,22 +195,34 @@ def test_a_broken_copy_is_named(target: str, change: str, rule: str, tmp_path: P
 
 @pytest.mark.parametrize("target", ["tensorrt", "openvino"])
 def test_vit_is_taken_as_it_is_and_computes_what_the_simulator_does(
-    target: str, real_models: dict[str, Path], shared: Path, tmp_path: Path
+    target: str,
+    real_models: dict[str, Path],
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The simulator has the run's own quantizer; another would be calibrated to the same."""
     config = QuantizeConfig(
         target=target, images=8, preprocess="inception", report=False, threads=1
     )
-    calib = shared / "imagenet/calib"
-    result = quantize(real_models["vit"], config=config, output=tmp_path / "out", calib=calib)
+    calib, made = shared / "imagenet/calib", []
+    calibrated = pipeline.calibrated
+
+    def kept(*given: Any) -> SiteQuantizer:
+        made.append(calibrated(*given))
+        return made[-1]
+
+    monkeypatch.setattr(pipeline, "calibrated", kept)
+    result = pipeline.quantize(
+        real_models["vit"], config=config, output=tmp_path / "out", calib=calib
+    )
+    (quantizer,) = made
     path = result.output / "quantized.onnx"
     assert check(path, target).violations == ()
     images = next(open_images(shared / "imagenet/val", INCEPTION, limit=8).batches(8))
     exact, found = run(real_models["vit"], images), run(path, images)
     assert decibels(exact, found) >= 11
-    prepared = prepare(real_models["vit"], config.opset)
-    batches = [np.ascontiguousarray(b) for b in open_images(calib, INCEPTION, limit=8).batches(8)]
-    quantizer = quantized(prepared.model, target, batches)
-    own = run(lower(quantizer.model, quantizer.specs), images[:2])
+    own = run(path, images[:2])
     simulated = Simulator(quantizer.model, quantizer, threads=1).run(images[:2])["logits"]
     assert decibels(own, simulated) >= 100
     if target == "openvino":

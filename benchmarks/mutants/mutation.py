@@ -15,9 +15,13 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 Span = tuple[tuple[int, int], tuple[int, int]]
-LEFT_OUT = ("NoOp", "RemoveDecorator", "VariableInserter", "VariableReplacer", "_Is", "_IsNot")
+LEFT_OUT = (
+    "NoOp", "RemoveDecorator", "VariableInserter", "VariableReplacer", "Is_Eq", "IsNot_NotEq",
+    "_Is", "_IsNot",
+)  # fmt: skip
 """Operators without arguments of their own or that only change what holds a name; ``is`` for
-``==`` is the same for small numbers and nonsense for arrays."""
+``==`` is the same for small numbers and nonsense for arrays, and ``==`` for ``is`` the same for
+nodes and values of a graph and for None."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ _INTEGER = (
     "tests/targets/integer/test_integer_known_ranges.py",
     "tests/targets/integer/test_integer_known_ops.py",
     "tests/targets/integer/test_integer_plans.py",
+    "tests/targets/integer/test_integer_claims.py",
+    "tests/targets/integer/test_integer_targets.py",
 )
 
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -40,12 +42,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "qdq": (
         "tests/qdq/test_convolution.py",
         "tests/qdq/test_factors.py",
+        "tests/qdq/test_known_bounds.py",
+        "tests/qdq/test_known_steps_behind.py",
         "tests/qdq/test_half.py",
         "tests/qdq/test_lowering.py",
         "tests/qdq/test_known_lowering.py",
         "tests/numerics/test_row_maximum.py",
         "tests/numerics/test_token_mean.py",
         "tests/npu/test_units.py",
+        "tests/npu/test_unit_types.py",
+        "tests/npu/test_spelling.py",
         "tests/npu/test_options.py",
         "tests/quantizers/test_weight_only.py",
         "tests/quantizers/test_e4m3.py",

@@ -100,7 +100,7 @@ def sites_of(model: ir.Model, blocks: Blocks, config: QuantizeConfig) -> dict[st
 
 def _site(value: ir.Value, blocks: Blocks) -> Site:
     node, readers = value.producer(), tuple(name_of(n) for n, _ in consumers(value))
-    fixed = node is None and value.const_value is not None
+    fixed = value.const_value is not None
     named = readers[0] if fixed and readers else ("" if node is None else name_of(node))
     role = blocks.roles.get(named)
     shape = () if value.shape is None else tuple(

@@ -204,7 +204,8 @@ class _Tried:
     ranges: dict[str, tuple[float, float]]
     largest: float
     factors: Mapping[str, Factors] = field(default_factory=dict)
-    won: float = 0.0
+    won: float | None = None
+    """dB that factors save of what the outputs lose, where they are chosen by that."""
     refined: float = 0.0
 
     @property
@@ -254,7 +255,7 @@ def _choose(
         seed=best.seed,
         largest_before=plain.largest,
         largest_after=best.largest,
-        stream_db=best.won if best.factors else _decibels(plain.stream, best.stream),
+        stream_db=_decibels(plain.stream, best.stream) if best.won is None else best.won,
         norm_db=_decibels(plain.normed, best.normed),
         products=0 if best.matrix is None else len(stream.products),
         added=0.0 if best.matrix is None else stream.added,
@@ -274,7 +275,7 @@ class _Held:
     now: Mapping[str, str]
     """The name in the trial of each tensor of the stream."""
 
-    def refined(self, won: float) -> _Tried:
+    def refined(self, won: float | None = None) -> _Tried:
         """The ranges or factors times what :func:`refined` finds."""
         better = refined(self.trial, self.steps)
         by = {name: better.factors[held] for name, held in self.now.items()}
@@ -307,11 +308,11 @@ class _Trial:
             self.original = outputs_of(self.model, self.batches, self.threads)
         turned = self.by_range(number, best)
         if not self.codes.factors:
-            return turned.refined(0.0)
+            return turned.refined()
         held = self.by_factors(number, rows, plain)
         lost = held.trial.lost(held.steps), turned.trial.lost(turned.steps)
         if lost[0] > lost[1]:
-            return best if best.matrix is None else turned.refined(0.0)
+            return best if best.matrix is None else turned.refined()
         return held.refined(_decibels(lost[1], lost[0]))
 
     def by_factors(self, number: int, rows: list[Rows], plain: _Tried) -> _Held:

@@ -93,6 +93,8 @@ def sensitivities(stream: Stream) -> dict[str, Double]:
                 power += (channels_last(reader).reshape(-1, len(scale)) ** 2).sum(axis=0)
         each = scale**2 * (power if power.any() else 1.0)
         each = each.reshape(-1, stream.width).mean(axis=0)
-        name = "" if norm.inputs[0] is None else str(norm.inputs[0].name)
+        value = norm.inputs[0]
+        assert value is not None
+        name = str(value.name)
         found[name] = found.get(name, 0.0) + each / max(float(each.mean()), 1e-300)
     return found

@@ -191,8 +191,7 @@ class _Flood:
 
     def take(self, value: ir.Value | None, axis: int | None, by: ir.Node | None = None) -> None:
         """``value`` is in the stream, its channels along ``axis``."""
-        size = None if value is None or axis is None else channels_of(value, axis)
-        if value is None or axis is None or size is None:
+        if value is None or axis is None or (size := channels_of(value, axis)) is None:
             raise Stays(f"the channels cannot be followed through '{name_of(by)}'" if by else "")
         if size % self.stream.width:
             raise Stays(f"'{value.name}' has {size} channels, others {self.stream.width}")

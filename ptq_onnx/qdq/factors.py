@@ -299,10 +299,9 @@ def _is_norm(node: ir.Node, value: ir.Value) -> bool:
 
 def _one_each(index: NDArray[np.int64], factor: Factor) -> bool:
     """True where no output channel is to be divided by two factors (heads that share one)."""
-    flat, values = index.ravel(), factor.ravel()
-    held = np.zeros(int(flat.max()) + 1, np.float32)
-    held[flat] = values
-    return bool(np.array_equal(held[flat], values))
+    values = factor.ravel()
+    _, first, inverse = np.unique(index.ravel(), return_index=True, return_inverse=True)
+    return bool(np.array_equal(values[first][inverse], values))
 
 
 def _shown(use: Reader) -> bool:
@@ -323,14 +322,14 @@ def leaves(use: Reader) -> list[Reader]:
 
 
 def way(start: ir.Value, end: ir.Value | None) -> list[tuple[ir.Node, int]] | None:
-    """The layout ops from ``start`` to ``end``, each with the index of its output, in order; None
-    where one reads more than constants besides."""
+    """The layout ops that lead from ``start`` to ``end``, each with the index of its output, in
+    order; None where one reads more than constants besides."""
     found: list[tuple[ir.Node, int]] = []
     while end is not start:
-        node = None if end is None else end.producer()
-        if end is None or node is None or not is_layout(node) or node.op_type == "Concat":
-            return None
-        if node.inputs[0] is None or not all(is_constant(v) for v in node.inputs[1:]):
+        assert end is not None
+        node = end.producer()
+        assert node is not None
+        if node.op_type == "Concat" or not all(is_constant(v) for v in node.inputs[1:]):
             return None
         found.append((node, list(node.outputs).index(end)))
         end = node.inputs[0]

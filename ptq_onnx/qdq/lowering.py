@@ -263,8 +263,13 @@ def release_bounds(graph: ir.Graph, specs: Mapping[str, TensorSpec]) -> None:
                 continue
             read = {str(copy.outputs[0].name) for copy in copies}
         found = [specs.get(name) for name in read]
-        if all(s is not None and s.clip is not None and s.clip[1] <= bound * END for s in found):
+        if all(s is not None and _last_value(s) <= bound * END for s in found):
             release(node)
+
+
+def _last_value(spec: TensorSpec) -> float:
+    """The largest value that the codes hold; infinite where each run finds its own."""
+    return spec.clip[1] if spec.rule.clip_of == "values" else np.inf
 
 
 def _remove_copies(graph: ir.Graph) -> None:

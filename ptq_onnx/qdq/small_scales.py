@@ -41,7 +41,9 @@ def enlarge_small_scales(graph: ir.Graph) -> int:
         if stored is None or codes is None or stored.min() >= SMALLEST_NORMAL:
             continue
         readers = list(consumers(node.outputs[0]))
-        if not readers or not all(_takes(node, reader, index) for reader, index in readers):
+        if not readers or not all(
+            _takes(node, codes.ndim, reader, index) for reader, index in readers
+        ):
             continue
         scale = _any_for_zeros(node, codes, np.asarray(stored, np.float32))
         factor = power_of_two(scale)
@@ -67,10 +69,9 @@ def _any_for_zeros(
     return np.asarray(np.where(unused, np.maximum(scale, SMALLEST_NORMAL), scale), np.float32)
 
 
-def _takes(dequantize: ir.Node, reader: ir.Node, index: int) -> bool:
-    """True for a product whose output channels are the axis of the scales, its bias constant."""
-    shape = dequantize.outputs[0].shape
-    rank = 0 if shape is None else len(shape)
+def _takes(dequantize: ir.Node, rank: int, reader: ir.Node, index: int) -> bool:
+    """True for a product whose output channels are the axis of the scales of a weight of so many
+    axes, its bias constant."""
     last = {"Conv": 0, "Linear": rank - 1, "MatMul": rank - 1}.get(reader.op_type)
     if index != 1 or last is None or (rank != 2 and reader.op_type != "Conv"):
         return False

@@ -88,9 +88,8 @@ class UnitConstants(Nodes):
 
     def parameter(self, node: ir.Node, index: int, value: ir.Value, dtype: ir.DataType) -> None:
         """γ, and what is added to activations or multiplied with them: one scale."""
-        array = array_of(value)
-        low, high = float(array.min(initial=0)), float(array.max(initial=0))
-        numbers = Numbers.over(low, high, dtype)
+        held = np.append(array_of(value), 0)  # which codes hold in any case
+        numbers = Numbers.over(float(held.min()), float(held.max()), dtype)
         node.replace_input_with(index, self.coded_constant(value, numbers, node))
 
     def shift(self, norm: ir.Node, value: ir.Value) -> None:

@@ -97,9 +97,9 @@ def test_a_broken_report_breaks_the_schema(report: dict[str, Any], change: Any, 
     assert any(where in line for line in violations(broken, report_schema()))
 
 
-def test_a_report_without_analysis_keeps_the_schema(tmp_path: Path) -> None:
+def test_a_report_without_analysis_keeps_the_schema(short: Path, tmp_path: Path) -> None:
     config = QuantizeConfig(quantizer="vanilla", images=4, report=False, threads=1)
-    quantize(DIGITS, config=config, calib=CALIB, output=tmp_path / "out")
+    quantize(short, config=config, calib=CALIB, output=tmp_path / "out")
     data = json.loads((tmp_path / "out/report.json").read_text())
     assert violations(data, report_schema()) == []
 
@@ -277,10 +277,10 @@ def test_the_picture_stands_beside_its_rollout(
     assert '<img id="picture" src="data:image/png;base64,' in beside
 
 
-def test_heads_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_heads_that_are_not_there_are_refused(short: Path, tmp_path: Path) -> None:
     config = QuantizeConfig(quantizer="vanilla", attention_heads=(1, 4), threads=1)
     with pytest.raises(ConfigError, match=r"^--attention-heads 4: the model has 4 heads"):
-        quantize(DIGITS, config=config, calib=CALIB, output=tmp_path / "out")
+        quantize(short, config=config, calib=CALIB, output=tmp_path / "out")
     with pytest.raises(ConfigError, match="--attention-heads -1: must be from 0 to 9999"):
         QuantizeConfig(attention_heads=(-1,))
 

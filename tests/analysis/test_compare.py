@@ -143,7 +143,7 @@ def test_codes_of_an_integer_file_are_read_by_the_report_beside_it(
     source: ImageSource, tmp_path: Path
 ) -> None:
     """Nothing in such a file tells the scale of its codes; alone it has no blocks to compare."""
-    config = QuantizeConfig(target="integer", images=8, report=False, threads=1)
+    config = QuantizeConfig(target="integer", rotate=False, images=8, report=False, threads=1)
     quantize(DIGITS, config=config, output=tmp_path / "ours")
     alone = tmp_path / "alone.onnx"
     alone.write_bytes((tmp_path / "ours/quantized.onnx").read_bytes())

@@ -20,10 +20,10 @@ CALIB, VAL = ROOT / "img/digits/calib", ROOT / "img/digits/val"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, short: Path) -> Path:
     config = QuantizeConfig(images=8, report=False, threads=1)
     out = tmp_path_factory.mktemp("same") / "a"
-    return quantize(MODEL, config=config, calib=CALIB, output=out).output
+    return quantize(short, config=config, calib=CALIB, output=out).output
 
 
 def other(run: Path, name: str) -> Path:
@@ -61,7 +61,7 @@ def test_another_preprocessing_is_named(run: Path) -> None:
     )
 
 
-def test_few_images_are_told(tmp_path: Path) -> None:
+def test_few_images_are_told(tmp_path: Path, short: Path) -> None:
     config = QuantizeConfig(images=1, report=False, threads=1)
-    result = quantize(MODEL, config=config, calib=CALIB, output=tmp_path / "o")
+    result = quantize(short, config=config, calib=CALIB, output=tmp_path / "o")
     assert result.report["notes"][0].startswith("Calibrated on 1 image only, which hardly show")

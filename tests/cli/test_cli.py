@@ -596,7 +596,7 @@ def test_quantize_and_evaluate(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("fqvit",), ("deploy", "--no-equalize", "--no-bias-correction")]
+    "options", [("fqvit", "--no-rotate"), ("deploy", "--no-equalize", "--no-bias-correction")]
 )
 def test_scales_of_an_earlier_run(
     command: Command, options: tuple[str, ...], tmp_path: Path

@@ -15,7 +15,14 @@ from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.by_quantizer import rewritten
-from ptq_onnx.equalization.gates import Gated, Plain, Source, in_steps, sources
+from ptq_onnx.equalization.gates import (
+    Gated,
+    Plain,
+    Source,
+    choose_factors,
+    in_steps,
+    sources,
+)
 from ptq_onnx.equalization.restructure import in_form
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.graph.expansions import to_standard
@@ -148,6 +155,25 @@ def test_where_a_gate_is_shut_and_how_steep_it_is_open() -> None:
     np.testing.assert_allclose(made[wide], one.slope * u[wide], rtol=1e-5)
     assert wide.any()
     assert (u < one.least).any()
+
+
+def test_factors_in_steps_are_whole_parts_of_the_largest() -> None:
+    """n/255 of it, the nearest n, and 1 where that would be 0."""
+    found = in_steps(np.array([5.1, 2.55, 0.031, 0.001, 0.0]))
+    np.testing.assert_allclose(found, np.array([255, 128, 2, 1, 1]) * 5.1 / 255, rtol=1e-12)
+
+
+def test_where_each_convolution_reads_its_own_channel_all_ranges_become_one() -> None:
+    """Of the widest of what is read and made; what one scale loses before and then, Σ range²."""
+    half, made = np.array([1.0, 4.0, 0.5]), [np.array([2.0, 1.0, 0.5]), np.array([0.1, 0.1, 8.0])]
+    widest = np.array([2.0, 4.0, 8.0])
+    found = choose_factors(half, made, np.ones(3), [], 256)
+    np.testing.assert_allclose(found.factor, widest / 4)  # of geometric mean one
+    assert found.plain == pytest.approx(3 * 8.0**2)
+    assert found.noise == pytest.approx(np.sum(widest**2))
+    assert found.gain_db == pytest.approx(10 * np.log10(192 / 84))
+    assert found.exponent == 1.0
+    assert found.copies is None
 
 
 @pytest.mark.parametrize("name", ["plain", "gated"])

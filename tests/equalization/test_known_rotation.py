@@ -11,6 +11,7 @@ from small_graph import run
 from test_rotation import image_network, images, massive
 
 from ptq_onnx.equalization.rotation_choice import Codes, Turns, turn_streams
+from ptq_onnx.equalization.stream_trial import loss
 from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.numerics.rotations import flattened, spreading
 
@@ -99,3 +100,10 @@ def test_the_choice_is_the_best_of_33(levels: int, symmetric: bool) -> None:
     assert one.refined_db > 0
     assert found.changed
     assert found.to_json()["turned"][0]["seed"] == one.seed
+
+
+def test_what_is_lost_of_an_output_of_zeros_has_an_end() -> None:
+    zeros, ones = ([np.full((2, 3), v, np.float32)] for v in (0, 1))
+    assert loss([zeros], [zeros]) == loss([ones], [ones]) == 0
+    assert loss([ones], [zeros]) == pytest.approx(6e30)
+    assert loss([zeros, zeros], [ones, ones]) == 1

@@ -12,10 +12,14 @@ from small_transformer import TOKENS, WIDTH, Choices, transformer
 
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.calibration.product_samples import Wanted, collect_samples
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.by_quantizer import rewritten
+from ptq_onnx.equalization.factor_search import Product, choose_factor, normalized
 from ptq_onnx.graph.expansions import to_standard
+from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.range_search import channel_bounds, share_rate
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
 
@@ -50,7 +54,7 @@ def test_steps(name: str, bits: str) -> None:
     model, quantizer = made(name, bits)
     the_float_model_stays_what_it_was(model, quantizer)
     every_channel_takes_up_its_codes(quantizer)
-    maps_have_one_for_the_largest(quantizer, 2 ** int(bits[-1]) - 1)
+    maps_have_one_for_the_largest(model, quantizer, int(bits[-1]))
     if bits == "6/6/3":
         what_is_told_of_a_norm(model, quantizer)
 
@@ -104,10 +108,42 @@ def what_is_told_of_a_norm(model: ir.Model, quantizer: SiteQuantizer) -> None:
         assert move.largest == pytest.approx(width.max() / width.min(), rel=0.25)
 
 
-def maps_have_one_for_the_largest(quantizer: SiteQuantizer, last: int) -> None:
-    """The zero point of a map's codes is the last of them, which stands for a row's maximum."""
+def maps_have_one_for_the_largest(model: ir.Model, quantizer: SiteQuantizer, bits: int) -> None:
+    """The zero point of a map's codes is the last of them, which stands for a row's maximum; so
+    many codes to the octave that the product with V loses least."""
     maps = [t for t, s in quantizer.specs.items() if quantizer.plan.sites[t].role == "softmax"]
     assert len(maps) == 2
+    products = [n for n in model.graph if str(n.inputs[0].name) in maps]  # type: ignore[union-attr]
+    pairs = {str(n.name): (str(n.inputs[0].name), str(n.inputs[1].name)) for n in products}  # type: ignore[union-attr]
+    _, found = collect_samples(model, Wanted({}, pairs), BATCHES, threads=1)
+    rates = {one: share_rate(*found[name].factors, bits) for name, (one, _) in pairs.items()}
     for tensor in maps:
-        spec = quantizer.specs[tensor]
+        spec, last = quantizer.specs[tensor], 2**bits - 1
         assert (float(spec.scale), int(spec.zero_point)) == (1.0, last)
+        assert spec.details == {"eighths": rates[tensor]}
+        assert rates[tensor] != last  # what they would have without a search
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_steps_follow_the_weights_that_read_them(norms: bool) -> None:
+    """Of what fc1 reads, a norm's output or a sum: the rows of its weight have the factor that is
+    best for both, not the channels' own steps."""
+    model = transformer(Choices(norms=norms))
+    blocks, sites = find_blocks(model), find_sites(model, find_blocks(model))
+    config = QuantizeConfig(quantizer="lowbit", bits="4/4/4", rotate=False, threads=1)
+    (fc1,) = [n for n in model.graph if n.op_type == "Linear"
+              and constant(n.inputs[1]).shape == (WIDTH, 4 * WIDTH)]  # type: ignore[union-attr] # fmt: skip
+    held, tensor = fc1.inputs[1], str(fc1.inputs[0].name)  # type: ignore[union-attr]
+    assert held is not None
+    before = np.float32(constant(held)) * LEVELS[:, None]
+    held.const_value = ir.tensor(before, name=held.name)
+    rows = values(model, [tensor], np.concatenate(BATCHES))[tensor].reshape(-1, WIDTH)
+    low, high = channel_bounds(rows, 16)
+    half, variance = (high - low) / 2, rows.var(axis=0, dtype=np.float64)
+    products = [Product(np.abs(before), 4)]
+    factor = choose_factor(half, variance, products, 16).factor
+    assert np.abs(factor / normalized(half) - 1).max() > 0.2
+    plan = rewritten(Plan(model, blocks, sites, config), BATCHES)
+    (after,) = [constant(n.inputs[1]) for n in plan.model.graph if n.name == fc1.name]
+    found = np.median(np.asarray(after) / before, axis=1)
+    np.testing.assert_allclose(found, factor, rtol=1e-3)

@@ -158,6 +158,11 @@ def mixed_tokens(g: SmallGraph, x: str) -> str:
     return g("Transpose", g("Mul", y, sample(T, seed=42)), perm=[0, 2, 1])
 
 
+def scaled_beside(g: SmallGraph, x: str) -> str:
+    """A factor per channel of a linear that something else, outside the stream, reads too."""
+    return g("Add", g("Mul", x, sample(D, seed=35)), linear(g, g("Tanh", x), D, D, 36))
+
+
 def wider(g: SmallGraph, x: str) -> str:
     return g("Concat", x, linear(g, "x", 5, 12, 40), axis=2)
 
@@ -179,6 +184,8 @@ STAYS: list[tuple[Part, Part, dict[str, object], str]] = [
     (squared, chain(), {}, "multiplies two tensors"),
     (chain(more("Identity"), more("Mul", sample(D, seed=2))), chain(), {},
      "multiplies each channel by another factor"),
+    (more("Mul", sample(T, D, seed=2)), chain(), {}, "multiplies each channel by another factor"),
+    (scaled_beside, chain(), {}, "multiplies each channel by another factor"),
     (more("Div", sample(D, seed=2)), chain(), {}, "multiplies each channel by another factor"),
     (more("Div", np.array(3.0), first=True), chain(), {}, "multiplies two tensors"),
     (normed_again, chain(), {}, "mixes channels with others"),

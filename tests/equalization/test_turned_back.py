@@ -17,10 +17,13 @@ from ptq_onnx.numerics.rotations import spreading
 D, HIDDEN = 8, 128
 
 
-def network(tail: str, *, pre: bool = False, shift: float = 0.3, hidden: int = HIDDEN) -> ir.Model:
+def network(
+    tail: str, *, pre: bool = False, shift: float = 0.3, hidden: int = HIDDEN, branch: str = ""
+) -> ir.Model:
     """image [batch, 3, 8, 8] → 4 patches → (norm) → MLP → norm → ``tail``.
 
-    ``tail``: what reads the last norm, beside a linear. ``shift``: the size of its β.
+    ``tail``: what reads the last norm, beside a linear. ``shift``: the size of its β. ``branch``:
+    an op behind the MLP.
     """
     g = SmallGraph(("batch", 3, 8, 8))
     patches = g("Conv", "x", sample(D, 3, 4, 4, seed=1), sample(D, seed=2), strides=[4, 4])
@@ -31,7 +34,7 @@ def network(tail: str, *, pre: bool = False, shift: float = 0.3, hidden: int = H
     n = g("LayerNormalization", x, sample(D, seed=4), sample(D, seed=5), axis=-1)
     h = g("Gelu", g("Add", g("MatMul", n, sample(D, hidden, seed=6)), sample(hidden, seed=7)))
     h = g("Add", g("MatMul", h, sample(hidden, D, seed=8)), sample(D, seed=9))
-    x = g("Add", x, h)
+    x = g("Add", x, g(branch, h) if branch else h)
     scale = 1 + 0.5 * np.abs(sample(D, seed=11))
     n = g("LayerNormalization", x, scale, shift * sample(D, seed=12), axis=-1)
     out = g("Add", g("MatMul", n, sample(D, 5, seed=14)), sample(5, seed=15))
@@ -137,6 +140,17 @@ def test_a_norm_in_front_of_the_stream() -> None:
     turn(model.graph, stream, spreading(D, 2))
     np.testing.assert_allclose(run(model, images())[0], before, atol=2e-5 * np.abs(before).max())
     assert np.array_equal(constant(norms[0].inputs[1]), scale)
+
+
+def test_what_another_op_adds_to_the_stream_is_turned() -> None:
+    """A product behind it; what it reads is no part of the stream."""
+    model = network("none", branch="Relu")
+    (maker,) = [n for n in model.graph if n.op_type == "Relu"]
+    stream = turned(model)
+    assert [len(stream.products), list(stream.entered)] == [1, [maker.outputs[0]]]
+    read = maker.inputs[0]
+    assert read not in stream.axes
+    assert read.producer() not in stream.writers  # type: ignore[union-attr]
 
 
 def test_products_that_would_cost_too_much_are_not_added() -> None:

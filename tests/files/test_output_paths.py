@@ -25,11 +25,11 @@ QUICK = QuantizeConfig(images=4, report=False, threads=1)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def results(tmp_path_factory: pytest.TempPathFactory, short: Path) -> dict[str, Result]:
     """A folder with ``a/`` and with ``b.onnx``, ``b/``: the same run twice."""
     folder = tmp_path_factory.mktemp("written")
     return {
-        name: quantize(MODEL, config=QUICK, calib=CALIB, output=folder / name)
+        name: quantize(short, config=QUICK, calib=CALIB, output=folder / name)
         for name in ("a", "b.onnx")
     }
 

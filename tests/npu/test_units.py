@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.qdq.unit_numbers import Numbers, joined, numbers_of
 from ptq_onnx.qdq.units import complete
+from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.coding import Coding
 from ptq_onnx.targets.qnn.compiling import Compiler
@@ -52,6 +54,17 @@ def run(model: ir.Model, x: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+@cache
+def small(bits: str, blocks: int = 1) -> SiteQuantizer:
+    """Of the plain transformer; none of these tests changes it."""
+    return quantizer_for(transformer(Choices(), blocks=blocks), bits)
+
+
+@cache
+def convolutions(bits: str) -> SiteQuantizer:
+    return quantizer_for(convolutional(), bits, inputs=images)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", CHOICES)
 def test_nothing_is_left_in_float(
@@ -74,7 +87,7 @@ def test_nothing_is_left_in_float(
 
 def test_it_computes_what_lowering_alone_computes() -> None:
     """Codes of layout ops, conversions and int32 biases change nothing that is not rounding."""
-    quantizer = quantizer_for(transformer(Choices(), blocks=2), "8/16/16")
+    quantizer = small("8/16/16", 2)
     x = tokens(16, seed=1)
     plain = run(lower(quantizer.model, quantizer.specs), x, 16)
     assert decibels(plain, run(file_of(quantizer)[0], x, 1)) >= 60
@@ -89,7 +102,7 @@ def test_the_batch_is_fixed_and_no_shape_is_computed() -> None:
 
 
 def test_biases_are_int32_by_the_scales_of_the_product() -> None:
-    lowered, _ = file_of(quantizer_for(transformer(Choices()), "8/8/8"))
+    lowered, _ = file_of(small("8/8/8"))
     linears = [n for n in lowered.graph if n.op_type == "Linear"]
     assert len(linears) == 7
     for node in linears:
@@ -100,7 +113,7 @@ def test_biases_are_int32_by_the_scales_of_the_product() -> None:
 
 def test_multipliers_of_sixteen_bits_are_numbers_that_the_npu_holds() -> None:
     """s_x s_w / s_y of every channel has 10 bits behind the first, for at most 1/2048 of s_w."""
-    quantizer = quantizer_for(transformer(Choices()), "8/16/16")
+    quantizer = small("8/16/16")
     lowered, _ = file_of(quantizer)
     names = {n.name: str(n.inputs[1].name) for n in quantizer.model.graph if n.op_type == "Linear"}
     linears = [n for n in lowered.graph if n.op_type == "Linear"]
@@ -113,9 +126,9 @@ def test_multipliers_of_sixteen_bits_are_numbers_that_the_npu_holds() -> None:
         own = quantizer.specs[names[node.name]].scale
         np.testing.assert_allclose(weight, own, rtol=1 / 2048)
         assert not np.array_equal(weight, own)
-    plain = file_of(quantizer_for(transformer(Choices()), "8/8/8"))[0]
+    plain = file_of(small("8/8/8"))[0]
     node = next(n for n in plain.graph if n.op_type == "Linear")
-    specs = quantizer_for(transformer(Choices()), "8/8/8").specs
+    specs = small("8/8/8").specs
     np.testing.assert_array_equal(
         Coding(node.inputs[1].producer()).scale, specs[names[node.name]].scale
     )
@@ -135,7 +148,7 @@ def test_weights_of_four_bits_are_stored_in_four() -> None:
 
 
 def test_norms_have_uint8_gamma_without_loss_and_beta_in_steps_of_the_output() -> None:
-    quantizer = quantizer_for(transformer(Choices(), blocks=2), "8/16/16")
+    quantizer = small("8/16/16", 2)
     lowered, _ = file_of(quantizer)
     floats = {n.name: n for n in quantizer.model.graph if n.op_type == "LayerNormalization"}
     norms = [n for n in lowered.graph if n.op_type == "LayerNormalization"]
@@ -242,7 +255,7 @@ def test_convolutions_pools_and_gates_are_all_on_codes(
 ) -> None:
     """With every size of the image fixed, where the model leaves it open."""
     monkeypatch.setattr(Compiler, "__call__", lambda *_: None)
-    quantizer = quantizer_for(convolutional(), "8/16/16", inputs=images)
+    quantizer = convolutions("8/16/16")
     lowered, left = file_of(quantizer, image=IMAGE)
     assert left == []
     assert lowered.graph.inputs[0].shape == ir.Shape([1, *IMAGE])
@@ -263,7 +276,7 @@ def test_it_is_told_that_the_size_of_images_is_fixed() -> None:
 
 
 def test_transposed_convolutions_have_a_scale_per_output_channel() -> None:
-    lowered, _ = file_of(quantizer_for(convolutional(), "8/8/8", inputs=images), image=IMAGE)
+    lowered, _ = file_of(convolutions("8/8/8"), image=IMAGE)
     (node,) = [n for n in lowered.graph if n.op_type == "ConvTranspose"]
     data, weight, bias = (Coding(v.producer()) for v in node.inputs)
     assert (weight.dtype, weight.axis) == (ir.DataType.INT8, 1)
@@ -275,7 +288,7 @@ def test_transposed_convolutions_have_a_scale_per_output_channel() -> None:
 @pytest.mark.parametrize("kind", ["MaxPool", "Resize"])
 def test_ops_that_pick_or_interpolate_keep_the_numbers(kind: str) -> None:
     """In the file and in the specs, whatever the range of what they make."""
-    quantizer = quantizer_for(convolutional(), "8/8/8", inputs=images)
+    quantizer = convolutions("8/8/8")
     lowered, _ = file_of(quantizer, image=IMAGE)
     (node,) = [n for n in lowered.graph if n.op_type == kind]
     (quantize,) = [use.node for use in node.outputs[0].uses()]

@@ -32,16 +32,18 @@ Array = NDArray[Any]
 BITS = ("8/8/8", "8/8/4", "6/6/6", "4/4/4", "3/8/8", "8/6/8")
 WIDE = ("8/16/16", "6/12/16")
 PARTLY = ("k", "norm1", "fc2")
+AS_IT_IS: dict[str, Any] = {"quantizer": "fqvit", "rotate": False}
+"""Where a stream is turned or has searched factors is tried by ways of their own."""
 WAYS: dict[str, dict[str, Any]] = {
     "vanilla/onnxruntime": {"quantizer": "vanilla"},
     "channelwise/onnxruntime": {"quantizer": "channelwise"},
     "channelwise all/onnxruntime": {"quantizer": "channelwise", "per_channel": ("all",)},
     "fqvit/onnxruntime": {"quantizer": "fqvit"},
-    "fqvit uniform/onnxruntime": {"quantizer": "fqvit", "lis": False},
-    "fqvit all/onnxruntime": {"quantizer": "fqvit", "per_channel": ("all",)},
-    "fqvit partly float/onnxruntime": {"quantizer": "fqvit", "keep_float": PARTLY},
+    "fqvit uniform/onnxruntime": {**AS_IT_IS, "lis": False},
+    "fqvit all/onnxruntime": {**AS_IT_IS, "per_channel": ("all",)},
+    "fqvit partly float/onnxruntime": {**AS_IT_IS, "keep_float": PARTLY},
     "fqvit/integer": {"quantizer": "fqvit", "target": "integer"},
-    "fqvit uniform/integer": {"quantizer": "fqvit", "target": "integer", "lis": False},
+    "fqvit uniform/integer": {**AS_IT_IS, "target": "integer", "lis": False},
     "ptq4vit/onnxruntime": {"quantizer": "ptq4vit"},
     "deploy/onnxruntime": {"quantizer": "deploy"},
     "deploy as it is/onnxruntime": {
@@ -60,13 +62,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "deploy rotated/onnxruntime": {"quantizer": "deploy", "rotate": True},
     "fqvit rotated/integer": {"target": "integer", "rotate": True},
     "vanilla 16/onnxruntime": {"quantizer": "vanilla"},
-    "fqvit 16/onnxruntime": {"quantizer": "fqvit", "lis": False},
+    "fqvit 16/onnxruntime": {**AS_IT_IS, "lis": False},
     "deploy 16/onnxruntime": {"quantizer": "deploy"},
     "fqvit residual 16/onnxruntime": {
-        "quantizer": "fqvit",
+        **AS_IT_IS,
         "more_bits": ("residual1=16", "residual2=16"),
     },
     "fqvit residual 16/integer": {
+        **AS_IT_IS,
         "target": "integer",
         "more_bits": ("residual1=16", "residual2=16"),
     },

@@ -36,6 +36,25 @@ def timm() -> Iterator[Any]:
         pytest.skip(f"timm does not import here: {error}")
 
 
+CAPTURED: list[Any] = []
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of one network (seed 0, images of 32) is captured once for all tests, and written
+    as often as torch is asked to."""
+    whole = torch.onnx.export
+
+    def once(model: Any, images: Any, path: str, **options: Any) -> Any:
+        if not options["dynamo"]:
+            return whole(model, images, path, **options)
+        if not CAPTURED:
+            CAPTURED.append(whole(model, images, None, **options))
+        return CAPTURED[0].save(path, external_data=options["external_data"])
+
+    monkeypatch.setattr(torch.onnx, "export", once)
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """A stand-in for timm that knows one model and fails as told."""
@@ -75,7 +94,7 @@ def test_looks_like_timm(name: str, expected: bool) -> None:
     assert looks_like_timm(name) is expected
 
 
-def test_export(timm: Any, tmp_path: Path) -> None:
+def test_export(timm: Any, captured_once: None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = export_timm(NAME, tmp_path / "new/m.onnx", pretrained=False, image_size=32)
     assert [p.name for p in path.parent.iterdir()] == ["m.onnx"]
@@ -98,20 +117,9 @@ def test_export(timm: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of files")
-def test_a_full_disk(timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, and neither a part of the file nor a folder that was made for it. The graph is
-    captured once, and written as often as torch is asked to."""
+def test_a_full_disk(timm: Any, captured_once: None, tmp_path: Path) -> None:
+    """One line, and neither a part of the file nor a folder that was made for it."""
     torch.manual_seed(0)
-    whole, captured = torch.onnx.export, []
-
-    def once(model: Any, images: Any, path: str, **options: Any) -> Any:
-        if not options["dynamo"]:
-            return whole(model, images, path, **options)
-        if not captured:
-            captured.append(whole(model, images, None, **options))
-        return captured[0].save(path, external_data=options["external_data"])
-
-    monkeypatch.setattr(torch.onnx, "export", once)
 
     def export() -> None:
         export_timm(NAME, tmp_path / "new/m.onnx", pretrained=False, image_size=32)

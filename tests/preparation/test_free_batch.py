@@ -57,7 +57,7 @@ def test_same_scales(method: str, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"quantizer": "fqvit"},
+        {"quantizer": "fqvit", "rotate": False},
         {"quantizer": "channelwise", "method": "percentile"},
         {"equalize": False, "rounding": "gptq"},
     ],

@@ -114,7 +114,9 @@ def test_the_quantized_file_takes_what_the_float_one_took(
 ) -> None:
     options = KINDS[kind]
     path = network(tmp_path, **options)
-    config = QuantizeConfig(quantizer=quantizer, images=8, batch=4, threads=1, report=False)
+    config = QuantizeConfig(
+        quantizer=quantizer, rotate=False, images=8, batch=4, threads=1, report=False
+    )
     result = quantize(path, calib=pictures, val=pictures, output=tmp_path / "out", config=config)
     files = [path, tmp_path / "out/fused.onnx", tmp_path / "out/quantized.onnx"]
     sessions = [ort.InferenceSession(str(f), providers=["CPUExecutionProvider"]) for f in files]
@@ -156,7 +158,7 @@ def test_a_normalisation_without_padding_goes_into_the_patches(tmp_path: Path) -
 
 def test_the_range_of_pixels_is_known(tmp_path: Path, pictures: Path) -> None:
     """Eight bits hold them exactly, whatever the images show."""
-    config = QuantizeConfig(quantizer="fqvit", images=2, threads=1, report=False)
+    config = QuantizeConfig(quantizer="fqvit", rotate=False, images=2, threads=1, report=False)
     result = quantize(network(tmp_path), calib=pictures, output=tmp_path / "out", config=config)
     image = next(t for t in result.report["tensors"] if t["role"] == "input")
     assert (np.ravel(image["scale"]).tolist(), np.ravel(image["zero_point"]).tolist()) == ([1], [0])

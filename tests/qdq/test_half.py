@@ -100,11 +100,11 @@ def test_it_conforms_and_computes_the_same(files: tuple[Path, Path]) -> None:
     assert (halves.argmax(1) == whole.argmax(1)).mean() >= 31 / 32
 
 
-def test_8_bit_floats_between_16_bit_floats(tmp_path: Path) -> None:
+def test_8_bit_floats_between_16_bit_floats(short: Path, tmp_path: Path) -> None:
     config = QuantizeConfig(
         target="tensorrt", precision="fp8", float16=True, images=4, report=False, threads=1
     )
-    quantize(MODEL, config=config, output=tmp_path / "out", calib=IMAGES / "calib")
+    quantize(short, config=config, output=tmp_path / "out", calib=IMAGES / "calib")
     path = tmp_path / "out/quantized.onnx"
     onnx.checker.check_model(str(path), full_check=True)
     assert check(path, "tensorrt").violations == ()
@@ -312,10 +312,13 @@ def test_scaled_sums_stay_in_range_as_means() -> None:
     assert sums_to_means(model.graph) == 0
 
 
-@pytest.mark.parametrize("near", ["dynamic", "two readers", "computed", "output", "add"])
+@pytest.mark.parametrize(
+    "near", ["dynamic", "two readers", "computed", "output", "add", "all axes"]
+)
 def test_other_sums_stay(near: str) -> None:
     g = SmallGraph((2, "n" if near == "dynamic" else 5, 3))
-    total = g("ReduceSum", "x", g.const(np.array([1], np.int64), "axes"), keepdims=1)
+    over = np.array([] if near == "all axes" else [1], np.int64)
+    total = g("ReduceSum", "x", g.const(over, "axes"), keepdims=1)
     by = g("Sqrt", total) if near == "computed" else g.const(np.array(0.5), "by")
     end = g("Add" if near == "add" else "Mul", total, by)
     if near == "two readers":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 RANGE_KEY = "ptq_onnx.range"
 """Metadata of a node whose output's range follows from a proof, not from intervals alone."""
 
-TYPES = {
+TYPES: dict[ir.DataType, type[np.integer[Any]]] = {
     ir.DataType.UINT8: np.uint8,
     ir.DataType.INT8: np.int8,
     ir.DataType.UINT16: np.uint16,

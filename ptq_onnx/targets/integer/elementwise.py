@@ -191,7 +191,7 @@ class TableStep:
         index = b.cast(x, I32)
         if self.pair.ndim:
             index = b.op("Add", [index, b.number(self.pair * 256, I32)], I32)
-        table, table_type = b.constant(self.tables.reshape(-1), f"{name}_table"), self.tables.dtype
+        table, table_type = b.constant(self.tables.ravel(), f"{name}_table"), self.tables.dtype
         return b.op("Gather", [table, index], ir.DataType.from_numpy(table_type), name=name)
 
 

@@ -12,23 +12,22 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ptq_onnx.targets.integer.builder import RANGE_KEY
+from ptq_onnx.targets.integer.builder import RANGE_KEY, TYPES
 from ptq_onnx.targets.integer.intervals import Interval, corners, truncated
 
-INTEGERS = {
-    ir.DataType.UINT8: (0, 255),
-    ir.DataType.INT8: (-128, 127),
-    ir.DataType.UINT16: (0, 65535),
-    ir.DataType.UINT32: (0, (1 << 32) - 1),
-    ir.DataType.INT32: (-(1 << 31), (1 << 31) - 1),
-    ir.DataType.UINT64: (0, (1 << 64) - 1),
-    ir.DataType.INT64: (-(1 << 63), (1 << 63) - 1),
-}
+
+def _limits(each: type[np.integer[Any]]) -> tuple[int, int]:
+    found = np.iinfo(each)
+    return int(found.min), int(found.max)
+
+
+INTEGERS = {kind: _limits(each) for kind, each in TYPES.items()}
 """Limits of the integer types of such files."""
 
 LAYOUT = frozenset(

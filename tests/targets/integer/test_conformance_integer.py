@@ -14,7 +14,14 @@ from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.targets.integer.builder import RANGE_KEY
 from ptq_onnx.targets.integer.lowering import lower_integer
 from ptq_onnx.targets.integer.ranges import integer_ranges
-from ptq_onnx.targets.integer.rules import RULES, facts, histogram, violations, widest
+from ptq_onnx.targets.integer.rules import (
+    RULES,
+    facts,
+    histogram,
+    no_float_inside,
+    violations,
+    widest,
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,45 @@ def test_a_factor_before_and_a_scale_behind_are_allowed(file: ir.Model) -> None:
     model.graph.outputs[0] = by.outputs[0]
     model.graph.remove(end, safe=True)
     assert violations(model) == []
+
+
+def small(*behind: str) -> ir.Model:
+    """Floats x to codes and back, by hand, and ops behind the codes in the order of the graph."""
+    x, y = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in "xy")
+    x.shape = ir.Shape([2, 3])
+    arrays = {"scale": np.array(0.1, np.float32), "zero": np.array(3, np.uint8)}
+    scale, zero = (
+        ir.Value(name=n, const_value=ir.Tensor(a, name=n), type=ir.TensorType(ir.DataType(k)),
+                 shape=ir.Shape([]))
+        for (n, a), k in zip(arrays.items(), (1, 2), strict=True)
+    )  # fmt: skip
+    nodes = [named(ir.node("QuantizeLinear", [x, scale, zero]), "q")]
+    codes = nodes[0].outputs[0]
+    last: list[ir.Value] = []
+    for op in behind:
+        if op == "DequantizeLinear":
+            node = ir.node(op, [codes, scale, zero], name="end", outputs=[y])
+        elif op == "Cast":
+            node = named(ir.node(op, [codes], {"to": int(ir.DataType.INT32)}), op)
+        else:
+            node = named(ir.node(op, [codes]), op)
+        nodes.append(node)
+        last.append(node.outputs[0])
+    graph = ir.Graph([x], last, nodes=nodes, initializers=[scale, zero], opset_imports={"": 21},
+                     name="small")  # fmt: skip
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [("DequantizeLinear",), ("DequantizeLinear", "Shape"), ("Shape", "DequantizeLinear"),
+     ("DequantizeLinear", "Cast"), ("Cast", "DequantizeLinear"), ("DequantizeLinear", "Max"),
+     ("Max", "DequantizeLinear", "Cast", "Shape")],
+    ids="-".join,
+)  # fmt: skip
+def test_outputs_of_integers_stand_anywhere(behind: tuple[str, ...]) -> None:
+    """Before the scale of the logits or behind it: it remains the one of the outputs' floats."""
+    assert list(no_float_inside(small(*behind))) == []
 
 
 def test_a_foreign_op_is_found(file: ir.Model) -> None:
