@@ -21,6 +21,7 @@ from ptq_onnx.errors import PtqError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.publishing import workshop
 from ptq_onnx.files.result_names import CONFIG, FLOAT, QUANTIZED
+from ptq_onnx.files.stopped_runs import forget_stopped, left_by_stopped
 from ptq_onnx.images.opening import Images
 from ptq_onnx.numerics.scales_file import read_scales
 from ptq_onnx.pipeline.analysing import Analysed, analyse, measure
@@ -117,6 +118,7 @@ def _quantize(request: Request, begin: Stages) -> Result:
         if not request.keep_models:
             _remove_models(work)
         files = place.publish(work)
+        forget_stopped(place.folder)
         begin.done()
     return Result(
         finished.report,
@@ -167,6 +169,7 @@ def run_stages(job: Job) -> Finished:
         made, decided, quantizer, lowered = quantized(job, config)
     report = describe(job, made, quantizer)
     report |= rewrites(made)
+    report["trained"] = [asdict(one) for one in quantizer.trained]
     report["formed"] = formed(job, made, quantizer)
     report["validation"] = validation(job.inputs.tested, job.request.labels)
     report["invocation"] = asdict(job.request.invocation)
@@ -204,6 +207,8 @@ def planned(job: Job, config: QuantizeConfig) -> tuple[Rewritten, Automatic | No
     prepared = job.inputs.prepared
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, job.stage)
     plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
+    if config.reconstruct:
+        plan = replace(plan, kept=left_by_stopped(job.request.place.folder))
     made = rewrite(job, plan)
     if not config.auto:
         return made, None

@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Report
 from ptq_onnx.quantizers.decided import Decided
+from ptq_onnx.quantizers.learning import Trained
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.solved_specs import (
     channel_spec,
@@ -97,6 +99,8 @@ class Plan:
     """How often the model was brought into another form."""
     named: frozenset[str] = frozenset()
     """Roles that the model had before that: options may name them."""
+    kept: Path | None = None
+    """Where a run that is stopped leaves what it has trained; None: nowhere."""
 
 
 class SiteQuantizer(VitQuantizer):
@@ -109,6 +113,8 @@ class SiteQuantizer(VitQuantizer):
         self.notes: list[str] = []
         self.nodes = {name_of(node): node for node in plan.model.graph}
         self.floats: dict[str, str] = {}
+        self.trained: tuple[Trained, ...] = ()
+        """The blocks that were trained."""
         self._given: dict[str, TensorSpec] | None = None
         self.rules = self._dispatch()
         super().__init__(plan.model)
