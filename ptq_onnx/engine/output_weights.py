@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ptq_onnx.engine.torch_form import Tensor, TorchForm
 
-EVENLY = 0.05
+EVENLY = 0.2
 """Part of the weight that all positions share."""
 DAMPING = 0.1
 """Of the mean over channels, added to each."""

@@ -33,7 +33,9 @@ from ptq_onnx.quantizers.finished_blocks import FinishedBlocks, fingerprint
 from ptq_onnx.quantizers.learning import Learning, Trained
 
 STEPS = {"cpu": 80, "cuda": 2000}
-"""Of each block, a batch each."""
+"""Of each block."""
+IMAGES = 8
+"""Of each step, at least; whole batches."""
 APART = 4
 """Every so-manieth batch is not trained on."""
 DROPPED = 0.5
@@ -51,9 +53,10 @@ class Reconstruction:
     ) -> None:
         self.plan = plan
         self.clock = clock
-        cuda = plan.config.device == "cuda" and torch.cuda.is_available()
-        self.device = "cuda" if cuda else "cpu"
+        self.device = device_for(plan.config.device)
         self.steps = STEPS[self.device]
+        self.batches = -(-IMAGES // max(len(batches[0]), 1))
+        """Of each step."""
         self.notes: list[str] = []
         self.trained: list[Trained] = []
         self.finished = FinishedBlocks(plan.kept)
@@ -169,13 +172,14 @@ class Reconstruction:
         form.dropped, started = DROPPED, self.clock()
         done, total, waiting = 0, self.steps, list[int]()
         while done < total and self.clock() < end:
-            waiting = waiting or list(order.permutation(self.used))
-            learned.bind()
             for group in adam.param_groups:
                 rate = (1 + np.cos(np.pi * done / total)) / 2 * min(1.0, (done + 1) / 5)
                 group["lr"] = group["rate"] * rate
             adam.zero_grad()
-            loss(waiting.pop()).backward()
+            for _ in range(self.batches):
+                waiting = waiting or list(order.permutation(self.used))
+                learned.bind()
+                (loss(waiting.pop()) / self.batches).backward()
             adam.step()
             done += 1
             if done == FIRST:  # by what these took
@@ -213,6 +217,11 @@ class Reconstruction:
         """Drop what is no longer read."""
         for name in names:
             self.stream.pop(name, None)
+
+
+def device_for(asked: str) -> str:
+    """Where blocks are trained: on a GPU where one is asked for, and torch has it."""
+    return "cuda" if asked == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def float_weights(nodes: Iterable[ir.Node]) -> dict[str, Array]:
