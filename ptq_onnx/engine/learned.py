@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,11 +44,8 @@ class Learned:
     ``exact``: float weights by name, which say to which side a code leans.
     """
 
-    def __init__(
-        self, form: TorchForm, exact: Mapping[str, Array], kinds: Iterable[Kind] = tuple(RATES)
-    ) -> None:
+    def __init__(self, form: TorchForm, exact: Mapping[str, Array]) -> None:
         self.form = form
-        self._kinds = frozenset(kinds)
         self._all: list[_Learned] = []
         self._before: dict[str, Tensor] = dict(form.constants)
         for node in form.nodes:
@@ -107,7 +104,7 @@ class Learned:
     def _add(
         self, kind: Kind, place: Place, name: str, zero: Tensor, make: Callable[[Tensor], Tensor]
     ) -> None:
-        if kind in self._kinds and name not in {o.name for o in self._all if o.place is place}:
+        if kind in RATES and name not in {o.name for o in self._all if o.place is place}:
             start = place.get(name, zero)
             self._all.append(
                 _Learned(kind, place, name, start, make, zero.detach().clone().requires_grad_())

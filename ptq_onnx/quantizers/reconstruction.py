@@ -205,7 +205,8 @@ class Reconstruction:
             )
         resumed = sum(one.resumed for one in self.trained)
         if resumed:
-            found.append(f"--reconstruct: {resumed} blocks were taken from a run that was stopped.")
+            blocks = "1 block was" if resumed == 1 else f"{resumed} blocks were"
+            found.append(f"--reconstruct: {blocks} taken from a run that was stopped.")
         return found
 
     def _weights_of(self, name: str, target: list[Tensor]) -> Weights:

@@ -3,50 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from prepared_models import DIGITS, ROOT, decibels, images, prepared, quantized
+from prepared_models import DIGITS, ROOT, decibels, images, quantized
+from short_digits import short_digits
 
+from ptq_onnx.blocks.spans import spans_of
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine import learned
 from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.quantizers import finished_blocks, reconstruction, stream_weights
-from ptq_onnx.quantizers.base import Plan, SiteQuantizer
+from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.quantizers.lowbit import LowBit
 
-FEW = 12
+FEW, BLOCKS, BATCH = 12, 2, 4
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruction, "STEPS", {"cpu": FEW, "cuda": 100})
+    monkeypatch.setattr(reconstruction, "IMAGES", BATCH)
 
 
-@cache
-def plain() -> SiteQuantizer:
-    return quantized(quantizer="lowbit", bits="4/4/4")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> SiteQuantizer:
+    """Two blocks of the digits' model, not trained."""
+    path = short_digits(tmp_path_factory.mktemp("two") / "two.onnx", BLOCKS)
+    return quantized(path, images()[:16], quantizer="lowbit", bits="4/4/4")
 
 
-def trained(kept: Path | None = None, **options: Any) -> LowBit:
+def trained(plain: SiteQuantizer, kept: Path | None = None, **options: Any) -> LowBit:
     """The same, its blocks trained."""
-    plan: Plan = plain().plan
-    config = replace(plan.config, reconstruct=True, **options)
-    found = LowBit(replace(plan, config=config, kept=kept))
-    x = images()
-    found.run(torch.zeros(1, *x.shape[1:]), [x[i : i + 8] for i in range(0, len(x), 8)])
+    config = replace(plain.plan.config, reconstruct=True, **options)
+    found = LowBit(replace(plain.plan, config=config, kept=kept))
+    x = images()[:16]
+    found.run(torch.zeros(1, *x.shape[1:]), [x[i : i + BATCH] for i in range(0, len(x), BATCH)])
     return found
 
 
-@cache
-def once() -> LowBit:
-    return trained()
+@pytest.fixture(scope="module")
+def once(plain: SiteQuantizer) -> LowBit:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "STEPS", {"cpu": FEW, "cuda": 100})
+        patch.setattr(reconstruction, "IMAGES", BATCH)
+        return trained(plain)
 
 
 def numbers(quantizer: SiteQuantizer) -> dict[str, Any]:
@@ -63,27 +70,27 @@ def assert_same(one: SiteQuantizer, other: SiteQuantizer) -> None:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
-def test_it_is_nearer_on_images_that_it_did_not_see() -> None:
-    """By a decibel on pictures of the other folder (measured 1.5; with all steps 2.3)."""
+def test_it_is_nearer_on_images_that_it_did_not_see(plain: SiteQuantizer, once: LowBit) -> None:
+    """What the second block gives, on pictures of the other folder."""
     x = images(DIGITS, ROOT / "img/digits/val", 32)
-    real = next(iter(Simulator(prepared(DIGITS).model, threads=1).run(x).values()))
-    before, after = (
-        decibels(next(iter(Simulator(q.model, q, threads=1).run(x).values())), real)
-        for q in (plain(), once())
+    (name,) = (
+        s.outputs[0] for s in spans_of(plain.model.graph, plain.plan.blocks) if 1 in s.blocks
     )
-    assert after > before + 0.8
+    real = Simulator(plain.plan.model, threads=1).run(x, [name])[name]
+    before, after = (
+        decibels(Simulator(q.model, q, threads=1).run(x, [name])[name], real) for q in (plain, once)
+    )
+    assert after > before + 0.5
 
 
-def test_no_block_is_worse_on_the_images_held_apart() -> None:
-    found = once().trained
-    assert [one.block for one in found] == [f"blocks.{i}" for i in range(6)]
-    assert all(one.kept == (one.after < one.before) for one in found)
-    assert sum(one.kept for one in found) >= 3
-    assert all(one.steps == FEW for one in found)
+def test_no_block_is_worse_on_the_images_held_apart(once: LowBit) -> None:
+    assert [one.block for one in once.trained] == ["blocks.0", "blocks.1"]
+    assert all(one.kept and one.after < one.before for one in once.trained)
+    assert all(one.steps == FEW for one in once.trained)
 
 
-def test_weights_stay_codes_of_their_steps() -> None:
-    quantizer = once()
+def test_weights_stay_codes_of_their_steps(plain: SiteQuantizer, once: LowBit) -> None:
+    quantizer = once
     changed = 0
     for name, spec in quantizer.specs.items():
         if not quantizer.plan.sites[name].is_parameter:
@@ -92,45 +99,47 @@ def test_weights_stay_codes_of_their_steps() -> None:
         assert value is not None
         weight = np.asarray(value.numpy(), np.float32)
         np.testing.assert_allclose(dequantize(quantize(weight, spec), spec), weight, atol=1e-6)
-        changed += not np.array_equal(spec.scale, plain().specs[name].scale)
+        changed += not np.array_equal(spec.scale, plain.specs[name].scale)
     assert changed > 10
 
 
-def test_what_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_help_is_not_kept(
+    plain: SiteQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With steps far too large, all is as without training, and a note says so."""
     monkeypatch.setattr(learned, "RATES", dict.fromkeys(learned.RATES, 1.0))
-    found = trained()
+    found = trained(plain)
     assert not any(one.kept for one in found.trained)
-    assert_same(found, plain())
+    assert_same(found, plain)
     (note,) = [n for n in found.notes if "stay as they were" in n]
     assert note.startswith("--reconstruct: blocks.0, blocks.1")
 
 
-def test_same_images_same_numbers() -> None:
-    assert_same(trained(), once())
+def test_same_images_same_numbers(plain: SiteQuantizer, once: LowBit) -> None:
+    assert_same(trained(plain), once)
 
 
 def test_a_stopped_run_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: SiteQuantizer, once: LowBit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "kept"
     write = finished_blocks.FinishedBlocks.keep
 
     def stopped(self: Any, key: str, learning: Any) -> None:
         write(self, key, learning)
-        if learning.trained.block == "blocks.1":
+        if learning.trained.block == "blocks.0":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(finished_blocks.FinishedBlocks, "keep", stopped)
     with pytest.raises(KeyboardInterrupt):
-        trained(kept)
-    assert len(list(kept.iterdir())) == 2
+        trained(plain, kept)
+    assert len(list(kept.iterdir())) == 1
     monkeypatch.setattr(finished_blocks.FinishedBlocks, "keep", write)
-    again = trained(kept)
-    assert [one.resumed for one in again.trained] == [True, True, False, False, False, False]
-    assert "--reconstruct: 2 blocks were taken from a run that was stopped." in again.notes
-    assert_same(again, once())
-    assert len(list(kept.iterdir())) == 6
+    again = trained(plain, kept)
+    assert [one.resumed for one in again.trained] == [True, False]
+    assert "--reconstruct: 1 block was taken from a run that was stopped." in again.notes
+    assert_same(again, once)
+    assert len(list(kept.iterdir())) == BLOCKS
 
 
 def test_what_is_not_whole_is_learned_again(tmp_path: Path) -> None:
@@ -151,25 +160,27 @@ class Clock:
         return self.now
 
 
-def test_the_minutes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_minutes_are_kept(plain: SiteQuantizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block gets its share of them, and has fewer steps than it would."""
     clock = Clock()
     timed = partial(reconstruction.Reconstruction, clock=clock)
     monkeypatch.setattr(stream_weights, "Reconstruction", timed)
-    found = trained(minutes=1.0)
-    assert clock.now <= 61
+    found = trained(plain, minutes=0.3)
+    assert clock.now <= 19
     assert all(0 < one.steps < FEW for one in found.trained)
-    (note,) = [n for n in found.notes if n.startswith("--minutes 1: blocks.0, ")]
+    (note,) = [n for n in found.notes if n.startswith("--minutes 0.3: blocks.0, ")]
     assert note.endswith(f"had fewer than {FEW} steps; another run may differ.")
 
 
-def test_without_time_nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_time_nothing_is_trained(
+    plain: SiteQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         stream_weights, "Reconstruction", partial(reconstruction.Reconstruction, clock=Clock())
     )
-    found = trained(minutes=0.01)
-    assert [one.steps for one in found.trained] == [0] * 6
-    assert_same(found, plain())
+    found = trained(plain, minutes=0.01)
+    assert [one.steps for one in found.trained] == [0] * BLOCKS
+    assert_same(found, plain)
 
 
 def test_a_gpu_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +195,8 @@ def test_a_gpu_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"quantizer": "deploy", "reconstruct": True},
          r"^--reconstruct belongs to the quantizer lowbit, not deploy\.$"),
-        ({"quantizer": "lowbit", "minutes": 3.0}, r"^--minutes 3 bounds --reconstruct: add that\.$"),
+        ({"quantizer": "lowbit", "minutes": 3.0},
+         r"^--minutes 3 bounds --reconstruct: add that\.$"),
         ({"quantizer": "lowbit", "reconstruct": True, "target": "tensorrt"},
          r"^--target tensorrt, quantizer lowbit: [^\n]+$"),
     ],
