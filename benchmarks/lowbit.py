@@ -87,7 +87,7 @@ def _rates(*kinds: str) -> dict[str, float]:
 TRAINING: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "all, trained": (),
     "biases, γ and β alone": ((learned, "RATES", _rates("affine")),),
-    "without codes of weights": ((learned, "RATES", _rates("affine", "steps", "weights")),),
+    "weights not learned": ((learned, "RATES", _rates("affine", "steps")),),
     "errors count the same everywhere": (
         (reconstruction.Reconstruction, "_weights", lambda self, feed: {}),
     ),

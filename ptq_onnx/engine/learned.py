@@ -32,8 +32,8 @@ class _Learned:
     kind: Kind
     place: Place
     name: str
-    start: Tensor
     make: Callable[[Tensor], Tensor]
+    origin: Tensor
     parameter: Tensor
 
 
@@ -47,7 +47,6 @@ class Learned:
     def __init__(self, form: TorchForm, exact: Mapping[str, Array]) -> None:
         self.form = form
         self._all: list[_Learned] = []
-        self._before: dict[str, Tensor] = dict(form.constants)
         for node in form.nodes:
             names = [None if v is None else str(v.name) for v in node.inputs]
             if is_linear(node):
@@ -92,7 +91,7 @@ class Learned:
     def _weight(self, name: str, exact: Mapping[str, Array]) -> None:
         """The codes and steps of a weight."""
         spec = self.form.specs.get(name)
-        if spec is None or name not in exact or spec.factor is not None:
+        if spec is None or name not in exact or spec.factor is not None or "codes" not in RATES:
             return
         steps = self.form.scales[name]
         real = torch.from_numpy(exact[name]).to(steps.device) / steps
@@ -102,13 +101,13 @@ class Learned:
         self._relative("weights", name)
 
     def _add(
-        self, kind: Kind, place: Place, name: str, zero: Tensor, make: Callable[[Tensor], Tensor]
+        self, kind: Kind, place: Place, name: str, origin: Tensor, make: Callable[[Tensor], Tensor]
     ) -> None:
-        if kind in RATES and name not in {o.name for o in self._all if o.place is place}:
-            start = place.get(name, zero)
-            self._all.append(
-                _Learned(kind, place, name, start, make, zero.detach().clone().requires_grad_())
-            )
+        if kind not in RATES or name in {o.name for o in self._all if o.place is place}:
+            return
+        origin = origin.detach()
+        parameter = origin.clone().requires_grad_()
+        self._all.append(_Learned(kind, place, name, make, origin, parameter))
 
     def optimizer(self) -> Any:
         """Adam on all, each kind with its rate."""
@@ -124,26 +123,26 @@ class Learned:
         for one in self._all:
             one.place[one.name] = one.make(one.parameter)
 
-    def take(self, keep: bool) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Leave the form with constants and steps as they were learned, or as they were before;
-        returns the changed constants and the changed steps by name."""
+    def go(self, part: float) -> None:
+        """Let the form run with that part of the way from where they started."""
         with torch.no_grad():
             for one in self._all:
-                one.place[one.name] = one.make(one.parameter) if keep else one.start
+                way = one.parameter.detach() - one.origin
+                one.place[one.name] = one.make(one.origin + part * way)
+
+    def found(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Changed constants and changed steps by name, as the form has them."""
         constants, steps = {}, {}
-        weights = [one.name for one in self._all if one.kind == "codes"]
-        for name in weights:
-            spec, form = self.form.specs[name], self.form
-            codes = torch.clamp(torch.round(form.codes.pop(name)), *spec.rule.limits)
-            found = codes * form.scales[name] if keep else self._before[name]
-            form.constants[name] = found
-            constants[name] = _array(found)
-        for one in self._all if keep else []:
-            if one.kind == "affine":
+        for one in self._all:
+            if one.kind == "codes":
+                limits = self.form.specs[one.name].rule.limits
+                codes = torch.clamp(torch.round(self.form.codes[one.name]), *limits)
+                constants[one.name] = _array(codes * self.form.scales[one.name])
+            elif one.kind == "affine":
                 constants[one.name] = _array(one.place[one.name])
-            elif one.kind != "codes":
+            else:
                 steps[one.name] = _array(one.place[one.name])
-        return (constants, steps) if keep else ({}, {})
+        return constants, steps
 
 
 def _array(value: Tensor) -> Array:

@@ -14,13 +14,14 @@ Array = NDArray[np.float32]
 @dataclass(frozen=True)
 class Trained:
     """One block: its error on the batches held apart, relative to its output's variance, before
-    and after training, and whether it keeps what it learned."""
+    and after training, and whether it keeps what it learned, or the best ``part`` of it."""
 
     block: str
     before: float
     after: float
     kept: bool
     steps: int
+    part: float
     resumed: bool = False
     """It was found finished by a run that had been stopped."""
 

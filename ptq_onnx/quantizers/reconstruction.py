@@ -36,6 +36,8 @@ STEPS = {"cpu": 80, "cuda": 2000}
 """Of each block."""
 IMAGES = 8
 """Of each step, at least; whole batches."""
+PARTS = (1.0, 0.5, 0.25)
+"""Of the way that was learned: it is gone as far as is best for the batches held apart."""
 APART = 4
 """Every so-manieth batch is not trained on."""
 DROPPED = 0.5
@@ -153,10 +155,16 @@ class Reconstruction:
         learned = Learned(form, float_weights(original.nodes))
         steps = self._descend(learned, form, loss, end, advance)
         form.dropped = 0.0
-        constants, changed = learned.take(keep=True)
-        after = error()
+        errors = {}
+        for part in PARTS:
+            learned.go(part)
+            errors[part] = error()
+        part = min(PARTS, key=lambda p: errors[p])
+        learned.go(part)
+        constants, changed = learned.found()
+        after = errors[part]
         kept = steps > 0 and after < before
-        trained = Trained(span.label, before, after, kept, steps)
+        trained = Trained(span.label, before, after, kept, steps, part)
         return Learning(trained, constants, changed) if kept else Learning(trained)
 
     def _descend(

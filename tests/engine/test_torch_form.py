@@ -23,6 +23,7 @@ from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
+from ptq_onnx.quantizers.reconstruction import float_weights
 
 
 def spec_of(rule: Rule, scale: float, zero: int = 0, **details: int) -> TensorSpec:
@@ -97,38 +98,29 @@ def _late(node: ir.Node, specs: dict[str, TensorSpec]) -> list[ir.Node]:
     return [n for n in before if n is not None and (is_layout(n) or n.op_type == "Softmax")]
 
 
-def test_what_is_not_kept_is_as_it_was() -> None:
-    quantizer = lowbit()
-    form = TorchForm(quantizer.model.graph, quantizer.specs)
-    exact = {
-        n: np.array(v.const_value.numpy(), np.float32) + np.float32(0.001)
-        for n, v in quantizer.model.graph.initializers.items()
-        if v.const_value is not None and n in quantizer.specs
-    }
-    constants, scales = dict(form.constants), dict(form.scales)
-    learned = Learned(form, exact)
-    learned.bind()
-    assert form.codes
-    learned.optimizer().step()
-    assert learned.take(keep=False) == ({}, {})
-    assert not form.codes
-    for before, now in ((constants, form.constants), (scales, form.scales)):
-        assert all(torch.equal(before[name], now[name]) for name in before)
-
-
 def test_nothing_learned_is_the_closed_form() -> None:
-    """Codes start on the side that the float weight says, and round to those of GPTQ."""
+    """Codes start on the side that the float weight says, and round to those of GPTQ; half of a
+    way is half of it."""
     quantizer = lowbit()
-    weights = [n for n in quantizer.specs if n in quantizer.model.graph.initializers]
     form = TorchForm(quantizer.model.graph, quantizer.specs)
-    before = dict(form.constants)
-    plan = quantizer.plan.model.graph.initializers
-    exact = {n: np.array(plan[n].const_value.numpy(), np.float32) for n in weights}  # type: ignore[union-attr]
-    learned = Learned(form, exact)
-    learned.bind()
-    constants, _ = learned.take(keep=True)
-    for name in weights:
+    before, steps = dict(form.constants), dict(form.scales)
+    learned = Learned(form, float_weights(quantizer.plan.model.graph))
+    learned.go(1.0)
+    constants, changed = learned.found()
+    assert form.codes
+    for name in form.codes:
         np.testing.assert_allclose(constants[name], before[name].numpy(), atol=1e-6)
+    assert all(np.array_equal(changed[name], steps[name].numpy()) for name in changed)
+    for one in learned._all:
+        with torch.no_grad():
+            one.parameter += 0.1
+    found = {}
+    for part in (0.5, 1.0):
+        learned.go(part)
+        found[part] = learned.found()[1]
+    for name, step in changed.items():
+        np.testing.assert_allclose(found[0.5][name], step * np.exp(0.05), rtol=1e-5)
+        np.testing.assert_allclose(found[1.0][name], step * np.exp(0.1), rtol=1e-5)
 
 
 def test_errors_weigh_what_they_cost_the_output() -> None:
