@@ -113,7 +113,7 @@ def test_nothing_learned_is_the_closed_form() -> None:
     assert all(np.array_equal(changed[name], steps[name].numpy()) for name in changed)
     for one in learned._all:
         with torch.no_grad():
-            one.parameter += 0.1
+            one.parameter.add_(0.1)
     found = {}
     for part in (0.5, 1.0):
         learned.go(part)
