@@ -33,7 +33,7 @@ from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.rounding import nearest
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
-from ptq_onnx.quantizers import reconstruction, stream_weights
+from ptq_onnx.quantizers import block_training, reconstruction, stream_weights
 from ptq_onnx.quantizers.lowbit import LowBit
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -91,7 +91,7 @@ TRAINING: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "errors count the same everywhere": (
         (reconstruction.Reconstruction, "_weights", lambda self, feed: {}),
     ),
-    "nothing dropped": ((reconstruction, "DROPPED", 0.0),),
+    "nothing dropped": ((block_training, "DROPPED", 0.0),),
 }
 """The same of ``--reconstruct``."""
 

@@ -26,8 +26,7 @@ CONSTANT, STEP, TRAINED = "constant:", "step:", "trained"
 
 def fingerprint(
     form: TorchForm,
-    feeds: Mapping[str, list[NDArray[Any]]],
-    target: Iterable[NDArray[Any]],
+    streams: Iterable[Mapping[str, list[NDArray[Any]]]],
     settings: Any,
 ) -> str:
     """A name for all that decides what a block learns."""
@@ -39,12 +38,11 @@ def fingerprint(
     for name, scale in form.scales.items():
         found.update(name.encode() + scale.numpy(force=True).tobytes())
         found.update(str(form.specs[name].rule).encode())
-    for name, batches in feeds.items():
-        found.update(name.encode())
-        for batch in batches:
-            found.update(np.ascontiguousarray(batch).tobytes())
-    for batch in target:
-        found.update(np.ascontiguousarray(batch).tobytes())
+    for stream in streams:
+        for name, batches in stream.items():
+            found.update(name.encode())
+            for batch in batches:
+                found.update(np.ascontiguousarray(batch).tobytes())
     return found.hexdigest()[:32]
 
 

@@ -37,6 +37,7 @@ from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import input_mean
 from ptq_onnx.quantizers.learning import Learning
 from ptq_onnx.quantizers.reconstruction import Reconstruction, with_steps
+from ptq_onnx.quantizers.span_runs import Stream, run_span
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -53,7 +54,7 @@ class _Walk:
     """A copy whose weights become the rounded ones."""
     specs: dict[str, TensorSpec]
     kernels: NodeKernels
-    tensors: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    tensors: Stream = field(default_factory=dict)
     """Values that are still to be read, in batches."""
     constants: dict[str, Array] = field(default_factory=dict)
     means: Mapping[str, Double] = field(default_factory=dict)
@@ -83,34 +84,24 @@ class _Walk:
             for name in span.inputs:
                 if not read[name]:
                     del self.tensors[name]
-                    self.moments.pop(name, None)
+                    self.forget(name)
             if train is not None:
                 train.forget(name for name in span.inputs if not read[name])
             tell(1.0)
 
     def through(self, span: Span, advance: Callable[[float], None], rounding: bool = True) -> None:
         """Node by node, from the span's inputs to its outputs, which are kept."""
-        left = Counter(n for node in span.nodes for n in self.kernels.inputs(name_of(node)))
-        left.update([*span.inputs, *span.outputs])
-        for place, node in enumerate(span.nodes, 1):
+
+        def active(node: ir.Node) -> frozenset[str]:
             if rounding and is_linear(node):
                 self.round(node)
-            active = self.active(node)
-            names = self.kernels.inputs(name_of(node))
-            made = [
-                self.kernels.run(name_of(node), active, dict(zip(names, values, strict=True)))
-                for values in zip(*(self.tensors[n] for n in names), strict=True)
-            ]
-            outputs = [str(v.name) for v in node.outputs if v.name]
-            for index, name in enumerate(outputs):
-                if left[name]:
-                    self.tensors[name] = [batch[index] for batch in made]
-            for name in names:
-                left[name] -= 1
-                if not left[name]:
-                    del self.tensors[name]
-                    self.moments.pop(name, None)
-            advance(place / len(span.nodes))
+            return self.active(node)
+
+        run_span(span, self.kernels, self.tensors, active, self.forget, advance)
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of a tensor that is not read any more."""
+        self.moments.pop(name, None)
 
     def take(self, learning: Learning) -> None:
         """Let a block have what it has learned."""

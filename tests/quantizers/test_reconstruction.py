@@ -192,6 +192,11 @@ def test_a_gpu_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     assert reconstruction.device_for("cuda") == "cpu"
 
 
+def test_one_batch_is_too_few(plain: SiteQuantizer) -> None:
+    with pytest.raises(ConfigError, match=r"^--reconstruct: [^\n]+ a smaller --batch\.$"):
+        reconstruction.Reconstruction(plain.plan, [images()])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
