@@ -25,12 +25,14 @@ class _RoundClip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        """The codes; which are inside is kept."""
         rounded = torch.round(x)
         ctx.save_for_backward((rounded >= low) & (rounded <= high))
         return rounded.clamp_(low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """The gradient as it is, zero outside."""
         (inside,) = ctx.saved_tensors
         return gradients[0] * inside, None, None
 
@@ -40,11 +42,13 @@ class _Nearest(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: Tensor, borders: Tensor) -> Tensor:
+        """The levels; which are inside is kept."""
         ctx.save_for_backward((x >= levels[0]) & (x <= levels[-1]))
         return levels[torch.bucketize(x.detach(), borders)]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """The gradient as it is, zero outside."""
         (inside,) = ctx.saved_tensors
         return gradients[0] * inside, None, None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.progress import Report
+from ptq_onnx.progress import Advance, Report
 from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.learning import Trained
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
@@ -49,7 +49,6 @@ from ptq_onnx.quantizers.solved_specs import (
 )
 
 Array = NDArray[np.float32]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,6 @@ class SiteQuantizer(VitQuantizer):
         self.nodes = {name_of(node): node for node in plan.model.graph}
         self.floats: dict[str, str] = {}
         self.trained: tuple[Trained, ...] = ()
-        """The blocks that were trained."""
         self._given: dict[str, TensorSpec] | None = None
         self.rules = self._dispatch()
         super().__init__(plan.model)
@@ -251,10 +249,8 @@ class SiteQuantizer(VitQuantizer):
         )
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
-        """Take the specs of an earlier run instead of calibrating.
-
-        Raises ConfigError unless they are of the same tensors under the same rules.
-        """
+        """Take the specs of an earlier run instead of calibrating. Raises ConfigError unless they
+        are of the same tensors under the same rules."""
         for tensor, rule in self.rules.items():
             if tensor not in specs:
                 raise ConfigError(
@@ -306,7 +302,7 @@ class SiteQuantizer(VitQuantizer):
         return stats
 
     def collect(
-        self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
+        self, sites: Sequence[Site], batches: Iterable[Any], advance: Advance
     ) -> Statistics:
         """Statistics of the sites, from one run of the batches."""
         config = self.plan.config

@@ -25,8 +25,8 @@ PARTS = (1.0, 0.5, 0.25)
 DROPPED = 0.5
 WARM = 5
 """Steps in which the rates rise; they then fall as a cosine."""
-FIRST = 2
-"""Steps by whose time the number of all is found."""
+FIRST = 3
+"""Steps by the fastest of which the number of all is found."""
 
 Tensors = Mapping[str, Sequence[Tensor]]
 
@@ -101,8 +101,8 @@ class BlockTraining:
         course = self.course
         clock, end = course.clock, course.end
         adam, order = learned.optimizer(), np.random.default_rng(0)
-        started, done, total, waiting = clock(), 0, course.steps, list[int]()
-        while done < total and clock() < end:
+        done, total, waiting, looked = 0, course.steps, list[int](), [clock()]
+        while done < total and looked[-1] < end:
             for group in adam.param_groups:
                 rate = (1 + np.cos(np.pi * done / total)) / 2 * min(1.0, (done + 1) / WARM)
                 group["lr"] = group["rate"] * rate
@@ -113,9 +113,10 @@ class BlockTraining:
                 (self.loss(waiting.pop()) / course.batches).backward()
             adam.step()
             done += 1
+            looked.append(clock())
             if done == FIRST:
-                each = max((clock() - started) / done, 1e-9)
-                total = min(total, max(done, int((end - started) / each)))
+                each = max(float(np.diff(looked).min()), 1e-9)
+                total = min(total, done + max(0, int((end - looked[-1]) / each)))
             advance(done / total)
         return done
 
