@@ -47,10 +47,19 @@ class Learned:
     def __init__(self, form: TorchForm, exact: Mapping[str, Array]) -> None:
         self.form = form
         self._all: list[_Learned] = []
+        nodes = set(form.nodes)
         for node in form.nodes:
-            names = [None if v is None else str(v.name) for v in node.inputs]
+            # What others read too is not this form's to change.
+            own = [
+                v is not None and not v.is_graph_output() and {n for n, _ in v.uses()} <= nodes
+                for v in node.inputs
+            ]
+            names = [
+                str(v.name) if v is not None and mine else None
+                for v, mine in zip(node.inputs, own, strict=True)
+            ]
             if is_linear(node):
-                self._weight(str(names[1]), exact)
+                self._weight(names[1], exact)
                 for name in names[2:3]:
                     self._affine(name, relative=False)
             elif node.op_type in ("LayerNormalization", "RMSNormalization"):
@@ -88,10 +97,12 @@ class Learned:
             kind, self.form.scales, name, torch.zeros_like(start), lambda p: start * torch.exp(p)
         )
 
-    def _weight(self, name: str, exact: Mapping[str, Array]) -> None:
+    def _weight(self, name: str | None, exact: Mapping[str, Array]) -> None:
         """The codes and steps of a weight."""
-        spec = self.form.specs.get(name)
-        if spec is None or name not in exact or spec.factor is not None or "codes" not in RATES:
+        spec = None if name is None else self.form.specs.get(name)
+        if name is None or spec is None or name not in exact or "codes" not in RATES:
+            return
+        if spec.factor is not None:
             return
         steps = self.form.scales[name]
         real = torch.from_numpy(exact[name]).to(steps.device) / steps

@@ -11,6 +11,8 @@ import torch
 from prepared_models import images, quantized
 from small_transformer import Choices, transformer
 
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.spans import spans_of
 from ptq_onnx.blocks.walking import is_layout, name_of
 from ptq_onnx.engine.learned import Learned
 from ptq_onnx.engine.output_weights import EVENLY, Weights, even, output_weights
@@ -121,6 +123,20 @@ def test_nothing_learned_is_the_closed_form() -> None:
     for name, step in changed.items():
         np.testing.assert_allclose(found[0.5][name], step * np.exp(0.05), rtol=1e-5)
         np.testing.assert_allclose(found[1.0][name], step * np.exp(0.1), rtol=1e-5)
+
+
+def test_what_others_read_is_not_learned() -> None:
+    """A norm's γ that two blocks share belongs to neither."""
+    model = transformer(Choices(), 2)
+    spans = [s for s in spans_of(model.graph, find_blocks(model)) if s.blocks]
+    norms = [n for n in spans[0].nodes if n.op_type == "LayerNormalization"]
+    other = next(n for n in spans[1].nodes if n.op_type == "LayerNormalization")
+    before = {one.name for one in Learned(TorchForm(spans[0].nodes, {}), {})._all}
+    shared = str(norms[0].inputs[1].name)
+    assert shared in before
+    other.replace_input_with(1, norms[0].inputs[1])
+    after = {one.name for one in Learned(TorchForm(spans[0].nodes, {}), {})._all}
+    assert before - after == {shared}
 
 
 def test_errors_weigh_what_they_cost_the_output() -> None:
