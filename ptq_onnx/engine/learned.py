@@ -51,7 +51,7 @@ class Learned:
         for node in form.nodes:
             # What others read too is not this form's to change.
             own = [
-                v is not None and not v.is_graph_output() and {n for n, _ in v.uses()} <= nodes
+                v is not None and v.is_initializer() and {n for n, _ in v.uses()} <= nodes
                 for v in node.inputs
             ]
             names = [
