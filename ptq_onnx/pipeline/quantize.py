@@ -81,7 +81,8 @@ def quantize(
     ``x.onnx`` is the quantized file, the folder ``x`` beside it gets the rest; any other name is a
     folder of everything, the model in it ``quantized.onnx``: ``fused.onnx``, ``formed.onnx`` where
     the model was changed before it was quantized, ``config.yaml``, ``report.json``, ``report.html``
-    and ``attention/``; it is written beside and renamed, so a failure leaves nothing.
+    and ``attention/``; it is written beside and renamed, so a failure leaves nothing
+    but blocks that were trained (``--reconstruct``), for the next run into the same folder.
     ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
     Raises PtqError.
     """

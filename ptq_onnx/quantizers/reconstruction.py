@@ -59,6 +59,10 @@ class Reconstruction:
         self.device = device_for(plan.config.device)
         self.steps = STEPS[self.device]
         self.notes: list[str] = []
+        if plan.config.device == "cuda" and self.device == "cpu":
+            self.notes.append(
+                "--device cuda: torch has no CUDA here; blocks are trained on the CPU."
+            )
         self.trained: list[Trained] = []
         self.finished = FinishedBlocks(plan.kept)
         graph = plan.model.graph

@@ -192,6 +192,15 @@ def test_a_gpu_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     assert reconstruction.device_for("cuda") == "cpu"
 
 
+def test_a_gpu_that_torch_does_not_have_is_told(
+    plain: SiteQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = replace(plain.plan, config=replace(plain.plan.config, device="cuda"))
+    found = reconstruction.Reconstruction(plan, [images()[:8], images()[8:16]])
+    assert found.notes == ["--device cuda: torch has no CUDA here; blocks are trained on the CPU."]
+
+
 def test_one_batch_is_too_few(plain: SiteQuantizer) -> None:
     with pytest.raises(ConfigError, match=r"^--reconstruct: [^\n]+ a smaller --batch\.$"):
         reconstruction.Reconstruction(plain.plan, [images()])
