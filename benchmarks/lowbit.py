@@ -2,7 +2,7 @@
 ingredient.
 
     python benchmarks/lowbit.py --data ../shared [--models vit,deit] [--seeds 3] [--rows "4/4/4"]
-    python benchmarks/lowbit.py --data ../shared --ablation [--images 64] [--tested 200]
+    python benchmarks/lowbit.py --data ../shared --ablation [--trained] [--images 64] [--tested 200]
 
 Each seed draws its calibration images from the folder; each figure is that of the exported file
 in ONNX Runtime, optimizations on. ``--ablation`` takes one ingredient away at a time.
@@ -23,6 +23,7 @@ import numpy as np
 from accuracy import MODELS
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.engine import learned
 from ptq_onnx.equalization import attention_steps
 from ptq_onnx.evaluation.evaluate import evaluate
 from ptq_onnx.images.labels import labels_for
@@ -32,7 +33,7 @@ from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.rounding import nearest
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
-from ptq_onnx.quantizers import stream_weights
+from ptq_onnx.quantizers import block_training, reconstruction, stream_weights
 from ptq_onnx.quantizers.lowbit import LowBit
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "4/4/4": {"bits": "4/4/4"},
     "4/4/4, narrow ends": {"bits": "4/4/4", "wide_ends": False},
     "3/3/3": {"bits": "3/3/3"},
+    "4/4/4, trained": {"bits": "4/4/4", "reconstruct": True},
+    "3/3/3, trained": {"bits": "3/3/3", "reconstruct": True},
 }
 
 
@@ -77,10 +80,26 @@ INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
 """What is put in place of what, by the name of what is then missing."""
 
 
+def _rates(*kinds: str) -> dict[str, float]:
+    return {kind: rate for kind, rate in learned.RATES.items() if kind in kinds}
+
+
+TRAINING: dict[str, tuple[tuple[Any, str, Any], ...]] = {
+    "all, trained": (),
+    "biases, γ and β alone": ((learned, "RATES", _rates("affine")),),
+    "weights not learned": ((learned, "RATES", _rates("affine", "steps")),),
+    "errors count the same everywhere": (
+        (reconstruction.Reconstruction, "_weights", lambda self, feed: {}),
+    ),
+    "nothing dropped": ((block_training, "DROPPED", 0.0),),
+}
+"""The same of ``--reconstruct``."""
+
+
 @contextlib.contextmanager
 def without(ingredient: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for place, name, other in INGREDIENTS[ingredient]:
+        for place, name, other in {**INGREDIENTS, **TRAINING}[ingredient]:
             stack.enter_context(patch.object(place, name, other))
         yield
 
@@ -135,15 +154,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--tested", type=int, default=500)
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--trained", action="store_true", help="--ablation: of --reconstruct")
     arguments = parser.parse_args()
-    titles = list(INGREDIENTS if arguments.ablation else ROWS)
+    taken = TRAINING if arguments.trained else INGREDIENTS
+    titles = list(taken if arguments.ablation else ROWS)
     if arguments.rows:
         titles = [t for t in titles if t in arguments.rows.split(";")]
     for name in arguments.models.split(","):
         print(f"\n| {name} | top-1 % | SQNR dB | CPU s |\n|---|---|---|---|", flush=True)
         for title in titles:
             used: Callable[[], Any] = contextlib.nullcontext
-            options = ROWS["4/4/4"] if arguments.ablation else ROWS[title]
+            same = "4/4/4, trained" if arguments.trained else "4/4/4"
+            options = ROWS[same if arguments.ablation else title]
             with without(title) if arguments.ablation else used():
                 found = [measured(name, options, arguments, s) for s in range(arguments.seeds)]
             print(line(title, found), flush=True)

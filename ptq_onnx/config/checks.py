@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ptq_onnx.config.bits import BYTE, Bits
 from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.metric_options import check_metric
-from ptq_onnx.config.names import INTEGER, OLDER, WEIGHTS
+from ptq_onnx.config.names import INTEGER, MINUTES, OLDER, WEIGHTS
 from ptq_onnx.config.option_types import no_such
 from ptq_onnx.config.selector import AUTO, MoreBits, Selector
 from ptq_onnx.errors import ConfigError
@@ -167,6 +167,7 @@ def _check_owners(config: Fields) -> None:
         ("--no-bias-correction", not config.bias_correction, "deploy"),
         (f"--rounding {config.rounding}", config.rounding != "nearest", "deploy"),
         ("--no-wide-ends", not config.wide_ends, "lowbit"),
+        ("--reconstruct", config.reconstruct, "lowbit"),
         ("--lis" if config.lis else "--no-lis", config.lis is not None, "fqvit"),
         ("--arithmetic integer", config.arithmetic == INTEGER, "fqvit"),
         ("--multiplier-bits", config.multiplier_bits != 31, "fqvit"),
@@ -182,6 +183,8 @@ def _check_owners(config: Fields) -> None:
             "--rotate with --precision fp8: its steps grow with the values, so that massive"
             " channels cost it nothing; leave one out."
         )
+    if config.minutes != MINUTES and not config.reconstruct:
+        raise ConfigError(f"--minutes {config.minutes:g} bounds --reconstruct: add that.")
     if not config.ptf and config.ptf_k:
         raise ConfigError("--no-ptf and --ptf-k exclude each other: leave one out.")
 

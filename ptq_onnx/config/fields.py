@@ -17,6 +17,7 @@ from ptq_onnx.config.names import (
     METHOD_NAMES,
     METRIC_NAMES,
     MIN_SQNR,
+    MINUTES,
     OPSETS,
     PRECISION_NAMES,
     QUANTIZER_NAMES,
@@ -201,6 +202,15 @@ class Fields:
         True, NUMBERS, None,
         "lowbit: 8 bits for patch embedding and head. Without, their weights and the head's input"
         " have those of --bits, the image 8, as most published figures do.",
+    )
+    reconstruct: bool = option(
+        False, NUMBERS, None,
+        "lowbit: train each block to give what it gives in the float model; takes minutes. What a"
+        " stopped run has trained, the next into the same folder takes up.",
+    )
+    minutes: float = option(
+        MINUTES, NUMBERS, "N", "reconstruct: as long as that may take.",
+        bounds=(0.01, 100_000), unit="minutes",
     )
     centre_values: bool = option(
         False, TARGET, None,

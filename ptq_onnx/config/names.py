@@ -24,5 +24,7 @@ OPSETS = range(20, 24)
 MAX_DROP = 0.5
 MIN_SQNR = 20.0
 """Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""
+MINUTES = 15.0
+"""That training blocks may take."""
 SHARES_FROM = 7
 """Bits of attention from which fqvit holds uniform shares of a row's largest value."""

@@ -52,6 +52,8 @@ class Options(TypedDict, total=False):
     bias_correction: bool
     rounding: str
     wide_ends: bool
+    reconstruct: bool
+    minutes: float
     quantize_residual: bool
     centre_values: bool
     float16: bool

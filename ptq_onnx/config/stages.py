@@ -24,6 +24,7 @@ CALIBRATING = "Calibrating ranges"
 HISTOGRAMS = "Calibrating histograms"
 SCALES = "Searching scales"
 ROUNDING = "Rounding weights"
+RECONSTRUCTING = "Training blocks"
 WRITING = "Writing the quantized model"
 EVERY_OP = "Measuring the error of every op"
 VARIATION = "Measuring ranges and rounding"
@@ -63,7 +64,8 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
         Planned(CALIBRATING, 2 * images),
         Planned(HISTOGRAMS, images),
         Planned(SCALES, 8 * images),
-        Planned(ROUNDING, 8 * images if config.rounds_weights else 0),
+        Planned(ROUNDING, 8 * images if config.rounds_weights and not config.reconstruct else 0),
+        Planned(RECONSTRUCTING, 100 * images if config.reconstruct else 0),
         Planned(WRITING, WRITING_COST),
     ]
     if config.report:

@@ -60,7 +60,7 @@ def build_graph(model: ir.Model) -> BaseGraph:
         if linear:
             biased = len(node.inputs) > 2 and node.inputs[2] is not None
             kind = "PPQBiasFusedMatMul" if biased else "MatMul"
-        operation = Operation(name=name_of(node), op_type=kind, attributes=_attributes(node))
+        operation = Operation(name=name_of(node), op_type=kind, attributes=attributes_of(node))
         graph.append_operation(operation)
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -113,7 +113,7 @@ def _read(operation: Operation, value: Variable) -> None:
     value.dest_ops.append(operation)
 
 
-def _attributes(node: ir.Node) -> dict[str, Any]:
+def attributes_of(node: ir.Node) -> dict[str, Any]:
     """Plain Python values; tensors as torch tensors."""
     out: dict[str, Any] = {}
     for name, attribute in node.attributes.items():

@@ -21,6 +21,7 @@ from ptq_onnx.errors import PtqError
 from ptq_onnx.files.output_paths import Output
 from ptq_onnx.files.publishing import workshop
 from ptq_onnx.files.result_names import CONFIG, FLOAT, QUANTIZED
+from ptq_onnx.files.stopped_runs import forget_stopped, left_by_stopped
 from ptq_onnx.images.opening import Images
 from ptq_onnx.numerics.scales_file import read_scales
 from ptq_onnx.pipeline.analysing import Analysed, analyse, measure
@@ -82,7 +83,8 @@ def quantize(
     ``x.onnx`` is the quantized file, the folder ``x`` beside it gets the rest; any other name is a
     folder of everything, the model in it ``quantized.onnx``: ``fused.onnx``, ``formed.onnx`` where
     the model was changed before it was quantized, ``config.yaml``, ``report.json``, ``report.html``
-    and ``attention/``; it is written beside and renamed, so a failure leaves nothing.
+    and ``attention/``; it is written beside and renamed, so a failure leaves nothing
+    but blocks that were trained (``--reconstruct``), for the next run into the same folder.
     ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
     ``floats``: a folder for ``val`` alone, in which the float model's outputs are kept for other
     runs. Raises PtqError.
@@ -121,6 +123,7 @@ def _quantize(request: Request, begin: Stages) -> Result:
         if not request.keep_models:
             _remove_models(work)
         files = place.publish(work)
+        forget_stopped(place.folder)
         begin.done()
     return Result(
         finished.report,
@@ -172,6 +175,7 @@ def run_stages(job: Job) -> Finished:
     job.notes.extend(on_this_processor(config))
     report = describe(job, made, quantizer)
     report |= rewrites(made)
+    report["trained"] = [asdict(one) for one in quantizer.trained]
     report["formed"] = formed(job, made, quantizer)
     report["validation"] = validation(job.inputs.tested, job.request.labels)
     report["invocation"] = asdict(job.request.invocation)
@@ -209,6 +213,8 @@ def planned(job: Job, config: QuantizeConfig) -> tuple[Rewritten, Automatic | No
     prepared = job.inputs.prepared
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, job.stage)
     plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
+    if config.reconstruct:
+        plan = replace(plan, kept=left_by_stopped(job.request.place.folder))
     made = rewrite(job, plan)
     if not config.auto:
         return made, None

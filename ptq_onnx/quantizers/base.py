@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,9 @@ from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.progress import Report
+from ptq_onnx.progress import Advance, Report
 from ptq_onnx.quantizers.decided import Decided
+from ptq_onnx.quantizers.learning import Trained
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
 from ptq_onnx.quantizers.solved_specs import (
     channel_spec,
@@ -48,7 +50,6 @@ from ptq_onnx.quantizers.solved_specs import (
 )
 
 Array = NDArray[np.float32]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Plan:
     """How often the model was brought into another form."""
     named: frozenset[str] = frozenset()
     """Roles that the model had before that: options may name them."""
+    kept: Path | None = None
+    """Where a run that is stopped leaves what it has trained; None: nowhere."""
 
 
 class SiteQuantizer(VitQuantizer):
@@ -110,6 +113,7 @@ class SiteQuantizer(VitQuantizer):
         self.notes: list[str] = []
         self.nodes = {name_of(node): node for node in plan.model.graph}
         self.floats: dict[str, str] = {}
+        self.trained: tuple[Trained, ...] = ()
         self._given: dict[str, TensorSpec] | None = None
         self.rules = self._dispatch()
         super().__init__(plan.model)
@@ -246,10 +250,8 @@ class SiteQuantizer(VitQuantizer):
         )
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
-        """Take the specs of an earlier run instead of calibrating.
-
-        Raises ConfigError unless they are of the same tensors under the same rules.
-        """
+        """Take the specs of an earlier run instead of calibrating. Raises ConfigError unless they
+        are of the same tensors under the same rules."""
         for tensor, rule in self.rules.items():
             if tensor not in specs:
                 raise ConfigError(
@@ -301,7 +303,7 @@ class SiteQuantizer(VitQuantizer):
         return stats
 
     def collect(
-        self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
+        self, sites: Sequence[Site], batches: Iterable[Any], advance: Advance
     ) -> Statistics:
         """Statistics of the sites, from one run of the batches."""
         config = self.plan.config

@@ -37,7 +37,8 @@ from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.quantizers.base import Array, Plan, Progress, SiteQuantizer
+from ptq_onnx.progress import Advance
+from ptq_onnx.quantizers.base import Array, Plan, SiteQuantizer
 from ptq_onnx.quantizers.code_regions import (
     known_range,
     least,
@@ -291,7 +292,7 @@ class Deploy(SiteQuantizer):
         return read is not None and read.name == site.tensor and takes_centring(read)
 
     def collect(
-        self, sites: Sequence[Site], batches: Iterable[Any], advance: Progress
+        self, sites: Sequence[Site], batches: Iterable[Any], advance: Advance
     ) -> Statistics:
         """Statistics of the sites; of values without their mean over the tokens where that is what
         gets codes."""

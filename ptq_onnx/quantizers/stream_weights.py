@@ -11,7 +11,7 @@ read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.blocks.role_map import Blocks
+from ptq_onnx.blocks.spans import Span, spans_of
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, name_of
 from ptq_onnx.calibration.methods import collect
 from ptq_onnx.calibration.statistics import copies_in
@@ -30,9 +32,12 @@ from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
 from ptq_onnx.numerics.rounding import gptq, gptq_scaled
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
-from ptq_onnx.progress import silent
+from ptq_onnx.progress import Advance, silent
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import input_mean
+from ptq_onnx.quantizers.learning import Learning
+from ptq_onnx.quantizers.reconstruction import Reconstruction, with_steps
+from ptq_onnx.quantizers.span_runs import Stream, run_span
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -49,37 +54,61 @@ class _Walk:
     """A copy whose weights become the rounded ones."""
     specs: dict[str, TensorSpec]
     kernels: NodeKernels
-    tensors: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    tensors: Stream = field(default_factory=dict)
     """Values that are still to be read, in batches."""
     constants: dict[str, Array] = field(default_factory=dict)
     means: Mapping[str, Double] = field(default_factory=dict)
     """E[x] of what linears read of the float model, by node."""
     moments: dict[str, tuple[Double, Double]] = field(default_factory=dict)
     """E[x] and E[xᵀx] of inputs that other linears read too."""
+    threads: int = 0
 
-    def run(self, images: int, advance: Callable[[int], None]) -> None:
-        """Node by node; ``advance`` is called as if the images were run one by one."""
-        nodes = list(self.model.graph)
-        left = Counter(n for node in nodes for n in self.kernels.inputs(name_of(node)))
-        for place, node in enumerate(nodes):
-            if is_linear(node):
-                self.round(node)
-            active = self.active(node)
-            names = self.kernels.inputs(name_of(node))
-            made = [
-                self.kernels.run(name_of(node), active, dict(zip(names, values, strict=True)))
-                for values in zip(*(self.tensors[n] for n in names), strict=True)
-            ]
-            outputs = [str(v.name) for v in node.outputs if v.name]
-            for index, name in enumerate(outputs):
-                if left[name]:
-                    self.tensors[name] = [batch[index] for batch in made]
-            for name in names:
-                left[name] -= 1
-                if not left[name]:
+    def run(
+        self, spans: Sequence[Span], advance: Callable[[float], None], train: Reconstruction | None
+    ) -> None:
+        """Span by span, each trained where that is wanted; ``advance`` is told the part done."""
+        read = Counter(name for span in spans for name in span.inputs)
+        for place, span in enumerate(spans):
+
+            def tell(part: float, place: int = place) -> None:
+                advance((place + part) / len(spans))
+
+            self.through(span, tell if train is None else _nothing)
+            if train is not None:
+                feeds = {name: self.tensors[name] for name in span.inputs}
+                learning = train(span, feeds, self.specs, tell)
+                if learning is not None:
+                    self.take(learning)
+                    self.through(span, _nothing, rounding=False)
+            read.subtract(span.inputs)
+            for name in span.inputs:
+                if not read[name]:
                     del self.tensors[name]
-                    self.moments.pop(name, None)
-            advance(images * (place + 1) // len(nodes) - images * place // len(nodes))
+                    self.forget(name)
+            if train is not None:
+                train.forget(name for name in span.inputs if not read[name])
+            tell(1.0)
+
+    def through(self, span: Span, advance: Callable[[float], None], rounding: bool = True) -> None:
+        """Node by node, from the span's inputs to its outputs, which are kept."""
+
+        def active(node: ir.Node) -> frozenset[str]:
+            if rounding and is_linear(node):
+                self.round(node)
+            return self.active(node)
+
+        run_span(span, self.kernels, self.tensors, active, self.forget, advance)
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of a tensor that is not read any more."""
+        self.moments.pop(name, None)
+
+    def take(self, learning: Learning) -> None:
+        """Let a block have what it has learned."""
+        for name, array in learning.constants.items():
+            self.replace(self.model.graph.initializers[name], array)
+        self.specs |= with_steps(self.specs, learning.steps)
+        self.kernels = NodeKernels(self.model, self.specs, self.threads)
 
     def active(self, node: ir.Node) -> frozenset[str]:
         """Tensors around a node that it quantizes: its weight, its output, and inputs that their
@@ -162,6 +191,10 @@ class _Walk:
         return self.moments[name]
 
 
+def _nothing(_: float) -> None:
+    """Where training tells how far it is."""
+
+
 def own_bias(linear: ir.Node) -> ir.Value | None:
     """A linear's bias where it is a constant that nothing else reads."""
     bias = linear.inputs[2] if len(linear.inputs) > 2 else None
@@ -172,8 +205,9 @@ def own_bias(linear: ir.Node) -> ir.Value | None:
 
 def rounded_on_stream(
     plan: Plan, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
-) -> tuple[dict[str, Array], dict[str, TensorSpec]]:
-    """Rounded weights and corrected biases by name, and the specs with the weights' scales."""
+) -> tuple[dict[str, Array], dict[str, TensorSpec], Reconstruction | None]:
+    """Changed weights, biases and more constants by name; the specs with their steps; and what
+    trained the blocks, where that is asked for."""
     images = Some(batches)
     model, threads = plan.model.clone(), plan.config.threads
     linears = [node for node in model.graph if is_linear(node)]
@@ -187,9 +221,28 @@ def rounded_on_stream(
         NodeKernels(model, specs, threads),
         {str(model.graph.inputs[0].name): images.batches},
         means={name: mean for name, mean in means.items() if mean is not None},
+        threads=threads,
     )
-    walk.run(images.count, silent if plan.progress is None else plan.progress(stages.ROUNDING))
-    return walk.constants, walk.specs
+    trains = plan.config.reconstruct
+    stage = stages.RECONSTRUCTING if trains else stages.ROUNDING
+    advance = silent if plan.progress is None else plan.progress(stage)
+    train = Reconstruction(plan, images.batches) if trains else None
+    spans = spans_of(model.graph, plan.blocks if trains else Blocks({}, 0))
+    walk.run(spans, _Parts(advance, images.count), train)
+    return walk.constants, walk.specs, train
+
+
+class _Parts:
+    """Tells a bar that counts images which part of a walk is done."""
+
+    def __init__(self, advance: Advance, images: int) -> None:
+        self._advance, self._images, self._told = advance, images, 0
+
+    def __call__(self, part: float) -> None:
+        new = int(self._images * part + 1e-6) - self._told
+        if new > 0:
+            self._told += new
+            self._advance(new)
 
 
 class Some:

@@ -33,6 +33,7 @@ from ptq_onnx.numerics.codes.by_name import CODES, CodeName
 from ptq_onnx.numerics.grain import GRAINS
 from ptq_onnx.numerics.spec import RUN_TIME
 from ptq_onnx.quantizers.base import Move
+from ptq_onnx.quantizers.learning import Trained
 from ptq_onnx.report.reproduce import Invocation
 
 Schema = dict[str, Any]
@@ -145,6 +146,7 @@ def _of_some_runs() -> dict[str, Schema]:
             _object({"turned": _list(schema_of(Turned)), "refused": _list(schema_of(Refused))})
         ),
         "pieces": _list(schema_of(Pieces)),
+        "trained": _list(schema_of(Trained)),
         "parity": _or_null(schema_of(Parity)),
         "optimised": {"type": "object", "additionalProperties": COUNT,
                       "description": "Ops of the graph that ONNX Runtime runs."},

@@ -79,6 +79,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "deploy dynamic token/onnxruntime": {"activations": "dynamic-token"},
     "fqvit log2/onnxruntime": {"quantizer": "fqvit", "lis": True},
     "fqvit log2/integer": {"target": "integer", "lis": True},
+    "lowbit trained/onnxruntime": {"quantizer": "lowbit", "reconstruct": True, "minutes": 0.02},
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (

@@ -1,0 +1,90 @@
+"""What errors of inner tensors cost the output: Fisher information of the float model.
+
+With g the gradient by a tensor [B, …, C] of log p(y), y drawn from the model's own distribution p,
+E[g gᵀ] is the curvature of the KL divergence of the output (as used by FIMA-Q, arXiv 2506.11543).
+It is taken as (a number per position) x (a matrix over channels): in the last block of a ViT the
+first token has it all, and a few directions of the channels have most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ptq_onnx.engine.torch_form import Tensor, TorchForm
+
+EVENLY = 0.2
+"""Part of the weight that all positions share."""
+DAMPING = 0.1
+"""Of the mean over channels, added to each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """``positions`` [...] with mean one, and ``root`` [C, C], Lᵀ of LLᵀ with mean diagonal one."""
+
+    positions: Tensor
+    root: Tensor
+
+    def loss(self, error: Tensor) -> Tensor:
+        """Mean weighted square of an error [B, …, C]."""
+        return (self.positions[..., None] * (error @ self.root) ** 2).mean()
+
+
+def even(like: Tensor) -> Weights:
+    """All the same, for a tensor [B, …, C]."""
+    channels = like.shape[-1]
+    return Weights(
+        torch.ones(like.shape[1:-1], device=like.device), torch.eye(channels, device=like.device)
+    )
+
+
+def output_weights(
+    form: TorchForm, feed: str, names: Sequence[str], output: str, batches: Iterable[Tensor]
+) -> dict[str, Weights]:
+    """Weights of the named tensors of a float model, from batches of its input ``feed``; none for
+    tensors that are no vectors of channels, or whose shape is not always the same.
+
+    ``output`` [B, N] holds logits; of any other a random sign of every element stands for y.
+    """
+    power: dict[str, Tensor] = {}
+    outer: dict[str, Tensor] = {}
+    uneven: set[str] = set()
+    for batch in batches:
+        if not batch.is_floating_point():
+            return {}
+        found = form.run({feed: batch.clone().requires_grad_()}, [*names, output])
+        inner = [found[name] for name in names]
+        slopes = torch.autograd.grad(_drawn(found[output], form.random), inner, allow_unused=True)
+        for name, slope in zip(names, slopes, strict=True):
+            if slope is None or slope.ndim < 2:
+                continue
+            squares = (slope**2).sum(dim=(0, -1))
+            rows = slope.reshape(-1, slope.shape[-1])
+            if name in power and power[name].shape != squares.shape:
+                uneven.add(name)
+                continue
+            power[name] = power.get(name, torch.zeros_like(squares)) + squares
+            outer[name] = outer.get(name, 0.0) + rows.T @ rows
+    return {n: _weights(power[n], outer[n]) for n in power if n not in uneven}
+
+
+def _drawn(output: Tensor, random: torch.Generator) -> Tensor:
+    """log p of a class drawn for each image; a random sum of the elements where there are none."""
+    if output.ndim != 2:
+        signs = torch.empty_like(output).uniform_(-1, 1, generator=random).sign()
+        return (signs * output).sum()
+    shares = F.softmax(output.detach(), dim=-1)
+    drawn = torch.multinomial(shares, 1, generator=random)
+    return F.log_softmax(output, dim=-1).gather(1, drawn).sum()
+
+
+def _weights(power: Tensor, outer: Tensor) -> Weights:
+    positions = power / power.mean().clamp_min(1e-30)
+    channels = outer / outer.diagonal().mean().clamp_min(1e-30)
+    damped = channels + DAMPING * torch.eye(len(channels), device=channels.device)
+    root: Tensor = torch.linalg.cholesky(damped)
+    return Weights(positions * (1 - EVENLY) + EVENLY, root)

@@ -1,0 +1,162 @@
+"""The differentiable form: the simulator's numbers, and gradients that follow from the formulas."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from prepared_models import images, quantized
+from small_transformer import Choices, transformer
+
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.spans import spans_of
+from ptq_onnx.blocks.walking import is_layout, name_of
+from ptq_onnx.engine.learned import Learned
+from ptq_onnx.engine.output_weights import EVENLY, Weights, even, output_weights
+from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.engine.straight_through import Rounding, knows
+from ptq_onnx.engine.torch_form import TorchForm
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.around.token_mean import TokenMean
+from ptq_onnx.numerics.codes.logarithmic import Logarithmic
+from ptq_onnx.numerics.fake_quantize import fake_quantize
+from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.quantizers.base import SiteQuantizer
+from ptq_onnx.quantizers.reconstruction import float_weights
+
+
+def spec_of(rule: Rule, scale: float, zero: int = 0, **details: int) -> TensorSpec:
+    return TensorSpec("x", rule, np.float32(scale), np.int32(zero), details=details)
+
+
+@cache
+def lowbit(bits: str = "4/4/4") -> SiteQuantizer:
+    return quantized(quantizer="lowbit", bits=bits)
+
+
+SPECS = {
+    "uniform": spec_of(Rule(4, False, False), 0.25, 6),
+    "signed": spec_of(Rule(4), 0.3),
+    "relative to the row": spec_of(Rule(8, False, False, around=(RowMaximum(),)), 1 / 255),
+    "logarithmic": spec_of(Rule(4, False, False, code=Logarithmic()), 2.0, 11, eighths=16),
+}
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_it_rounds_as_numpy_does(name: str) -> None:
+    x = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    x = abs(x) if "row" in name else x
+    found = Rounding(SPECS[name])(torch.from_numpy(x), torch.tensor(float(SPECS[name].scale)))
+    np.testing.assert_allclose(found.numpy(), fake_quantize(x, SPECS[name]), atol=1e-6)
+
+
+def test_gradients_pass_inside_the_range_and_tell_the_step() -> None:
+    """Of s·clip(round(x / s) + 6, 0, 15) - 6s by s: r - x/s inside, the end's code outside."""
+    x = torch.tensor([0.3, -0.4, 100.0, -100.0], requires_grad=True)
+    step = torch.tensor(0.25, requires_grad=True)
+    Rounding(SPECS["uniform"])(x, step).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert step.grad is not None
+    assert x.grad.tolist() == [1, 1, 0, 0]
+    assert float(step.grad) == pytest.approx((1 - 1.2) + (-2 + 1.6) + 9 - 6, abs=1e-5)
+
+
+def test_what_it_does_not_know() -> None:
+    assert not knows(Rule(around=(TokenMean(),)))
+    assert all(knows(spec.rule) for spec in SPECS.values())
+
+
+@pytest.mark.parametrize("bits", ["4/4/4", "4/8/8"])
+def test_it_is_the_simulator_node_by_node(bits: str) -> None:
+    """Fed the simulator's inputs, to 1e-5 of the size; but for one in a thousand values, which lie
+    at the middle between two codes."""
+    quantizer, x = lowbit(bits), images()[:4]
+    nodes = list(quantizer.model.graph)
+    made = [str(v.name) for node in nodes for v in node.outputs if node.op_type != "Shape"]
+    values = Simulator(quantizer.model, quantizer, threads=1).run(x, made)
+    values[str(quantizer.model.graph.inputs[0].name)] = x
+    compared = 0
+    for node in nodes:
+        name = str(node.outputs[0].name)
+        if is_layout(node) or node.op_type == "Softmax" or name not in values:
+            continue
+        form = TorchForm([*_late(node, quantizer.specs), node], quantizer.specs)
+        assert form.missing() is None
+        feeds = {n: torch.from_numpy(np.array(values[n])) for n in form.inputs}
+        with torch.no_grad():
+            found = form.run(feeds, [name])[name].numpy()
+        off = abs(found - values[name]) > 1e-5 * np.abs(values[name]).max()
+        assert off.mean() <= 1e-3, name_of(node)
+        compared += 1
+    assert compared > 60
+
+
+def _late(node: ir.Node, specs: dict[str, TensorSpec]) -> list[ir.Node]:
+    """Nodes before it whose output it quantizes, not they."""
+    before = [v.producer() for v in node.inputs if v is not None and str(v.name) in specs]
+    return [n for n in before if n is not None and (is_layout(n) or n.op_type == "Softmax")]
+
+
+def test_nothing_learned_is_the_closed_form() -> None:
+    """Codes start on the side that the float weight says, and round to those of GPTQ; half of a
+    way is half of it."""
+    quantizer = lowbit()
+    form = TorchForm(quantizer.model.graph, quantizer.specs)
+    before, steps = dict(form.constants), dict(form.scales)
+    learned = Learned(form, float_weights(quantizer.plan.model.graph))
+    learned.go(1.0)
+    constants, changed = learned.found()
+    assert form.codes
+    for name in form.codes:
+        np.testing.assert_allclose(constants[name], before[name].numpy(), atol=1e-6)
+    assert all(np.array_equal(changed[name], steps[name].numpy()) for name in changed)
+    for one in learned._all:
+        with torch.no_grad():
+            one.parameter.add_(0.1)
+    found = {}
+    for part in (0.5, 1.0):
+        learned.go(part)
+        found[part] = learned.found()[1]
+    for name, step in changed.items():
+        np.testing.assert_allclose(found[0.5][name], step * np.exp(0.05), rtol=1e-5)
+        np.testing.assert_allclose(found[1.0][name], step * np.exp(0.1), rtol=1e-5)
+
+
+def test_what_others_read_is_not_learned() -> None:
+    """A norm's γ that two blocks share belongs to neither."""
+    model = transformer(Choices(), 2)
+    spans = [s for s in spans_of(model.graph, find_blocks(model)) if s.blocks]
+    norms = [n for n in spans[0].nodes if n.op_type == "LayerNormalization"]
+    other = next(n for n in spans[1].nodes if n.op_type == "LayerNormalization")
+    before = {one.name for one in Learned(TorchForm(spans[0].nodes, {}), {})._all}
+    shared = str(norms[0].inputs[1].name)
+    assert shared in before
+    other.replace_input_with(1, norms[0].inputs[1])
+    after = {one.name for one in Learned(TorchForm(spans[0].nodes, {}), {})._all}
+    assert before - after == {shared}
+
+
+def test_errors_weigh_what_they_cost_the_output() -> None:
+    """The head reads the first token alone: all weight is there, but for the part of all."""
+    graph = transformer(Choices(), 1).graph
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 6, 8)).astype(np.float32))
+    form = TorchForm(graph, {})
+    normed = [n for n in graph if n.op_type == "LayerNormalization"][-1]
+    stream = str(normed.inputs[0].name)
+    (feed,) = form.inputs
+    weights = output_weights(form, feed, [stream], str(graph.outputs[0].name), [x, x])[stream]
+    one = [6 * (1 - EVENLY) + EVENLY, *[EVENLY] * 5]
+    np.testing.assert_allclose(weights.positions.numpy(), one, rtol=1e-5)
+    gram = weights.root @ weights.root.T
+    assert float(gram.diagonal().mean()) == pytest.approx(1.1, abs=1e-5)
+    # A norm takes out what all channels share.
+    assert float(weights.loss(torch.ones(1, 6, 8))) < 0.2 * float(even(x).loss(torch.ones(1, 6, 8)))
+
+
+def test_even_weights_are_the_mean_square() -> None:
+    error = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    weights: Weights = even(error)
+    assert float(weights.loss(error)) == pytest.approx(float((error**2).mean()), abs=1e-6)
