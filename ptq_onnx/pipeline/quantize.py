@@ -165,7 +165,7 @@ def run_stages(job: Job) -> Finished:
         job.notes[:] = notes
         job, config = without_regions(job, left), replace(config, convolutions=False)
         made, decided, quantizer, lowered = quantized(job, config)
-    report = describe(job, made, quantizer)
+    report = describe(job, made, quantizer, lowered)
     report |= rewrites(made)
     report["formed"] = formed(job, made, quantizer)
     report["validation"] = validation(job.inputs.tested, job.request.labels)

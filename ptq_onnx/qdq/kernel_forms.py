@@ -51,11 +51,10 @@ def _sign_second_factor(graph: ir.Graph, product: ir.Node) -> None:
     if not moves:
         return
     start, last, codes = moves[0].inputs[0], moves[-1].outputs[0], quantize.outputs[0]
-    assert start is not None
     zero = constant(quantize.inputs[2])
-    assert zero is not None
+    assert start is not None and zero is not None
     point = np.asarray(zero.astype(np.int32) - LOWER, np.int8)
-    signed = new_constant(graph, f"{quantize.inputs[2].name}_signed", point)
+    signed = new_constant(graph, f"{codes.name}_zero_point", point)
     early = ir.node(
         QUANTIZE, [start, quantize.inputs[1], signed], name=f"{quantize.name}_early", num_outputs=1
     )
@@ -126,7 +125,7 @@ def _keep_bias_apart(graph: ir.Graph, gelu: ir.Node) -> None:
     if is_linear(made) and len(made.inputs) == 3:
         bias = made.inputs[2]
         vector = constant(bias)
-        if vector is None or not is_private(value):
+        if bias is None or vector is None or not is_private(value):
             return
         made.resize_inputs(2)
         wide = new_constant(graph, f"{bias.name}_wide", vector[None])
