@@ -52,7 +52,8 @@ def _sign_second_factor(graph: ir.Graph, product: ir.Node) -> None:
         return
     start, last, codes = moves[0].inputs[0], moves[-1].outputs[0], quantize.outputs[0]
     zero = constant(quantize.inputs[2])
-    assert start is not None and zero is not None
+    assert start is not None
+    assert zero is not None
     point = np.asarray(zero.astype(np.int32) - LOWER, np.int8)
     signed = new_constant(graph, f"{codes.name}_zero_point", point)
     early = ir.node(
