@@ -1,12 +1,13 @@
 """`deploy` beside onnxruntime's own best recipe, on one model: SQNR, top-1, time and speed.
 
     python benchmarks/deployment.py MODEL.onnx --data ../shared --preprocess inception [--no-val]
-        [--nncf PYTHON]
+        [--nncf PYTHON] [--runtime openvino]
 
 The peer is `quantize_static`, U8S8 per channel, min-max, inputs of the products only, after its
 own `quant_pre_process`. Both get the same calibration images and run on the same validation
 images and, interleaved, on the same threads. `--no-val`: for random weights, speed alone.
-`--nncf`: an interpreter that has nncf, whose file joins in.
+`--nncf`: an interpreter that has nncf, whose file joins in. `--runtime openvino`: our file is the
+one for OpenVINO, and all are timed there.
 """
 
 from __future__ import annotations
@@ -108,9 +109,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--no-val", action="store_true")
     parser.add_argument("--nncf", type=Path, metavar="PYTHON")
+    parser.add_argument("--runtime", choices=("onnxruntime", "openvino"), default="onnxruntime")
     options = parser.parse_args()
     config = QuantizeConfig(
         quantizer="deploy",
+        target=options.runtime,
         images=options.images,
         preprocess=options.preprocess,
         report=False,
@@ -142,7 +145,7 @@ def main() -> None:
                 print(f"{name}: top-1 {found.top1:.1f} %, SQNR {found.sqnr_db:.1f} dB", flush=True)
         timed = benchmark(
             list(files.values()),
-            open_runtime("onnxruntime"),
+            open_runtime(options.runtime),
             batches=(1, 8),
             threads=options.threads,
             seconds=options.seconds,

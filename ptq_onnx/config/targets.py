@@ -67,6 +67,9 @@ class Target:
     """The second factor of a product of activations counts with 8 bits, whatever its codes have."""
     fixed_batch: bool = False
     """Its files hold one batch size."""
+    kernel_forms: bool = False
+    """Its files have the forms that ONNX Runtime's kernels are fastest with
+    (``qdq/kernel_forms.py``)."""
 
     def refusal(self, quantizer: str) -> str | None:
         """Why a quantizer is refused; None for one that works."""
@@ -102,6 +105,7 @@ ONNXRUNTIME = Target(
     codes_of_convolutions=True,
     sixteen_bit_sums=True,
     run_time_ranges=True,
+    kernel_forms=True,
 )
 TENSORRT = Target(
     "tensorrt",

@@ -51,10 +51,17 @@ def integer_readers(
 
 
 def own_reads(
-    model: ir.Model, blocks: Blocks, takes: Takes, *, at_run_time: bool = False
+    model: ir.Model,
+    blocks: Blocks,
+    takes: Takes,
+    *,
+    at_run_time: bool = False,
+    whole: bool = False,
 ) -> dict[str, Role]:
     """Put copies in front of products whose input has other readers; returns their roles.
 
+    A product that reads the tensor joined to others by a Concat reads those codes, one that reads
+    it by itself has its own; ``whole``: all of the graph is on codes, and a Concat has one set.
     ``at_run_time``: also behind layout ops, over which ONNX Runtime does not move codes whose scale
     it finds itself, and where the vectors are those that the product sums over.
     """
@@ -68,6 +75,8 @@ def own_reads(
             leaves = readers(place)
             wanted = [leaf for leaf in leaves if takes(*leaf)]
             alone = len(wanted) == len(leaves) and not _is_output(place)
+            if not whole:
+                alone = alone and len({_is_joined(place, *leaf) for leaf in leaves}) == 1
             for reader, index in wanted:
                 if alone and not (at_run_time and reader.inputs[index] is not place):
                     continue
@@ -75,6 +84,17 @@ def own_reads(
                 block = blocks.roles[name_of(reader)].block
                 roles[name_of(copied)] = Role(block, "layout")
     return roles
+
+
+def _is_joined(place: ir.Value, reader: ir.Node, index: int) -> bool:
+    """True where a reader, behind layout ops, reads the tensor with others in a Concat."""
+    read = reader.inputs[index]
+    while read is not None and read is not place:
+        node = read.producer()
+        if node is None or node.op_type == "Concat":
+            return node is not None
+        read = node.inputs[0]
+    return False
 
 
 def _is_output(place: ir.Value) -> bool:

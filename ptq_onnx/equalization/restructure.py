@@ -76,7 +76,8 @@ def with_own_reads(plan: Plan, model: ir.Model, blocks: Blocks) -> Blocks:
     if not plan.config.products_only or plan.config.weight_only:
         return blocks
     takes = integer_readers(plan.config, blocks, regions_of(model, plan.config))
-    roles = own_reads(model, blocks, takes, at_run_time=plan.config.at_run_time)
+    whole, at_run_time = plan.config.runtime.all_codes, plan.config.at_run_time
+    roles = own_reads(model, blocks, takes, at_run_time=at_run_time, whole=whole)
     return replace(blocks, roles={**blocks.roles, **roles})
 
 

@@ -224,7 +224,8 @@ class TensorSpec:
             code=code,
             method=data["method"],
             around=(*found, *(one for one, there in around if there)),
-            stored=data.get("stored", "uint8"),
+            # What a file for ONNX Runtime has lower, in int8 (``qdq/kernel_forms.py``), is itself.
+            stored=data.get("stored", "uint8") if data["signed"] else "uint8",
         )
         factor = None
         if "alpha" in data:

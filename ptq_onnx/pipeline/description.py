@@ -44,14 +44,17 @@ REASONS = {
 """Why parameters have no codes: for files with float arithmetic, and for integer files."""
 
 
-def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, Any]:
-    """All of the report that does not need running the model."""
+def describe(
+    job: Job, made: Rewritten, quantizer: SiteQuantizer, lowered: ir.Model
+) -> dict[str, Any]:
+    """All of the report that does not need running the model. ``lowered``: the one in its file."""
     prepared, config = made.prepared, made.plan.config
     sites, images = prepared.sites, job.inputs.images
     reused, used = job.request.scales is not None, job.request.calibrated
     calibrated_on = "scales of an earlier run" if reused else source_name(images)
     if not used:
         calibrated_on = "none"
+    signed = _signed_codes(lowered)
     model = prepared.model if prepared.fixed is None else prepared.fixed.restore(prepared.model)
     return {
         "ptq_onnx": _version(),
@@ -84,6 +87,7 @@ def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, A
                 "block": sites[tensor].block,
                 "parameter": sites[tensor].is_parameter,
                 **spec.to_json(),
+                **_stored(signed, tensor),
             }
             for tensor, spec in quantizer.specs.items()
         ],
@@ -93,6 +97,17 @@ def describe(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> dict[str, A
             "quantized": model_bytes(job.work / QUANTIZED),
         },
     }
+
+
+def _signed_codes(lowered: ir.Model) -> set[str]:
+    """The names of int8 codes that the file computes."""
+    values = (value for node in lowered.graph for value in node.outputs)
+    return {str(value.name) for value in values if value.dtype == ir.DataType.INT8}
+
+
+def _stored(signed: set[str], tensor: str) -> dict[str, str]:
+    """The type of a tensor's codes where the file has them in int8, whatever they were in."""
+    return {"stored": "int8"} if f"{tensor}_quantized" in signed else {}
 
 
 def _floats(

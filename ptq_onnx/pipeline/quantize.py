@@ -173,7 +173,7 @@ def run_stages(job: Job) -> Finished:
         job, config = without_regions(job, left), replace(config, convolutions=False)
         made, decided, quantizer, lowered = quantized(job, config)
     job.notes.extend(on_this_processor(config))
-    report = describe(job, made, quantizer)
+    report = describe(job, made, quantizer, lowered)
     report |= rewrites(made)
     report["trained"] = [asdict(one) for one in quantizer.trained]
     report["formed"] = formed(job, made, quantizer)

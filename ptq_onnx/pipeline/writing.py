@@ -31,6 +31,7 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
     """The model of the target's file, not yet written. Raises ModelError."""
     from ptq_onnx.preparation.batch import with_batch
     from ptq_onnx.qdq.half import to_float16
+    from ptq_onnx.qdq.kernel_forms import suit_kernels
     from ptq_onnx.qdq.lowering import lower
     from ptq_onnx.qdq.units import complete
 
@@ -38,6 +39,8 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
     if config.target == INTEGER:
         return integer_file(config, made, quantizer)
     lowered = lower(quantizer.model, quantizer.specs)
+    if config.runtime.kernel_forms:
+        suit_kernels(lowered)
     if config.runtime.fixed_batch:
         shape = job.inputs.preprocess.shape
         job.notes.extend(notes_on_sizes(lowered, shape, config.target))

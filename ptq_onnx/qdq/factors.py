@@ -286,8 +286,10 @@ class _Planner:
         for node, index in consumers(value):
             if node.op_type == "Shape" or (is_layout(node) and index and node.op_type != "Concat"):
                 continue
-            made = [v for out in node.outputs for v in self.parts(out, but)]
-            found += made if is_layout(node) else [value]
+            if is_layout(node):
+                found += [v for out in node.outputs for v in self.parts(out, but)]
+            else:
+                found.append(value)
         return found
 
 

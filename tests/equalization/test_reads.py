@@ -113,9 +113,25 @@ def features_out() -> ir.Model:
     return finish(g, g("Add", "x", attend(g, *packed(g, read))), read)
 
 
+def joined_to_others() -> ir.Model:
+    """A linear reads a tensor by itself, another one beside what the first makes of it."""
+    g = SmallGraph(("batch", TOKENS, WIDTH))
+    read = norm(g, "x")
+    made = g("Gelu", linear(g, read, WIDTH, WIDTH, 7))
+    both = linear(g, g("Concat", read, made, axis=-1), 2 * WIDTH, WIDTH, 8)
+    return finish(g, g("Add", "x", attend(g, *packed(g, norm(g, both)))))
+
+
 KINDS: dict[str, Callable[[], ir.Model]] = {
     f.__name__: f
-    for f in (query_and_key_norms, relative_positions, values_beside, norms_behind, features_out)
+    for f in (
+        query_and_key_norms,
+        relative_positions,
+        values_beside,
+        norms_behind,
+        features_out,
+        joined_to_others,
+    )
 }
 
 

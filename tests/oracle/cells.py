@@ -100,7 +100,7 @@ NEAR, OTHERWISE = 3.0, 6.0
 a code early on and everything behind it; where kernels round otherwise (``bound``) many do."""
 REFUSED = {"integer": frozenset({
     "multi_query", "grouped_query", "masked", "tied_weights", "grouped_convolution", "einsum",
-    "windows", "shared_norm",
+    "windows", "shared_norm", "stem",
 })}  # fmt: skip
 """Networks that a target refuses, in one line."""
 

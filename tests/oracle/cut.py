@@ -27,7 +27,9 @@ Array = NDArray[Any]
 RESTORED = "(_renormalized|_row_rescaled|_mean_restored|_vector_rescaled|_biased)*"
 FED = "{}/fed"
 HIGHER = {"uint8": 128, "uint16": 32768}
-"""Signed codes that are stored without a sign are stored this much higher."""
+"""Signed codes that are stored without a sign are stored this much higher, and unsigned ones with
+one this much lower."""
+LOWER = {"int8": -128}
 
 
 class CutFile:
@@ -92,7 +94,7 @@ class CutFile:
 
 
 def _shift(found: Format) -> int:
-    return HIGHER.get(found.stored, 0) if found.signed else 0
+    return (HIGHER if found.signed else LOWER).get(found.stored, 0)
 
 
 def _codes_of(name: str, made: set[str]) -> str:

@@ -334,6 +334,23 @@ def shared_norm() -> onnx.ModelProto:
     return head(g, g("Add", x, g("Add", y, mlp(g, x))))
 
 
+def stem() -> onnx.ModelProto:
+    """Convolutions that pay on codes, a residual add between them, in front of the patches."""
+    g = Graph(14)
+    wide = 2 * WIDTH
+
+    def convolution(x: str, channels: int, side: int = 3, **more: Any) -> str:
+        kernel = g.normal(wide, channels, side, side) / (side * np.sqrt(channels))
+        kernel *= g.uneven(wide)[:, None, None, None]
+        return g("Conv", x, kernel, 0.1 * g.normal(wide), kernel_shape=[side] * 2, **more)
+
+    x = g("Relu", convolution("image", 3, pads=[1] * 4))
+    y = g("Relu", convolution(x, wide, pads=[1] * 4))
+    x = g("Relu", g("Add", x, convolution(y, wide, pads=[1] * 4)))
+    x = g("Reshape", convolution(x, wide, 4, strides=[4, 4]), np.array([0, wide, TOKENS]))
+    return head(g, block(g, g.linear(g("Transpose", x, perm=[0, 2, 1]), wide, WIDTH)))
+
+
 NETWORKS: dict[str, Callable[[], onnx.ModelProto]] = {
     "plain": plain,
     "multi_query": multi_query,
@@ -347,6 +364,7 @@ NETWORKS: dict[str, Callable[[], onnx.ModelProto]] = {
     "windows": windows,
     "class_token": class_token,
     "shared_norm": shared_norm,
+    "stem": stem,
 }
 
 

@@ -29,7 +29,7 @@ from ptq_onnx.images.opening import open_images
 from ptq_onnx.numerics.spec import Site, TensorSpec
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
-from ptq_onnx.qdq.factors import FactorPlan, plan_factors
+from ptq_onnx.qdq.factors import FactorPlan, _Planner, plan_factors
 from ptq_onnx.qdq.lowering import lower
 
 BITS = (8, 6, 4)
@@ -132,6 +132,31 @@ def test_opposite_factors_and_one_of_the_product(bits: int) -> None:
         product: (site_of(product, ("batch", 2, 6, 6), (1,)), powers(2, 1, 1, seed=5)),
     }
     exact(model, [activation_spec(s, f, bits) for s, f in places.values()], (4, 2, 6, 4))
+
+
+def test_what_is_read_of_a_tensor_is_followed_through_layout_ops_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not through the network behind them, where every residual add doubles the ways."""
+    g = SmallGraph(("batch", 6, 8))
+    linear = g("Add", g("MatMul", "x", sample(8, 8, seed=1)), sample(8, seed=2))
+    one = g("Split", linear, np.array([4, 4]), axis=2, outputs=2)
+    other = f"{one}_1"
+    for _ in range(12):
+        other = g("Add", other, g("Relu", other))
+    model = g.model(g("Relu", one), other)
+    fuse(model)
+    spec = activation_spec(site_of(one, ("batch", 6, 4), (2,)), powers(4))
+    parts, visited = _Planner.parts, list[str]()
+
+    def counted(self: _Planner, value: ir.Value, but: ir.Value) -> list[ir.Value]:
+        visited.append(str(value.name))
+        return parts(self, value, but)
+
+    monkeypatch.setattr(_Planner, "parts", counted)
+    (place,) = plan_factors(model.graph, {one: spec}).places.values()
+    assert place.before == "columns"
+    assert visited == [linear, one, f"{one}_1"]
 
 
 def test_heads_that_share_a_column_keep_their_own_factors() -> None:

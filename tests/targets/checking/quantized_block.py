@@ -400,6 +400,17 @@ def signed_activation(block: Block) -> None:
     block.const("o_zero_point", np.int8(0))
 
 
+def moved_signed_factor(block: Block) -> None:
+    """k in int8, its Q in front of the Transpose."""
+    block.const("k_zero_point", np.int8(int(block.array("k_zero_point")) - 128))
+    turn, quantize = block.node("kt"), block.node("k_q")
+    block.set("k_q", 0, turn.input[0])
+    block.set("kt", 0, "k_q")
+    block.set("k_dq", 0, "kt")
+    block.nodes.remove(turn)
+    block.nodes.insert(block.nodes.index(quantize) + 1, turn)
+
+
 def residual_pair(block: Block) -> None:
     """The residual branch in codes, which an option may ask for."""
     value = block.pair("branch", "x", block.array("norm_zero_point"))

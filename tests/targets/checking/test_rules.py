@@ -157,6 +157,7 @@ NEAR_MISSES = (
     (R, q.small_blocks),
     (R, q.conv_with_output),
     (R, q.wide_residual),
+    (R, q.moved_signed_factor),
     (V, q.large_blocks),
     (V, q.signed_activation),
     (V, q.middle_value),
