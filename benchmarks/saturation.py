@@ -3,8 +3,8 @@
     python benchmarks/saturation.py --data ../shared [--models vit,deit] [--tested 48]
 
 Each file runs twice in ONNX Runtime: as it is, on a CPU with VNNI, and with every product of uint8
-activations and int8 weights in plain ops that add two products up in 16 bits and saturate, as the
-kernels without VNNI do. A second or two for an image.
+by int8 in plain ops that add two products up in 16 bits and saturate, as the kernels without VNNI
+do. A second or two for an image.
 """
 
 from __future__ import annotations
@@ -49,18 +49,14 @@ def _replaced(graph: ir.Graph, node: ir.Node) -> bool:
     makers = [v.producer() if v is not None else None for v in node.inputs[:2]]
     if any(m is None or m.op_type != "DequantizeLinear" for m in makers):
         return False
-    data, weight = (m for m in makers if m is not None)
-    stored = weight.inputs[0]
-    if stored is None or stored.const_value is None or stored.dtype != ir.DataType.INT8:
+    first, second = (m for m in makers if m is not None)
+    if _zero(first).dtype != np.uint8 or _zero(second).dtype != np.int8:
         return False
-    codes = stored.const_value.numpy().astype(np.int32)
-    whole, scale = len(codes), _number(data, 1) * _number(weight, 1)
-    if whole % 2:
-        raise SystemExit(f"'{node.name}' has an odd number of rows.")
-    zero = _number(data, 2).astype(np.int32) if len(data.inputs) > 2 else np.int32(0)
+    if any(np.ptp(_zero(m)) for m in (first, second)):
+        raise SystemExit(f"'{node.name}' has several zero points.")
     made: list[ir.Node] = []
 
-    def const(array: NDArray[Any]) -> ir.Value:
+    def const(array: Any) -> ir.Value:
         name = f"{node.name}_constant_{len(graph.initializers)}"
         value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array), name=name))
         value.type = ir.TensorType(ir.DataType.from_numpy(np.asarray(array).dtype))
@@ -74,16 +70,25 @@ def _replaced(graph: ir.Graph, node: ir.Node) -> bool:
         made[-1].outputs[0].name = f"{node.name}_{len(made)}_output"
         return made[-1].outputs[0]
 
-    wide = op("Cast", data.inputs[0], to=int(ir.DataType.INT32))
+    depth = _depth(node)
+    x, w = (op("Cast", m.inputs[0], to=int(ir.DataType.INT32)) for m in (first, second))
     parts = []
-    for first in (0, 1):
-        rows = op("Gather", wide, const(np.arange(first, whole, 2)), axis=-1)
+    for start in (0, 1):
+        index = np.minimum(np.arange(start, depth + depth % 2, 2), depth - 1)
+        there = np.arange(start, depth + depth % 2, 2) < depth  # the last of an odd number
+        rows = op("Mul", op("Gather", x, const(index), axis=-1), const(there.astype(np.int32)))
         rows = op("Unsqueeze", rows, const(np.array([-1])))
-        parts.append(op("Mul", rows, const(codes[first::2])))
+        columns = op("Unsqueeze", op("Gather", w, const(index), axis=-2), const(np.array([-3])))
+        parts.append(op("Mul", rows, columns))
     ends = np.iinfo(np.int16)
     pairs = op("Clip", op("Add", *parts), const(np.int32(ends.min)), const(np.int32(ends.max)))
     sums = op("ReduceSum", pairs, const(np.array([-2])), keepdims=0)
-    sums = op("Sub", sums, const((zero * codes.sum(axis=0)).astype(np.int32)))
+    zeros = [int(_zero(m).flat[0]) for m in (first, second)]
+    for value, axis, zero in ((w, -2, zeros[0]), (x, -1, zeros[1])):
+        total = op("ReduceSum", value, const(np.array([axis])), keepdims=1)
+        sums = op("Sub", sums, op("Mul", total, const(np.int32(zero))))
+    sums = op("Add", sums, const(np.int32(depth * zeros[0] * zeros[1])))
+    scale = _number(first, 1) * _number(second, 1)
     output = op("Mul", op("Cast", sums, to=int(ir.DataType.FLOAT)), const(scale))
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         output = op("Add", output, node.inputs[2])
@@ -91,6 +96,19 @@ def _replaced(graph: ir.Graph, node: ir.Node) -> bool:
     node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     return True
+
+
+def _depth(node: ir.Node) -> int:
+    """How many products a sum has."""
+    for value, axis in ((node.inputs[1], -2), (node.inputs[0], -1)):
+        size = None if value is None or value.shape is None else value.shape[axis]
+        if isinstance(size, int):
+            return size
+    raise SystemExit(f"'{node.name}' has sums of an unknown length.")
+
+
+def _zero(node: ir.Node) -> NDArray[Any]:
+    return _number(node, 2) if len(node.inputs) > 2 else np.zeros((), np.uint8)
 
 
 def _number(node: ir.Node, index: int) -> NDArray[Any]:

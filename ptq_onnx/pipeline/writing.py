@@ -40,7 +40,7 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
         return integer_file(config, made, quantizer)
     lowered = lower(quantizer.model, quantizer.specs)
     if config.runtime.kernel_forms:
-        suit_kernels(lowered)
+        suit_kernels(lowered, signed=config.cpu == VNNI)
     if config.runtime.fixed_batch:
         shape = job.inputs.preprocess.shape
         job.notes.extend(notes_on_sizes(lowered, shape, config.target))

@@ -28,11 +28,12 @@ LOWER = 128
 """uint8 codes are this much lower in int8, zero point included."""
 
 
-def suit_kernels(model: ir.Model) -> ir.Model:
-    """The lowered model itself, changed in place."""
+def suit_kernels(model: ir.Model, *, signed: bool = True) -> ir.Model:
+    """The lowered model itself, changed in place. ``signed`` False: k and v stay uint8, whose sums
+    no processor has in 16 bits (``numerics/pair_sums.py``)."""
     graph = model.graph
     for node in list(graph):
-        if is_product(node):
+        if signed and is_product(node):
             _sign_second_factor(graph, node)
         elif node.op_type == "Gelu":
             _keep_bias_apart(graph, node)

@@ -76,7 +76,7 @@ def test_a_file_for_older_processors(short: Path, tmp_path: Path) -> None:
         report = json.loads((tmp_path / cpu / "report.json").read_text())
         assert report["fidelity"]["sqnr_db"] > 25
     assert found["vnni"]["may saturate"] > 20
-    assert found["older"] == {"may saturate": 0, "never": sum(found["vnni"].values())}
+    assert found["older"] == {"may saturate": 0, "never": 38}
     weights = [t for t in onnx.load(file).graph.initializer if t.data_type == onnx.TensorProto.INT8]
     sums = [pair_sums(onnx.numpy_helper.to_array(t)) for t in weights if len(t.dims) == 2]
     assert len(sums) == found["older"]["never"]

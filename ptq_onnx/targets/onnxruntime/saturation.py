@@ -15,8 +15,7 @@ TITLE = "without VNNI"
 
 
 def saturation(model: QuantizedModel) -> Mapping[str, int]:
-    """How many products of uint8 activations and int8 weights may saturate there, and how many
-    never do."""
+    """How many products of uint8 by int8 may saturate there, and how many never do."""
     found = [one for one in map(may_saturate, model.products) if one is not None]
     return {"may saturate": sum(found), "never": len(found) - sum(found)}
 
@@ -29,7 +28,7 @@ def may_saturate(product: Product) -> bool | None:
         return None
     value = codings[1].node.inputs[0]
     if value is None or value.const_value is None:
-        return None
+        return True
     codes = value.const_value.numpy()
     known = codes.ndim == 2 and not product.node.attributes.get_int("transB", 0)
     largest = pair_sums(codes) if known else 2 * np.abs(codes.astype(np.int64))
