@@ -59,6 +59,8 @@ class Target:
     """q, k and v as linears of their own."""
     keep_rank: bool = True
     """The head on [batch, 1, C], where a product of two axes would stay float."""
+    widens_weights: bool = False
+    """Codes of weights may be stored in 4 bits with a Cast to 8, which it folds when it loads."""
     all_codes: bool = False
     """Every op takes codes and gives codes: it has no float part."""
     narrow_second: bool = False
@@ -99,6 +101,7 @@ ONNXRUNTIME = Target(
     widest=WIDEST,
     codes_of_convolutions=True,
     run_time_ranges=True,
+    widens_weights=True,
 )
 TENSORRT = Target(
     "tensorrt",
