@@ -16,6 +16,7 @@ from ptq_onnx.config.names import (
     METHOD_NAMES,
     METRIC_NAMES,
     MIN_SQNR,
+    MIXED_BY_NAMES,
     OPSETS,
     PRECISION_NAMES,
     QUANTIZER_NAMES,
@@ -131,7 +132,8 @@ class Fields:
     more_bits: tuple[str, ...] = option(
         (), NUMBERS, "ROLE[@BLOCKS][=BITS]",
         "8 bits for a role where --bits has fewer, as in fc2 or fc2@5,6; or as many as"
-        " residual1=16 says, of activations; repeatable.",
+        " residual1=16 says, of activations; lowbit: just as many as fc2.weight@5=3 says, 2 to 8,"
+        " the last that names a tensor counts; repeatable.",
         shown="none",
     )
     per_channel: tuple[str, ...] = option(
@@ -237,8 +239,26 @@ class Fields:
     )
     mixed: bool | None = option(
         None, TARGET, None,
-        "qnn: 16 bits for those activations that 8 hold worst, at most a third of all elements.",
-        shown="on for qnn at --bits 8/8/8",
+        "qnn: 16 bits for those activations that 8 hold worst, at most a third of all elements."
+        " lowbit: bits for each module, by what they are expected to save at the output.",
+        shown="on for qnn at --bits 8/8/8, and with --target-bits or --target-size",
+    )
+    target_bits: float | None = option(
+        None, NUMBERS, "BITS",
+        "lowbit: mix widths of 2 to 8 bits, so that weights, by parameters, and activations, by"
+        " elements, have at most so many in the mean.",
+        shown="--mixed: the mean of --bits", bounds=(2, 8), unit="bits",
+    )
+    target_size: float | None = option(
+        None, NUMBERS, "MB",
+        "lowbit: mix weights of 4 and 8 bits, so that the file has at most so many million bytes.",
+        bounds=(0.001, 2000), unit="MB",
+    )
+    mixed_by: str = option(
+        "output", NUMBERS, "NAME",
+        "lowbit: what widths are mixed by: output, the noise of each module at the model's output;"
+        " layer, that of what reads it, over its signal; nuclear, after Liu et al.",
+        choices=MIXED_BY_NAMES,
     )
     batch_size: int = option(
         1, TARGET, "N", "qnn: images that the file takes at a time.", bounds=(1, 64)
@@ -364,7 +384,13 @@ class Fields:
     def mixes(self) -> bool:
         """True where some activations get 16 bits by what 8 would lose."""
         unset = self.runtime.all_codes and str(self.widths) == "8/8/8" and not self.auto
-        return unset if self.mixed is None else self.mixed
+        return self.runtime.all_codes and (unset if self.mixed is None else self.mixed)
+
+    @property
+    def mixes_widths(self) -> bool:
+        """True where lowbit chooses the bits of each module."""
+        asked = bool(self.mixed) or self.target_bits is not None or self.target_size is not None
+        return self.quantizer == "lowbit" and asked
 
     @property
     def effective_method(self) -> str:

@@ -18,10 +18,12 @@ from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.pipeline.job import Job
+from ptq_onnx.pipeline.mixing import with_mixed_widths
 from ptq_onnx.pipeline.reading import prepared_anew
 from ptq_onnx.preparation.prepare import Prepared
 
 if TYPE_CHECKING:
+    from ptq_onnx.analysis.mixed_results import Mixed
     from ptq_onnx.equalization.hidden_pieces import Pieces
     from ptq_onnx.equalization.rotation_choice import Codes, Turned, Turns
     from ptq_onnx.numerics.spec import Rule
@@ -53,6 +55,8 @@ class Rewritten:
     """The hidden channels that are held in pieces."""
     original: Prepared | None
     """The model before it was changed, where its attention is drawn beside."""
+    mixed: Mixed | None = None
+    """The widths of single modules, where they were chosen."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
         found = _rotated(job, found, reference)
     if job.config.splits_hidden:
         found = _split(job, found, reference)
+    mixed = None
+    if job.config.mixes_widths:
+        found, mixed = _mixed(job, found)
     found = _in_form(job, found, reference)
     job.notes.extend(reference.notes)
     parity = Parity(
@@ -91,7 +98,7 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     )
     plan = with_known_ranges(job, found.plan)
     prepared = replace(found.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
-    return Rewritten(plan, prepared, parity, found.turns, found.pieces, found.original)
+    return Rewritten(plan, prepared, parity, found.turns, found.pieces, found.original, mixed)
 
 
 def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
@@ -130,6 +137,14 @@ def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
             job.notes.extend(describe(one) for one in pieces)
             return replace(found, plan=split, pieces=pieces, off=off)
     return found if off is None else _undone(job, found, PIECES, off, reference)
+
+
+def _mixed(job: Job, found: _Attempt) -> tuple[_Attempt, Mixed]:
+    """With a width for each module, which is chosen on an equalised copy."""
+    plan = found.plan
+    copy = replace(plan, model=plan.model.clone(), progress=None)
+    plan, mixed = with_mixed_widths(job, plan, equalise(job, copy))
+    return replace(found, plan=plan), mixed
 
 
 def _in_form(job: Job, found: _Attempt, reference: Reference) -> _Attempt:

@@ -10,7 +10,6 @@ to the bit. DequantizeLinear of int4 would not do: beside Q/DQ the product runs 
 from __future__ import annotations
 
 import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.graph.codings import DEQUANTIZE

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.roles import Blocks
-from ptq_onnx.blocks.selectors import check_roles, in_form, known_roles
+from ptq_onnx.blocks.selectors import check_roles, in_form, selectable
 from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.calibration.methods import (
     FALLBACK,
@@ -110,6 +110,7 @@ class SiteQuantizer(VitQuantizer):
         self.nodes = {name_of(node): node for node in plan.model.graph}
         self.floats: dict[str, str] = {}
         self._given: dict[str, TensorSpec] | None = None
+        self._named: list[tuple[Selector, int]] = []
         self.rules = self._dispatch()
         super().__init__(plan.model)
 
@@ -143,7 +144,7 @@ class SiteQuantizer(VitQuantizer):
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
         floats = self._checked(map(Selector.parse, config.keep_float), "--keep-float")
-        wider = [
+        self._named = [
             (selector, one.bits)
             for one in map(MoreBits.parse, config.more_bits)
             for selector in self._checked([one.selector], "--more-bits")
@@ -161,9 +162,7 @@ class SiteQuantizer(VitQuantizer):
             wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
             if wide and site.channel_axes and rule.per_tensor:
                 rule = self._by_channels(site, rule)
-            bits = [number for s, number in wider if self._concerns(s, site)]
-            if bits:
-                rule = replace(rule, bits=max(rule.bits, BYTE if site.is_parameter else max(bits)))
+            rule = replace(rule, bits=self.width(site, rule.bits))
             if rule.bits > rule.code.widest:
                 raise ConfigError(
                     f"{site.label}: '{rule.code.name}' codes have at most {rule.code.widest} bits,"
@@ -174,6 +173,15 @@ class SiteQuantizer(VitQuantizer):
                 rule = replace(rule, method=FALLBACK)
             rules[site.tensor] = rule
         return rules
+
+    def width(self, site: Site, bits: int) -> int:
+        """The bits of a site that the rule gives ``bits``, with what ``--more-bits`` says."""
+        found = self.named_bits(site)
+        return max([bits, *([BYTE] if found and site.is_parameter else found)])
+
+    def named_bits(self, site: Site) -> list[int]:
+        """What ``--more-bits`` says of a site, in its order."""
+        return [number for s, number in self._named if self._concerns(s, site)]
 
     def _by_channels(self, site: Site, rule: Rule) -> Rule:
         """The rule with a step per channel, where its codes can have one."""
@@ -200,7 +208,7 @@ class SiteQuantizer(VitQuantizer):
         An input that other ops read too is not theirs alone, and is left out.
         """
         role = site.role.removesuffix(".weight")
-        if selector.matches(role, site.block):
+        if selector.matches(role, site.block) or selector.matches(site.role, site.block):
             return True
         if selector.role == ALL or site.is_parameter or not site.consumers:
             return False
@@ -214,7 +222,7 @@ class SiteQuantizer(VitQuantizer):
     def _checked(self, selectors: Iterable[Selector], option: str) -> list[Selector]:
         """The selectors in terms of the model as it is. Raises ConfigError, which names the roles,
         for one that selects nothing."""
-        known, plan = known_roles(self.plan.blocks, self.plan.sites), self.plan
+        known, plan = selectable(self.plan.blocks, self.plan.sites), self.plan
         found = list(selectors)
         check_roles(found, option, known | plan.named, plan.blocks.count)
         return in_form(found, known)
