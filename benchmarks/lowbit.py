@@ -41,7 +41,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "4/4/4": {"bits": "4/4/4"},
     "4/4/4, narrow ends": {"bits": "4/4/4", "wide_ends": False},
     "3/3/3": {"bits": "3/3/3"},
+    "4 MP": {"bits": "4/4/4", "mixed": True},
+    "4 MP by layer": {"bits": "4/4/4", "mixed": True, "mixed_by": "layer"},
+    "4 MP by nuclear norm": {"bits": "4/4/4", "mixed": True, "mixed_by": "nuclear"},
+    "6 MP": {"bits": "6/6/6", "mixed": True},
+    "3 MP": {"bits": "3/3/3", "mixed": True},
 }
+"""Options by title; MP: widths mixed, of the same mean (8 MP would be 8/8/8: none has more)."""
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -97,6 +103,7 @@ def measured(
         images=arguments.images,
         report=False,
         check_preprocess=False,
+        threads=arguments.threads,
         **options,
     )
     files = sorted(p for p in (data / "calib").iterdir() if p.is_file())
@@ -108,14 +115,15 @@ def measured(
         seconds = time.process_time() - started
         source = open_images(data / "val", resolve_preprocess(path, config), limit=arguments.tested)
         truth = labels_for(source, data / "val.txt")
-        found = evaluate(out / "quantized.onnx", source, truth, reference=path)
+        found = evaluate(
+            out / "quantized.onnx", source, truth, reference=path, threads=arguments.threads
+        )
     return float(found.top1 or 0), float(found.sqnr_db or 0), seconds
 
 
 def line(title: str, found: list[tuple[float, float, float]]) -> str:
     """Mean, and what the draws differ by."""
     top1, sqnr, seconds = (np.array(values) for values in zip(*found, strict=True))
-    spread = ""
     if len(found) > 1:
         spread = f" ± {top1.std(ddof=1):.1f} | {sqnr.mean():.2f} ± {sqnr.std(ddof=1):.2f}"
     else:
@@ -134,8 +142,11 @@ def main() -> None:
     parser.add_argument("--rows", default=None, help="only these rows, with ; between")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--tested", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=0, help="0: the runtime decides")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--ablation", action="store_true")
     arguments = parser.parse_args()
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
     titles = list(INGREDIENTS if arguments.ablation else ROWS)
     if arguments.rows:
         titles = [t for t in titles if t in arguments.rows.split(";")]
@@ -145,7 +156,7 @@ def main() -> None:
             used: Callable[[], Any] = contextlib.nullcontext
             options = ROWS["4/4/4"] if arguments.ablation else ROWS[title]
             with without(title) if arguments.ablation else used():
-                found = [measured(name, options, arguments, s) for s in range(arguments.seeds)]
+                found = [measured(name, options, arguments, s) for s in seeds]
             print(line(title, found), flush=True)
 
 

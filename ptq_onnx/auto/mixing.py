@@ -107,7 +107,7 @@ class _Part:
         self, groups: Sequence[Group], noise: NDArray[np.float64], of: Sequence[Group]
     ) -> None:
         self.groups = groups
-        own = {g: n for g, n in zip(of, noise, strict=True)}
+        own = dict(zip(of, noise, strict=True))
         self.noise = expected(np.array([own[g] for g in groups]), [g.bits for g in groups], WIDTHS)
         self.elements = np.array([g.elements for g in groups], np.int64)
 

@@ -50,8 +50,10 @@ class LowBit(Deploy):
         wide = ENDS if self.plan.config.wide_ends else ()
         if site.role == "input" or any(self._concerns(Selector(role), site) for role in wide):
             return replace(rule, bits=max(rule.bits, BYTE))
-        if site.is_parameter or rule.bits >= BYTE:
+        if rule.bits >= BYTE:
             return rule
+        if site.is_parameter:
+            return replace(rule, symmetric=False)
         if site.role == "softmax":
             around = (RowMaximum(), RowSums())
             if self.map_code == LOGARITHMIC:
