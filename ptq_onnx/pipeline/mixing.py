@@ -42,14 +42,15 @@ def with_mixed_widths(job: Job, plan: Plan, rewritten: Plan) -> tuple[Plan, Mixe
 def megabytes(quantizer: SiteQuantizer, specs: Mapping[str, TensorSpec]) -> float:
     """Million bytes of the file with these specs."""
     from ptq_onnx.preparation import sizes
-    from ptq_onnx.preparation.model_files import to_standard
+    from ptq_onnx.preparation.model_files import serialize, to_standard
     from ptq_onnx.qdq.four_bits import store_in_four_bits
     from ptq_onnx.qdq.lowering import lower
 
     lowered = lower(quantizer.model, specs)
     if quantizer.plan.config.runtime.widens_weights:
         store_in_four_bits(lowered)
-    return sizes.serialized_size(to_standard(lowered)) / 1e6
+    constants = sizes.serialized_size(to_standard(lowered))
+    return (constants if constants > sizes.EXTERNAL_LIMIT else len(serialize(lowered))) / 1e6
 
 
 def told(mixed: Mixed) -> str:
