@@ -22,14 +22,16 @@ from unittest.mock import patch
 import numpy as np
 from accuracy import MODELS
 
+from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization import attention_steps
-from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
 from ptq_onnx.numerics import range_search
 from ptq_onnx.numerics.codes.uniform import Uniform
-from ptq_onnx.numerics.rounding import nearest
+from ptq_onnx.numerics.rounding import descended, gptq, nearest
+from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.quantizers import stream_weights
@@ -58,8 +60,19 @@ def _unturned(width: int, seed: int = 0) -> Any:
     return np.eye(width)
 
 
-def _nearest(weight: Any, scale: Any, moments: Any, bits: int) -> Any:
-    return nearest(weight, scale, bits)
+def _nearest(weight: Any, moments: Any, bits: int) -> Any:
+    scale = weight_scale(weight, 1, bits, power=np.diag(moments).copy())
+    return scale, _middle(scale, bits), nearest(weight, scale, bits)
+
+
+def _symmetric(weight: Any, moments: Any, bits: int) -> Any:
+    scale = weight_scale(weight, 1, bits, power=np.diag(moments).copy())
+    codes = descended(weight, scale, moments, bits, gptq(weight, scale, moments, bits))
+    return scale, _middle(scale, bits), codes
+
+
+def _middle(scale: Any, bits: int) -> Any:
+    return np.full(scale.shape, 1 << bits - 1, np.int32)
 
 
 def _same(x: Any, spec: Any) -> Any:
@@ -73,7 +86,9 @@ INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "proj's input with one range": ((attention_steps.AttentionSteps, "product", _nothing),),
     "uniform maps": ((LowBit, "map_code", Uniform()),),
     "uniform behind GELU": ((LowBit, "hidden_code", Uniform()),),
-    "weights to the nearest": ((stream_weights, "gptq", _nearest),),
+    "the stream not turned": ((Fields, "rotates", property(lambda self: False)),),
+    "weights to the nearest": ((stream_weights, "gptq_ranged", _nearest),),
+    "weights without a zero point": ((stream_weights, "gptq_ranged", _symmetric),),
     "weights on the float stream": (
         (stream_weights._Walk, "active", lambda self, node: frozenset()),
         (stream_weights, "fake_quantize", _same),
@@ -101,6 +116,7 @@ def measured(
         quantizer="lowbit",
         preprocess=preprocess,
         images=arguments.images,
+        analysis_images=1,
         report=False,
         check_preprocess=False,
         threads=arguments.threads,
@@ -115,10 +131,21 @@ def measured(
         seconds = time.process_time() - started
         source = open_images(data / "val", resolve_preprocess(path, config), limit=arguments.tested)
         truth = labels_for(source, data / "val.txt")
-        found = evaluate(
-            out / "quantized.onnx", source, truth, reference=path, threads=arguments.threads
-        )
-    return float(found.top1 or 0), float(found.sqnr_db or 0), seconds
+        real = float_logits(path, source, arguments.threads)
+        found = logits(out / "quantized.onnx", source, threads=arguments.threads)
+    noise = float(np.sum((found.astype(np.float64) - real) ** 2))
+    top1 = 100 * float(np.mean(found.argmax(axis=1) == truth))
+    return top1, 10 * float(np.log10(np.sum(real.astype(np.float64) ** 2) / noise)), seconds
+
+
+HELD: dict[Path, Any] = {}
+"""What the float models give for all images that are tested."""
+
+
+def float_logits(path: Path, source: Any, threads: int) -> Any:
+    if path not in HELD:
+        HELD[path] = logits(path, source, threads=threads)
+    return HELD[path]
 
 
 def line(title: str, found: list[tuple[float, float, float]]) -> str:
