@@ -9,6 +9,7 @@ themselves. The choice is written as ``--more-bits`` writes it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import MoreBits, Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.allocation import ERRORS, allocate, expected
-from ptq_onnx.numerics.spec import Rule, TensorSpec
+from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
 
 WIDTHS = tuple(ERRORS)
@@ -159,13 +160,15 @@ def groups_of(quantizer: SiteQuantizer) -> list[Group]:
     groups = []
     for (role, block), tensors in found.items():
         first = plan.sites[tensors[0]]
-        elements = sum(
-            int(np.prod(plan.sites[t].shape)) if first.is_parameter else plan.sites[t].elements
-            for t in tensors
-        )
+        elements = sum(_elements(plan.sites[tensor]) for tensor in tensors)
         bits = quantizer.rules[tensors[0]].bits
         groups.append(Group(role, block, first.is_parameter, bits, frozenset(tensors), elements))
     return groups
+
+
+def _elements(site: Site) -> int:
+    """Parameters, or elements of one image."""
+    return math.prod(map(int, site.shape)) if site.is_parameter else site.elements
 
 
 def _changed(one: Mapping[str, Rule], other: Mapping[str, Rule]) -> list[str]:

@@ -111,9 +111,9 @@ def _values(model: ir.Model, groups: Sequence[Group], images: Images, threads: i
         zip(names, session.run(names, {feed: images.values[:count]}), strict=True)
     )
     held: Held = {name: (found[name], None) for name in wanted & found.keys()}
-    for name, weight in weights.items():
+    for name, array in weights.items():
         x = found.get(read[name])
-        held[name] = weight, None if x is None else x.reshape(-1, x.shape[-1])
+        held[name] = array, None if x is None else x.reshape(-1, x.shape[-1])
     return held
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,7 +56,9 @@ class Steps:
         """How many codes its rule has."""
         return 1 << self.rules[site.tensor].bits
 
-    def steps(self, site: Site, products: Sequence[Product] = ()) -> tuple[Double, Double, Solved]:
+    def steps(
+        self, site: Site, products: list[Product] | None = None
+    ) -> tuple[Double, Double, Solved]:
         """Shift and factor per channel [C], and the one scale and zero point then.
 
         The factor follows the steps as far as the ``products`` that read the tensor allow, the
