@@ -75,7 +75,7 @@ def mix(
     more = decisions(quantizer, bits)
     new = replace(
         config,
-        mixed=False,
+        mixed=None,
         target_bits=None,
         target_size=None,
         mixed_by="output",
