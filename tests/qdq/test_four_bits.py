@@ -17,6 +17,7 @@ from test_targets import run as run_optimised
 
 from ptq_onnx.api import quantize
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.preparation import model_files as graphs
@@ -28,7 +29,7 @@ from ptq_onnx.targets.checking.optimised import optimised_histogram
 K, N = 48, 32
 
 
-def linear(bits: int, *, coded: bool) -> ir.Model:
+def linear(bits: int, *, coded: bool, weight: TensorSpec | None = None) -> ir.Model:
     """Relu → MatMul with quantized weights → Add, lowered; the input in codes or in float."""
     g = SmallGraph(("batch", 6, K))
     y = g("Add", g("MatMul", g("Relu", "x"), g.const(sample(K, N), "w")), sample(N, seed=1))
@@ -37,7 +38,7 @@ def linear(bits: int, *, coded: bool) -> ir.Model:
     largest = (1 << bits - 1) - 1
     scale = (np.abs(sample(K, N)).max(axis=0) / largest).astype(np.float32)
     rule = Rule(bits, grain=PerChannel())
-    specs = {"w": TensorSpec("w", rule, scale, np.zeros(N, np.int32), 1)}
+    specs = {"w": weight or TensorSpec("w", rule, scale, np.zeros(N, np.int32), 1)}
     if coded:
         specs["relu0"] = activation("relu0")
     return lower(model, specs)
@@ -71,6 +72,25 @@ def test_outputs_and_kernels_stay(bits: int, coded: bool, tmp_path: Path) -> Non
     assert paths[0].stat().st_size - paths[1].stat().st_size > K * N / 2 - 200
     rules = {v.rule for v in check(paths[1], "onnxruntime").violations}
     assert rules == {v.rule for v in check(paths[0], "onnxruntime").violations}
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_zero_points_of_columns(coded: bool, tmp_path: Path) -> None:
+    """A column's codes count from a zero point of its own, in the integer kernel and in float."""
+    scale = np.linspace(0.2, 0.5, N, dtype=np.float32)
+    zero = np.arange(N, dtype=np.int32) % 16 - 8
+    spec = TensorSpec("w", Rule(4, True, False, PerChannel()), scale, zero, 1)
+    model = linear(4, coded=coded, weight=spec)
+    assert store_in_four_bits(model) == 1
+    x = sample(3, 6, K, seed=2)
+    read = np.maximum(x, 0)
+    read = fake_quantize(read, activation("relu0")) if coded else read
+    made = read @ fake_quantize(sample(K, N), spec) + sample(N, seed=1)
+    path = tmp_path / "packed.onnx"
+    graphs.save(graphs.to_standard(model), path)
+    for found in (run(model, x)[0], run_optimised(path, x)):
+        np.testing.assert_allclose(found, np.maximum(made, 0), rtol=1e-4, atol=2e-4)
+    assert ("MatMulIntegerToFloat" in optimised_histogram(path)) == coded
 
 
 def test_codes_of_more_bits_stay() -> None:
