@@ -110,7 +110,6 @@ class SiteQuantizer(VitQuantizer):
         self.nodes = {name_of(node): node for node in plan.model.graph}
         self.floats: dict[str, str] = {}
         self._given: dict[str, TensorSpec] | None = None
-        self._named: list[tuple[Selector, int]] = []
         self.rules = self._dispatch()
         super().__init__(plan.model)
 
@@ -144,11 +143,9 @@ class SiteQuantizer(VitQuantizer):
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
         floats = self._checked(map(Selector.parse, config.keep_float), "--keep-float")
-        self._named = [
-            (selector, one.bits)
-            for one in map(MoreBits.parse, config.more_bits)
-            for selector in self._checked([one.selector], "--more-bits")
-        ]
+        self._named: list[tuple[Selector, int]] = []
+        for one in map(MoreBits.parse, config.more_bits):
+            self._named += [(s, one.bits) for s in self._checked([one.selector], "--more-bits")]
         channels = self._checked(self.per_channel(), "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
@@ -176,12 +173,8 @@ class SiteQuantizer(VitQuantizer):
 
     def width(self, site: Site, bits: int) -> int:
         """The bits of a site that the rule gives ``bits``, with what ``--more-bits`` says."""
-        found = self.named_bits(site)
+        found = [number for s, number in self._named if self._concerns(s, site)]
         return max([bits, *([BYTE] if found and site.is_parameter else found)])
-
-    def named_bits(self, site: Site) -> list[int]:
-        """What ``--more-bits`` says of a site, in its order."""
-        return [number for s, number in self._named if self._concerns(s, site)]
 
     def _by_channels(self, site: Site, rule: Rule) -> Rule:
         """The rule with a step per channel, where its codes can have one."""

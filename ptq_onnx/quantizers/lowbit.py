@@ -65,7 +65,7 @@ class LowBit(Deploy):
 
     def width(self, site: Site, bits: int) -> int:
         """Just as many as were named last, at most 8 of weights."""
-        found = self.named_bits(site)
+        found = [number for s, number in self._named if self._concerns(s, site)]
         if not found:
             return bits
         return min(found[-1], BYTE) if site.is_parameter else found[-1]
