@@ -22,15 +22,17 @@ from unittest.mock import patch
 import numpy as np
 from accuracy import MODELS
 
+from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine import learned
 from ptq_onnx.equalization import attention_steps
-from ptq_onnx.evaluation.evaluate import evaluate
+from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
 from ptq_onnx.numerics import range_search
 from ptq_onnx.numerics.codes.uniform import Uniform
-from ptq_onnx.numerics.rounding import nearest
+from ptq_onnx.numerics.rounding import descended, gptq, nearest
+from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.quantizers import block_training, reconstruction, stream_weights
@@ -44,7 +46,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "3/3/3": {"bits": "3/3/3"},
     "4/4/4, trained": {"bits": "4/4/4", "reconstruct": True},
     "3/3/3, trained": {"bits": "3/3/3", "reconstruct": True},
+    "4 MP": {"bits": "4/4/4", "mixed": True},
+    "4 MP by layer": {"bits": "4/4/4", "mixed": True, "mixed_by": "layer"},
+    "4 MP by nuclear norm": {"bits": "4/4/4", "mixed": True, "mixed_by": "nuclear"},
+    "6 MP": {"bits": "6/6/6", "mixed": True},
+    "3 MP": {"bits": "3/3/3", "mixed": True},
 }
+"""Options by title; MP: widths mixed, of the same mean (8 MP would be 8/8/8: none has more)."""
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -55,8 +63,19 @@ def _unturned(width: int, seed: int = 0) -> Any:
     return np.eye(width)
 
 
-def _nearest(weight: Any, scale: Any, moments: Any, bits: int) -> Any:
-    return nearest(weight, scale, bits)
+def _nearest(weight: Any, moments: Any, bits: int) -> Any:
+    scale = weight_scale(weight, 1, bits, power=np.diag(moments).copy())
+    return scale, _middle(scale, bits), nearest(weight, scale, bits)
+
+
+def _symmetric(weight: Any, moments: Any, bits: int) -> Any:
+    scale = weight_scale(weight, 1, bits, power=np.diag(moments).copy())
+    codes = descended(weight, scale, moments, bits, gptq(weight, scale, moments, bits))
+    return scale, _middle(scale, bits), codes
+
+
+def _middle(scale: Any, bits: int) -> Any:
+    return np.full(scale.shape, 1 << bits - 1, np.int32)
 
 
 def _same(x: Any, spec: Any) -> Any:
@@ -70,7 +89,9 @@ INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "proj's input with one range": ((attention_steps.AttentionSteps, "product", _nothing),),
     "uniform maps": ((LowBit, "map_code", Uniform()),),
     "uniform behind GELU": ((LowBit, "hidden_code", Uniform()),),
-    "weights to the nearest": ((stream_weights, "gptq", _nearest),),
+    "the stream not turned": ((Fields, "rotates", property(lambda self: False)),),
+    "weights to the nearest": ((stream_weights, "gptq_ranged", _nearest),),
+    "weights without a zero point": ((stream_weights, "gptq_ranged", _symmetric),),
     "weights on the float stream": (
         (stream_weights._Walk, "active", lambda self, node: frozenset()),
         (stream_weights, "fake_quantize", _same),
@@ -114,8 +135,10 @@ def measured(
         quantizer="lowbit",
         preprocess=preprocess,
         images=arguments.images,
+        analysis_images=1,
         report=False,
         check_preprocess=False,
+        threads=arguments.threads,
         **options,
     )
     files = sorted(p for p in (data / "calib").iterdir() if p.is_file())
@@ -127,14 +150,26 @@ def measured(
         seconds = time.process_time() - started
         source = open_images(data / "val", resolve_preprocess(path, config), limit=arguments.tested)
         truth = labels_for(source, data / "val.txt")
-        found = evaluate(out / "quantized.onnx", source, truth, reference=path)
-    return float(found.top1 or 0), float(found.sqnr_db or 0), seconds
+        real = float_logits(path, source, arguments.threads)
+        found = logits(out / "quantized.onnx", source, threads=arguments.threads)
+    noise = float(np.sum((found.astype(np.float64) - real) ** 2))
+    top1 = 100 * float(np.mean(found.argmax(axis=1) == truth))
+    return top1, 10 * float(np.log10(np.sum(real.astype(np.float64) ** 2) / noise)), seconds
+
+
+HELD: dict[Path, Any] = {}
+"""What the float models give for all images that are tested."""
+
+
+def float_logits(path: Path, source: Any, threads: int) -> Any:
+    if path not in HELD:
+        HELD[path] = logits(path, source, threads=threads)
+    return HELD[path]
 
 
 def line(title: str, found: list[tuple[float, float, float]]) -> str:
     """Mean, and what the draws differ by."""
     top1, sqnr, seconds = (np.array(values) for values in zip(*found, strict=True))
-    spread = ""
     if len(found) > 1:
         spread = f" ± {top1.std(ddof=1):.1f} | {sqnr.mean():.2f} ± {sqnr.std(ddof=1):.2f}"
     else:
@@ -153,10 +188,13 @@ def main() -> None:
     parser.add_argument("--rows", default=None, help="only these rows, with ; between")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--tested", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=0, help="0: the runtime decides")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--trained", action="store_true", help="--ablation: of --reconstruct")
     arguments = parser.parse_args()
     taken = TRAINING if arguments.trained else INGREDIENTS
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
     titles = list(taken if arguments.ablation else ROWS)
     if arguments.rows:
         titles = [t for t in titles if t in arguments.rows.split(";")]
@@ -167,7 +205,7 @@ def main() -> None:
             same = "4/4/4, trained" if arguments.trained else "4/4/4"
             options = ROWS[same if arguments.ablation else title]
             with without(title) if arguments.ablation else used():
-                found = [measured(name, options, arguments, s) for s in range(arguments.seeds)]
+                found = [measured(name, options, arguments, s) for s in seeds]
             print(line(title, found), flush=True)
 
 

@@ -43,7 +43,7 @@ def calibration_curve(
     config: o.Config = None,
     **given: Any,
 ) -> None:
-    """Draw accuracy or SQNR over the number of calibration images, real ones and noise."""
+    """Draw accuracy or SQNR over the number of calibration images, real ones and drawn ones."""
     counts = None if sizes is None else _counts(sizes)
     options, paths = settings(config, locals() | given)
     path = find_model(model)

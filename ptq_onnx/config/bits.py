@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from ptq_onnx.errors import ConfigError
 
+LEAST = 2
+"""The fewest bits of anything."""
 BYTE = 8
 """The most bits of a weight, and of what integer kernels multiply."""
 WIDEST = 16
@@ -25,7 +27,7 @@ class Bits:
     def __post_init__(self) -> None:
         for name, most in MOST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= most:
+            if isinstance(value, bool) or not isinstance(value, int) or not LEAST <= value <= most:
                 raise ConfigError(
                     f"bits: {name} must be a whole number from 2 to {most}, got {value!r}."
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from ptq_onnx.config.bits import BYTE, Bits
+from ptq_onnx.config.bits import BYTE, WIDEST, Bits
 from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.metric_options import check_metric
 from ptq_onnx.config.names import INTEGER, MINUTES, OLDER, WEIGHTS
@@ -45,6 +45,7 @@ def check_together(config: Fields) -> None:
     _check_npu(config)
     if config.quantizer == "lowbit":
         _check_lowbit(config)
+    _check_mixed(config)
     if config.at_run_time:
         _check_run_time(config)
     if config.weight_only:
@@ -97,11 +98,15 @@ def _check_npu(config: Fields) -> None:
     target = config.runtime
     for option, used, taken in (
         ("--batch-size", config.batch_size != 1, target.fixed_batch),
-        ("--mixed", bool(config.mixed), target.all_codes),
+        ("--mixed", bool(config.mixed), target.all_codes or config.quantizer == "lowbit"),
     ):
         if used and not taken:
             raise ConfigError(f"{option} with --target {config.target}: it is for --target qnn.")
-    if config.mixed and (config.widths.activations > BYTE or config.widths.attention > BYTE):
+    if (
+        config.mixed
+        and target.all_codes
+        and (config.widths.activations > BYTE or config.widths.attention > BYTE)
+    ):
         raise ConfigError(f"--mixed with --bits {config.bits}: it widens 8 bits; use 8/8/8.")
     if target.all_codes and config.keep_float:
         raise ConfigError(
@@ -136,6 +141,31 @@ def _check_lowbit(config: Fields) -> None:
             "--per-channel with --quantizer lowbit: every channel has a range of its own already;"
             " leave it out."
         )
+
+
+def _check_mixed(config: Fields) -> None:
+    """Bits that are chosen for each module, and those that are named."""
+    asked = {"--target-bits": config.target_bits, "--target-size": config.target_size}
+    given = [option for option, value in asked.items() if value is not None]
+    if config.quantizer != "lowbit":
+        given += ["--mixed-by"] * (config.mixed_by != "output")
+        if given:
+            raise ConfigError(
+                f"{given[0]} belongs to the quantizer lowbit, not {config.quantizer}."
+            )
+        narrow = [t for t in config.more_bits if t != AUTO and MoreBits.parse(t).bits < BYTE]
+        if narrow:
+            raise ConfigError(
+                f"--more-bits {narrow[0]}: expected {BYTE} to {WIDEST} bits behind '=', as in"
+                f" {MoreBits.parse(narrow[0]).selector}={WIDEST}; fewer are for --quantizer lowbit."
+            )
+        return
+    if len(given) > 1:
+        raise ConfigError("--target-bits and --target-size exclude each other: leave one out.")
+    if given and config.mixed is False:
+        raise ConfigError(f"--no-mixed with {given[0]}: widths are mixed for it; leave one out.")
+    if config.mixes_widths and max(config.widths.activations, config.widths.attention) > BYTE:
+        raise ConfigError(f"--bits {config.bits}: widths of 2 to {BYTE} bits are mixed, no others.")
 
 
 def _check_run_time(config: Fields) -> None:

@@ -18,6 +18,7 @@ from ptq_onnx.config.names import (
     METRIC_NAMES,
     MIN_SQNR,
     MINUTES,
+    MIXED_BY_NAMES,
     OPSETS,
     PRECISION_NAMES,
     QUANTIZER_NAMES,
@@ -26,33 +27,20 @@ from ptq_onnx.config.names import (
     TARGETS,
     VNNI,
 )
-from ptq_onnx.config.targets import ONNXRUNTIME, Target
-from ptq_onnx.config.targets import TARGETS as BY_NAME
+from ptq_onnx.config.targets import ONNXRUNTIME, Target, named
 
 SELECTORS = ("keep_float", "more_bits", "per_channel")
 """Options that name roles."""
 SEVERAL = (*SELECTORS, "metric_option", "input")
-"""Options of several words, of which one may stand by itself."""
+"""Options of several words."""
 ON_PIXELS = "it is for pixels on the scale 0 to 1, as in 0.485,0.456,0.406 or 0.229,0.224,0.225"
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Everything that decides the numbers of a quantized model.
+    """Everything that decides the numbers of a quantized model; a field's text says what it is.
 
-    ``quantizer`` empty and ``opset`` 0: the target's own. ``method`` None: percentile for
-    vanilla, robust for the others. ``ptf_k`` None: as large as the channels need.
-    ``per_channel`` holds selectors, ``all``, or ``auto`` (fc2 of the blocks with the widest
-    channel ranges). ``multiplier_bits``: of the fixed-point multipliers in integer arithmetic;
-    ``gelu``: how that computes GELU.
-    ``rounding``: of deploy's weights. ``weights`` 4: those of linears in blocks of 4-bit codes,
-    nothing else. ``attention_blocks`` are drawn; none: the last; of them
-    ``attention_heads``; none: all. ``mean`` … ``interpolation`` None: those of ``preprocess``,
-    which None means: the model's own, else imagenet. The target ``integer`` makes
-    ``arithmetic`` integer too. ``more_bits``: selectors of what gets 8 bits, or
-    those behind ``=``, where ``bits`` has fewer.
-    ``auto`` adds to it and to ``keep_float`` what brings the loss of top-1 down to ``max_drop``
-    points, or the SQNR of the logits up to ``min_sqnr`` dB.
+    Empty ``quantizer``, ``opset`` 0: the target's own. None: what the field's ``shown`` says.
     """
 
     # fmt: off
@@ -134,7 +122,8 @@ class Fields:
     more_bits: tuple[str, ...] = option(
         (), NUMBERS, "ROLE[@BLOCKS][=BITS]",
         "8 bits for a role where --bits has fewer, as in fc2 or fc2@5,6; or as many as"
-        " residual1=16 says, of activations; repeatable.",
+        " residual1=16 says, of activations; lowbit: just as many as fc2.weight@5=3 says, 2 to 8,"
+        " the last that names a tensor counts; repeatable.",
         shown="none",
     )
     per_channel: tuple[str, ...] = option(
@@ -255,8 +244,26 @@ class Fields:
     )
     mixed: bool | None = option(
         None, TARGET, None,
-        "qnn: 16 bits for those activations that 8 hold worst, at most a third of all elements.",
-        shown="on for qnn at --bits 8/8/8",
+        "qnn: 16 bits for those activations that 8 hold worst, at most a third of all elements."
+        " lowbit: bits for each module, by what they are expected to save at the output.",
+        shown="on for qnn at --bits 8/8/8, and with --target-bits or --target-size",
+    )
+    target_bits: float | None = option(
+        None, NUMBERS, "BITS",
+        "lowbit: mix widths of 2 to 8 bits, so that weights, by parameters, and activations, by"
+        " elements, have at most so many in the mean.",
+        shown="--mixed: the mean of --bits", bounds=(2, 8), unit="bits",
+    )
+    target_size: float | None = option(
+        None, NUMBERS, "MB",
+        "lowbit: mix weights of 4 and 8 bits, so that the file has at most so many million bytes.",
+        bounds=(0.001, 2000), unit="MB",
+    )
+    mixed_by: str = option(
+        "output", NUMBERS, "NAME",
+        "lowbit: what widths are mixed by: output, the noise of each module at the model's output;"
+        " layer, that of what reads it, over its signal; nuclear, after Liu et al.",
+        choices=MIXED_BY_NAMES,
     )
     batch_size: int = option(
         1, TARGET, "N", "qnn: images that the file takes at a time.", bounds=(1, 64)
@@ -318,7 +325,7 @@ class Fields:
     @property
     def runtime(self) -> Target:
         """What the target takes."""
-        return BY_NAME[self.target]
+        return named(self.target)
 
     @property
     def widths(self) -> Bits:
@@ -352,8 +359,7 @@ class Fields:
             self.quantizer == "deploy"
             and self.convolutions is not False
             and self.runtime.codes_of_convolutions
-            and not self.weight_only
-            and not self.at_run_time
+            and not (self.weight_only or self.at_run_time)
             and self.code == "uniform"
             and self.widths.activations == BYTE
         )
@@ -361,9 +367,8 @@ class Fields:
     @property
     def rotates(self) -> bool:
         """True where residual streams are turned if that lowers the expected error."""
-        unset = self.quantize_residual and self.precision != "fp8"
-        unset = unset or self.runtime.all_codes
-        unset = unset or self.quantizer in ("fqvit", "lowbit")
+        unset = self.quantizer in ("fqvit", "lowbit") or self.runtime.all_codes
+        unset = unset or (self.quantize_residual and self.precision != "fp8")
         return unset if self.rotate is None else self.rotate
 
     @property
@@ -373,8 +378,7 @@ class Fields:
 
     @property
     def splits_hidden(self) -> bool:
-        """True where massive hidden channels are held in pieces if that lowers the expected
-        error."""
+        """True where massive hidden channels are held in pieces if that is expected to pay."""
         unset = self.quantizer == "fqvit" or self.runtime.all_codes
         return unset if self.split_hidden is None else self.split_hidden
 
@@ -382,7 +386,13 @@ class Fields:
     def mixes(self) -> bool:
         """True where some activations get 16 bits by what 8 would lose."""
         unset = self.runtime.all_codes and str(self.widths) == "8/8/8" and not self.auto
-        return unset if self.mixed is None else self.mixed
+        return self.runtime.all_codes and (unset if self.mixed is None else self.mixed)
+
+    @property
+    def mixes_widths(self) -> bool:
+        """True where lowbit chooses the bits of each module."""
+        bound = self.target_bits is not None or self.target_size is not None
+        return self.quantizer == "lowbit" and (bool(self.mixed) or bound)
 
     @property
     def effective_method(self) -> str:

@@ -64,6 +64,9 @@ class Options(TypedDict, total=False):
     cpu: str
     opset: int
     mixed: bool | None
+    target_bits: float | None
+    target_size: float | None
+    mixed_by: str
     batch_size: int
     metric: str | None
     metric_option: Roles

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ptq_onnx.config.bits import BYTE, WIDEST
+from ptq_onnx.config.bits import BYTE, LEAST, WIDEST
 from ptq_onnx.config.option_types import shown
 from ptq_onnx.errors import ConfigError
 
@@ -57,7 +57,10 @@ class Selector:
 
 @dataclass(frozen=True)
 class MoreBits:
-    """A width for what a selector names: ``fc2``, which is 8 bits, or ``residual1@0-3=16``."""
+    """A width for what a selector names: ``fc2``, which is 8 bits, or ``residual1@0-3=16``.
+
+    ``fc1.weight`` names weights alone.
+    """
 
     selector: Selector
     bits: int = BYTE
@@ -68,7 +71,7 @@ class MoreBits:
         role, equals, number = str(text).partition("=")
         if not equals:
             return cls(Selector.parse(role))
-        if not re.fullmatch(r"[0-9]{1,2}", number.strip()) or not BYTE <= int(number) <= WIDEST:
+        if not re.fullmatch(r"[0-9]{1,2}", number.strip()) or not LEAST <= int(number) <= WIDEST:
             raise ConfigError(
                 f"--more-bits {shown(text)}: expected {BYTE} to {WIDEST} bits behind '=',"
                 f" as in {shown(role.strip())[1:-1]}={WIDEST}."

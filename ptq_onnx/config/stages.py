@@ -16,6 +16,7 @@ CHECKING = "Checking the preprocessing"
 CHANNELS = "Measuring channel ranges"
 SPLITTING = "Finding massive hidden channels"
 TURNING = "Turning the residual stream"
+MIXING = "Mixing widths"
 EQUALISING = "Equalising channels"
 RUNNING_FLOAT = "Running the float model"
 EXPECTING = "Auto: module by module"
@@ -48,6 +49,8 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
         plan.append(Planned(TURNING, 2 * images))
     if config.splits_hidden:
         plan.append(Planned(SPLITTING, 2 * images))
+    if config.mixes_widths:
+        plan.append(Planned(MIXING, 150 * 16))
     if config.equalizes:
         plan.append(Planned(EQUALISING, 2 * images))
     if config.auto:

@@ -61,6 +61,8 @@ class Target:
     """q, k and v as linears of their own."""
     keep_rank: bool = True
     """The head on [batch, 1, C], where a product of two axes would stay float."""
+    widens_weights: bool = False
+    """Codes of weights may be stored in 4 bits with a Cast to 8, which it folds when it loads."""
     all_codes: bool = False
     """Every op takes codes and gives codes: it has no float part."""
     narrow_second: bool = False
@@ -106,6 +108,7 @@ ONNXRUNTIME = Target(
     sixteen_bit_sums=True,
     run_time_ranges=True,
     kernel_forms=True,
+    widens_weights=True,
 )
 TENSORRT = Target(
     "tensorrt",
@@ -163,3 +166,8 @@ QNN = Target(
 )
 
 TARGETS = {target.name: target for target in (ONNXRUNTIME, TENSORRT, OPENVINO, INTEGER, QNN)}
+
+
+def named(name: str) -> Target:
+    """The target of that name."""
+    return TARGETS[name]

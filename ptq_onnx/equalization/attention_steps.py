@@ -10,7 +10,7 @@ from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.roles import Role
 from ptq_onnx.blocks.walking import is_linear, is_product, name_of
 from ptq_onnx.calibration.product_samples import PairSample
-from ptq_onnx.equalization.channel_steps import Array, Double, Steps, numbers, weight_of
+from ptq_onnx.equalization.channel_steps import Array, Double, Steps, numbers
 from ptq_onnx.equalization.foldings import (
     columns_behind,
     insert_affine,
@@ -118,9 +118,8 @@ class AttentionSteps(Steps):
         rows = _rows(value, linears[0].inputs[0], av)
         if rows is None:
             return
-        weight = weight_of(linears[0])
-        ordered = None if weight is None else weight[np.argsort(rows)]
-        shift, factor, solved = self.steps(av, [ordered])
+        products = self.products(linears, np.argsort(rows))
+        shift, factor, solved = self.steps(av, products)
         shift, factor = shift[rows], factor[rows]
         made = self.behind(av, linears[0].inputs[0], shift, factor)
         move_rows(self.graph, linears[0], factor, shift)

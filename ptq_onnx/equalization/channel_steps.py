@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.roles import Role
 from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.equalization.factor_search import Product, choose_factor, normalized
 from ptq_onnx.equalization.foldings import (
     insert_affine,
@@ -41,7 +42,6 @@ class Steps:
 
     form: Form
     rules: dict[str, Rule]
-    weight_bits: int
     moves: list[Move] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
     solved: dict[str, Solved] = field(default_factory=dict)
@@ -57,12 +57,12 @@ class Steps:
         return 1 << self.rules[site.tensor].bits
 
     def steps(
-        self, site: Site, weights: Sequence[Array | None] = ()
+        self, site: Site, products: list[Product] | None = None
     ) -> tuple[Double, Double, Solved]:
         """Shift and factor per channel [C], and the one scale and zero point then.
 
-        The factor follows the steps as far as the ``weights`` [C, N] that read the tensor allow,
-        whose rows it multiplies; without any it is the steps.
+        The factor follows the steps as far as the ``products`` that read the tensor allow, the
+        rows of whose weights it multiplies; without any it is the steps.
         """
         levels = self.levels(site)
         rows = self.samples[site.tensor]
@@ -70,7 +70,6 @@ class Steps:
         half = np.maximum((high - low) / 2, TINY)
         half = np.maximum(half, 1e-6 * half.max())  # a channel that never changes
         factor = normalized(half)
-        products = [Product(np.abs(w), self.weight_bits) for w in weights if w is not None]
         if products:
             factor = choose_factor(
                 half, rows.var(axis=0, dtype=np.float64), products, levels
@@ -80,6 +79,20 @@ class Steps:
         shift = (low + high) / 2 + factor * scale * (zero - (levels - 1) / 2)
         self.note(site, low, high)
         return shift, factor, numbers(scale, zero)
+
+    def products(
+        self, linears: Iterable[ir.Node], order: NDArray[np.int64] | slice = slice(None)
+    ) -> list[Product]:
+        """Linears with the bits of their weights, of which those are left out that are no
+        constants; ``order``: of their rows."""
+        found = []
+        for linear in linears:
+            weight = weight_of(linear)
+            if weight is not None and linear.inputs[1] is not None:
+                rule = self.rules.get(str(linear.inputs[1].name))
+                bits = BYTE if rule is None else rule.bits
+                found.append(Product(np.abs(weight[order]), bits))
+        return found
 
     def note(self, site: Site, low: Double, high: Double) -> None:
         """How much less noise steps of single channels make than one step for all."""
@@ -103,7 +116,7 @@ class Steps:
         if len(site.channel_axes) != 1 or (norm is None and linears is None):
             return
         readers = norm.linears if norm is not None else linears or ()
-        shift, factor, solved = self.steps(site, [weight_of(n) for n in readers])
+        shift, factor, solved = self.steps(site, self.products(readers))
         if norm is not None:
             norm.apply(self.graph, shift, factor)
             read = {str(n.inputs[0].name) for n in norm.linears if n.inputs[0] is not None}

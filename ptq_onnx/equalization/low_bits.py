@@ -77,7 +77,7 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     threads = plan.config.threads
     formed = replace(plan, model=form.model, blocks=form.blocks, sites=form.sites, fixed=form.fixed)
     rules = dict(make_quantizer(formed).rules)
-    state = _LowBits(form, rules, plan.config.widths.weights)
+    state = _LowBits(form, rules)
     wanted = [
         s
         for s in form.read_by_products

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,32 +155,34 @@ class NoiseSource(ImageSource):
     """Standard Gaussian model inputs, or Gaussian pixels where the model takes pixels, always the
     same: calibration data that shows nothing."""
 
+    kind: ClassVar[str] = NOISE
+
     def __init__(self, preprocess: Preprocess, count: int, seed: int = NOISE_SEED) -> None:
         self.preprocess, self.count, self.seed, self.skipped = preprocess, count, seed, []
 
     @property
     def names(self) -> list[str]:
         """``noise 0``, ``noise 1``, …"""
-        return [f"noise {index}" for index in range(self.count)]
+        return [f"{self.kind} {index}" for index in range(self.count)]
 
     def _slots(self) -> Sequence[int]:
         return range(self.count)
 
-    def reopened(self, limit: int | None = None) -> NoiseSource:
+    def reopened(self, limit: int | None = None) -> Self:
         """The same noise, at most ``limit`` images of it."""
         count = self.count if limit is None else min(limit, self.count)
-        return NoiseSource(self.preprocess, count, self.seed)
+        return type(self)(self.preprocess, count, self.seed)
 
-    def drawn(self, limit: int, seed: int) -> NoiseSource:
+    def drawn(self, limit: int, seed: int) -> Self:
         """Noise of another seed."""
-        return NoiseSource(self.preprocess, min(limit, self.count), seed)
+        return type(self)(self.preprocess, min(limit, self.count), seed)
 
     def _read(self, slot: int) -> Item:
         random = np.random.default_rng((self.seed, slot))
         noise = random.standard_normal(self.preprocess.shape, dtype=np.float32)
         if self.preprocess.raw:  # pixels of middle gray, as far from it as pictures'
             noise = np.rint(np.clip(PIXEL_MEAN + PIXEL_DEVIATION * noise, 0, 255))
-        return f"noise {slot}", noise
+        return f"{self.kind} {slot}", noise
 
 
 def evenly(count: int, limit: int | None) -> list[int]:

@@ -2,7 +2,7 @@
 
 All functions take ``weight`` [K, N], ``scale`` [N] or [K, N] and ``moments`` H = E[xᵀx] [K, K]
 of the rows x [K] that the linear reads, and return int8 codes [K, N]. The scales stay as they are.
-Codes have a sign, or count from ``zero`` [K, N] where one is given.
+Codes have a sign, or count from ``zero`` [N] or [K, N] where one is given.
 With Δ = scale·codes - weight, the output's mean squared error is ΔᵀHΔ per column; columns do
 not depend on each other.
 """
@@ -26,8 +26,8 @@ DAMPING = 0.01
 """Of H's mean diagonal, added to the diagonal: keeps the inverse finite."""
 BLOCK = 128
 """Input channels whose errors are passed on at once to those behind them."""
-RANGES = np.linspace(1.0, 0.45, 12)
-"""Parts of the largest weight that a scale may cover."""
+RANGES = np.linspace(1.0, 0.4, 10)
+"""Parts of a column's range that its codes may cover."""
 PASSES = 4
 """Over all input channels, at most."""
 ITERATIONS = 400
@@ -93,27 +93,35 @@ def gptq(weight: Array, scale: Array, moments: Double, bits: int, zero: Zero = N
     return _better(weight, scale, moments, codes, nearest(weight, scale, bits, zero))
 
 
-def gptq_scaled(weight: Array, moments: Double, bits: int, scale: Array) -> tuple[Array, Codes]:
-    """Scales [N] and codes: of ``scale`` and ``RANGES`` of max |w| whichever leaves each column the
-    smallest loss once its codes are found; the codes then improved one by one (``descended``)."""
-    width = weight.shape[1]
-    _, largest = limits(bits)
-    full = np.maximum(np.abs(weight).max(axis=0) / largest, TINY)
-    tried = np.concatenate([RANGES[:, None] * full, scale[None]]).astype(np.float32)  # [R, N]
-    many = np.tile(weight, (1, len(tried)))
-    codes = gptq(many, tried.ravel(), moments, bits)
+def gptq_ranged(
+    weight: Array, moments: Double, bits: int
+) -> tuple[Array, NDArray[np.int32], Codes]:
+    """Scale and zero point per column, [N] each, and codes less their zero point.
+
+    Of ``RANGES`` of the way from a column's least to its largest weight whichever leaves it the
+    smallest loss once its codes are found; the codes then improved one by one (``descended``).
+    """
+    width, top = weight.shape[1], (1 << bits) - 1
+    low, high = weight.min(axis=0, initial=0), weight.max(axis=0, initial=0)
+    full = np.maximum((high.astype(np.float64) - low) / top, TINY)
+    zero = np.clip(np.rint(-low / full), 0, top).astype(np.int32)
+    tried = np.maximum(RANGES[:, None] * full, TINY).astype(np.float32)  # [R, N]
+    many, zeros = np.tile(weight, (1, len(tried))), np.tile(zero, len(tried))
+    codes = gptq(many, tried.ravel(), moments, bits, zeros)
     best = loss(many, tried.ravel(), moments, codes).reshape(len(tried), width).argmin(axis=0)
     columns = np.arange(width)
     chosen = tried[best, columns]
     start = codes[:, best * width + columns]
-    return chosen, descended(weight, chosen, moments, bits, start)
+    return chosen, zero, descended(weight, chosen, moments, bits, start, zero)
 
 
-def descended(weight: Array, scale: Array, moments: Double, bits: int, codes: Codes) -> Codes:
+def descended(
+    weight: Array, scale: Array, moments: Double, bits: int, codes: Codes, zero: Zero = None
+) -> Codes:
     """Codes of which none can be changed alone, one input channel after the other, for a smaller
     loss: c_i ← clip(round(c_i - (HΔ)_i / (H_ii s))), until nothing changes or ``PASSES`` are over.
     """
-    smallest, largest = limits(bits)
+    smallest, largest = (np.broadcast_to(edge, weight.shape[1:]) for edge in limits(bits, zero))
     power = np.diag(moments)
     steps = np.broadcast_to(scale.astype(np.float64), weight.shape)
     found = codes.astype(np.float64)

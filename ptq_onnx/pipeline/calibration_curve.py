@@ -17,6 +17,7 @@ from ptq_onnx.files.file_names import printable
 from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.files.result_names import QUANTIZED
 from ptq_onnx.images.source import NOISE, ImageSource
+from ptq_onnx.images.synthetic import DRAWN, SYNTHETIC, is_drawn
 from ptq_onnx.progress import Planned, Progress, Stages
 from ptq_onnx.runtime.devices import on_device
 
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
 SIZES = (1, 4, 16, 64, 256)
 QUANTIZING = "Quantizing and measuring"
 IMAGES = "images"
-"""The source that is no noise."""
+"""The source that is not drawn."""
 LEAST_SPAN = 10
 """Points of accuracy that the axis shows at least."""
 LABELS = {"top1": "Top-1 accuracy in %", "sqnr_db": "SQNR in dB"}
-LINES = {IMAGES: ("#1f77b4", "-", "o"), NOISE: ("#c98a00", "--", "s")}
-"""Colour, line style and marker by source."""
+LINES = {
+    IMAGES: ("real images", "#1f77b4", "-", "o"),
+    SYNTHETIC: ("synthetic pictures", "#2a9d6f", "-.", "^"),
+    NOISE: ("Gaussian noise", "#c98a00", "--", "s"),
+}
+"""Name, colour, line style and marker by source."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def measure_curve(
     sizes: Sequence[int] = SIZES,
     progress: Progress | None = None,
 ) -> Curve:
-    """Quantize ``model`` once for each of ``sizes``, with images and with noise.
+    """Quantize ``model`` once for each of ``sizes``, with images, and with drawn ones.
 
     ``val``: the images to measure on; with ``labels``, or class folders, top-1 too. A size
     beyond the number of calibration images is left out. Raises PtqError.
@@ -108,14 +113,15 @@ def measure_curve(
     calib = embedded.images_for(model) if calib is None else calib
     if config.auto:
         raise ConfigError("auto would decide anew for every size; use it with quantize.")
-    if calib == NOISE:
-        raise ConfigError("--calib noise: name real images; noise is drawn beside them anyway.")
+    if is_drawn(calib):
+        raise ConfigError(f"--calib {calib}: name real images; it is drawn beside them anyway.")
     preprocess = resolve_preprocess(model, config)
     available = len(open_source(model, calib, preprocess, config.input))
     tested = open_source(model, val, preprocess, config.input)
     labelled = _labelled(model, tested, labels)  # wrong labels are reported before the work
     metric = make_metric(config.metric, config.metric_option, tested, model, targets, labels)
-    runs = [(IMAGES, n) for n in sizes if n <= available] + [(NOISE, n) for n in sizes]
+    runs = [(IMAGES, n) for n in sizes if n <= available]
+    runs += [(source, n) for source in DRAWN for n in sizes]
     begin = Stages(progress, [Planned(RUNNING_FLOAT, 1), Planned(QUANTIZING, 2 * len(runs))])
     begin(RUNNING_FLOAT, 1)
     points = []
@@ -133,7 +139,7 @@ def measure_curve(
         tell = begin(QUANTIZING, len(runs))
         known = float_top1 if metric is None else None
         for source, n in runs:
-            images = NOISE if source == NOISE else calib
+            images = source if source in DRAWN else calib
             file = _quantized(model, config, n, images, folder / f"{source}_{n}")
             points.append(measure_point(source, n, reference.measure(file)[0], known))
             tell(1)
@@ -216,9 +222,10 @@ def draw_curve(curve: Curve) -> Figure:
     sizes = sorted({p.images for p in curve.points})
     for index, metric in enumerate(metrics):
         axes = figure.add_subplot(1, len(metrics), index + 1)
-        for source, (color, style, marker) in LINES.items():
+        for source, (name, color, style, marker) in LINES.items():
             line = curve.line(source, metric)
-            name = "real images" if source == IMAGES else "Gaussian noise"
+            if not line:
+                continue
             axes.plot(
                 list(line), list(line.values()), style, color=color, marker=marker, label=name
             )

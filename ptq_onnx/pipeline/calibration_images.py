@@ -10,9 +10,16 @@ import numpy as np
 
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.images.opening import FolderSource, Images, Preprocess
-from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+from ptq_onnx.images.source import NOISE, ImageSource
+from ptq_onnx.images.synthetic import DRAWN, SYNTHETIC, is_drawn
 from ptq_onnx.pipeline.several_inputs import open_source, taken_by
 
+ON_DRAWN = {
+    NOISE: "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
+    " comparison, not for use.",
+    SYNTHETIC: "Calibrated with pictures that were drawn, not taken: nearer to photographs than"
+    " noise, but photographs are better.",
+}
 FEW = 8
 """Calibration images below which a note says so."""
 
@@ -49,18 +56,15 @@ def calibration_images(
     notes: list[str],
     how: dict[str, Any],
 ) -> ImageSource:
-    """The calibration images, or noise; a note where either says little of real pictures.
+    """The calibration images, or drawn ones; a note where either says little of real pictures.
 
     ``how``: keywords of :func:`open_images` besides the limit. Raises ImageError.
     """
-    noise = isinstance(calib, str) and calib == NOISE
+    noise = is_drawn(calib)
     if noise:
-        notes.append(
-            "Calibrated with Gaussian noise: its ranges are not those of pictures. Good for"
-            " comparison, not for use."
-        )
+        notes.append(ON_DRAWN[str(calib)])
         if taken_by(model).plain:
-            drawn = NoiseSource(preprocess, config.images)
+            drawn = DRAWN[str(calib)](preprocess, config.images)
             return drawn if config.seed is None else drawn.drawn(config.images, config.seed)
     found = open_source(model, calib, preprocess, config.input, config.images, **how)
     if config.seed is not None:

@@ -16,7 +16,7 @@ from ptq_onnx.files.result_names import FLOAT, QUANTIZED
 from ptq_onnx.images.items import PictureSource
 from ptq_onnx.images.opening import FolderSource
 from ptq_onnx.images.packed_source import PackedSource
-from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+from ptq_onnx.images.source import ImageSource, NoiseSource
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.request_checks import shown
@@ -169,7 +169,7 @@ def source_name(images: ImageSource) -> str:
     if isinstance(images, PackedSource):
         images = images.pictures_of or images
     if isinstance(images, NoiseSource):
-        return NOISE
+        return images.kind
     if isinstance(images, FolderSource):
         return "a list of files" if images.listed else str(images.root.name)
     return "pictures" if isinstance(images, PictureSource) else "arrays"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ptq_onnx.analysis.decibels import plain
-from ptq_onnx.blocks.selectors import known_roles
+from ptq_onnx.blocks.selectors import selectable
 from ptq_onnx.config import stages
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -212,7 +212,7 @@ def planned(job: Job, config: QuantizeConfig) -> tuple[Rewritten, Automatic | No
     tell_copies(job)
     prepared = job.inputs.prepared
     plan = Plan(prepared.model, prepared.blocks, prepared.sites, config, job.stage)
-    plan = replace(plan, named=known_roles(prepared.blocks, prepared.sites))
+    plan = replace(plan, named=selectable(prepared.blocks, prepared.sites))
     if config.reconstruct:
         plan = replace(plan, kept=left_by_stopped(job.request.place.folder))
     made = rewrite(job, plan)
@@ -264,6 +264,7 @@ def rewrites(made: Rewritten) -> dict[str, Any]:
         },
         "rotation": None if made.turns is None else made.turns.to_json(),
         "pieces": [asdict(one) for one in made.pieces],
+        "mixed": _as_dict(made.mixed),
         "parity": asdict(made.parity),
     }
 

@@ -18,12 +18,15 @@ from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
 from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.pipeline.job import Job
+from ptq_onnx.pipeline.mixing import with_mixed_widths
 from ptq_onnx.pipeline.reading import prepared_anew
+from ptq_onnx.pipeline.rotation_notes import notes_on
 from ptq_onnx.preparation.prepare import Prepared
 
 if TYPE_CHECKING:
+    from ptq_onnx.analysis.mixed_results import Mixed
     from ptq_onnx.equalization.hidden_pieces import Pieces
-    from ptq_onnx.equalization.rotation_choice import Codes, Turned, Turns
+    from ptq_onnx.equalization.rotation_choice import Codes, Turns
     from ptq_onnx.numerics.spec import Rule
     from ptq_onnx.pipeline.earlier_run import Rewrites
     from ptq_onnx.quantizers.base import Plan
@@ -54,6 +57,8 @@ class Rewritten:
     """The hidden channels that are held in pieces."""
     original: Prepared | None
     """The model before it was changed, where its attention is drawn beside."""
+    mixed: Mixed | None = None
+    """The widths of single modules, where they were chosen."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,9 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
         found = _rotated(job, found, reference)
     if job.config.splits_hidden:
         found = _split(job, found, reference)
+    mixed = None
+    if job.config.mixes_widths:
+        found, mixed = _mixed(job, found)
     found = _in_form(job, found, reference)
     job.notes.extend(reference.notes)
     parity = Parity(
@@ -95,7 +103,7 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     )
     plan = with_known_ranges(job, found.plan)
     prepared = replace(found.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
-    return Rewritten(plan, prepared, parity, found.turns, found.pieces, found.original)
+    return Rewritten(plan, prepared, parity, found.turns, found.pieces, found.original, mixed)
 
 
 def earlier_rewrites(job: Job) -> Rewrites | None:
@@ -157,6 +165,14 @@ def _split_as(
         return _undone(job, found, PIECES, off, reference)
     job.notes.extend(describe(one) for one in pieces)
     return replace(found, plan=split, pieces=pieces, off=off)
+
+
+def _mixed(job: Job, found: _Attempt) -> tuple[_Attempt, Mixed]:
+    """With a width for each module, which is chosen on an equalised copy."""
+    plan = found.plan
+    copy = replace(plan, model=plan.model.clone(), progress=None)
+    plan, mixed = with_mixed_widths(job, plan, equalise(job, copy))
+    return replace(found, plan=plan), mixed
 
 
 def _in_form(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
@@ -252,53 +268,6 @@ def turn(job: Job, plan: Plan) -> Turns:
         )
     job.notes.extend(notes_on(turns))
     return turns
-
-
-def notes_on(turns: Turns) -> list[str]:
-    """What was turned and what that is expected to win; of what stays, the first reason."""
-    from ptq_onnx.equalization.rotation_choice import FACTORS
-
-    notes = [
-        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by});"
-        f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
-        f" expected of one scale per tensor by {t.stream_db:.1f} dB, behind norms by"
-        f" {t.norm_db:.1f} dB{added_to(t)}{refined_by(t)}."
-        for t, matrix in zip(turns.turned, turns.matrices, strict=True)
-        if matrix is not None
-    ]
-    notes += [
-        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, stays: with searched"
-        f" factors per channel the outputs lose {t.stream_db:.1f} dB less than by the best matrix"
-        f"{refined_by(t)}."
-        for t in turns.turned
-        if t.by == FACTORS
-    ]
-    if turns.refused:
-        first, more = turns.refused[0], len(turns.refused) - 1
-        others = f" ({more} more stay too: report.json, rotation)" if more else ""
-        notes.append(
-            f"Rotation: the stream at '{first.norm}' stays as it is: {first.reason}{others}."
-        )
-    if not turns.changed and not turns.factors:
-        notes.append("Rotation: no residual stream was turned.")
-    return notes
-
-
-def added_to(turned: Turned) -> str:
-    """The products that it costs, in words; nothing where there are none."""
-    if not turned.products:
-        return ""
-    return (
-        f"; products added for what does not take the matrix in: {turned.products}, or"
-        f" {turned.added:.1%} of the stream's own"
-    )
-
-
-def refined_by(turned: Turned) -> str:
-    """What the choice of its steps by the outputs won, in words; nothing where that is little."""
-    if turned.refined_db < 0.05:
-        return ""
-    return f"; steps chosen by the outputs' error, which fell by {turned.refined_db:.1f} dB"
 
 
 def codes_of(plan: Plan, rules: Mapping[str, Rule]) -> Codes:

@@ -18,7 +18,8 @@ from ptq_onnx.images.array_files import arrays_in
 from ptq_onnx.images.opening import Images, open_images
 from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.preprocess import Preprocess
-from ptq_onnx.images.source import NOISE, ImageSource, NoiseSource
+from ptq_onnx.images.source import ImageSource
+from ptq_onnx.images.synthetic import DRAWN
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.validation import is_image
 from ptq_onnx.runtime.packed import EXACT
@@ -96,8 +97,8 @@ def open_source(
 
 
 def _images(images: Images, preprocess: Preprocess, limit: int | None, how: Any) -> ImageSource:
-    if isinstance(images, str) and images == NOISE:
-        return NoiseSource(preprocess, limit or 1)
+    if isinstance(images, str) and images in DRAWN:
+        return DRAWN[images](preprocess, limit or 1)
     return open_images(images, preprocess, None, **how)
 
 

@@ -30,6 +30,7 @@ SEEN_IMAGES = 2
 def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.Model:
     """The model of the target's file, not yet written. Raises ModelError."""
     from ptq_onnx.preparation.batch import with_batch
+    from ptq_onnx.qdq.four_bits import store_in_four_bits
     from ptq_onnx.qdq.half import to_float16
     from ptq_onnx.qdq.kernel_forms import suit_kernels
     from ptq_onnx.qdq.lowering import lower
@@ -41,6 +42,8 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
     lowered = lower(quantizer.model, quantizer.specs)
     if config.runtime.kernel_forms:
         suit_kernels(lowered, signed=config.cpu == VNNI)
+    if config.runtime.widens_weights:
+        store_in_four_bits(lowered)
     if config.runtime.fixed_batch:
         shape = job.inputs.preprocess.shape
         job.notes.extend(notes_on_sizes(lowered, shape, config.target))

@@ -55,7 +55,8 @@ class Weights(Nodes):
             # A float product: the scale goes into a Mul, or ONNX Runtime would make a
             # MatMulNBits of it, which rounds the float input to 8 bits (measured, 1.31).
             by = self.constant(f"{weight.name}_scale", scale)
-            real = self.weight(node, weight, spec, np.array(1, np.float32))
+            own = np.ones(spec.zero_point.shape if spec.zero_point.any() else (), np.float32)
+            real = self.weight(node, weight, spec, own)
             real = self.add(real.producer(), "Mul", [real, by], weight, "rescaled")
         node.replace_input_with(1, real)
 
@@ -145,8 +146,7 @@ class Weights(Nodes):
         self, node: ir.Node, weight: ir.Value, spec: TensorSpec, scale: Factor | None = None
     ) -> ir.Value:
         """DequantizeLinear of the weight's codes, before ``node``, by the spec's scale or by
-        ``scale`` ([] or along the spec's axis). Weights are symmetric, zero point 0, but for
-        those in blocks, whose codes are uint4."""
+        ``scale`` ([] or along the spec's axis). Codes of weights in blocks are uint4."""
         if weight.const_value is None:
             return weight
         codes = quantize(np.asarray(weight.const_value.numpy(), np.float32), spec)

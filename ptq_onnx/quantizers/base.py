@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.roles import Blocks
-from ptq_onnx.blocks.selectors import check_roles, in_form, known_roles
+from ptq_onnx.blocks.selectors import check_roles, in_form, selectable
 from ptq_onnx.blocks.walking import is_linear, name_of
 from ptq_onnx.calibration.methods import (
     FALLBACK,
@@ -45,7 +45,7 @@ from ptq_onnx.quantizers.solved_specs import (
     channel_spec,
     solved_spec,
     tensor_spec,
-    weight_scale,
+    weight_spec,
     with_room_for_biases,
 )
 
@@ -148,11 +148,9 @@ class SiteQuantizer(VitQuantizer):
     def _dispatch(self) -> dict[str, Rule]:
         config = self.plan.config
         floats = self._checked(map(Selector.parse, config.keep_float), "--keep-float")
-        wider = [
-            (selector, one.bits)
-            for one in map(MoreBits.parse, config.more_bits)
-            for selector in self._checked([one.selector], "--more-bits")
-        ]
+        self._named: list[tuple[Selector, int]] = []
+        for one in map(MoreBits.parse, config.more_bits):
+            self._named += [(s, one.bits) for s in self._checked([one.selector], "--more-bits")]
         channels = self._checked(self.per_channel(), "--per-channel")
         rules: dict[str, Rule] = {}
         for site in self.plan.sites.values():
@@ -166,9 +164,7 @@ class SiteQuantizer(VitQuantizer):
             wide = any(self._concerns(s, site) for s in channels if self._by_channel(s, site))
             if wide and site.channel_axes and rule.per_tensor:
                 rule = self._by_channels(site, rule)
-            bits = [number for s, number in wider if self._concerns(s, site)]
-            if bits:
-                rule = replace(rule, bits=max(rule.bits, BYTE if site.is_parameter else max(bits)))
+            rule = replace(rule, bits=self.width(site, rule.bits))
             if rule.bits > rule.code.widest:
                 raise ConfigError(
                     f"{site.label}: '{rule.code.name}' codes have at most {rule.code.widest} bits,"
@@ -179,6 +175,11 @@ class SiteQuantizer(VitQuantizer):
                 rule = replace(rule, method=FALLBACK)
             rules[site.tensor] = rule
         return rules
+
+    def width(self, site: Site, bits: int) -> int:
+        """The bits of a site that the rule gives ``bits``, with what ``--more-bits`` says."""
+        found = [number for s, number in self._named if self._concerns(s, site)]
+        return max([bits, *([BYTE] if found and site.is_parameter else found)])
 
     def _by_channels(self, site: Site, rule: Rule) -> Rule:
         """The rule with a step per channel, where its codes can have one."""
@@ -205,7 +206,7 @@ class SiteQuantizer(VitQuantizer):
         An input that other ops read too is not theirs alone, and is left out.
         """
         role = site.role.removesuffix(".weight")
-        if selector.matches(role, site.block):
+        if selector.matches(role, site.block) or selector.matches(site.role, site.block):
             return True
         if selector.role == ALL or site.is_parameter or not site.consumers:
             return False
@@ -219,7 +220,7 @@ class SiteQuantizer(VitQuantizer):
     def _checked(self, selectors: Iterable[Selector], option: str) -> list[Selector]:
         """The selectors in terms of the model as it is. Raises ConfigError, which names the roles,
         for one that selects nothing."""
-        known, plan = known_roles(self.plan.blocks, self.plan.sites), self.plan
+        known, plan = selectable(self.plan.blocks, self.plan.sites), self.plan
         found = list(selectors)
         check_roles(found, option, known | plan.named, plan.blocks.count)
         return in_form(found, known)
@@ -361,19 +362,7 @@ class SiteQuantizer(VitQuantizer):
     def parameter(self, site: Site, rule: Rule, factor: Array | None = None) -> TensorSpec:
         """Symmetric scale of a weight; ``factor`` is divided out before (rows of a linear)."""
         weight = self.constant(site.tensor)
-        if factor is not None:
-            weight = weight / factor
-        axis = site.channel_axes[0] if rule.grain.per_channel else None
-        scale = weight_scale(rule, weight, axis, self.plan.config.cpu)
-        return TensorSpec(
-            tensor=site.tensor,
-            rule=rule,
-            scale=np.asarray(scale, np.float32),
-            zero_point=np.zeros(scale.shape, np.int32),
-            axis=axis,
-            factor=factor,
-            clip=(float(weight.min(initial=0)), float(weight.max(initial=0))),
-        )
+        return weight_spec(site, rule, weight, factor, self.plan.config.cpu)
 
     def constant(self, name: str) -> Array:
         """The float value of an initializer."""

@@ -46,11 +46,14 @@ class LowBit(Deploy):
         rule = super().rule(site)
         if isinstance(rule, str):
             return rule
+        rule = replace(rule, bits=self.width(site, rule.bits))
         wide = ENDS if self.plan.config.wide_ends else ()
         if site.role == "input" or any(self._concerns(Selector(role), site) for role in wide):
             return replace(rule, bits=max(rule.bits, BYTE))
-        if site.is_parameter or rule.bits >= BYTE:
+        if rule.bits >= BYTE:
             return rule
+        if site.is_parameter:
+            return replace(rule, symmetric=False)
         if site.role == "softmax":
             around = (RowMaximum(), RowSums())
             if self.map_code == LOGARITHMIC:
@@ -59,6 +62,13 @@ class LowBit(Deploy):
         if made in ACTIVATIONS and self.hidden_code == LOGARITHMIC:
             return replace(rule, signed=False, symmetric=False, code=LOGARITHMIC)
         return rule
+
+    def width(self, site: Site, bits: int) -> int:
+        """Just as many as were named last, at most 8 of weights."""
+        found = [number for s, number in self._named if self._concerns(s, site)]
+        if not found:
+            return bits
+        return min(found[-1], BYTE) if site.is_parameter else found[-1]
 
     def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
         """Specs; then weights and biases from a walk through the quantized model."""

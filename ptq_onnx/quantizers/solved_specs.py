@@ -33,11 +33,26 @@ def tensor_spec(
     return solved_spec(site, rule, found, factor)
 
 
-def weight_scale(rule: Rule, weight: Array, axis: int | None, cpu: str) -> Array:
-    """Scales of a weight by its rule; of 8 bits for an older ``cpu`` as its kernels add up."""
+def weight_spec(
+    site: Site, rule: Rule, weight: Array, factor: Array | None, cpu: str
+) -> TensorSpec:
+    """Symmetric scales of a weight, divided by ``factor`` before; those of 8 bits for an older
+    ``cpu`` as its kernels add up."""
+    if factor is not None:
+        weight = weight / factor
+    axis = site.channel_axes[0] if rule.grain.per_channel else None
     scale = rule.code.weight_scale(weight, axis, rule.bits)
-    whole = cpu == OLDER and rule.bits == BYTE and rule.code == Uniform()
-    return fitting_scale(weight, axis, scale) if whole else scale
+    if cpu == OLDER and rule.bits == BYTE and rule.code == Uniform():
+        scale = fitting_scale(weight, axis, scale)
+    return TensorSpec(
+        tensor=site.tensor,
+        rule=rule,
+        scale=np.asarray(scale, np.float32),
+        zero_point=np.zeros(scale.shape, np.int32),
+        axis=axis,
+        factor=factor,
+        clip=(float(weight.min(initial=0)), float(weight.max(initial=0))),
+    )
 
 
 def solved_spec(site: Site, rule: Rule, found: Solved, factor: Array | None = None) -> TensorSpec:

@@ -29,7 +29,7 @@ from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
-from ptq_onnx.numerics.rounding import gptq, gptq_scaled
+from ptq_onnx.numerics.rounding import gptq, gptq_ranged
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
 from ptq_onnx.progress import Advance, silent
@@ -148,15 +148,16 @@ class _Walk:
         if bias is not None:  # it takes the mean's part of the error
             moments = moments - np.outer(mean, mean)
         bits = spec.rule.bits
-        scale = weight_scale(exact, spec.axis, bits, power=np.diag(moments).copy())
-        scale = np.broadcast_to(scale, exact.shape[1:])
         if bits < SEARCHED_BELOW and spec.axis is not None:
-            scale, codes = gptq_scaled(exact, moments, bits, scale)
-            spec = replace(spec, scale=scale)
+            scale, zero, codes = gptq_ranged(exact, moments, bits)
+            # of codes with a sign
+            spec = replace(spec, scale=scale, zero_point=zero + np.int32(spec.rule.limits[0]))
         else:
+            scale = weight_scale(exact, spec.axis, bits, power=np.diag(moments).copy())
+            scale = np.broadcast_to(scale, exact.shape[1:])
             codes = gptq(exact, scale, moments, bits)
             spec = replace(spec, scale=np.asarray(scale if spec.axis is not None else scale[0]))
-        rounded = dequantize(codes.astype(np.int32), spec)
+        rounded = dequantize(codes.astype(np.int32) + spec.zero_point, spec)
         self.specs[str(weight.name)] = spec
         self.kernels.respecify(spec)
         self.replace(weight, rounded)

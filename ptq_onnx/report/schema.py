@@ -19,6 +19,7 @@ from ptq_onnx.analysis.attention_results import AttentionAnalysis
 from ptq_onnx.analysis.comparison_results import Automatic
 from ptq_onnx.analysis.coverage import Coverage
 from ptq_onnx.analysis.decibels import Decibels
+from ptq_onnx.analysis.mixed_results import Mixed
 from ptq_onnx.analysis.results import Graphwise, Sensitivity
 from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.config.targets import Stored
@@ -147,6 +148,7 @@ def _of_some_runs() -> dict[str, Schema]:
         ),
         "pieces": _list(schema_of(Pieces)),
         "trained": _list(schema_of(Trained)),
+        "mixed": _or_null(schema_of(Mixed)),
         "parity": _or_null(schema_of(Parity)),
         "optimised": {"type": "object", "additionalProperties": COUNT,
                       "description": "Ops of the graph that ONNX Runtime runs."},

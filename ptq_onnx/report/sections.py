@@ -17,6 +17,7 @@ from ptq_onnx.analysis.attention_results import BlockAttention
 from ptq_onnx.analysis.modules import KINDS
 from ptq_onnx.analysis.variation_results import ChannelRanges
 from ptq_onnx.files.file_names import printable
+from ptq_onnx.report.mixed_section import mixed_section
 from ptq_onnx.report.svg import (
     MAP_SHARE,
     WIDTH,
@@ -45,6 +46,7 @@ def sections(report: Entry) -> dict[str, Any]:
         "variation": _variation(
             analysis.get("variation"), {t["tensor"]: t for t in report.get("tensors") or []}
         ),
+        "mixed": mixed_section(report.get("mixed")),
         "attention": _attention(analysis.get("attention"), chosen),
     }
 

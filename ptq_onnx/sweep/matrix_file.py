@@ -17,7 +17,7 @@ from ptq_onnx.config.options import configured
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.file_names import short_stem
-from ptq_onnx.images.source import NOISE
+from ptq_onnx.images.synthetic import DRAWN
 from ptq_onnx.sweep.matrix import AXES, EVEN, Entry, Sweep
 
 PREPROCESSING = ("preprocess", "mean", "std", "size", "crop_pct", "interpolation")
@@ -133,7 +133,7 @@ def _bits(value: Any, where: str) -> tuple[Entry, ...]:
 
 
 def _calib(value: Any, base: Path, where: str) -> tuple[Entry, ...]:
-    """Folders, array files or ``noise``; mappings give a set a name and a number of images."""
+    """Folders, array files, or what is drawn; mappings give a set a name and a number of images."""
     if value is None:
         return (Entry(OWN),)
     entries = []
@@ -142,7 +142,7 @@ def _calib(value: Any, base: Path, where: str) -> tuple[Entry, ...]:
             item = {"path": item}
         _known(item, ("path", "name", "images"), where)
         text = _text(item.get("path"), f"{where}: path")
-        path = text if text == NOISE else _place(text, base, where)
+        path = text if text in DRAWN else _place(text, base, where)
         options = {"images": item["images"]} if "images" in item else {}
         _check(options, where)
         name = _name(item["name"], where) if "name" in item else short_stem(text.rstrip("/"))

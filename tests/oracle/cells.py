@@ -80,13 +80,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "fqvit log2/onnxruntime": {"quantizer": "fqvit", "lis": True},
     "fqvit log2/integer": {"target": "integer", "lis": True},
     "lowbit trained/onnxruntime": {"quantizer": "lowbit", "reconstruct": True, "minutes": 0.02},
+    "lowbit by role/onnxruntime": {
+        "quantizer": "lowbit",
+        "more_bits": ("fc1.weight=3", "fc2.weight@0=6", "gelu=5", "gelu@0=8", "proj.weight=2"),
+    },
 }
 """Options by quantizer and target."""
 ONE_WIDTH = (
     "deploy fp8/tensorrt", "deploy weights 4/onnxruntime", "vanilla rotated/onnxruntime",
     "fqvit rotated/onnxruntime", "deploy rotated/onnxruntime", "fqvit rotated/integer",
     "fqvit residual 16/onnxruntime", "fqvit residual 16/integer", "deploy dynamic/onnxruntime",
-    "deploy dynamic token/onnxruntime",
+    "deploy dynamic token/onnxruntime", "lowbit by role/onnxruntime",
 )  # fmt: skip
 """These have one format, 8-bit floats or 4-bit weights alone, or the bits change nothing else."""
 DIGITS = "digits"

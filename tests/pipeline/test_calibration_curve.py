@@ -22,6 +22,7 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.stages import RUNNING_FLOAT
 from ptq_onnx.errors import ConfigError, ImageError
 from ptq_onnx.images.source import NOISE
+from ptq_onnx.images.synthetic import SYNTHETIC
 from ptq_onnx.pipeline.calibration_curve import (
     IMAGES,
     QUANTIZING,
@@ -126,10 +127,11 @@ def test_a_curve_of_the_embedded_model(few: Path, tmp_path: Path) -> None:
     )
     assert [(p.source, p.images) for p in found.points] == [
         (IMAGES, 2), (IMAGES, 8), (NOISE, 2), (NOISE, 8), (NOISE, 200),
+        (SYNTHETIC, 2), (SYNTHETIC, 8), (SYNTHETIC, 200),
     ]  # fmt: skip
     told.assert_complete()
     assert told.names == [WHOLE, RUNNING_FLOAT, QUANTIZING]
-    assert told.stages[2].steps == [1, 1, 1, 1, 1]
+    assert told.stages[2].steps == [1] * 8
     assert found.count == 12
     assert found.notes == ("Left out 200 images: there are 128 to calibrate with.",)
     real, noise = found.line(IMAGES, "sqnr_db"), found.line(NOISE, "sqnr_db")
@@ -168,6 +170,7 @@ def test_options_are_those_of_quantize() -> None:
         ((MODEL, "--val", DIGITS / "val", "--sizes", "1,x"), "as in 1,4,16"),
         ((MODEL, "--val", DIGITS / "val", "--sizes", "0"), "as in 1,4,16"),
         ((MODEL, "--val", DIGITS / "val", "--calib", "noise"), "real images"),
+        ((MODEL, "--val", DIGITS / "val", "--calib", "synthetic"), "real images"),
         ((MODEL, "--val", DIGITS / "val", "--labels", "nix"), "nix"),
         ((MODEL, "--val", DIGITS / "val", "--output", MODEL), "no model is written here"),
         ((MODEL, "--val", DIGITS / "val", "--bits", "9/8/8"), "from 2 to 8"),
@@ -212,4 +215,6 @@ def test_command(
     assert sorted(os.listdir("out")) == ["calibration_curve.json", "calibration_curve.png"]
     found = json.loads(Path("out/calibration_curve.json").read_text())
     assert (found["quantizer"], found["method"], found["float_top1"]) == ("vanilla", "minmax", None)
-    assert [(p["source"], p["images"]) for p in found["points"]] == [("images", 4), ("noise", 4)]
+    assert [(p["source"], p["images"]) for p in found["points"]] == [
+        ("images", 4), ("noise", 4), ("synthetic", 4),
+    ]  # fmt: skip

@@ -21,7 +21,7 @@ from ptq_onnx.numerics.rounding import (
     adaround,
     descended,
     gptq,
-    gptq_scaled,
+    gptq_ranged,
     limits,
     loss,
     nearest,
@@ -126,33 +126,49 @@ def test_moments_without_an_inverse() -> None:
         )
 
 
-def test_no_code_alone_can_be_better_after_the_descent() -> None:
+@pytest.mark.parametrize("zero", [None, np.arange(3, 13, dtype=np.int32)])
+def test_no_code_alone_can_be_better_after_the_descent(zero: np.ndarray | None) -> None:
     weight, scale = layer(24, 10, 4)
     moments = correlated(24)
-    start = nearest(weight, scale, 4)
-    codes = descended(weight, scale, moments, 4, start)
+    start = nearest(weight, scale, 4, zero)
+    codes = descended(weight, scale, moments, 4, start, zero)
     best = loss(weight, scale, moments, codes)
     assert np.all(best <= loss(weight, scale, moments, start))
     assert best.sum() < 0.8 * loss(weight, scale, moments, start).sum()
     for channel in range(24):
         for step in (-1, 1):
             other = codes.copy()
-            other[channel] = np.clip(other[channel] + step, -8, 7)
+            other[channel] = np.clip(other[channel] + step, *limits(4, zero))
             assert np.all(loss(weight, scale, moments, other) >= best * (1 - 1e-9))
 
 
-def test_scales_are_judged_by_what_their_codes_lose() -> None:
-    weight, scale = layer(48, 12, 4)
-    weight[5] *= 6  # an outlier in every column
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ranges_are_judged_by_what_their_codes_lose(bits: int) -> None:
+    """An outlier in every column, and one of them all on one side."""
+    weight, scale = layer(48, 12, bits)
+    weight[5] *= 6
+    weight[:, 3] = np.abs(weight[:, 3])
     moments = correlated(48)
-    scale = weight_scale(weight, 1, 4, power=np.diag(moments).copy())
-    found, codes = gptq_scaled(weight, moments, 4, scale)
-    plain = loss(weight, scale, moments, gptq(weight, scale, moments, 4))
-    assert np.all(loss(weight, found, moments, codes) <= plain)
-    assert loss(weight, found, moments, codes).sum() < 0.9 * plain.sum()
+    scale = weight_scale(weight, 1, bits, power=np.diag(moments).copy())
+    found, zero, codes = gptq_ranged(weight, moments, bits)
+    plain = loss(weight, scale, moments, gptq(weight, scale, moments, bits))
+    mine = loss(weight, found, moments, codes)
+    assert mine.sum() < 0.9 * plain.sum()
+    assert mine[3] < 0.5 * plain[3]  # its codes count from zero
+    assert zero[3] == 0
     assert found.dtype == np.float32
-    assert codes.min() >= -8
-    assert codes.max() <= 7
+    assert (codes + zero).min() >= 0
+    assert (codes + zero).max() < 1 << bits
+    assert mine.sum() <= loss(weight, found, moments, nearest(weight, found, bits, zero)).sum()
+
+
+def test_columns_of_nothing_and_of_one_sign() -> None:
+    weight = np.zeros((8, 3), np.float32)
+    weight[:, 1], weight[:, 2] = 1, -1
+    found, zero, codes = gptq_ranged(weight, correlated(8), 4)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(codes * found, weight, atol=1e-6)
+    np.testing.assert_array_equal(zero[1:], [0, 15])
 
 
 def test_few_rows_are_shrunk_to_the_diagonal() -> None:

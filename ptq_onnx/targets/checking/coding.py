@@ -99,13 +99,19 @@ class Coding:
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array of an initializer or a Constant node, also behind Identity; else None."""
+    """The array of an initializer or a Constant node, also behind Identity, or widened from 4 to 8
+    bits; else None."""
+    widened = False
     while value is not None:
         tensor = ir.convenience.get_const_tensor(value)
         if tensor is not None:
-            return tensor.numpy()
+            narrow = tensor.dtype in FOUR_BITS
+            return None if widened and not narrow else tensor.numpy()
         node = value.producer()
-        value = node.inputs[0] if node is not None and node.op_type == "Identity" else None
+        if node is None or node.op_type not in ("Identity", "Cast"):
+            return None
+        widened = widened or node.op_type == "Cast"
+        value = node.inputs[0]
     return None
 
 
