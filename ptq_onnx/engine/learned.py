@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_constant, is_linear
+from ptq_onnx.engine.straight_through import ends_of
 from ptq_onnx.engine.torch_form import Tensor, TorchForm
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
 
@@ -146,8 +147,8 @@ class Learned:
         constants, steps = {}, {}
         for one in self._all:
             if one.kind == "codes":
-                limits = self.form.specs[one.name].rule.limits
-                codes = torch.clamp(torch.round(self.form.codes[one.name]), *limits)
+                codes = torch.round(self.form.codes[one.name])
+                codes = torch.clamp(codes, *ends_of(self.form.specs[one.name], codes.device.type))
                 constants[one.name] = _array(codes * self.form.scales[one.name])
             elif one.kind == "affine":
                 constants[one.name] = _array(one.place[one.name])

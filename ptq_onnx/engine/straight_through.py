@@ -24,11 +24,11 @@ class _RoundClip(torch.autograd.Function):
     """clip(round(x), low, high)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The codes; which are inside is kept."""
         rounded = torch.round(x)
         ctx.save_for_backward((rounded >= low) & (rounded <= high))
-        return rounded.clamp_(low, high)
+        return torch.clamp(rounded, low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -60,7 +60,15 @@ def knows(rule: Rule) -> bool:
     return code and around and not rule.grain.block_size
 
 
-def round_clip(x: Tensor, low: float, high: float) -> Tensor:
+def ends_of(spec: TensorSpec, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """The smallest and the largest code less the zero point: [], or [N] of a weight [K, N] whose
+    columns have zero points of their own."""
+    zero = np.unique(spec.zero_point) if np.ptp(spec.zero_point) == 0 else spec.zero_point
+    low, high = (np.asarray(end - zero, np.float32) for end in spec.rule.limits)
+    return torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
+
+
+def round_clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Whole numbers from ``low`` to ``high``."""
     found: Tensor = _RoundClip.apply(x, low, high)  # type: ignore[no-untyped-call]
     return found
@@ -76,9 +84,8 @@ class Rounding:
     def __init__(self, spec: TensorSpec, device: str = "cpu") -> None:
         rule = spec.rule
         self.rows, self.sums = RowMaximum() in rule.around, RowSums() in rule.around
-        zero = float(np.ravel(spec.zero_point)[0])
         low, high = rule.limits
-        self._ends = low - zero, high - zero
+        self._ends = ends_of(spec, device)
         self._levels: tuple[Tensor, Tensor] | None = None
         if isinstance(rule.code, Logarithmic):
             unit = np.asarray(1, np.float32)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ptq_onnx.blocks.walking import is_constant, is_linear, name_of
 from ptq_onnx.engine.ppq_graph import attributes_of
-from ptq_onnx.engine.straight_through import Rounding, knows, round_clip
+from ptq_onnx.engine.straight_through import Rounding, ends_of, knows, round_clip
 from ptq_onnx.engine.torch_ops import HANDLERS, Handler
 from ptq_onnx.graph.bounded import BOUND
 from ptq_onnx.numerics.spec import TensorSpec
@@ -132,8 +132,8 @@ class TorchForm:
     def _value(self, value: ir.Value, values: Mapping[str, Tensor]) -> Tensor:
         name = str(value.name)
         if name in self.codes:
-            low, high = self.specs[name].rule.limits
-            return round_clip(self.codes[name], low, high) * self.scales[name]
+            ends = ends_of(self.specs[name], self.device)
+            return round_clip(self.codes[name], *ends) * self.scales[name]
         return self.constants[name] if name in self.constants else values[name]
 
     def _rounded(self, name: str, x: Tensor) -> Tensor:
