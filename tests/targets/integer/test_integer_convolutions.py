@@ -8,28 +8,21 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from bit_exact import assert_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_steps import run as run_step
-from prepared_models import decibels
 from small_graph import SmallGraph, sample
 from small_transformer import TOKENS, WIDTH, Choices, _block
-from test_integer_lowering import calibrated, run
+from test_integer_lowering import calibrated
 from test_integer_plans import plan_of, spec
 from test_integer_steps import SEEDS, fixed_point, grid, term
 
-from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.preparation.cleaning import infer_shapes
-from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.targets.integer.elementwise import GateStep, sigmoid
-from ptq_onnx.targets.integer.interpreter import differing_tensors
-from ptq_onnx.targets.integer.lowering import lower_integer
 from ptq_onnx.targets.integer.products import ConvStep, largest_sum
-from ptq_onnx.targets.integer.ranges import integer_ranges
-from ptq_onnx.targets.integer.rules import violations
-from ptq_onnx.targets.integer.simulated_steps import integer_overrides
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,21 +116,7 @@ def images(seed: int) -> np.ndarray:
 def test_a_hybrid_is_bit_exact_three_times(bits: str) -> None:
     model = hybrid()
     quantizer = calibrated(model, [images(0), images(1)], bits=bits)
-    file = lower_integer(model, quantizer.specs)
-    assert violations(file) == []
-    batch = images(2)
-    _, different, seen = differing_tensors(ir.to_proto(file), [batch[:3], batch[3:]])
-    assert different == []
-    for name, entry in integer_ranges(file).tensors.items():
-        assert entry.low <= seen[name][0] <= seen[name][1] <= entry.high, name
-    overrides, left = integer_overrides(model, quantizer.specs)
-    assert left == []
-    simulator = Simulator(model, quantizer, overrides=overrides, threads=1)
-    output = str(model.graph.outputs[0].name)
-    np.testing.assert_array_equal(run(file, batch), simulator.run(batch)[output])
-    plain = run(model, batch)
-    floating = decibels(run(lower(model, quantizer.specs), batch), plain)
-    assert decibels(run(file, batch), plain) > min(floating, 20) - 1.5
+    assert_exact(model, quantizer, images(2))
 
 
 def test_tables_of_silu() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from bit_exact import assert_exact, opened, run
 from prepared_models import DIGITS, decibels, images, prepared, quantized
 from small_graph import SmallGraph, sample
 from small_transformer import Choices, transformer
@@ -23,7 +24,6 @@ from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.errors import ModelError
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.images.opening import Preprocess, open_images
-from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
@@ -44,20 +44,6 @@ OPTIONS = [
     {"bits": "8/8/8", "lis": True},
     {"bits": "8/8/8", "ptf": False},
 ]
-
-
-def run(model: ir.Model, batch: np.ndarray) -> np.ndarray:
-    """The first output in ONNX Runtime, optimizations on."""
-    return run_in(opened(model), batch)
-
-
-def opened(model: ir.Model) -> ort.InferenceSession:
-    """A file of thousands of nodes takes a second to open, and hardly one to run."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(
-        graphs.serialize(model), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def run_in(session: ort.InferenceSession, batch: np.ndarray) -> np.ndarray:
@@ -262,19 +248,8 @@ def _plan(model: ir.Model, blocks: object, config: QuantizeConfig) -> Plan:
 def test_other_structures(choices: Choices) -> None:
     model = transformer(choices, blocks=2)
     quantizer = calibrated(model)
-    file = lower_integer(model, quantizer.specs)
-    assert violations(file) == []
     batch = np.random.default_rng(1).normal(0, 1, (16, 6, 8)).astype(np.float32)
-    _, different, _ = differing_tensors(ir.to_proto(file), [batch])
-    assert different == []
-    overrides, left = integer_overrides(model, quantizer.specs)
-    assert left == []
-    simulator = Simulator(model, quantizer, overrides=overrides, threads=1)
-    output = str(model.graph.outputs[0].name)
-    np.testing.assert_array_equal(run(file, batch), simulator.run(batch)[output])
-    plain = run(model, batch)
-    floating = decibels(run(lower(model, quantizer.specs), batch), plain)
-    assert decibels(run(file, batch), plain) > min(floating, 20) - 1.5
+    assert_exact(model, quantizer, batch)
 
 
 def test_one_weight_cannot_take_the_factors_that_three_read() -> None:

@@ -8,24 +8,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from prepared_models import decibels
+from bit_exact import assert_exact
 from small_graph import SmallGraph, sample
-from test_integer_lowering import calibrated, run
+from test_integer_lowering import calibrated
 
 from ptq_onnx.blocks.element_map import is_part, layout_indices
-from ptq_onnx.engine.simulator import Simulator
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.preparation.cleaning import infer_shapes
-from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.targets.integer.elementwise import MaskStep
 from ptq_onnx.targets.integer.grid import MaskedGrid
-from ptq_onnx.targets.integer.interpreter import differing_tensors
-from ptq_onnx.targets.integer.lowering import lower_integer
 from ptq_onnx.targets.integer.nodes import make_plan
-from ptq_onnx.targets.integer.ranges import integer_ranges
-from ptq_onnx.targets.integer.rules import violations
-from ptq_onnx.targets.integer.simulated_steps import integer_overrides
 from ptq_onnx.targets.integer.softmax import Kind, SoftmaxStep
 
 SIDE, WINDOW, WIDTH, HEADS = 4, 2, 8, 2
@@ -139,22 +132,7 @@ def quantized(tiled: bool = False, **options: Any) -> SiteQuantizer:
 def test_a_network_of_windows_is_bit_exact_three_times(
     options: dict[str, Any], tiled: bool
 ) -> None:
-    model, quantizer = network(tiled), quantized(tiled, **options)
-    file = lower_integer(model, quantizer.specs)
-    assert violations(file) == []
-    images = batch(2, 16)
-    _, different, seen = differing_tensors(ir.to_proto(file), [images[:9], images[9:]])
-    assert different == []
-    for name, entry in integer_ranges(file).tensors.items():
-        assert entry.low <= seen[name][0] <= seen[name][1] <= entry.high, name
-    overrides, left = integer_overrides(model, quantizer.specs)
-    assert left == []
-    simulator = Simulator(model, quantizer, overrides=overrides, threads=1)
-    output = str(model.graph.outputs[0].name)
-    np.testing.assert_array_equal(run(file, images), simulator.run(images)[output])
-    plain = run(model, images)
-    floating = decibels(run(lower(model, quantizer.specs), images), plain)
-    assert decibels(run(file, images), plain) > min(floating, 20) - 1.5
+    assert_exact(network(tiled), quantized(tiled, **options), batch(2, 16))
 
 
 def test_what_is_shut_out_changes_nothing() -> None:
