@@ -53,7 +53,7 @@ class Log2(Code):
     name: ClassVar[str] = "log2"
     fixed: ClassVar[str | None] = "2^−code"
     wider: ClassVar[str] = "--no-lis"
-    instead: ClassVar[str] = "--no-lis gives uniform ones"
+    instead: ClassVar[str] = "fqvit --no-lis or deploy give uniform ones"
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
         """The last one means zero."""
