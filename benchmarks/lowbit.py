@@ -47,6 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "4/4/4, trained": {"bits": "4/4/4", "reconstruct": True},
     "3/3/3, trained": {"bits": "3/3/3", "reconstruct": True},
     "4 MP": {"bits": "4/4/4", "mixed": True},
+    "4 MP, trained": {"bits": "4/4/4", "mixed": True, "reconstruct": True},
     "4 MP by layer": {"bits": "4/4/4", "mixed": True, "mixed_by": "layer"},
     "4 MP by nuclear norm": {"bits": "4/4/4", "mixed": True, "mixed_by": "nuclear"},
     "6 MP": {"bits": "6/6/6", "mixed": True},
