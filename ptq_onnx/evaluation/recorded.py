@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ptq_onnx.files.digest import digest_of
 from ptq_onnx.files.held_folder import hidden
 from ptq_onnx.files.model_size import data_files
 from ptq_onnx.images.preprocess import Preprocess
@@ -33,7 +34,6 @@ Batch = tuple[list[str], Found, set[str]]
 NOTHING: Batch = ([], {}, set())
 MOST = 1 << 31
 """Bytes of outputs that are kept: those of 500,000 images with 1,000 classes."""
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,10 @@ class Record:
         """The place in ``folder``, which is that of the images, by all else that the bits depend
         on: the model's content, the preprocessing, batch size, threads, device and version of
         ONNX Runtime. Raises ModelError, OSError."""
-        found = hashlib.sha256()
-        for part in (model, *data_files(model)):
-            with open(part, "rb") as file:
-                while chunk := file.read(_CHUNK):
-                    found.update(chunk)
-        ways = [asdict(preprocess), batch_size, threads, chosen(), ort.__version__]
-        found.update(json.dumps(ways, default=str).encode())
-        return cls(folder / f"{found.hexdigest()[:32]}.npy")
+        content = digest_of(model, *data_files(model))
+        ways = [content, asdict(preprocess), batch_size, threads, chosen(), ort.__version__]
+        found = hashlib.sha256(json.dumps(ways, default=str).encode()).hexdigest()
+        return cls(folder / f"{found[:32]}.npy")
 
     def batches(self) -> Iterator[Batch]:
         """What was written; ends early where the file does, or is none of these."""

@@ -81,12 +81,10 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     off = reference.fused or Off(0.0, str(plan.model.graph.outputs[0].name))
     found = _Attempt(plan, job.inputs.prepared, off, original=kept_for_pictures(job))
     before = earlier_rewrites(job)
-    if before is not None:
-        before.check(job.config)
     if job.config.rotates:
-        found = _rotated(job, found, reference)
+        found = _rotated(job, found, reference, before)
     if job.config.splits_hidden:
-        found = _split(job, found, reference)
+        found = _split(job, found, reference, before)
     mixed = None
     if job.config.mixes_widths:
         found, mixed = _mixed(job, found)
@@ -107,15 +105,20 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
 
 
 def earlier_rewrites(job: Job) -> Rewrites | None:
-    """Those of the run whose scales are used; None where there is none."""
+    """Those of the run whose scales are used; None where there is none. Raises ConfigError where
+    this run would leave them out."""
+    if job.request.scales is None:
+        return None
     from ptq_onnx.pipeline.earlier_run import Rewrites
 
-    return None if job.request.scales is None else Rewrites(job.request.scales)
+    before = Rewrites(job.request.scales)
+    before.check(job.config)
+    return before
 
 
-def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
+def _rotated(job: Job, found: _Attempt, reference: Reference, before: Rewrites | None) -> _Attempt:
     """With its residual streams turned, unless that made it another function."""
-    turns = turn(job, found.plan)
+    turns = turn(job, found.plan, before)
     found = replace(found, plan=replace(found.plan, factors=dict(turns.factors)))
     if not turns.changed:
         return replace(found, turns=turns)
@@ -126,7 +129,7 @@ def _rotated(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
     return _restored(job, _undone(job, found, ROTATION, off, reference))
 
 
-def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
+def _split(job: Job, found: _Attempt, reference: Reference, before: Rewrites | None) -> _Attempt:
     """With its massive hidden channels in pieces, where that is the same function."""
     from ptq_onnx.equalization.hidden_pieces import describe, held_in_one, split_hidden
     from ptq_onnx.quantizers.by_name import make_quantizer
@@ -135,7 +138,7 @@ def _split(job: Job, found: _Attempt, reference: Reference) -> _Attempt:
     if plan.config.products_only and not plan.config.runtime.all_codes:
         job.notes.append("--split-hidden: deploy gives these channels factors of their own.")
         return found
-    rules, before = make_quantizer(plan).rules, earlier_rewrites(job)
+    rules = make_quantizer(plan).rules
     if before is not None:
         return _split_as(job, found, reference, before.pieces_in(plan, rules))
     advance = job.stage(stages.SPLITTING)
@@ -248,14 +251,13 @@ def _restored(job: Job, found: _Attempt) -> _Attempt:
     return replace(found, plan=turned(plan, found.turns), prepared=prepared)
 
 
-def turn(job: Job, plan: Plan) -> Turns:
+def turn(job: Job, plan: Plan, before: Rewrites | None) -> Turns:
     """Turn the residual streams of the plan's model, in place, where that lowers the expected
-    error (see ``equalization/rotation_choice.py``), or as the earlier run did whose scales are
-    used. Raises ConfigError."""
+    error (see ``equalization/rotation_choice.py``), or as the run ``before`` did. Raises
+    ConfigError."""
     from ptq_onnx.equalization.rotation_choice import turn_streams
     from ptq_onnx.quantizers.by_name import make_quantizer
 
-    before = earlier_rewrites(job)
     if before is not None:
         turns = before.turned_in(plan.model)
     else:

@@ -9,11 +9,10 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from ptq_onnx.files.digest import digest_of
 from ptq_onnx.files.model_size import data_files
 from ptq_onnx.sweep.matrix import Cell
 from ptq_onnx.version import __version__
-
-_CHUNK = 1 << 20
 
 
 def fingerprint(cell: Cell) -> str:
@@ -43,11 +42,7 @@ def of_model(path: str) -> list[str]:
 
 @cache
 def _of_file(path: str) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+    return digest_of(path)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.sites import image_input
 from ptq_onnx.errors import ModelError
+from ptq_onnx.files.digest import digest_of
 from ptq_onnx.files.model_size import data_files, model_bytes
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import read_input
@@ -100,16 +100,8 @@ def read_subject(path: str | Path) -> Subject:
         inputs=tuple(_input(v, path) for v in free),
         quantized=bool(ops & QUANTIZED_OPS),
         bytes=model_bytes(path),
-        digest=_digest([path, *sorted(beside)]),
+        digest=digest_of(path, *sorted(beside)),
     )
-
-
-def _digest(files: list[Path]) -> str:
-    found = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            found.update(hashlib.file_digest(stream, "sha256").digest())
-    return found.hexdigest()
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
