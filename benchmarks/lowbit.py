@@ -35,7 +35,7 @@ from ptq_onnx.numerics.rounding import descended, gptq, nearest
 from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
-from ptq_onnx.quantizers import block_training, reconstruction, stream_weights
+from ptq_onnx.quantizers import block_training, importance, reconstruction, stream_weights
 from ptq_onnx.quantizers.lowbit import LowBit
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -85,6 +85,7 @@ def _same(x: Any, spec: Any) -> Any:
 
 INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "all": (),
+    "all positions count the same": ((importance, "EVENLY", 1.0),),
     "ranges that cover the sample": ((range_search, "FACTORS", (1.0,)),),
     "q, k, v not turned": ((attention_steps, "even", _unturned),),
     "proj's input with one range": ((attention_steps.AttentionSteps, "product", _nothing),),

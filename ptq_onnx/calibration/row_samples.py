@@ -1,4 +1,4 @@
-"""Rows of tensors, drawn evenly from all images: a sample of fixed size, streamed.
+"""Rows of tensors, drawn from all images: a sample of fixed size, streamed.
 
 A row holds all channels of one place: a token's channels, or of q, k, v the heads and channels.
 """
@@ -23,6 +23,8 @@ Double = NDArray[np.float64]
 
 ROWS = 6400
 """Rows that are kept of a tensor."""
+Counting = Callable[[str, Sequence[int]], Array]
+
 LIMIT = 512 << 20
 """Bytes of rows that are held at a time; more tensors take another run."""
 
@@ -32,6 +34,7 @@ class EvenSample:
 
     def __init__(self, seed: int, count: int = ROWS) -> None:
         self._random, self._count = np.random.default_rng(seed), count
+        self._part = np.random.default_rng((seed, 1))
         self._keys = np.zeros(0)
         self._kept = np.zeros((0, 0), np.float32)
 
@@ -48,6 +51,10 @@ class EvenSample:
         if len(self._keys) > self._count:
             least = np.argpartition(self._keys, self._count)[: self._count]
             self._kept, self._keys = self._kept[least], self._keys[least]
+
+    def drawn(self, rows: Array, counts: Array) -> Array:
+        """The rows [n, C], each as often as it counts, [n]; of a fraction, one more at random."""
+        return np.repeat(rows, np.floor(counts + self._part.random(len(rows))).astype(int), axis=0)
 
     @property
     def rows(self) -> Array:
@@ -67,11 +74,15 @@ def collect_rows(
     sites: Sequence[Site],
     batches: Iterable[Array],
     *,
+    counting: Counting | None = None,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, Array]]:
     """Samples [R, C] of the sites, by tensor, in groups of at most ``LIMIT`` bytes, each from
     another run of the batches [B, C, H, W].
+
+    ``counting``: given a tensor and the shape [B, …] of its places, how often each row is there,
+    [n]; None: once.
 
     Raises ModelError where a tensor is NaN or infinite (it names it).
     """
@@ -88,10 +99,45 @@ def collect_rows(
             for site in group:
                 value = found[site.tensor]
                 value = value[: len(value) // copies]
-                samples[site.tensor].add(channels_last(value, site.channel_axes))
+                rows = channels_last(value, site.channel_axes)
+                if counting is not None:
+                    others = [n for a, n in enumerate(value.shape) if a not in site.channel_axes]
+                    rows = samples[site.tensor].drawn(rows, counting(site.tensor, others))
+                samples[site.tensor].add(rows)
             if progress is not None:
                 progress(len(batch) // copies)
         yield {tensor: sample.rows for tensor, sample in samples.items()}
+
+
+def row_means(
+    model: ir.Model,
+    tensors: Iterable[str],
+    batches: Iterable[Array],
+    counting: Counting,
+    *,
+    threads: int = 0,
+) -> dict[str, Double]:
+    """The mean [C] of the rows of tensors [B, …, C], each as often as it counts (see
+    :func:`collect_rows`), from one run of the batches.
+
+    Raises ModelError where a tensor is NaN or infinite (it names it).
+    """
+    session, feed, names = open_taps(graphs.to_standard(model), tensors, threads)
+    sums: dict[str, Double] = {}
+    counted: dict[str, float] = {}
+    copies = copies_in(batches)
+    for batch in batches:
+        found = dict(zip(names, session.run(names, {feed: batch}), strict=True)) if names else {}
+        found |= given(session, batch)
+        check_finite(found, names)
+        for tensor in tensors:
+            value = found[tensor]
+            value = value[: len(value) // copies]
+            counts = counting(tensor, value.shape[:-1])
+            more = counts.astype(np.float64) @ value.reshape(-1, value.shape[-1])
+            sums[tensor] = sums.get(tensor, 0.0) + more
+            counted[tensor] = counted.get(tensor, 0.0) + float(counts.sum(dtype=np.float64))
+    return {tensor: total / counted[tensor] for tensor, total in sums.items()}
 
 
 def groups(sites: Sequence[Site]) -> list[list[Site]]:

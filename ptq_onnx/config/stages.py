@@ -17,6 +17,7 @@ CHANNELS = "Measuring channel ranges"
 SPLITTING = "Finding massive hidden channels"
 TURNING = "Turning the residual stream"
 MIXING = "Mixing widths"
+POSITIONS = "Finding where errors count"
 EQUALISING = "Equalising channels"
 RUNNING_FLOAT = "Running the float model"
 EXPECTING = "Auto: module by module"
@@ -51,6 +52,8 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
         plan.append(Planned(SPLITTING, 2 * images))
     if config.mixes_widths:
         plan.append(Planned(MIXING, 150 * 16))
+    weighs = Planned(POSITIONS, 5 * 16 if config.quantizer == "lowbit" else 0)
+    plan.append(weighs)
     if config.equalizes:
         plan.append(Planned(EQUALISING, 2 * images))
     if config.auto:
@@ -67,6 +70,7 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
         Planned(CALIBRATING, 2 * images),
         Planned(HISTOGRAMS, images),
         Planned(SCALES, 8 * images),
+        weighs,
         Planned(ROUNDING, 8 * images if config.rounds_weights and not config.reconstruct else 0),
         Planned(RECONSTRUCTING, 100 * images if config.reconstruct else 0),
         Planned(WRITING, WRITING_COST),

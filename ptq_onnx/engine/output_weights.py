@@ -8,13 +8,17 @@ first token has it all, and a few directions of the channels have most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from ptq_onnx.engine.torch_form import Tensor, TorchForm
+
+Double = NDArray[np.float64]
 
 EVENLY = 0.2
 """Part of the weight that all positions share."""
@@ -43,40 +47,85 @@ def even(like: Tensor) -> Weights:
 
 
 def output_weights(
-    form: TorchForm, feed: str, names: Sequence[str], output: str, batches: Iterable[Tensor]
+    form: TorchForm,
+    feed: str,
+    names: Sequence[str],
+    outputs: Sequence[str],
+    batches: Iterable[Tensor],
 ) -> dict[str, Weights]:
     """Weights of the named tensors of a float model, from batches of its input ``feed``; none for
     tensors that are no vectors of channels, or whose shape is not always the same.
 
-    ``output`` [B, N] holds logits; of any other a random sign of every element stands for y.
+    An output [B, N] holds logits; of any other a random sign of every element stands for y.
     """
     power: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
     uneven: set[str] = set()
-    for batch in batches:
-        if not batch.is_floating_point():
-            return {}
-        found = form.run({feed: batch.clone().requires_grad_()}, [*names, output])
-        inner = [found[name] for name in names]
-        slopes = torch.autograd.grad(_drawn(found[output], form.random), inner, allow_unused=True)
-        for name, slope in zip(names, slopes, strict=True):
-            if slope is None or slope.ndim < 2:
+    for slopes in _slopes(form, feed, names, outputs, batches):
+        for name, slope in slopes.items():
+            if slope.ndim < 2:
                 continue
-            squares = (slope**2).sum(dim=(0, -1))
+            _add(power, uneven, name, (slope**2).sum(dim=(0, -1)))
             rows = slope.reshape(-1, slope.shape[-1])
-            if name in power and power[name].shape != squares.shape:
-                uneven.add(name)
-                continue
-            power[name] = power.get(name, torch.zeros_like(squares)) + squares
             outer[name] = outer.get(name, 0.0) + rows.T @ rows
     return {n: _weights(power[n], outer[n]) for n in power if n not in uneven}
 
 
+def position_weights(
+    form: TorchForm,
+    feed: str,
+    axes: Mapping[str, Sequence[int]],
+    outputs: Sequence[str],
+    batches: Iterable[Tensor],
+) -> dict[str, Double]:
+    """The mean of g² over the images and over the named ``axes`` of each tensor, by position: an
+    array over all other axes but the first, with mean one. None for a tensor that no output
+    depends on, or whose shape is not always the same."""
+    power: dict[str, Tensor] = {}
+    uneven: set[str] = set()
+    for slopes in _slopes(form, feed, list(axes), outputs, batches):
+        for name, slope in slopes.items():
+            _add(power, uneven, name, (slope**2).sum(dim=(0, *axes[name])))
+    found = {n: p.cpu().numpy().astype(np.float64) for n, p in power.items() if n not in uneven}
+    return {n: p / p.mean() for n, p in found.items() if p.mean() > 0}
+
+
+def _add(power: dict[str, Tensor], uneven: set[str], name: str, more: Tensor) -> None:
+    """Add to a tensor's power, or note that its shape is not always the same."""
+    if name in power and power[name].shape != more.shape:
+        uneven.add(name)
+    else:
+        power[name] = power.get(name, torch.zeros_like(more)) + more
+
+
+def _slopes(
+    form: TorchForm,
+    feed: str,
+    names: Sequence[str],
+    outputs: Sequence[str],
+    batches: Iterable[Tensor],
+) -> Iterator[dict[str, Tensor]]:
+    """g of the named tensors, batch by batch; nothing for an input of whole numbers."""
+    for batch in batches:
+        if not batch.is_floating_point():
+            return
+        found = form.run({feed: batch.clone().requires_grad_()}, [*names, *outputs])
+        drawn = [_drawn(found[n], form.random) for n in outputs if found[n].requires_grad]
+        inner = {n: found[n] for n in names if found[n].requires_grad}
+        if not drawn or not inner:
+            return
+        total = torch.stack(drawn).sum()
+        slopes = torch.autograd.grad(total, list(inner.values()), allow_unused=True)
+        yield {n: s for n, s in zip(inner, slopes, strict=True) if s is not None}
+
+
 def _drawn(output: Tensor, random: torch.Generator) -> Tensor:
-    """log p of a class drawn for each image; a random sum of the elements where there are none."""
+    """log p of a class drawn for each image; where there are none, a random sum of the elements
+    over their norm."""
     if output.ndim != 2:
         signs = torch.empty_like(output).uniform_(-1, 1, generator=random).sign()
-        return (signs * output).sum()
+        total: Tensor = (signs * output).sum() / output.detach().norm().clamp_min(1e-12)
+        return total
     shares = F.softmax(output.detach(), dim=-1)
     drawn = torch.multinomial(shares, 1, generator=random)
     return F.log_softmax(output, dim=-1).gather(1, drawn).sum()

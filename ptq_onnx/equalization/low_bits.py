@@ -3,7 +3,8 @@
     x̂ = s_c (clip(round((x - m_c) / s_c) + z, 0, 2^b - 1) - z) + m_c
 
 With s_c and m_c moved into what makes the tensor and what reads it, all channels have one scale.
-The ranges are those of the least squared error on a sample of rows (``numerics/range_search.py``).
+The ranges are those of the least squared error on a sample of rows (``numerics/range_search.py``),
+each drawn as often as its position counts (``quantizers/importance.py``).
 
 * a norm's output → γ, β and the linears behind it; the input of proj: a Mul and an Add;
 * v R, with the same R, and its ranges → proj, which the rows of A pass on: they sum to one;
@@ -34,6 +35,7 @@ from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.spec import Rule
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.quantizers.importance import find_importance
 
 LOGARITHMIC = Logarithmic()
 
@@ -91,8 +93,16 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
             float_model, Wanted({}, pairs), batches, threads=threads, progress=report(stages.SCALES)
         )
         state.maps(found)
+    made = [s for s in wanted if form.model.graph.inputs[0].name != s.tensor]
+    axes = {s.tensor: s.channel_axes for s in made}
+    importance = find_importance(float_model, axes, batches, report(stages.POSITIONS))
     for samples in collect_rows(
-        float_model, wanted, batches, threads=threads, progress=report(stages.EQUALISING)
+        float_model,
+        wanted,
+        batches,
+        counting=importance.rows,
+        threads=threads,
+        progress=report(stages.EQUALISING),
     ):
         state.take(samples)
     blocks = replace(form.blocks, roles={**form.blocks.roles, **state.roles})

@@ -73,12 +73,11 @@ class LowBit(Deploy):
     def calibrate(self, batches: Iterable[Any]) -> dict[str, TensorSpec]:
         """Specs; then weights and biases from a walk through the quantized model."""
         specs = self.solve(self.measure(batches))
-        constants, specs, training = rounded_on_stream(self.plan, specs, batches)
-        self.set_constants(constants)
-        if training is not None:
-            self.trained = tuple(training.trained)
-            self.notes += training.told()
-        return specs
+        found = rounded_on_stream(self.plan, specs, batches)
+        self.set_constants(found.constants)
+        self.trained = found.trained
+        self.notes += found.notes
+        return found.specs
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
         """Refused: the weights' rounding is in no report."""

@@ -92,7 +92,7 @@ class Reconstruction:
             return {}
         names = [n for s in self._spans.values() if s.blocks for n in s.outputs]
         batches = (self._tensor(self.stream[feed][i]) for i in self.used)
-        return output_weights(form, feed, names, str(graph.outputs[0].name), batches)
+        return output_weights(form, feed, names, [str(v.name) for v in graph.outputs], batches)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.role_map import Blocks
 from ptq_onnx.blocks.spans import Span, spans_of
-from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, name_of
-from ptq_onnx.calibration.methods import collect
-from ptq_onnx.calibration.statistics import copies_in
+from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear
+from ptq_onnx.calibration.row_samples import row_means
+from ptq_onnx.calibration.tapped_runs import copies_in
 from ptq_onnx.config import stages
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
@@ -34,8 +34,8 @@ from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
 from ptq_onnx.progress import Advance, silent
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.quantizers.correction import input_mean
-from ptq_onnx.quantizers.learning import Learning
+from ptq_onnx.quantizers.importance import Importance, find_importance
+from ptq_onnx.quantizers.learning import Learning, Trained
 from ptq_onnx.quantizers.reconstruction import Reconstruction, with_steps
 from ptq_onnx.quantizers.span_runs import Stream, run_span
 
@@ -58,9 +58,11 @@ class _Walk:
     """Values that are still to be read, in batches."""
     constants: dict[str, Array] = field(default_factory=dict)
     means: Mapping[str, Double] = field(default_factory=dict)
-    """E[x] of what linears read of the float model, by node."""
+    """E[x] of what linears read of the float model, by tensor, rows counting as below."""
     moments: dict[str, tuple[Double, Double]] = field(default_factory=dict)
     """E[x] and E[xᵀx] of inputs that other linears read too."""
+    importance: Importance = field(default_factory=Importance)
+    """Of the positions of what linears read."""
     threads: int = 0
 
     def run(
@@ -162,7 +164,7 @@ class _Walk:
         self.kernels.respecify(spec)
         self.replace(weight, rounded)
         if bias is not None:
-            before = self.means.get(name_of(node), mean)
+            before = self.means.get(str(read.name), mean)
             old = np.asarray(constant(bias), np.float64)
             self.replace(bias, old + before @ exact - mean @ rounded.astype(np.float64))
 
@@ -173,7 +175,8 @@ class _Walk:
         self.constants[str(value.name)] = new
 
     def moments_of(self, read: ir.Value) -> tuple[Double, Double]:
-        """E[x] and E[xᵀx] of what a linear reads, quantized, [K] and [K, K]."""
+        """E[x] and E[xᵀx] of what a linear reads, quantized, [K] and [K, K]; rows count as their
+        positions do."""
         name = str(read.name)
         if name in self.moments:
             return self.moments[name]
@@ -181,14 +184,16 @@ class _Walk:
         carried = self.kernels.carried.get(name)
         spec = carried[1] if carried is not None else spec
         width = self.tensors[name][0].shape[-1]
-        total, first, rows = np.zeros((width, width)), np.zeros(width), 0
+        total, first, counted = np.zeros((width, width)), np.zeros(width), 0.0
         for batch in self.tensors[name]:
             x = fake_quantize(batch, spec) if spec is not None else batch
-            x = x.reshape(-1, x.shape[-1])
-            total += x.T @ x
-            first += x.sum(axis=0, dtype=np.float64)
-            rows += len(x)
-        self.moments[name] = first / rows, total / rows
+            counts = self.importance.rows(name, x.shape[:-1])
+            x = x.reshape(-1, width)
+            weighted = x * counts[:, None]
+            total += x.T @ weighted
+            first += weighted.sum(axis=0, dtype=np.float64)
+            counted += float(counts.sum(dtype=np.float64))
+        self.moments[name] = first / counted, total / counted
         return self.moments[name]
 
 
@@ -204,33 +209,70 @@ def own_bias(linear: ir.Node) -> ir.Value | None:
     return bias
 
 
+@dataclass(frozen=True)
+class OnStream:
+    """Changed weights, biases and more constants by name; the specs with their steps; the blocks
+    that were trained, where that is asked for; and what there is to say."""
+
+    constants: dict[str, Array]
+    specs: dict[str, TensorSpec]
+    trained: tuple[Trained, ...]
+    notes: list[str]
+
+
 def rounded_on_stream(
     plan: Plan, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
-) -> tuple[dict[str, Array], dict[str, TensorSpec], Reconstruction | None]:
-    """Changed weights, biases and more constants by name; the specs with their steps; and what
-    trained the blocks, where that is asked for."""
+) -> OnStream:
+    """The weights of a plan's model, rounded on batches [B, C, H, W] that are run node by node."""
     images = Some(batches)
     model, threads = plan.model.clone(), plan.config.threads
-    linears = [node for node in model.graph if is_linear(node)]
-    read = {name_of(node) for node in linears}
-    sites = [s for s in plan.sites.values() if not s.is_parameter and read & {*s.consumers}]
-    statistics = collect(plan.model, sites, images, threads=threads)
-    means = {name_of(node): input_mean(node, plan.sites, statistics) for node in linears}
+    report = plan.progress or (lambda _: silent)
+    importance = importance_of_inputs(plan.model, images, report(stages.POSITIONS))
+    read = read_by_linears(plan.model.graph)
     walk = _Walk(
         model,
         dict(specs),
         NodeKernels(model, specs, threads),
         {str(model.graph.inputs[0].name): images.batches},
-        means={name: mean for name, mean in means.items() if mean is not None},
+        means=row_means(plan.model, read, images, importance.rows, threads=threads),
+        importance=importance,
         threads=threads,
     )
     trains = plan.config.reconstruct
     stage = stages.RECONSTRUCTING if trains else stages.ROUNDING
-    advance = silent if plan.progress is None else plan.progress(stage)
+    advance = report(stage)
     train = Reconstruction(plan, images.batches) if trains else None
     spans = spans_of(model.graph, plan.blocks if trains else Blocks({}, 0))
     walk.run(spans, _Parts(advance, images.count), train)
-    return walk.constants, walk.specs, train
+    notes = [] if importance.note is None else [importance.note]
+    if train is not None:
+        notes += train.told()
+    trained = () if train is None else tuple(train.trained)
+    return OnStream(walk.constants, walk.specs, trained, notes)
+
+
+def read_by_linears(graph: ir.Graph) -> dict[str, list[str]]:
+    """What the linears of a graph make, by the name of what they read."""
+    found: dict[str, list[str]] = {}
+    for node in graph:
+        if is_linear(node) and node.inputs[0] is not None:
+            found.setdefault(str(node.inputs[0].name), []).append(str(node.outputs[0].name))
+    return found
+
+
+def importance_of_inputs(
+    model: ir.Model, images: Iterable[Any], advance: Advance = silent
+) -> Importance:
+    """How much each position of what linears read counts: as it does in all that they make."""
+    made = read_by_linears(model.graph)
+    axes = {n: (-1,) for some in made.values() for n in some}
+    found = find_importance(model, axes, images, advance)
+    positions = {}
+    for read, names in made.items():
+        known = [found.positions[n] for n in names if n in found.positions]
+        if known and len({one.shape for one in known}) == 1:
+            positions[read] = np.mean(known, axis=0)
+    return replace(found, positions=positions)
 
 
 class _Parts:

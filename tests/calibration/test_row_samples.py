@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from small_graph import SmallGraph
 
 from ptq_onnx.calibration import row_samples
-from ptq_onnx.calibration.row_samples import EvenSample, channels_last, groups
+from ptq_onnx.calibration.row_samples import (
+    EvenSample,
+    channels_last,
+    collect_rows,
+    groups,
+    row_means,
+)
 from ptq_onnx.numerics.spec import Site
 
 
@@ -39,6 +49,45 @@ def test_the_same_rows_whatever_the_batches() -> None:
             sample.add(x[start : start + size])
         found.append(np.sort(sample.rows, axis=0))
     np.testing.assert_array_equal(*found)
+
+
+def test_rows_are_there_as_often_as_they_count() -> None:
+    """Of 40,000 rows, whatever the batches: a fraction in the mean, whole numbers exactly."""
+    counts = np.tile(np.array([0.0, 0.25, 1.0, 2.75], np.float32), 10_000)
+    x = np.tile(np.arange(4, dtype=np.float32), 10_000)[:, None]
+    found = []
+    for size in (40_000, 1000):
+        sample = EvenSample(3)
+        parts = range(0, len(x), size)
+        drawn = [sample.drawn(x[i : i + size], counts[i : i + size]) for i in parts]
+        found.append(np.concatenate(drawn))
+    np.testing.assert_array_equal(*found)
+    often = np.bincount(found[0][:, 0].astype(int), minlength=4) / 10_000
+    np.testing.assert_allclose(often[[0, 2]], [0, 1])
+    np.testing.assert_allclose(often[[1, 3]], [0.25, 2.75], atol=0.015)
+
+
+def test_samples_and_means_count_rows_as_they_are_told() -> None:
+    """A tensor [B, 4, 3] whose rows at position 2 count all, as in float64."""
+    g = SmallGraph(("batch", 4, 3))
+    model = g.model(g("Mul", "x", np.full(1, 2.0)))
+    made = str(model.graph.outputs[0].name)
+    x = np.random.default_rng(0).normal(size=(10, 4, 3)).astype(np.float32)
+    asked = []
+
+    def counting(tensor: str, places: Sequence[int]) -> NDArray[np.float32]:
+        asked.append((tensor, tuple(places)))
+        return np.broadcast_to(np.array([0, 0, 4, 0], np.float32), places).reshape(-1)
+
+    of = Site(made, "norm1", 0, (2,), ("batch", 4, 3), None, ())
+    (samples,) = collect_rows(model.clone(), [of], [x[:7], x[7:]], counting=counting)
+    expected = np.repeat(2 * x[:, 2], 4, axis=0)
+    np.testing.assert_array_equal(np.sort(samples[made], axis=0), np.sort(expected, axis=0))
+    assert asked == [(made, (7, 4)), (made, (3, 4))]
+    found = row_means(model, [made, "x"], [x[:7], x[7:]], counting)
+    assert found.keys() == {made, "x"}
+    np.testing.assert_allclose(found["x"], x[:, 2].mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found[made], 2 * x[:, 2].mean(axis=0, dtype=np.float64), rtol=1e-6)
 
 
 def test_channels_are_last_heads_first() -> None:

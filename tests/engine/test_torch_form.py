@@ -147,7 +147,7 @@ def test_errors_weigh_what_they_cost_the_output() -> None:
     normed = [n for n in graph if n.op_type == "LayerNormalization"][-1]
     stream = str(normed.inputs[0].name)
     (feed,) = form.inputs
-    weights = output_weights(form, feed, [stream], str(graph.outputs[0].name), [x, x])[stream]
+    weights = output_weights(form, feed, [stream], [str(graph.outputs[0].name)], [x, x])[stream]
     one = [6 * (1 - EVENLY) + EVENLY, *[EVENLY] * 5]
     np.testing.assert_allclose(weights.positions.numpy(), one, rtol=1e-5)
     gram = weights.root @ weights.root.T
