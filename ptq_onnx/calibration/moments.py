@@ -70,6 +70,7 @@ def collect_moments(
     channels: Mapping[str, int],
     batches: Iterable[Array],
     *,
+    counts: Mapping[str, Double] | None = None,
     limit: int = LIMIT,
     threads: int = 0,
     progress: Callable[[], Callable[[int], None]] | None = None,
@@ -77,11 +78,13 @@ def collect_moments(
     """The moments of the named tensors, whose last axis has so many ``channels``.
 
     They come in groups that need at most ``limit`` bytes (or are one tensor); the batches
-    [B, C, H, W] are run once for each. ``progress`` is called before each run, what it
-    returns with the number of images done. Raises ModelError for NaN and infinity.
+    [B, C, H, W] are run once for each. ``counts``: by tensor [B, …, K] how much each row [...]
+    counts, one in the mean; all alike where the tensor has no such shape. ``progress`` is called
+    before each run, what it returns with the number of images done. Raises ModelError for NaN and
+    infinity.
     """
     for group in groups(channels, limit):
-        session, outputs = _open(model, group, threads)
+        session, outputs = _open(model, group, counts or {}, threads)
         feed = session.get_inputs()[0].name
         wanted = [name for names in outputs.values() for name in names]
         found = {tensor: Moments.empty(size) for tensor, size in group.items()}
@@ -115,7 +118,7 @@ def groups(channels: Mapping[str, int], limit: int = LIMIT) -> list[dict[str, in
 
 
 def _open(
-    model: ir.Model, channels: Mapping[str, int], threads: int
+    model: ir.Model, channels: Mapping[str, int], counts: Mapping[str, Double], threads: int
 ) -> tuple[ort.InferenceSession, dict[str, tuple[str, str, str]]]:
     """A session of the model with (mean, scatter, shape of the rows) as outputs by tensor."""
     copy = graphs.to_standard(model)
@@ -138,9 +141,20 @@ def _open(
     for tensor, size in channels.items():
         name = f"moments/{tensor}"
         to = new_constant(graph, f"{name}/to", np.array([-1, size], np.int64))
-        rows = add("Reshape", f"{name}/rows", values[tensor], to)
+        value, root = values[tensor], None
+        if _fits(counts.get(tensor), value):
+            count = np.asarray(counts[tensor], np.float32)[..., None]
+            root = new_constant(graph, f"{name}/root", np.sqrt(count))
+            often = new_constant(graph, f"{name}/count", count)
+            value = add("Mul", f"{name}/weighted", value, often)
+        rows = add("Reshape", f"{name}/rows", value, to)
         mean = add("ReduceMean", f"{name}/mean", rows, first, keepdims=1)
-        centred = add("Sub", f"{name}/centred", rows, mean)
+        if root is None:
+            centred = add("Sub", f"{name}/centred", rows, mean)
+        else:
+            off = add("Sub", f"{name}/off", values[tensor], mean)
+            off = add("Mul", f"{name}/rooted", off, root)
+            centred = add("Reshape", f"{name}/centred", off, to)
         turned = add("Transpose", f"{name}/turned", centred, perm=[1, 0])
         scatter = add("MatMul", f"{name}/scatter", turned, centred)
         shape = add("Shape", f"{name}/shape", rows)
@@ -151,3 +165,10 @@ def _open(
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
     return open_session(copy, options, providers_for(CPU_ONLY)), outputs
+
+
+def _fits(count: Double | None, value: ir.Value) -> bool:
+    """True for a number for each position of a value [B, …, K]."""
+    if count is None or value.shape is None:
+        return False
+    return tuple(value.shape[1:-1]) == count.shape

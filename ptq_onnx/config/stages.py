@@ -52,10 +52,9 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
         plan.append(Planned(SPLITTING, 2 * images))
     if config.mixes_widths:
         plan.append(Planned(MIXING, 150 * 16))
-    weighs = Planned(POSITIONS, 5 * 16 if config.quantizer == "lowbit" else 0)
-    plan.append(weighs)
+    weighs = Planned(POSITIONS, 5 * 16 if config.rounds_weights else 0)
     if config.equalizes:
-        plan.append(Planned(EQUALISING, 2 * images))
+        plan += [weighs, Planned(EQUALISING, 2 * images)]
     if config.auto:
         measured = tested or apart
         plan += [

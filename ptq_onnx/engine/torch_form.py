@@ -1,8 +1,9 @@
 """Part of a quantized graph as one differentiable function of torch.
 
-Each node is one of ``torch_ops.HANDLERS`` or of those below; a tensor with a spec is rounded where
-it is made, straight through (``straight_through.py``). What of it is learned stands in
-``constants``, ``scales`` and ``codes``, whose tensors may be replaced by ones with a gradient.
+Each node is one of ``torch_ops.HANDLERS``, of those below, or of those that PPQ runs; a tensor with
+a spec is rounded where it is made, straight through (``straight_through.py``). What of it is
+learned stands in ``constants``, ``scales`` and ``codes``, whose tensors may be replaced by ones
+with a gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ import torch.nn.functional as F
 
 from ptq_onnx.blocks.walking import is_constant, is_linear, name_of
 from ptq_onnx.engine.ppq_graph import attributes_of
+from ptq_onnx.engine.ppq_import import (
+    OPERATION_FORWARD_TABLE,
+    Operation,
+    TargetPlatform,
+    Variable,
+)
 from ptq_onnx.engine.straight_through import Rounding, ends_of, knows, round_clip
 from ptq_onnx.engine.torch_ops import HANDLERS, Handler
 from ptq_onnx.graph.bounded import BOUND
@@ -30,7 +37,24 @@ def _linear(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     return F.linear(values[0], values[1].T, values[2] if len(values) > 2 else None)
 
 
+def _by_ppq(kind: str) -> Handler:
+    """PPQ's own torch function of an op."""
+    function = OPERATION_FORWARD_TABLE[TargetPlatform.FP32][kind]
+
+    def run(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Any:
+        inputs = [Variable(str(at), v, is_parameter=True) for at, v in enumerate(values)]
+        op = Operation(kind, kind, dict(attributes), inputs=inputs)
+        return function(op, list(values))
+
+    return run
+
+
+PPQ_OPS = (
+    "AveragePool", "Clip", "Conv", "Exp", "GlobalAveragePool", "Greater", "HardSigmoid",
+    "HardSwish", "MaxPool", "Not", "Pad", "Sigmoid", "Sqrt", "Tanh", "Where",
+)  # fmt: skip
 OPS: dict[str, Handler] = {
+    **{kind: _by_ppq(kind) for kind in PPQ_OPS},
     **HANDLERS,
     "Add": lambda _, values: values[0] + values[1],
     "Div": lambda _, values: values[0] / values[1],
@@ -100,8 +124,10 @@ class TorchForm:
         for node in self.nodes:
             if node.op_type not in OPS:
                 return f"{name_of(node)}: no {node.op_type} in torch"
-            for value in (*node.inputs, *node.outputs):
+            for place, value in enumerate((*node.inputs, *node.outputs)):
                 spec = None if value is None else self.specs.get(str(value.name))
+                if spec is not None and is_constant(value) and not (is_linear(node) and place == 1):
+                    return f"{name_of(node)}: a weight with codes that is no linear's"
                 if spec is not None and not knows(spec.rule):
                     return f"{name_of(node)}: {spec.rule.code.name} codes have no gradient"
         return None

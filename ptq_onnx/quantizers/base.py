@@ -81,8 +81,8 @@ class Plan:
     """Mean and std of the normalisation, where the images are 8-bit pictures."""
     statistics: Statistics | None = None
     """Statistics of the sites, where an earlier step has collected them."""
-    rounded: dict[tuple[str, int], Array] = field(default_factory=dict)
-    """Weights that were rounded before, by name and bits."""
+    rounded: dict[tuple[str, int], tuple[Array, NDArray[np.float64]]] = field(default_factory=dict)
+    """Weights that were rounded before, by name and bits, with the mean of what they read."""
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Ranges that are known and not to be calibrated, by tensor."""
     searched: Mapping[str, tuple[float, float]] = field(default_factory=dict)

@@ -30,10 +30,12 @@ def corrected_biases(
     specs: Mapping[str, TensorSpec],
     statistics: Statistics,
     rounded: Mapping[str, NDArray[np.float32]] | None = None,
+    means: Mapping[str, Double] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """New biases [N] of all linears with quantized weight and a known input mean, by name of
     the bias. A linear without a bias, or with one that others share, is left alone. ``rounded``
-    holds, by name, the weights that are quantized in place of the model's own."""
+    holds, by name, the weights that are quantized in place of the model's own, ``means`` what E[x]
+    they were rounded with."""
     found: dict[str, NDArray[np.float32]] = {}
     for node in model.graph:
         mean = corrected_mean(node, sites, statistics)
@@ -47,6 +49,7 @@ def corrected_biases(
         if weight is None or bias is None or value is None or old is None or spec is None:
             continue
         exact = np.asarray(value, np.float32)
+        mean = (means or {}).get(str(weight.name), mean)
         quantized = (rounded or {}).get(str(weight.name), exact)
         if is_convolution(node):
             mean = np.asarray(rows_in_weight(node, mean.astype(np.float32)), np.float64)

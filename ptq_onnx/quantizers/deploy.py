@@ -340,11 +340,13 @@ class Deploy(SiteQuantizer):
         if self.plan.config.mixes:
             self._mix(stats)
         specs = self.searched(self.solve(stats), batches)
-        constants, notes = rounded_weights(self.plan, specs, stats, batches)
-        self.notes.extend(notes)
+        rounded = rounded_weights(self.plan, specs, stats, batches)
+        self.notes.extend(rounded.notes)
+        constants = dict(rounded.weights)
         if self.plan.config.bias_correction:
-            sites = self.plan.sites
-            constants |= corrected_biases(self.plan.model, sites, specs, stats, constants)
+            constants |= corrected_biases(
+                self.plan.model, self.plan.sites, specs, stats, rounded.weights, rounded.means
+            )
         self.set_constants(constants)
         return specs
 

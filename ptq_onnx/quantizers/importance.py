@@ -8,7 +8,7 @@ Ranges, the rounding of weights and the means that biases restore are worth most
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.tapped_runs import copies_in
 from ptq_onnx.engine.output_weights import position_weights
 from ptq_onnx.engine.torch_form import Tensor, TorchForm
@@ -66,6 +67,30 @@ def find_importance(
     outputs = [str(v.name) for v in model.graph.outputs]
     found = position_weights(form, form.inputs[0], axes, outputs, _few(batches, advance))
     return Importance({name: EVENLY + (1 - EVENLY) * p for name, p in found.items()})
+
+
+def read_by_linears(graph: ir.Graph) -> dict[str, list[str]]:
+    """What the linears of a graph make, by the name of what they read."""
+    found: dict[str, list[str]] = {}
+    for node in graph:
+        if is_linear(node) and node.inputs[0] is not None:
+            found.setdefault(str(node.inputs[0].name), []).append(str(node.outputs[0].name))
+    return found
+
+
+def importance_of_inputs(
+    model: ir.Model, images: Iterable[Any], advance: Advance = silent
+) -> Importance:
+    """How much each position of what linears read counts: as it does in all that they make."""
+    made = read_by_linears(model.graph)
+    axes = {n: (-1,) for some in made.values() for n in some}
+    found = find_importance(model, axes, images, advance)
+    positions = {}
+    for read, names in made.items():
+        known = [found.positions[n] for n in names if n in found.positions]
+        if known and len({one.shape for one in known}) == 1:
+            positions[read] = np.mean(known, axis=0)
+    return replace(found, positions=positions)
 
 
 def _few(batches: Iterable[Any], advance: Advance) -> Iterator[Tensor]:

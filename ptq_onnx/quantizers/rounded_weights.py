@@ -6,7 +6,7 @@ A rounded weight is scale·code, so that quantizing it to the nearest gives that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.rounding import adaround, gptq, shrunk
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.progress import silent
+from ptq_onnx.progress import Advance, silent
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import corrected_mean
+from ptq_onnx.quantizers.importance import importance_of_inputs
 
 Array = NDArray[np.float32]
+Double = NDArray[np.float64]
 METHODS: dict[str, Callable[..., NDArray[np.int8]]] = {"gptq": gptq, "adaround": adaround}
 WIDEST = 8192
 """Inputs of a linear up to which second moments are taken (half a GB in float64)."""
@@ -41,10 +43,20 @@ class _Linear:
     weight: Array
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Weights [K, N] and the mean [K] of what they are multiplied with, by the weight's name;
+    rows count as their positions do. ``notes``: on what was left out."""
+
+    weights: dict[str, Array] = field(default_factory=dict)
+    means: dict[str, Double] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 def rounded_weights(
     plan: Plan, specs: Mapping[str, TensorSpec], statistics: Statistics, batches: Iterable[Any]
-) -> tuple[dict[str, Array], list[str]]:
-    """Weights [K, N] by name, rounded as the plan's config says, and notes on those left out.
+) -> Rounded:
+    """Weights rounded as the plan's config says.
 
     Where the bias takes the mean error out, only the covariance of the input counts. Runs the
     batches again, once for each group of ``collect_moments``, but for weights in
@@ -52,20 +64,39 @@ def rounded_weights(
     """
     config = plan.config
     if config.rounding == "nearest":
-        return {}, []
-    method = METHODS[config.rounding]
+        return Rounded()
     linears, notes = _linears(plan.model, specs)
     bits = {linear.name: specs[linear.name].rule.bits for linear in linears}
     done = plan.rounded  # an earlier dispatch of the plan may have rounded some: the same numbers
+    linears = [linear for linear in linears if (linear.name, bits[linear.name]) not in done]
+    if linears:
+        notes += _round(plan, linears, specs, statistics, batches)
     found = {name: done[name, b] for name, b in bits.items() if (name, b) in done}
-    linears = [linear for linear in linears if linear.name not in found]
-    if not linears:
-        return found, notes
+    weights = {name: weight for name, (weight, _) in found.items()}
+    return Rounded(weights, {name: mean for name, (_, mean) in found.items()}, notes)
+
+
+def _round(
+    plan: Plan,
+    linears: list[_Linear],
+    specs: Mapping[str, TensorSpec],
+    statistics: Statistics,
+    batches: Iterable[Any],
+) -> list[str]:
+    """Round the weights, into ``plan.rounded``; returns what there is to say."""
+    config, method = plan.config, METHODS[plan.config.rounding]
+    report = plan.progress or _silent
+    importance = importance_of_inputs(plan.model, batches, report(stages.POSITIONS))
     channels = {linear.read: len(linear.weight) for linear in linears}
     runs = len(groups(channels))
-    advance = silent if plan.progress is None else plan.progress(stages.ROUNDING, runs=runs)
+    advance = report(stages.ROUNDING, runs=runs)
     for group in collect_moments(
-        plan.model, channels, batches, threads=config.threads, progress=lambda: advance
+        plan.model,
+        channels,
+        batches,
+        counts=importance.positions,
+        threads=config.threads,
+        progress=lambda: advance,
     ):
         for linear in linears:
             if linear.read not in group:
@@ -84,9 +115,12 @@ def rounded_weights(
             width = spec.rule.bits
             codes = method(linear.weight, scale, shrunk(power, moments.rows), width, zero)
             whole = codes.astype(np.int32) + (0 if zero is None else zero)
-            found[linear.name] = dequantize(whole, spec)
-            done[linear.name, width] = found[linear.name]
-    return found, notes
+            plan.rounded[linear.name, width] = dequantize(whole, spec), moments.mean
+    return [] if importance.note is None else [importance.note]
+
+
+def _silent(name: str, *, runs: int = 1) -> Advance:
+    return silent
 
 
 def _linears(model: ir.Model, specs: Mapping[str, TensorSpec]) -> tuple[list[_Linear], list[str]]:

@@ -34,7 +34,7 @@ from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
 from ptq_onnx.progress import Advance, silent
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.quantizers.importance import Importance, find_importance
+from ptq_onnx.quantizers.importance import Importance, importance_of_inputs, read_by_linears
 from ptq_onnx.quantizers.learning import Learning, Trained
 from ptq_onnx.quantizers.reconstruction import Reconstruction, with_steps
 from ptq_onnx.quantizers.span_runs import Stream, run_span
@@ -249,30 +249,6 @@ def rounded_on_stream(
         notes += train.told()
     trained = () if train is None else tuple(train.trained)
     return OnStream(walk.constants, walk.specs, trained, notes)
-
-
-def read_by_linears(graph: ir.Graph) -> dict[str, list[str]]:
-    """What the linears of a graph make, by the name of what they read."""
-    found: dict[str, list[str]] = {}
-    for node in graph:
-        if is_linear(node) and node.inputs[0] is not None:
-            found.setdefault(str(node.inputs[0].name), []).append(str(node.outputs[0].name))
-    return found
-
-
-def importance_of_inputs(
-    model: ir.Model, images: Iterable[Any], advance: Advance = silent
-) -> Importance:
-    """How much each position of what linears read counts: as it does in all that they make."""
-    made = read_by_linears(model.graph)
-    axes = {n: (-1,) for some in made.values() for n in some}
-    found = find_importance(model, axes, images, advance)
-    positions = {}
-    for read, names in made.items():
-        known = [found.positions[n] for n in names if n in found.positions]
-        if known and len({one.shape for one in known}) == 1:
-            positions[read] = np.mean(known, axis=0)
-    return replace(found, positions=positions)
 
 
 class _Parts:

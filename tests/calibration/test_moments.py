@@ -83,3 +83,21 @@ def test_what_is_not_finite_is_named(model: ir.Model) -> None:
     broken[9, 0, 0, 0] = np.nan
     with pytest.raises(ModelError, match="'transpose1' are NaN or infinite"):
         list(collect_moments(model, {"transpose1": 3}, [broken], threads=1))
+
+
+def test_rows_count_as_their_positions_do(model: ir.Model) -> None:
+    """E[w x] and E[w (x - m)ᵀ(x - m)] in float64; a tensor of another shape is left as it is."""
+    counts = np.random.default_rng(4).uniform(0, 3, 16)
+    counts /= counts.mean()
+    given = {"transpose1": counts, "gelu4": np.ones(5)}
+    wanted = {"transpose1": 3, "gelu4": 6}
+    (found,) = collect_moments(model, wanted, BATCHES, counts=given, threads=1)
+    x, w = rows(), np.tile(counts, 10)
+    mean = w @ x / 160
+    np.testing.assert_allclose(found["transpose1"].mean, mean, rtol=1e-5)
+    off = x - mean
+    np.testing.assert_allclose(
+        found["transpose1"].covariance, (off * w[:, None]).T @ off / 160, rtol=1e-4, atol=1e-5
+    )
+    (plain,) = collect_moments(model, wanted, BATCHES, threads=1)
+    np.testing.assert_array_equal(found["gelu4"].scatter, plain["gelu4"].scatter)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from prepared_models import images, quantized
+from small_graph import SmallGraph, run, sample
 from small_transformer import Choices, transformer
 
 from ptq_onnx.blocks.roles import find_blocks
@@ -98,6 +100,63 @@ def _late(node: ir.Node, specs: dict[str, TensorSpec]) -> list[ir.Node]:
     """Nodes before it whose output it quantizes, not they."""
     before = [v.producer() for v in node.inputs if v is not None and str(v.name) in specs]
     return [n for n in before if n is not None and (is_layout(n) or n.op_type == "Softmax")]
+
+
+IMAGE = (2, 4, 6, 6)
+FROM_PPQ: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "AveragePool": ([], {"kernel_shape": [3, 2], "strides": [2, 2]}),
+    "Clip": ([np.array(-0.5, np.float32), np.array(0.7, np.float32)], {}),
+    "Conv": (
+        [sample(8, 2, 3, 3), sample(8)],
+        {"group": 2, "pads": [1, 0, 0, 1], "strides": [2, 1], "dilations": [1, 2]},
+    ),
+    "Exp": ([], {}),
+    "GlobalAveragePool": ([], {}),
+    "HardSigmoid": ([], {"alpha": 1 / 6, "beta": 0.5}),
+    "HardSwish": ([], {}),
+    "MaxPool": ([], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}),
+    "Pad": ([np.array([0, 0, 1, 2, 0, 0, 0, 1])], {}),
+    "Sigmoid": ([], {}),
+    "Tanh": ([], {}),
+}
+
+
+@pytest.mark.parametrize("kind", list(FROM_PPQ))
+def test_ops_of_ppq_are_those_of_onnxruntime(kind: str) -> None:
+    """In numbers; and that a gradient passes."""
+    more, attributes = FROM_PPQ[kind]
+    g = SmallGraph(IMAGE)
+    agrees(g, g(kind, "x", *more, **attributes))
+
+
+def test_masks_are_those_of_onnxruntime() -> None:
+    g = SmallGraph(IMAGE)
+    above = g("Not", g("Greater", "x", np.array(0.3)))
+    agrees(g, g("Where", above, g("Sqrt", g("Exp", "x")), np.array(2.0)))
+
+
+def agrees(g: SmallGraph, made: str) -> None:
+    model = g.model(made)
+    x = np.random.default_rng(0).normal(size=IMAGE).astype(np.float32)
+    form = TorchForm(model.graph, {})
+    assert form.missing() is None
+    fed = torch.from_numpy(x).requires_grad_()
+    (found,) = form.run({"x": fed}, [made]).values()
+    (expected,) = run(model, x)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert fed.grad is not None
+    assert float(fed.grad.abs().sum()) > 0.1
+
+
+def test_a_weight_that_is_no_linears_is_not_learned() -> None:
+    g = SmallGraph(IMAGE)
+    model = g.model(g("Conv", "x", sample(8, 4, 1, 1)))
+    weight = str(next(iter(model.graph)).inputs[1].name)
+    spec = spec_of(Rule(8), 0.1)
+    reason = TorchForm(model.graph, {weight: spec}).missing()
+    assert reason is not None
+    assert reason.endswith(": a weight with codes that is no linear's")
 
 
 def test_nothing_learned_is_the_closed_form() -> None:

@@ -20,6 +20,7 @@ from ptq_onnx.graph.expansions import to_standard
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.range_search import channel_bounds, share_rate
+from ptq_onnx.quantizers import importance
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
 
@@ -49,8 +50,10 @@ def values(model: ir.Model, names: list[str], x: np.ndarray) -> dict[str, np.nda
 
 @pytest.mark.parametrize("bits", ["4/4/4", "6/6/3"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_steps(name: str, bits: str) -> None:
-    """Whoever asks for the tests of a function sees all of these: nothing is kept between them."""
+def test_steps(name: str, bits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for the tests of a function sees all of these: nothing is kept between them.
+    All tokens count the same."""
+    monkeypatch.setattr(importance, "EVENLY", 1.0)
     model, quantizer = made(name, bits)
     the_float_model_stays_what_it_was(model, quantizer)
     every_channel_takes_up_its_codes(quantizer)
@@ -124,10 +127,15 @@ def maps_have_one_for_the_largest(model: ir.Model, quantizer: SiteQuantizer, bit
         assert rates[tensor] != last  # what they would have without a search
 
 
+@pytest.mark.parametrize("evenly", [1.0, 0.0])
 @pytest.mark.parametrize("norms", [True, False])
-def test_steps_follow_the_weights_that_read_them(norms: bool) -> None:
+def test_steps_follow_the_weights_that_read_them(
+    norms: bool, evenly: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of what fc1 reads, a norm's output or a sum: the rows of its weight have the factor that is
-    best for both, not the channels' own steps."""
+    best for both, not the channels' own steps; for the rows of the token that the head reads, where
+    it alone counts."""
+    monkeypatch.setattr(importance, "EVENLY", evenly)
     model = transformer(Choices(norms=norms))
     blocks, sites = find_blocks(model), find_sites(model, find_blocks(model))
     config = QuantizeConfig(quantizer="lowbit", bits="4/4/4", rotate=False, threads=1)
@@ -137,7 +145,8 @@ def test_steps_follow_the_weights_that_read_them(norms: bool) -> None:
     assert held is not None
     before = np.float32(constant(held)) * LEVELS[:, None]
     held.const_value = ir.tensor(before, name=held.name)
-    rows = values(model, [tensor], np.concatenate(BATCHES))[tensor].reshape(-1, WIDTH)
+    tokens = values(model, [tensor], np.concatenate(BATCHES))[tensor]
+    rows = tokens.reshape(-1, WIDTH) if evenly else tokens[:, 0]
     low, high = channel_bounds(rows, 16)
     half, variance = (high - low) / 2, rows.var(axis=0, dtype=np.float64)
     products = [Product(np.abs(before), 4)]

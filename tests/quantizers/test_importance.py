@@ -9,8 +9,13 @@ from small_graph import SmallGraph, sample
 from small_transformer import TOKENS, WIDTH, Choices, transformer
 
 from ptq_onnx.blocks.walking import is_linear, is_product
-from ptq_onnx.quantizers.importance import EVENLY, IMAGES, Importance, find_importance
-from ptq_onnx.quantizers.stream_weights import importance_of_inputs
+from ptq_onnx.quantizers.importance import (
+    EVENLY,
+    IMAGES,
+    Importance,
+    find_importance,
+    importance_of_inputs,
+)
 
 X = np.random.default_rng(0).normal(size=(20, TOKENS, WIDTH)).astype(np.float32)
 FIRST = [EVENLY + TOKENS * (1 - EVENLY), *[EVENLY] * (TOKENS - 1)]

@@ -24,7 +24,7 @@ from ptq_onnx.numerics.weights import weight_scale
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
-from ptq_onnx.quantizers.stream_weights import importance_of_inputs
+from ptq_onnx.quantizers.importance import importance_of_inputs
 from ptq_onnx.targets.checking.check import check
 
 
