@@ -62,10 +62,15 @@ def find_importance(
         reason = "the model has several inputs"
     if reason is None and model.graph.inputs[0].dtype not in (None, ir.DataType.FLOAT):
         reason = "the model's input has whole numbers"
+    found: dict[str, Double] = {}
+    if reason is None:
+        outputs = [str(v.name) for v in model.graph.outputs]
+        try:
+            found = position_weights(form, form.inputs[0], axes, outputs, _few(batches, advance))
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # an op's rare form
+            reason = f"torch: {str(error).partition(chr(10))[0].rstrip('.')}"
     if reason is not None:
         return Importance(note=f"Errors count the same at all positions; {reason}.")
-    outputs = [str(v.name) for v in model.graph.outputs]
-    found = position_weights(form, form.inputs[0], axes, outputs, _few(batches, advance))
     return Importance({name: EVENLY + (1 - EVENLY) * p for name, p in found.items()})
 
 

@@ -97,3 +97,13 @@ def test_where_it_is_unknown_all_count_the_same() -> None:
     assert found.note is not None
     assert found.note.startswith("Errors count the same at all positions; ")
     assert not found.positions
+
+
+def test_what_torch_cannot_run_is_told_in_one_line() -> None:
+    g = SmallGraph(("batch", "tokens", "channels"))
+    model = g.model(g("MatMul", "x", sample(WIDTH + 1, 3)))
+    found = importance_of_inputs(model, [X])
+    assert found.note is not None
+    assert found.note.startswith("Errors count the same at all positions; torch: ")
+    assert "\n" not in found.note
+    assert not found.positions
