@@ -22,8 +22,8 @@ MODELS = {
 }
 
 LONG = (
-    "targets/integer/test_integer_lowering.py",
     "zoo/test_zoo.py",
+    "targets/integer/test_integer_lowering.py",
     "oracle/test_oracle.py",
     "sweep/test_survival.py",
     "faults/test_signals.py",
@@ -40,7 +40,6 @@ LONG = (
     "engine/test_agreement.py",
     "runtime/test_workers.py",
     "analysis/test_analyse.py",
-    "analysis/test_sensitivity.py",
     "engine/test_engine.py",
     "analysis/test_figures.py",
     "sweep/test_sweep.py",
@@ -48,6 +47,7 @@ LONG = (
     "equalization/test_hidden_pieces.py",
     "test_progress.py",
     "quantizers/test_scale_search.py",
+    "analysis/test_sensitivity.py",
     "test_wheel.py",
     "documentation/test_notebook.py",
 )
