@@ -57,6 +57,13 @@ def quantized(
     return quantizer
 
 
+def uncalibrated(path: Path = DIGITS, **options: Any) -> SiteQuantizer:
+    """A quantizer with its rules and no numbers, for the options of a QuantizeConfig."""
+    found = prepared(path)
+    config = QuantizeConfig(**{"quantizer": "fqvit", "threads": 1, **options})
+    return make_quantizer(Plan(found.model, found.blocks, found.sites, config))
+
+
 def subject(quantizer: SiteQuantizer, path: Path = DIGITS) -> Prepared:
     """The model that a quantizer quantized, which need not be the prepared one."""
     plan = quantizer.plan

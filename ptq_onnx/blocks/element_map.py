@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,54 @@ from onnx.reference import ReferenceEvaluator
 
 from ptq_onnx.blocks.walking import is_constant, is_layout
 
+KEPT_ELEMENTS = 1 << 19
+"""The largest tensor whose way is kept in mind."""
+KEPT_WAYS = 24
+"""So many of them: the blocks of a network move elements alike."""
+Indices = NDArray[np.int64]
 
-def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
+
+def layout_indices(start: ir.Value, end: ir.Value) -> Indices | None:
     """Flat index into ``start`` of every element of ``end``, both with batch size 1.
 
-    Returns an int64 array with the shape of ``end``, or None where ``end`` is not reached
-    from ``start`` by layout ops alone, or the shape depends on more than the batch, or an element
-    is of none of ``start``: what a Pad fills in.
+    Returns an int64 array with the shape of ``end``, not to be changed, or None where ``end`` is
+    not reached from ``start`` by layout ops alone, or the shape depends on more than the batch, or
+    an element is of none of ``start``: what a Pad fills in.
     """
+    found = _way(start, end)
+    return None if found is None else _of(_followed, found)
+
+
+def channel_map(
+    start: ir.Value, end: ir.Value, shape: tuple[int, ...], axis: int = -1
+) -> Indices | None:
+    """For a per-channel array of ``shape`` on ``end``: the index along ``axis`` of ``start`` that
+    each entry comes from (int64, that shape, not to be changed), or None where one entry mixes
+    several.
+
+    ``shape`` broadcasts against ``end`` without its batch axis, 1 on axes that are shared.
+    """
+    found = _way(start, end)
+    return None if found is None else _of(_channels, found, shape, axis)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Layout ops as a model of anonymous tensors, and the shape of what they start from."""
+
+    model: bytes
+    shape: tuple[int, ...]
+
+
+def _of(function: Any, way: _Way, *more: Any) -> Indices | None:
+    """What a function of a way gives, computed once where the tensor is not too large to keep."""
+    small = np.prod(way.shape) <= KEPT_ELEMENTS
+    found: Indices | None = (function if small else function.__wrapped__)(way, *more)
+    return found
+
+
+def _way(start: ir.Value, end: ir.Value) -> _Way | None:
+    """The layout ops between two tensors; None where there are others or sizes are unknown."""
     shape = static_shape(start)
     if shape is None:
         return None
@@ -27,45 +69,61 @@ def layout_indices(start: ir.Value, end: ir.Value) -> NDArray[np.int64] | None:
     constants: dict[str, ir.Value] = {}
     if not _collect(end, start, nodes, constants):
         return None
+    names: dict[str, str] = {"": ""}
+    protos = [ir.serde.serialize_node(node) for node in nodes]
+    for node in protos:
+        node.name = node.doc_string = ""
+        del node.metadata_props[:]
+        for values in (node.input, node.output):
+            values[:] = [names.setdefault(name, f"t{len(names)}") for name in values]
+    ends = [names.setdefault(str(value.name), f"t{len(names)}") for value in (start, end)]
+    infos = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, None) for n in ends]
     graph = onnx.helper.make_graph(
-        [ir.serde.serialize_node(node) for node in nodes],
+        protos,
         "layout",
-        [onnx.helper.make_tensor_value_info(str(start.name), onnx.TensorProto.INT64, shape)],
-        [onnx.helper.make_tensor_value_info(str(end.name), onnx.TensorProto.INT64, None)],
+        infos[:1],
+        infos[1:],
         [
-            onnx.numpy_helper.from_array(value.const_value.numpy(), name)
+            onnx.numpy_helper.from_array(value.const_value.numpy(), names[name])
             for name, value in constants.items()
             if value.const_value is not None
         ],
     )
     opset = 21 if start.graph is None else start.graph.opset_imports.get("", 21)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    return _Way(model.SerializeToString(deterministic=True), tuple(shape))
+
+
+@lru_cache(KEPT_WAYS)
+def _followed(way: _Way) -> Indices | None:
+    """The indices at the end of a way."""
+    model = onnx.ModelProto.FromString(way.model)
+    count = int(np.prod(way.shape))
     # Counted from 1, so that what a Pad fills in (0) is no element
-    indices = np.arange(1, int(np.prod(shape)) + 1, dtype=np.int64).reshape(shape)
+    indices = np.arange(1, count + 1, dtype=np.int64).reshape(way.shape)
     try:
-        found: list[Any] = list(ReferenceEvaluator(model).run(None, {str(start.name): indices}))
+        found: list[Any] = list(
+            ReferenceEvaluator(model).run(None, {model.graph.input[0].name: indices})
+        )
     except (ValueError, IndexError, RuntimeError):  # a target shape that is not of one image
         return None
     filled = np.asarray(found[0])
-    if not np.isin(filled, indices).all():
+    if filled.dtype.kind not in "iu" or filled.min(initial=1) < 1 or filled.max(initial=1) > count:
         return None
-    return np.asarray(filled, dtype=np.int64) - 1
+    result = np.asarray(filled, dtype=np.int64) - 1
+    result.setflags(write=False)
+    return result
 
 
-def channel_map(
-    start: ir.Value, end: ir.Value, shape: tuple[int, ...], axis: int = -1
-) -> NDArray[np.int64] | None:
-    """For a per-channel array of ``shape`` on ``end``: the index along ``axis`` of ``start`` that
-    each entry comes from (int64, that shape), or None where one entry mixes several.
-
-    ``shape`` broadcasts against ``end`` without its batch axis, 1 on axes that are shared.
-    """
-    indices = layout_indices(start, end)
-    columns = static_shape(start)
-    if indices is None or columns is None:
+@lru_cache(KEPT_WAYS)
+def _channels(way: _Way, shape: tuple[int, ...], axis: int) -> Indices | None:
+    """What :func:`channel_map` gives."""
+    indices = _of(_followed, way)
+    if indices is None:
         return None
-    column = np.unravel_index(indices, columns)[axis]
-    if not np.array_equal(column, np.broadcast_to(column[:1], column.shape)):
+    place = axis % len(way.shape)
+    column = indices // int(np.prod(way.shape[place + 1 :])) % way.shape[place]
+    if len(column) > 1 and not np.array_equal(column, np.broadcast_to(column[:1], column.shape)):
         return None
     column = column[0]
     padded = (1,) * (column.ndim - len(shape)) + shape
@@ -73,7 +131,9 @@ def channel_map(
     low, high = column.min(axis=shared, keepdims=True), column.max(axis=shared, keepdims=True)
     if low.shape != padded or not np.array_equal(low, high):
         return None
-    return np.asarray(low.reshape(shape), np.int64)
+    result = np.asarray(low.reshape(shape), np.int64)
+    result.setflags(write=False)
+    return result
 
 
 def varying_axes(start: ir.Value, end: ir.Value) -> tuple[int, ...] | None:

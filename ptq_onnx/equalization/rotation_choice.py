@@ -275,9 +275,10 @@ class _Held:
     now: Mapping[str, str]
     """The name in the trial of each tensor of the stream."""
 
-    def refined(self, won: float | None = None) -> _Tried:
-        """The ranges or factors times what :func:`refined` finds."""
-        better = refined(self.trial, self.steps)
+    def refined(self, lost: float | None = None, won: float | None = None) -> _Tried:
+        """The ranges or factors times what :func:`refined` finds; ``lost``: by the outputs before,
+        where that is known."""
+        better = refined(self.trial, self.steps, lost)
         by = {name: better.factors[held] for name, held in self.now.items()}
         gain = _decibels(better.before, better.after)
         one = self.tried
@@ -312,8 +313,8 @@ class _Trial:
         held = self.by_factors(number, rows, plain)
         lost = held.trial.lost(held.steps), turned.trial.lost(turned.steps)
         if lost[0] > lost[1]:
-            return best if best.matrix is None else turned.refined()
-        return held.refined(_decibels(lost[1], lost[0]))
+            return best if best.matrix is None else turned.refined(lost[1])
+        return held.refined(lost[0], _decibels(lost[1], lost[0]))
 
     def by_factors(self, number: int, rows: list[Rows], plain: _Tried) -> _Held:
         """The stream as it is, with searched factors per channel."""

@@ -10,15 +10,18 @@ alike in all images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.statistics import open_taps
+from ptq_onnx.equalization.stream_suffix import Kept, Suffixes, open_suffix
 from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.preparation import model_files as graphs
 
@@ -69,6 +72,11 @@ class Steps:
         """The same codes of other values."""
         return replace(self, step=self.step * np.float32(factor))
 
+    def is_same(self, other: Steps) -> bool:
+        """Whether all numbers are equal."""
+        ends = self.lowest == other.lowest and self.highest == other.highest
+        return ends and np.array_equal(self.step, other.step)
+
 
 class StreamTrial:
     """A float model, the tensors of a stream in which are rounded by steps that each run is given.
@@ -85,27 +93,69 @@ class StreamTrial:
         threads: int,
         original: Outputs | None = None,
     ) -> None:
-        standard = graphs.to_standard(model.clone())
+        self._model = standard = graphs.to_standard(model.clone())
         values = {str(v.name): v for node in standard.graph for v in node.outputs}
-        for name in tensors:
+        self._tensors = tuple(tensors)
+        for name in self._tensors:
             _round(standard.graph, values[name])
         self._session, self._feed, _ = open_taps(standard, (), threads)
-        self._batches = list(batches)
+        self._batches, self._threads = list(batches), threads
         self._original = [] if original is None else original
+        self._suffixes: Suffixes | None = None
+        self._kept, self._kept_with = Kept(), dict[str, Steps]()
+        self._behind: tuple[ort.InferenceSession, list[Any]] | None = None
 
     def outputs(self, steps: Mapping[str, Steps]) -> Outputs:
         """The model's outputs on each batch, every tensor rounded by its steps."""
-        fed: dict[str, Single] = {}
-        for name, one in steps.items():
-            lowest, highest = (np.array([end], np.float32) for end in (one.lowest, one.highest))
-            inverse = np.asarray(1 / one.step, np.float32)
-            numbers = (inverse, lowest, highest, one.step)
-            fed |= {f"{name}_{part}": v for part, v in zip(PARTS, numbers, strict=True)}
-        return [self._session.run(None, {self._feed: batch, **fed}) for batch in self._batches]
+        return list(self._runs(steps))
 
-    def lost(self, steps: Mapping[str, Steps]) -> float:
-        """What the outputs lose, Σ error² / Σ signal²."""
-        return loss(self.outputs(steps), self._original)
+    def lost(self, steps: Mapping[str, Steps], enough: float = np.inf) -> float:
+        """What the outputs lose, Σ error² / Σ signal²; where that is ``enough`` or more, any number
+        from ``enough`` on, as the last batches need not be run."""
+        return loss(self._runs(steps), self._original, enough)
+
+    def start_at(self, tensor: str, steps: Mapping[str, Steps]) -> None:
+        """Begin every run at the tensor from here on, where that can be: all that does not depend
+        on it is kept as it is with these ``steps``. Begun with the last tensors, it is quickest."""
+        if self._suffixes is None:
+            given = {name: [f"{name}_{part}" for part in PARTS] for name in self._tensors}
+            self._suffixes = Suffixes(self._model, given)
+        self._behind = None
+        suffix = self._suffixes.of(tensor)
+        if suffix is None:
+            return
+        before = [name for name in steps if not suffix.rounds(name)]
+        same = all(n in self._kept_with and steps[n].is_same(self._kept_with[n]) for n in before)
+        if tensor not in self._kept or not same:
+            upto = self._tensors[: self._tensors.index(tensor) + 1]
+            self._kept = self._suffixes.kept(upto, self._inputs(steps), self._threads)
+            self._kept_with = dict(steps)
+        self._behind = open_suffix(suffix, self._threads), self._kept.pop(tensor)
+
+    def _inputs(self, steps: Mapping[str, Steps]) -> list[dict[str, Any]]:
+        """What the whole model is given, batch by batch."""
+        return [{self._feed: batch, **_numbers(steps)} for batch in self._batches]
+
+    def _runs(self, steps: Mapping[str, Steps]) -> Iterator[list[NDArray[Any]]]:
+        session, inputs = self._session, self._inputs(steps)
+        if self._behind is not None:
+            session, before = self._behind
+            read = {i.name for i in session.get_inputs()}
+            numbers = {n: v for n, v in _numbers(steps).items() if n in read}
+            inputs = [{**values, **numbers} for values in before]
+        for fed in inputs:
+            yield session.run(None, fed)
+
+
+def _numbers(steps: Mapping[str, Steps]) -> dict[str, Single]:
+    """What a model is given to round the tensors."""
+    fed: dict[str, Single] = {}
+    for name, one in steps.items():
+        lowest, highest = (np.array([end], np.float32) for end in (one.lowest, one.highest))
+        inverse = np.asarray(1 / one.step, np.float32)
+        numbers = (inverse, lowest, highest, one.step)
+        fed |= {f"{name}_{part}": v for part, v in zip(PARTS, numbers, strict=True)}
+    return fed
 
 
 @dataclass(frozen=True)
@@ -118,27 +168,32 @@ class Refined:
     factors: Mapping[str, float]
 
 
-def refined(trial: StreamTrial, steps: Mapping[str, Steps]) -> Refined:
+def refined(
+    trial: StreamTrial, steps: Mapping[str, Steps], before: float | None = None
+) -> Refined:
     """Factors of the steps that leave less of the outputs' loss: one for all tensors, then of one
     tensor after the other, the last ones, whose rounding is the coarsest, first. A tensor without
-    whose rounding the outputs lose no less is passed over."""
+    whose rounding the outputs lose no less is passed over. ``before``: the loss with the steps as
+    they are, where it is known."""
 
-    def lost(factors: Mapping[str, float], without: str | None = None) -> float:
-        held = {name: one.times(factors[name]) for name, one in steps.items()}
-        return trial.lost(held if without is None else held | {without: Steps.unrounded()})
+    def held(factors: Mapping[str, float]) -> dict[str, Steps]:
+        return {name: one.times(factors[name]) for name, one in steps.items()}
 
-    before = least = lost(dict.fromkeys(steps, 1.0))
+    least = before = trial.lost(steps) if before is None else before
     found: dict[str, float] = dict.fromkeys(steps, 1.0)
     for factor in FACTORS:
         tried = dict.fromkeys(steps, float(factor))
-        now = lost(tried)
+        now = trial.lost(held(tried), least)
         if now < least:
             found, least = tried, now
     for name in reversed(list(steps)):
-        if lost(found, without=name) >= least:
+        trial.start_at(name, held(found))
+        if trial.lost(held(found) | {name: Steps.unrounded()}, least) >= least:
             continue
         each = [{**found, name: found[name] * float(factor)} for factor in OF_ONE]
-        losses = [lost(tried) for tried in each]
+        losses: list[float] = []
+        for tried in each:
+            losses.append(trial.lost(held(tried), min([ENOUGH * least, *losses])))
         if min(losses) < ENOUGH * least:
             least = min(losses)
             found = each[losses.index(least)]
@@ -163,17 +218,25 @@ def outputs_of(model: ir.Model, batches: Iterable[Any], threads: int) -> Outputs
     return StreamTrial(model, (), batches, threads).outputs({})
 
 
-def loss(rounded: Outputs, original: Outputs) -> float:
-    """Σ (q - f)² / Σ f² of each output of floats over all batches, added up."""
-    total = 0.0
-    for one, other in zip(zip(*rounded, strict=True), zip(*original, strict=True), strict=True):
-        if other[0].dtype.kind == "f":
-            pairs = [
-                (q.astype(np.float64), f.astype(np.float64))
-                for q, f in zip(one, other, strict=True)
-            ]
-            signal = sum(float((f**2).sum()) for _, f in pairs)
-            total += sum(float(((q - f) ** 2).sum()) for q, f in pairs) / max(signal, 1e-30)
+def loss(
+    rounded: Iterable[Sequence[NDArray[Any]]], original: Outputs, enough: float = np.inf
+) -> float:
+    """Σ (q - f)² / Σ f² of each output of floats over all batches, added up; no more batches are
+    taken once it is ``enough``: it only grows."""
+    total, errors = 0.0, defaultdict[int, list[float]](list)
+    columns = enumerate(zip(*original, strict=True))
+    floats = {number: fs for number, fs in columns if fs[0].dtype.kind == "f"}
+    signals = {
+        number: max(sum(float((f.astype(np.float64) ** 2).sum()) for f in fs), 1e-30)
+        for number, fs in floats.items()
+    }
+    for batch, found in enumerate(rounded):
+        for number, fs in floats.items():
+            error = found[number].astype(np.float64) - fs[batch].astype(np.float64)
+            errors[number].append(float((error**2).sum()))
+        total = sum(sum(errors[number]) / signal for number, signal in signals.items())
+        if total >= enough:
+            break
     return total
 
 

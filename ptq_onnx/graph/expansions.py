@@ -8,7 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.graph.bounded import write_bound
-from ptq_onnx.graph.formula import DOMAIN, new_constant, unique_name
+from ptq_onnx.graph.formula import DOMAIN, names_in, new_constant, unique_name
+
+Names = set[str] | None
+"""Those of all values of a graph, where they are known."""
 
 QUICK_GELU_FACTOR = 1.702
 
@@ -23,48 +26,50 @@ def standardise(model: ir.Model) -> ir.Model:
     graph = model.graph
     for node in list(graph):
         write_bound(graph, node)
-        if node.domain == DOMAIN:
-            expand(graph, node)
+    ours = [node for node in graph if node.domain == DOMAIN]
+    taken = names_in(graph) if ours else None
+    for node in ours:
+        expand(graph, node, taken=taken)
     graph.opset_imports.pop(DOMAIN, None)
     return model
 
 
-def _linear(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+def _linear(graph: ir.Graph, node: ir.Node, taken: Names) -> list[ir.Node]:
     """MatMul, and Add where there is a bias."""
     output, inputs = node.outputs[0], node.inputs
     if len(inputs) == 2:
         return [ir.node("MatMul", list(inputs), name=node.name)]
     product = ir.node("MatMul", list(inputs[:2]), name=f"{node.name}_matmul")
-    _describe(product.outputs[0], unique_name(graph, f"{output.name}_matmul"), output)
+    _describe(product.outputs[0], unique_name(graph, f"{output.name}_matmul", taken), output)
     return [product, ir.node("Add", [product.outputs[0], inputs[2]], name=node.name)]
 
 
-def _quick_gelu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+def _quick_gelu(graph: ir.Graph, node: ir.Node, taken: Names) -> list[ir.Node]:
     """x · sigmoid(1.702 x)"""
     output, x = node.outputs[0], node.inputs[0]
     number = np.array(QUICK_GELU_FACTOR, (output.dtype or ir.DataType.FLOAT).numpy())
-    factor = new_constant(graph, f"{output.name}_factor", number)
+    factor = new_constant(graph, f"{output.name}_factor", number, taken)
     scaled = ir.node("Mul", [x, factor], name=f"{node.name}_scaled")
-    _describe(scaled.outputs[0], unique_name(graph, f"{output.name}_scaled"), output)
+    _describe(scaled.outputs[0], unique_name(graph, f"{output.name}_scaled", taken), output)
     sigmoid = ir.node("Sigmoid", [scaled.outputs[0]], name=f"{node.name}_sigmoid")
-    _describe(sigmoid.outputs[0], unique_name(graph, f"{output.name}_sigmoid"), output)
+    _describe(sigmoid.outputs[0], unique_name(graph, f"{output.name}_sigmoid", taken), output)
     return [scaled, sigmoid, ir.node("Mul", [x, sigmoid.outputs[0]], name=node.name)]
 
 
-def _silu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+def _silu(graph: ir.Graph, node: ir.Node, taken: Names) -> list[ir.Node]:
     """x · sigmoid(x)"""
     output, x = node.outputs[0], node.inputs[0]
     sigmoid = ir.node("Sigmoid", [x], name=f"{node.name}_sigmoid")
-    _describe(sigmoid.outputs[0], unique_name(graph, f"{output.name}_sigmoid"), output)
+    _describe(sigmoid.outputs[0], unique_name(graph, f"{output.name}_sigmoid", taken), output)
     return [sigmoid, ir.node("Mul", [x, sigmoid.outputs[0]], name=node.name)]
 
 
-def _rms_norm(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+def _rms_norm(graph: ir.Graph, node: ir.Node, taken: Names) -> list[ir.Node]:
     """x / √(mean x² + ε) · γ"""
     output, (x, gamma) = node.outputs[0], node.inputs
-    axes = new_constant(graph, f"{output.name}_axes", np.array([-1], np.int64))
+    axes = new_constant(graph, f"{output.name}_axes", np.array([-1], np.int64), taken)
     number = np.array(node.attributes.get_float("epsilon", 0.0), np.float32)
-    epsilon = new_constant(graph, f"{output.name}_epsilon", number)
+    epsilon = new_constant(graph, f"{output.name}_epsilon", number, taken)
     square = ir.node("Mul", [x, x], name=f"{node.name}_square")
     mean = ir.node("ReduceMean", [square.outputs[0], axes], name=f"{node.name}_mean")
     shifted = ir.node("Add", [mean.outputs[0], epsilon], name=f"{node.name}_shifted")
@@ -78,26 +83,26 @@ def _rms_norm(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
         (root, "root", row),
         (quotient, "quotient", output),
     ):
-        _describe(part.outputs[0], unique_name(graph, f"{output.name}_{suffix}"), like)
+        _describe(part.outputs[0], unique_name(graph, f"{output.name}_{suffix}", taken), like)
     scaled = ir.node("Mul", [quotient.outputs[0], gamma], name=node.name)
     return [square, mean, shifted, root, quotient, scaled]
 
 
-def _l2_norm(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+def _l2_norm(graph: ir.Graph, node: ir.Node, taken: Names) -> list[ir.Node]:
     """x / max(|x|, ε)"""
     output, x = node.outputs[0], node.inputs[0]
-    axes = new_constant(graph, f"{output.name}_axes", np.array([-1], np.int64))
+    axes = new_constant(graph, f"{output.name}_axes", np.array([-1], np.int64), taken)
     number = np.array(node.attributes.get_float("epsilon", 0.0), np.float32)
-    epsilon = new_constant(graph, f"{output.name}_epsilon", number)
+    epsilon = new_constant(graph, f"{output.name}_epsilon", number, taken)
     norm = ir.node("ReduceL2", [x, axes], name=f"{node.name}_norm")
     held = ir.node("Clip", [norm.outputs[0], epsilon], name=f"{node.name}_held")
     row = _one_column(output)
     for part, suffix in ((norm, "norm"), (held, "held")):
-        _describe(part.outputs[0], unique_name(graph, f"{output.name}_{suffix}"), row)
+        _describe(part.outputs[0], unique_name(graph, f"{output.name}_{suffix}", taken), row)
     return [norm, held, ir.node("Div", [x, held.outputs[0]], name=node.name)]
 
 
-EXPANSIONS: dict[str, Callable[[ir.Graph, ir.Node], list[ir.Node]]] = {
+EXPANSIONS: dict[str, Callable[[ir.Graph, ir.Node, Names], list[ir.Node]]] = {
     "Linear": _linear,
     "QuickGelu": _quick_gelu,
     "Silu": _silu,
@@ -116,10 +121,12 @@ def _describe(value: ir.Value, name: str, like: ir.Value) -> None:
     value.name, value.type, value.shape = name, like.type, like.shape
 
 
-def expand(graph: ir.Graph, node: ir.Node, new: list[ir.Node] | None = None) -> None:
+def expand(
+    graph: ir.Graph, node: ir.Node, new: list[ir.Node] | None = None, taken: Names = None
+) -> None:
     """Put the new nodes, by default those of its expansion, in the place of one; the last has its
-    output, all have its metadata."""
-    new = new or EXPANSIONS[node.op_type](graph, node)
+    output, all have its metadata. ``taken``: see :func:`unique_name`."""
+    new = new or EXPANSIONS[node.op_type](graph, node, taken)
     old, output = node.outputs[0], new[-1].outputs[0]
     _describe(output, str(old.name), old)
     for item in new:

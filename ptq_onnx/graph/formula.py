@@ -45,16 +45,28 @@ def sizes(value: ir.Value | None) -> list[int | str] | None:
     return dims
 
 
-def unique_name(graph: ir.Graph, name: str) -> str:
-    """``name``, with a number behind it where a value of the graph has it."""
+def unique_name(graph: ir.Graph, name: str, taken: set[str] | None = None) -> str:
+    """``name``, with a number behind it where a value of the graph has it.
+
+    ``taken``: the names of all values, where many are asked for; the new one comes to them.
+    """
     result, count = name, 1
-    while _is_taken(graph, result):
+    while _is_taken(graph, result) if taken is None else result in taken:
         result, count = f"{name}_{count}", count + 1
+    if taken is not None:
+        taken.add(result)
     return result
 
 
+def names_in(graph: ir.Graph) -> set[str]:
+    """The names of all values."""
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [v for node in graph for v in node.outputs]
+    return {str(v.name) for v in values} | set(graph.initializers)
+
+
 def _is_taken(graph: ir.Graph, name: str) -> bool:
-    """Whether a value has the name; asked for every new one, so that no set of all is made."""
+    """Whether a value has the name: quicker for a single one than a set of all."""
     if name in graph.initializers or any(v.name == name for v in graph.inputs):
         return True
     for node in graph:
@@ -64,9 +76,11 @@ def _is_taken(graph: ir.Graph, name: str) -> bool:
     return False
 
 
-def new_constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    """A new initializer, its name made unique."""
-    name = unique_name(graph, name)
+def new_constant(
+    graph: ir.Graph, name: str, array: NDArray[np.generic], taken: set[str] | None = None
+) -> ir.Value:
+    """A new initializer, its name made unique (``taken``: see :func:`unique_name`)."""
+    name = unique_name(graph, name, taken)
     tensor = ir.tensor(array, name=name)
     value = ir.Value(
         name=name,

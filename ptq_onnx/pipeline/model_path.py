@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq_onnx.errors import ModelError
+from ptq_onnx.pipeline.timm_names import looks_like_timm
 
 
 def find_model(path: str | Path, *, written: bool = False) -> Path:
@@ -17,8 +18,6 @@ def find_model(path: str | Path, *, written: bool = False) -> Path:
         return _in_folder(path, written)
     if path.exists():
         return path
-    from ptq_onnx.pipeline.timm_export import looks_like_timm
-
     stem = path.name.removesuffix(".onnx")
     hint = (
         f" To make it from timm's model of that name: ptq-onnx export {stem}"

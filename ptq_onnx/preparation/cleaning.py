@@ -27,6 +27,7 @@ from ptq_onnx.graph.formula import constant, scalar, sizes
 from ptq_onnx.graph.onnxruntime_ops import RUNTIME, read_back
 from ptq_onnx.graph.shape_folding import simplify_layout
 from ptq_onnx.graph.symbolic_shapes import fold_shapes
+from ptq_onnx.preparation.symbolic_inference import symbolic_inference
 from ptq_onnx.preparation.validation import refuse_unknown
 
 logger = logging.getLogger(__name__)
@@ -290,7 +291,7 @@ def infer_shapes(model: ir.Model) -> None:
     """Set type and shape of every value; ONNX Runtime's inference keeps symbols like ``batch``."""
     proto = skeleton(model)
     try:
-        inferred = _symbolic_inference(proto)
+        inferred = symbolic_inference(proto)
     except Exception as error:  # it asserts on operators it does not know
         logger.debug("symbolic shape inference failed (%s); using onnx's", one_line(error))
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
@@ -313,27 +314,6 @@ def infer_shapes(model: ir.Model) -> None:
         if value.const_value is not None:
             value.type = ir.TensorType(value.const_value.dtype)
             value.shape = ir.Shape(value.const_value.shape.numpy())
-
-
-def _symbolic_inference(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """ONNX Runtime's symbolic shape inference.
-
-    Its public entry writes a file into the working directory where inference is incomplete;
-    the steps are taken one by one here, and an incomplete result is used as it is.
-    """
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference  # torch: seconds
-
-    # Its guesses at sizes, which are warnings to its own users
-    logging.getLogger(SymbolicShapeInference.__module__).setLevel(logging.ERROR)
-    inference = SymbolicShapeInference(
-        int_max=2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
-    )
-    inference._preprocess(proto)
-    while inference.run_:
-        inference._infer_impl()
-    inference._update_output_from_vi()
-    inferred: onnx.ModelProto = inference.out_mp_
-    return inferred
 
 
 def _fold(model: ir.Model) -> None:

@@ -267,11 +267,10 @@ class _Planner:
         """True where nothing but ``value`` reads those channels of ``output``."""
         if value is output:
             return True
-        mine = set(index.ravel().tolist())
         for read in self.parts(output, value):
             shape = static_shape(read)
             other = None if shape is None else channel_map(output, read, tuple(shape[1:]), axis)
-            if other is None or mine & set(other.ravel().tolist()):
+            if other is None or _overlap(index, other):
                 return False
         return True
 
@@ -297,6 +296,13 @@ def _is_norm(node: ir.Node, value: ir.Value) -> bool:
     """True for a LayerNormalization whose γ, β are constants and whose output is ``value``."""
     constants = all(v is None or v.const_value is not None for v in node.inputs[1:])
     return node.op_type == "LayerNormalization" and constants and value is node.outputs[0]
+
+
+def _overlap(one: NDArray[np.int64], other: NDArray[np.int64]) -> bool:
+    """Whether two arrays of channels have one in common."""
+    seen = np.zeros(max(one.max(initial=0), other.max(initial=0)) + 1, bool)
+    seen[one] = True
+    return bool(seen[other].any())
 
 
 def _one_each(index: NDArray[np.int64], factor: Factor) -> bool:

@@ -238,7 +238,7 @@ def test_snr_of_ten_ops_that_follow_the_simulator() -> None:
 )
 def test_snr_of_ten_ops_on_a_real_model(shared: Path, options: dict[str, Any]) -> None:
     path = shared / "models" / VIT
-    data = images(path, shared / "imagenet/calib", 24)
+    data = images(path, shared / "imagenet/calib", 20)
     quantizer = quantized(path, data[:16], **options)
     following, found = differences(path, quantizer, data[16:], True, False)
     assert max(map(abs, following.values())) < 0.1, following

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from prepared_models import DIGITS, images, prepared, quantized, subject
+from prepared_models import images, prepared, quantized, subject, uncalibrated
+from short_digits import short_digits
 
 from ptq_onnx.analysis.errors import logits_error
 from ptq_onnx.analysis.modules import find_modules
@@ -24,31 +26,44 @@ from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import SiteQuantizer
 
 COUNT = 4
+BLOCKS = 3
+"""Half of the embedded model: there are half as many modules, and half as much behind each."""
+LAST = BLOCKS - 1
 
 
 @pytest.fixture(scope="module")
-def quantizer() -> SiteQuantizer:
-    return quantized(quantizer="fqvit")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return short_digits(tmp_path_factory.mktemp("half") / "half.onnx", BLOCKS)
 
 
 @pytest.fixture(scope="module")
-def found(quantizer: SiteQuantizer) -> Sensitivity:
-    p = prepared(DIGITS)
+def quantizer(path: Path) -> SiteQuantizer:
+    return quantized(path, images(), quantizer="fqvit")
+
+
+@pytest.fixture(scope="module")
+def vanilla(path: Path) -> SiteQuantizer:
+    return quantized(path, images(), quantizer="vanilla")
+
+
+@pytest.fixture(scope="module")
+def found(quantizer: SiteQuantizer, path: Path) -> Sensitivity:
+    p = prepared(path)
     return sensitivity(
         p.model, quantizer.specs, p.blocks, p.sites, Images(images()[:COUNT]), held_apart=False,
         threads=1,
     )  # fmt: skip
 
 
-def whole(specs: dict[str, TensorSpec], model: ir.Model | None = None) -> np.ndarray:
+def whole(specs: dict[str, TensorSpec], model: ir.Model) -> np.ndarray:
     """Logits of the whole model, lowered with those specs: no segments, no restarts."""
-    data = graphs.serialize(lower(model or prepared(DIGITS).model, specs))
+    data = graphs.serialize(lower(model, specs))
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {session.get_inputs()[0].name: images()[:COUNT]})[0])
 
 
-def test_cuts_are_the_residual_adds() -> None:
-    p = prepared(DIGITS)
+def test_cuts_are_the_residual_adds(path: Path) -> None:
+    p = prepared(path)
     parts = find_segments(p.model, str(p.model.graph.outputs[0].name))
     adds = [s.tensor for s in p.sites.values() if s.role in ("embed", "residual1", "residual2")]
     assert [part.output for part in parts[:-1]] == adds
@@ -57,9 +72,9 @@ def test_cuts_are_the_residual_adds() -> None:
     assert parts[-1].stop == len(list(p.model.graph))
 
 
-def test_several_processes_find_the_same(quantizer: SiteQuantizer) -> None:
+def test_several_processes_find_the_same(quantizer: SiteQuantizer, path: Path) -> None:
     """To the last bit: the runs are the same, wherever they are made."""
-    p, pictures = prepared(DIGITS), Images(images()[:COUNT])
+    p, pictures = prepared(path), Images(images()[:COUNT])
     few = dict(list(quantizer.specs.items())[:60:10])
     done: list[int] = []
     one, two = (
@@ -77,32 +92,34 @@ def test_several_processes_find_the_same(quantizer: SiteQuantizer) -> None:
         assert shards.each({}, {}, None) == ({}, 2)
 
 
-def test_segments_one_by_one_give_the_whole() -> None:
-    p = prepared(DIGITS)
+def test_segments_one_by_one_give_the_whole(path: Path) -> None:
+    p = prepared(path)
     segments = Segments(p.model, str(p.model.graph.outputs[0].name), threads=1)
     value = images()[:COUNT]
     for number in range(len(segments.parts)):
         value = segments.run(value, number, number, {}, 3)
-    np.testing.assert_allclose(value, whole({}), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(value, whole({}, p.model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("selector", ["fc2@3", "qkv@0", "proj", "av@2", "norm", "head"])
-def test_modules_are_what_keep_float_selects(selector: str) -> None:
+@pytest.mark.parametrize("selector", ["fc2@2", "qkv@0", "proj", "av@1", "norm", "head"])
+def test_modules_are_what_keep_float_selects(
+    selector: str, path: Path, vanilla: SiteQuantizer
+) -> None:
     """Leave-one-out must tell what the option gives."""
-    p, full = prepared(DIGITS), quantized(quantizer="vanilla")
+    p, full = prepared(path), vanilla
     role, _, block = selector.partition("@")
     name = f"blocks.{block}.{role}" if block else role
     scope = "op" if block or role in ("norm", "head") else "kind"
     modules = find_modules(p.model, p.blocks, p.sites, full.specs)
     (mine,) = [m for m in modules if (m.name, m.scope, m.part) == (name, scope, "all")]
-    kept = quantized(quantizer="vanilla", keep_float=(selector,))
+    kept = uncalibrated(path, quantizer="vanilla", keep_float=(selector,))
     assert mine.tensors == set(kept.floats)
 
 
 def test_every_quantized_tensor_is_in_an_op_a_kind_and_the_model(
-    quantizer: SiteQuantizer,
+    quantizer: SiteQuantizer, path: Path
 ) -> None:
-    p = prepared(DIGITS)
+    p = prepared(path)
     modules = find_modules(p.model, p.blocks, p.sites, quantizer.specs)
     inside = {t for t in quantizer.specs if p.sites[t].block is not None}
     for scope, expected in (("op", set(quantizer.specs)), ("model", set(quantizer.specs)),
@@ -120,16 +137,17 @@ def test_every_quantized_tensor_is_in_an_op_a_kind_and_the_model(
 
 
 def test_layerwise_is_the_whole_model_with_one_module_quantized(
-    quantizer: SiteQuantizer, found: Sensitivity
+    quantizer: SiteQuantizer, found: Sensitivity, path: Path
 ) -> None:
-    p = prepared(DIGITS)
+    p = prepared(path)
     modules = find_modules(p.model, p.blocks, p.sites, quantizer.specs)
     chosen = np.random.default_rng(0).choice(len(modules), 6, replace=False)
-    truth = whole({})
+    truth = whole({}, p.model)
     by_key = {(s.module, s.scope, s.part): s for s in found.layerwise}
     assert len(by_key) == len(modules)
     for module in (modules[i] for i in chosen):
-        expected = logits_error(truth, whole({t: quantizer.specs[t] for t in module.tensors}))
+        specs = {t: quantizer.specs[t] for t in module.tensors}
+        expected = logits_error(truth, whole(specs, p.model))
         got = by_key[module.name, module.scope, module.part]
         assert got.tensors == len(module.tensors)
         assert got.error.snr_db == pytest.approx(expected.snr_db, abs=0.5), module
@@ -138,22 +156,22 @@ def test_layerwise_is_the_whole_model_with_one_module_quantized(
 
 
 def test_leave_one_out_is_the_whole_model_without_one_module(
-    quantizer: SiteQuantizer, found: Sensitivity
+    quantizer: SiteQuantizer, found: Sensitivity, path: Path
 ) -> None:
-    p = prepared(DIGITS)
+    p = prepared(path)
     modules = {
         (m.name, m.scope, m.part): m
         for m in find_modules(p.model, p.blocks, p.sites, quantizer.specs)
     }
-    truth = whole({})
-    baseline = logits_error(truth, whole(quantizer.specs))
+    truth = whole({}, p.model)
+    baseline = logits_error(truth, whole(quantizer.specs, p.model))
     assert found.baseline.snr_db == pytest.approx(baseline.snr_db, abs=0.5)
     for name, scope in (
-        ("softmax", "kind"), ("blocks.0.softmax", "op"), ("blocks.2", "block"), ("fc1", "kind"),
+        ("softmax", "kind"), ("blocks.0.softmax", "op"), ("blocks.1", "block"), ("fc1", "kind"),
     ):  # fmt: skip
         module = modules[name, scope, "all"]
         specs = {t: s for t, s in quantizer.specs.items() if t not in module.tensors}
-        expected = logits_error(truth, whole(specs)).snr_db
+        expected = logits_error(truth, whole(specs, p.model)).snr_db
         (got,) = [
             s for s in found.leave_one_out
             if (s.module, s.scope, s.part) == (name, scope, "all")
@@ -171,9 +189,9 @@ def test_nothing_quantized_is_without_error(found: Sensitivity) -> None:
     assert left["model", "weights"].error == alone["model", "activations"].error
 
 
-def test_images_that_fill_up_a_batch_do_not_count(quantizer: SiteQuantizer) -> None:
-    p = prepared(DIGITS)
-    few = {t: s for t, s in quantizer.specs.items() if "blocks.5" in t or "head" in t}
+def test_images_that_fill_up_a_batch_do_not_count(quantizer: SiteQuantizer, path: Path) -> None:
+    p = prepared(path)
+    few = {t: s for t, s in quantizer.specs.items() if f"blocks.{LAST}" in t or "head" in t}
     padded = np.concatenate([images()[:3], images()[2:3]])
     runs = [
         sensitivity(p.model, few, p.blocks, p.sites, i, held_apart=False, threads=1)
@@ -184,8 +202,8 @@ def test_images_that_fill_up_a_batch_do_not_count(quantizer: SiteQuantizer) -> N
         assert one.error.snr_db == pytest.approx(two.error.snr_db, abs=0.1)
 
 
-def test_reference_is_what_logits_are_compared_with(quantizer: SiteQuantizer) -> None:
-    p = prepared(DIGITS)
+def test_reference_is_what_logits_are_compared_with(quantizer: SiteQuantizer, path: Path) -> None:
+    p = prepared(path)
     other = p.model.clone()
     head = next(s.tensor for s in p.sites.values() if s.role == "head.weight")
     old = other.graph.initializers[head].const_value
@@ -199,11 +217,11 @@ def test_reference_is_what_logits_are_compared_with(quantizer: SiteQuantizer) ->
     assert 3 < run.baseline.snr_db < 9  # half the logits: 6 dB, but for the bias
 
 
-def test_a_linear_left_in_float_has_its_own_weight_and_bias() -> None:
+def test_a_linear_left_in_float_has_its_own_weight_and_bias(path: Path) -> None:
     """Rounded weights and corrected biases come and go with the quantization of the weight."""
-    quantizer = quantized(quantizer="deploy", bits="4/8/8", rounding="gptq")
-    p, plain = subject(quantizer), quantizer.plan.model
-    weight = next(s.tensor for s in p.sites.values() if (s.role, s.block) == ("fc1.weight", 5))
+    quantizer = quantized(path, images(), quantizer="deploy", bits="4/8/8", rounding="gptq")
+    p, plain = subject(quantizer, path), quantizer.plan.model
+    weight = next(s.tensor for s in p.sites.values() if (s.role, s.block) == ("fc1.weight", LAST))
     head = next(s.tensor for s in p.sites.values() if s.role == "head.weight")
     run = sensitivity(
         p.model, {t: quantizer.specs[t] for t in (weight, head)}, p.blocks, p.sites,
@@ -219,16 +237,18 @@ def test_a_linear_left_in_float_has_its_own_weight_and_bias() -> None:
     for name in constants:
         copy.graph.initializers[name].const_value = p.model.graph.initializers[name].const_value
     expected = logits_error(whole({}, plain), whole({weight: quantizer.specs[weight]}, copy))
-    (alone,) = [s for s in run.layerwise if (s.module, s.scope) == ("blocks.5.fc1", "op")]
+    (alone,) = [s for s in run.layerwise if (s.module, s.scope) == (f"blocks.{LAST}.fc1", "op")]
     assert alone.error.snr_db == pytest.approx(expected.snr_db, abs=0.1)
     # All but the head is fc1 alone.
     assert left["head", "all"].error.snr_db == pytest.approx(expected.snr_db, abs=0.1)
     assert expected.snr_db > run.baseline.snr_db + 3
 
 
-def test_progress_counts_every_run_and_no_images_are_refused(quantizer: SiteQuantizer) -> None:
-    p = prepared(DIGITS)
-    few = {t: s for t, s in quantizer.specs.items() if "blocks.5" in t}
+def test_progress_counts_every_run_and_no_images_are_refused(
+    quantizer: SiteQuantizer, path: Path
+) -> None:
+    p = prepared(path)
+    few = {t: s for t, s in quantizer.specs.items() if f"blocks.{LAST}" in t}
     done: list[int] = []
     sensitivity(
         p.model, few, p.blocks, p.sites, Images(images()[:1]), held_apart=False, threads=1,
@@ -239,9 +259,9 @@ def test_progress_counts_every_run_and_no_images_are_refused(quantizer: SiteQuan
         sensitivity(p.model, few, p.blocks, p.sites, Images(images()[:0]), held_apart=False)
 
 
-def test_specs_of_other_tensors_change_nothing(quantizer: SiteQuantizer) -> None:
+def test_specs_of_other_tensors_change_nothing(quantizer: SiteQuantizer, path: Path) -> None:
     """A run from a segment on leaves the tensor it starts from as it is."""
-    p = prepared(DIGITS)
+    p = prepared(path)
     segments = Segments(p.model, str(p.model.graph.outputs[0].name), threads=1)
     start = segments.parts[3].input
     value = segments.run(images()[:2], 0, 2, {}, 2)

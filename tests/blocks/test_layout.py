@@ -1,6 +1,7 @@
 """Index maps through layout ops against NumPy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small_graph import SmallGraph
 
+from ptq_onnx.blocks import element_map
 from ptq_onnx.blocks.element_map import channel_map, layout_indices
 
 Ints = NDArray[np.int64]
@@ -149,3 +151,40 @@ def test_other_dynamic_axes_have_no_indices() -> None:
     found = values(g.model(out))
     assert layout_indices(found["x"], found[out]) is None
     assert channel_map(found["x"], found[out], (8, 1)) is None
+
+
+def test_what_moves_alike_is_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tensors are called, and anew where a constant or a size is another."""
+    runs: list[int] = []
+
+    class Counted(element_map.ReferenceEvaluator):  # type: ignore[misc]
+        def run(self, *given: Any) -> Any:
+            runs.append(1)
+            return super().run(*given)
+
+    monkeypatch.setattr(element_map, "ReferenceEvaluator", Counted)
+    element_map._followed.cache_clear()
+    element_map._channels.cache_clear()
+    g = SmallGraph(SHAPE)
+    sizes = np.array([0, 6, 2, 4]), np.array([0, 6, 4, 2])
+    parts = [g("Reshape", g("Relu", "x"), size) for size in (sizes[0], sizes[0], sizes[1])]
+    found = values(g.model(*parts))
+    starts = [f"relu{2 * number}" for number in range(3)]
+    pairs = list(zip(starts, parts, strict=True))
+    one, two, three = (layout_indices(found[a], found[b]) for a, b in pairs)
+    assert one is two
+    assert len(runs) == 2
+    assert one is not None
+    assert three is not None
+    np.testing.assert_array_equal(one, FLAT.reshape(1, 6, 2, 4))
+    np.testing.assert_array_equal(three, FLAT.reshape(1, 6, 4, 2))
+    for start, part in pairs[:2]:
+        channels = channel_map(found[start], found[part], (2, 4))
+        np.testing.assert_array_equal(channels, np.arange(8).reshape(2, 4))
+    assert len(runs) == 2
+    with pytest.raises(ValueError, match="read-only"):
+        one[0] = 0
+    monkeypatch.setattr(element_map, "KEPT_ELEMENTS", 47)  # one less than the tensor has
+    layout_indices(found[starts[0]], found[parts[0]])
+    layout_indices(found[starts[0]], found[parts[0]])
+    assert len(runs) == 4

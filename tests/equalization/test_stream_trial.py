@@ -1,16 +1,20 @@
 """Factors per channel against a matrix: by what the outputs lose."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from small_graph import SmallGraph, run, sample
+from small_transformer import TOKENS, WIDTH, Choices, transformer
 
+from ptq_onnx.equalization import stream_suffix
 from ptq_onnx.equalization.rotation_choice import FACTORS, Codes, turn_streams
 from ptq_onnx.equalization.stream_rows import sensitivities
+from ptq_onnx.equalization.stream_suffix import part_behind
 from ptq_onnx.equalization.stream_trial import (
     BATCHES,
+    PARTS,
     Steps,
     StreamTrial,
     loss,
@@ -107,7 +111,10 @@ class Counted:
     def __init__(self) -> None:
         self.tried: list[str] = []
 
-    def lost(self, steps: Mapping[str, Steps]) -> float:
+    def start_at(self, tensor: str, steps: Mapping[str, Steps]) -> None:
+        assert tensor in steps
+
+    def lost(self, steps: Mapping[str, Steps], enough: float = np.inf) -> float:
         fine = [name for name, one in steps.items() if one.step[0] == 2.0**-20]
         self.tried += fine
         return 4 + float(steps["a"].step[0]) ** 2 * ("a" not in fine) + ("c" in fine)
@@ -187,3 +194,111 @@ def test_a_channel_counts_by_what_reads_it() -> None:
     expected[5] *= 0.25
     (found,) = sensitivities(stream).values()
     np.testing.assert_allclose(found, expected / expected.mean(), rtol=1e-5)
+
+
+# --- runs that begin at a tensor ---------------------------------------------------------------
+
+
+def tokens(count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(1)
+    return [random.standard_normal((2, TOKENS, WIDTH)).astype(np.float32) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def deep() -> tuple[ir.Model, dict[str, Steps]]:
+    """Three blocks, and steps for all that their norms read but for the input."""
+    model = transformer(Choices(), blocks=3)
+    read = [n.inputs[0] for n in model.graph if n.op_type == "LayerNormalization"]
+    names = [str(v.name) for v in read if v is not None and v.producer() is not None]
+    return model, {name: Steps(np.array([0.2], np.float32), -64, 63) for name in names}
+
+
+def trial_of(model: ir.Model, steps: Mapping[str, Steps]) -> StreamTrial:
+    batches = tokens(3)
+    return StreamTrial(model, steps, batches, 1, outputs_of(model, batches, 1))
+
+
+@pytest.mark.parametrize("held", [2**28, 1])
+def test_a_run_from_a_tensor_on_gives_what_the_whole_gives(
+    deep: tuple[ir.Model, dict[str, Steps]], held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, whether all is kept at once or each tensor's own."""
+    monkeypatch.setattr(stream_suffix, "HELD", held)
+    model, steps = deep
+    whole, part = trial_of(model, steps), trial_of(model, steps)
+    assert len(steps) == 6
+    for name in reversed(steps):
+        part.start_at(name, steps)
+        assert part._behind is not None
+        read = {value.name for value in part._behind[0].get_inputs()}
+        later = list(steps)[list(steps).index(name) :]
+        assert read == {name, *(f"{n}_{end}" for n in later for end in PARTS)}
+        changed = {**steps, name: steps[name].times(1.7)}
+        for one, other in zip(part.outputs(changed), whole.outputs(changed), strict=True):
+            np.testing.assert_array_equal(one[0], other[0])
+        assert part.lost(changed) == whole.lost(changed) != whole.lost(steps)
+        assert set(part._kept) == (set(list(steps)[: -len(later)]) if held > 1 else set())
+
+
+def test_what_was_kept_is_run_again_where_steps_before_changed(
+    deep: tuple[ir.Model, dict[str, Steps]],
+) -> None:
+    model, steps = deep
+    whole, part = trial_of(model, steps), trial_of(model, steps)
+    first, *_, last = steps
+    part.start_at(last, steps)
+    coarse = {**steps, first: steps[first].times(3.0)}
+    part.start_at(list(steps)[-2], coarse)
+    assert part.lost(coarse) == whole.lost(coarse) != whole.lost(steps)
+
+
+def test_steps_are_refined_alike_from_each_tensor_on(
+    deep: tuple[ir.Model, dict[str, Steps]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steps = deep
+    found = refined(trial_of(model, steps), steps)
+    assert len(set(found.factors.values())) > 1
+    assert found.after < found.before
+    assert refined(trial_of(model, steps), steps, found.before) == found
+    monkeypatch.setattr(StreamTrial, "start_at", lambda *_: None)
+    assert refined(trial_of(model, steps), steps) == found
+
+
+def test_a_part_that_cannot_be_run_by_itself_is_not_cut_out() -> None:
+    g = SmallGraph(("batch", 4, 8))
+    a = g("Relu", "x")
+    b = g("Sigmoid", a)
+    model = g.model(g("Add", b, g("Tanh", a)), g("Neg", a))
+    assert part_behind(model, b, frozenset()) is None  # an output does not depend on it
+    assert part_behind(model, "no such tensor", frozenset()) is None
+    g = SmallGraph(("batch", 4, 8))
+    b = g("Sigmoid", g("Relu", "x"))
+    model = g.model(g("Add", b, "x"))
+    assert part_behind(model, b, frozenset()) is None  # the input is read again
+    found = part_behind(model, b, frozenset({"x"}))
+    assert found is not None
+    assert [v.name for v in found.graph.inputs] == [b, "x"]
+    assert [n.op_type for n in found.graph] == ["Add"]
+    assert len(list(model.graph)) == 3
+    g = SmallGraph(("batch", 4, 8))
+    a = g("Relu", "x")
+    b, c = g("Sigmoid", a), g("Tanh", a)
+    found = part_behind(g.model(g("Add", g("Neg", b), c)), b, frozenset())
+    assert found is not None
+    assert [v.name for v in found.graph.inputs] == [b, c]
+
+
+def test_a_loss_that_is_enough_takes_no_more_batches() -> None:
+    original = [[np.ones((1, 2), np.float32)]] * 4
+    taken: list[int] = []
+
+    def runs() -> Iterator[list[np.ndarray]]:
+        for number in range(4):
+            taken.append(number)
+            yield [np.full((1, 2), 2.0, np.float32)]
+
+    assert loss(runs(), original) == 1.0
+    assert taken == [0, 1, 2, 3]
+    taken.clear()
+    assert loss(runs(), original, 0.4) == 0.5
+    assert taken == [0, 1]

@@ -18,7 +18,8 @@ from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.opening import METADATA_KEY, Preprocess, open_images
 from ptq_onnx.pipeline import timm_export
-from ptq_onnx.pipeline.timm_export import export_timm, looks_like_timm
+from ptq_onnx.pipeline.timm_export import export_timm
+from ptq_onnx.pipeline.timm_names import looks_like_timm
 
 NAME = "vit_tiny_patch16_224"
 
@@ -240,3 +241,19 @@ def test_importing_the_exporter_does_not_import_timm() -> None:
     code = "import sys, ptq_onnx.pipeline.timm_export; print('timm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_model_that_does_not_exist_is_told_without_torch(tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import sys\n"
+        "from ptq_onnx.errors import ModelError\n"
+        "from ptq_onnx.pipeline.model_path import find_model\n"
+        "try: find_model('vit_tiny_patch16_224')\n"
+        "except ModelError as error: print('torch' in sys.modules, error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("False Model vit_tiny_patch16_224 does not exist. To make it")

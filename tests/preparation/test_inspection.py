@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,3 +95,17 @@ def test_an_input_in_bytes_is_told_as_the_file_has_it(tmp_path: Path) -> None:
     path = g.save(tmp_path / "m.onnx", g("ReduceMean", g("Cast", "x", to=1), keepdims=0))
     found = inspect(path).inputs[0]
     assert (found.name, found.dtype, found.shape) == ("x", "uint8", ("n", 8, 8, 3))
+
+
+def test_nothing_of_torch_is_imported_to_look_at_a_model() -> None:
+    """That takes longer than looking. The module of ONNX Runtime is the one that others get."""
+    code = (
+        "import sys\n"
+        "from ptq_onnx.preparation import inspection, symbolic_inference as ours\n"
+        f"inspection.inspect({str(ROOT / 'models/digits_vit.onnx')!r})\n"
+        "print('torch' in sys.modules)\n"
+        "from onnxruntime.tools import symbolic_shape_infer as theirs\n"
+        "print(ours._module() is theirs)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -118,7 +118,7 @@ def test_the_file_of_lowbit_has_them(tmp_path: Path) -> None:
     model = Path(__file__).resolve().parents[2] / "models/digits_vit.onnx"
     calib = model.parents[1] / "img/digits/calib"
     quantize(
-        model, output=tmp_path / "out", calib=calib, quantizer="lowbit", bits="4/4/4", images=16,
+        model, output=tmp_path / "out", calib=calib, quantizer="lowbit", bits="4/4/4", images=8,
         threads=1, report=False,
     )  # fmt: skip
     path = tmp_path / "out/quantized.onnx"
@@ -126,7 +126,7 @@ def test_the_file_of_lowbit_has_them(tmp_path: Path) -> None:
     assert kinds.count("int8") == 2
     assert kinds.count("int4") >= 12
     x = images()[:4]
-    quantizer = quantized(quantizer="lowbit", bits="4/4/4")
+    quantizer = quantized(calibration=images()[:8], quantizer="lowbit", bits="4/4/4")
     plain = graphs.to_standard(lower(quantizer.model, quantizer.specs))
     packed = graphs.to_standard(lower(quantizer.model, quantizer.specs))
     store_in_four_bits(packed)
