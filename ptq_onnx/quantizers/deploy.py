@@ -309,7 +309,10 @@ class Deploy(SiteQuantizer):
         )
 
     def _row_power(self, site: Site, stats: ChannelStatistics) -> NDArray[np.float64]:
-        """Σ_n W² of the weights behind each channel; ones where channels are not their rows."""
+        """Σ_n W² of the weights behind each channel; ones where channels are not their rows, and for
+        an output of the model."""
+        if not site.consumers:
+            return np.ones(stats.power.size)
         total = np.zeros(stats.power.size)
         for name in site.consumers:
             node = self.nodes[name]

@@ -1,0 +1,39 @@
+"""Ranges in an NPU's file, where even the model's output has one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small_graph import SmallGraph, sample
+
+from npu.units import quantizer_for
+
+TOKENS, CHANNELS, SIZES = 6, 8, 8
+
+
+def inputs(images: int, seed: int) -> np.ndarray:
+    """1, 2, 3 … times the same numbers."""
+    sizes = np.arange(1, images + 1, dtype=np.float32)
+    return sizes[:, None, None] * sample(TOKENS, CHANNELS)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_an_output_has_room_for_images_unseen(bits: int) -> None:
+    """As much as the tails of its channels ask for, all being equal: nothing reads it. Of sixteen
+    images, two of each size, the four largest are a tail of sizes 8, 8, 7, 7: it starts at 7, its
+    width is the mean of what the first three have beyond. Of 16 bits the range is 2.2 times as wide
+    as what was seen, of 8 bits 1.3 times."""
+    g = SmallGraph(("batch", TOKENS, CHANNELS))
+    model = g.model(g("Relu", "x"))
+    quantizer = quantizer_for(model, f"8/{bits}/{bits}", inputs=inputs)
+    largest = np.maximum(sample(TOKENS, CHANNELS).max(axis=0), 0).astype(np.float64)
+    seen = SIZES * largest.max()
+    width = 2 / 3 * largest
+    bounds = seen * np.geomspace(1, 4, 25)
+    tails = np.exp(-(bounds[:, None] - 7 * largest) / width) * 2 * width**2 * 4 / 16
+    rounding = TOKENS * CHANNELS / 12 * (bounds / (2**bits - 1)) ** 2
+    expected = bounds[np.argmin(tails.sum(axis=1) + rounding)]
+    low, high = quantizer.specs[str(model.graph.outputs[0].name)].clip
+    assert low == 0
+    assert high == pytest.approx(expected, rel=1e-3)
+    assert high / seen == pytest.approx({8: 1.335, 16: 2.245}[bits], rel=1e-3)
