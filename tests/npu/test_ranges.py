@@ -37,3 +37,13 @@ def test_an_output_has_room_for_images_unseen(bits: int) -> None:
     assert low == 0
     assert high == pytest.approx(expected, rel=1e-3)
     assert high / seen == pytest.approx({8: 1.335, 16: 2.245}[bits], rel=1e-3)
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "Softmax"])
+def test_no_room_is_left_beyond_what_an_op_can_make(op: str) -> None:
+    """Its largest value, with inputs of eight sizes, is no more than 1."""
+    g = SmallGraph(("batch", TOKENS, CHANNELS))
+    model = g.model(g(op, "x"))
+    quantizer = quantizer_for(model, "8/16/16", inputs=inputs)
+    low, high = quantizer.specs[str(model.graph.outputs[0].name)].clip
+    assert (low, high) == (0, pytest.approx(1, rel=1e-6))
