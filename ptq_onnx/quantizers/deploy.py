@@ -367,9 +367,13 @@ class Deploy(SiteQuantizer):
         return super().measure(batches)
 
     def _mix(self, stats: Statistics) -> None:
-        """Give 16 bits to what 8 hold worst (``mixed.py``)."""
+        """Give 16 bits to what 8 hold worst (``mixed.py``) by the ranges seen: one that was
+        searched for 8 bits clips, and is given up where there are 16."""
+        clipped, self.plan = self.plan.searched, replace(self.plan, searched={})
         wide, note = widened(self.rules, self.solve(stats), self.plan.sites, stats)
         self.rules = {**self.rules, **wide}
+        kept = {t: ends for t, ends in clipped.items() if t not in wide}
+        self.plan = replace(self.plan, searched=kept)
         self.notes.append(note)
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:

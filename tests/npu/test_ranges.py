@@ -5,8 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from small_graph import SmallGraph, sample
+from small_transformer import Choices, transformer
 
-from npu.units import quantizer_for
+from npu.units import quantizer_for, tokens
+from ptq_onnx.blocks.roles import find_blocks
+from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.quantizers.base import Plan
+from ptq_onnx.quantizers.by_name import make_quantizer
 
 TOKENS, CHANNELS, SIZES = 6, 8, 8
 
@@ -47,3 +53,21 @@ def test_no_room_is_left_beyond_what_an_op_can_make(op: str) -> None:
     quantizer = quantizer_for(model, "8/16/16", inputs=inputs)
     low, high = quantizer.specs[str(model.graph.outputs[0].name)].clip
     assert (low, high) == (0, pytest.approx(1, rel=1e-6))
+
+
+def test_a_range_that_clips_for_eight_bits_is_given_up_where_sixteen_are_given() -> None:
+    """One tensor of the stream is clipped to a tenth, as steps chosen for 8 bits do with massive
+    tokens: its fine step does not make it one that 8 bits hold well."""
+    model = transformer(Choices(), blocks=2)
+    blocks = find_blocks(model)
+    sites = find_sites(model, blocks)
+    (stream,) = [s.tensor for s in sites.values() if s.role == "residual2" and s.block == 0]
+    config = QuantizeConfig(target="qnn", threads=1)
+    batches = [100 * tokens(8), 100 * tokens(8, seed=2)]
+    plain = make_quantizer(Plan(model.clone(), blocks, sites, config)).calibrate(batches)[stream]
+    assert plain.rule.bits == 16
+    narrow = (0.1 * plain.clip[0], 0.1 * plain.clip[1])
+    plan = Plan(model.clone(), blocks, sites, config, searched={stream: narrow})
+    found = make_quantizer(plan).calibrate(batches)[stream]
+    assert found.rule.bits == 16
+    assert found.clip == plain.clip
