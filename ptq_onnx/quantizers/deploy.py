@@ -60,6 +60,8 @@ STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
 DEAD = {"Gelu": -4.5, "QuickGelu": -6.0, "Silu": -12.0, "Relu": 0.0}
 """Below it an activation function gives zero, but for 1e-4: codes there would be wasted. Only where
 what it reads has codes of its own."""
+SHARES = frozenset(("Softmax", "Sigmoid", "HardSigmoid"))
+"""Ops that make nothing below 0 or above 1, however far the tail of what was seen may reach."""
 SEARCHED = "pearson"
 """How the one step of an attention map is found where its rows are not scaled: most of its weights
 lie far below the largest, so that a finer step pays though it clips."""
@@ -230,6 +232,9 @@ class Deploy(SiteQuantizer):
             symmetric=rule.symmetric,
             exponent=self.plan.exponents.get(site.tensor, 0.0),
         )
+        made = None if site.producer is None else self.nodes[site.producer].op_type
+        if self._whole and made in SHARES:
+            low, high = max(low, 0.0), min(high, 1.0)
         return np.array([low], np.float32), np.array([high], np.float32)
 
     def _value(self, site: Site) -> ir.Value:
@@ -309,7 +314,10 @@ class Deploy(SiteQuantizer):
         )
 
     def _row_power(self, site: Site, stats: ChannelStatistics) -> NDArray[np.float64]:
-        """Σ_n W² of the weights behind each channel; ones where channels are not their rows."""
+        """Σ_n W² of the weights behind each channel; ones where channels are not their rows, and
+        for an output of the model."""
+        if not site.consumers:
+            return np.ones(stats.power.size)
         total = np.zeros(stats.power.size)
         for name in site.consumers:
             node = self.nodes[name]
@@ -361,9 +369,13 @@ class Deploy(SiteQuantizer):
         return super().measure(batches)
 
     def _mix(self, stats: Statistics) -> None:
-        """Give 16 bits to what 8 hold worst (``mixed.py``)."""
+        """Give 16 bits to what 8 hold worst (``mixed.py``) by the ranges seen: one that was
+        searched for 8 bits clips, and is given up where there are 16."""
+        clipped, self.plan = self.plan.searched, replace(self.plan, searched={})
         wide, note = widened(self.rules, self.solve(stats), self.plan.sites, stats)
         self.rules = {**self.rules, **wide}
+        kept = {t: ends for t, ends in clipped.items() if t not in wide}
+        self.plan = replace(self.plan, searched=kept)
         self.notes.append(note)
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
