@@ -28,9 +28,7 @@ def parts_of(images: int, model_bytes: int, batch_size: int) -> list[Part]:
     return [(first, min(first + size, images)) for first in range(0, images, max(size, batch_size))]
 
 
-def keep_part(
-    network: Network, images: ImageSource, record: Record, batch_size: int
-) -> bool:
+def keep_part(network: Network, images: ImageSource, record: Record, batch_size: int) -> bool:
     """Run a model on the images of a part and keep its outputs; whether all are there, which they
     are not where an image cannot be read or the disk is full. Raises ModelError, ImageError."""
     wanted, seen = images.names, 0

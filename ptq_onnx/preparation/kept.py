@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,14 +77,42 @@ class Preparing:
 
 
 def _facts(found: Prepared) -> dict[str, Any]:
-    """What is known of a model besides what its graph tells."""
+    """What is known of a model besides what its file tells."""
     fixed = found.fixed
     shapes = None if fixed is None else [_dims(shape) for shape in fixed.outputs]
     return {
         "cleaned": asdict(found.cleaned),
         "fusions": found.fusions,
         "fixed": None if fixed is None else {"size": fixed.size, "outputs": shapes},
+        "readers": _readers(found.model),
     }
+
+
+def _readers(model: ir.Model) -> dict[str, list[tuple[int, int]]]:
+    """The nodes, by their place, and inputs that read a tensor, in the order in which the graph
+    tells them, where that is not the order of the nodes, as when it is read from a file."""
+    places = {node: place for place, node in enumerate(model.graph)}
+    found = {}
+    for value in _values(model):
+        order = [(places[use.node], use.idx) for use in value.uses() if use.node in places]
+        if order != sorted(order):
+            found[str(value.name)] = order
+    return found
+
+
+def _read_in_order(model: ir.Model, readers: Mapping[str, list[list[int]]]) -> None:
+    """Let the graph tell the readers of tensors in that order, in place."""
+    nodes, values = list(model.graph), {str(value.name): value for value in _values(model)}
+    for name, order in readers.items():
+        for value in (None, values[name]):
+            for place, index in order:
+                nodes[place].replace_input_with(index, value)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from dict.fromkeys((*model.graph.inputs, *model.graph.initializers.values()))
+    for node in model.graph:
+        yield from node.outputs
 
 
 def _dims(shape: ir.Shape | None) -> list[int | str | None] | None:
@@ -100,6 +128,7 @@ def _read(what: Preparing, place: Path) -> Prepared:
         shapes = (None if dims is None else ir.Shape(dims) for dims in fixed["outputs"])
         fixed = FixedBatch(fixed["size"], tuple(shapes))
     model = read_shared(place / MODEL)
+    _read_in_order(model, facts["readers"])
     blocks = find_blocks(model)
     sites = find_sites(model, blocks)
     return Prepared(Path(what.path), model, report, facts["fusions"], blocks, sites, fixed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from ptq_onnx.evaluation import parts as evaluation_parts
 from ptq_onnx.evaluation.network import Network
 from ptq_onnx.evaluation.parts import parts_of
 from ptq_onnx.files.output_paths import Output
+from ptq_onnx.images.opening import Images, Preprocess, open_images
 from ptq_onnx.pipeline.apart import Opened, Unfinished, finish, measure_part, quantize_apart
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.pipeline.reading import preparing
@@ -144,26 +145,25 @@ def test_outputs_that_are_gone_are_an_error(base: Path) -> None:
         (0, 1, (0, 0)),
     ],
 )
-def test_edges_follow_from_images_and_model(images: int, size: int, wanted: tuple[int, int]) -> None:
+def test_edges_follow_from_images_and_model(
+    images: int, size: int, wanted: tuple[int, int]
+) -> None:
     parts = parts_of(images, size, 8)
     assert len(parts) == wanted[1]
-    assert all(a[1] == b[0] and a[1] % 8 == 0 for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a[1] == b[0] and a[1] % 8 == 0 for a, b in pairwise(parts))
     if parts:
         assert (parts[0][0], parts[-1][1]) == (0, images)
         assert parts[0][1] == wanted[0]
 
 
 def test_parts_of_sources(base: Path) -> None:
-    from ptq_onnx.images.opening import open_images
-    from ptq_onnx.images.preprocess import Preprocess
-
     how = Preprocess((0.5,) * 3, (0.5,) * 3, (16, 16))
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
     np.save(base / "a.npy", pixels)
     np.savez_compressed(base / "a.npz", pixels)
-    makes: list[Callable[[], object]] = [lambda: base / "a.npy", lambda: pixels, lambda: base / "val"]
-    for make in makes:
-        source = open_images(make(), how)  # type: ignore[arg-type]
+    given: tuple[Images, ...] = (base / "a.npy", pixels, base / "val")
+    for images in given:
+        source = open_images(images, how)
         part = source.part(3, 5)
         assert part is not None
         assert part.names == source.names[3:5]

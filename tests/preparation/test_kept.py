@@ -51,6 +51,29 @@ def test_the_same_again(tmp_path: Path, anew: list[Path], batch: int | str) -> N
     assert [p.name for p in (tmp_path / "deep/kept").iterdir()] == [what.word]
 
 
+def test_readers_in_the_order_that_they_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rewritten graph tells readers in another order than its file, and sites follow that."""
+    plain = kept.prepare
+
+    def turned(*how: object, **more: object) -> Prepared:
+        found = plain(*how, **more)  # type: ignore[arg-type]
+        values = (value for node in found.model.graph for value in node.outputs)
+        read = next(value for value in values if len(value.uses()) > 1)
+        uses = tuple(read.uses())
+        for value, order in ((None, uses), (read, uses[::-1])):
+            for use in order:
+                use.node.replace_input_with(use.idx, value)
+        return replace(found, sites=kept.find_sites(found.model, found.blocks))
+
+    what = Preparing(image_model(tmp_path / "m.onnx"), 21, None, {})
+    straight = what.anew()
+    monkeypatch.setattr(kept, "prepare", turned)
+    what.keep(tmp_path / "kept")
+    wanted = what.anew()
+    assert wanted.sites != straight.sites
+    assert what.read(tmp_path / "kept").sites == wanted.sites
+
+
 def test_what_is_missing_or_broken_is_prepared(tmp_path: Path, anew: list[Path]) -> None:
     what = Preparing(image_model(tmp_path / "m.onnx"), 21, None, {})
     what.read(None)
@@ -74,7 +97,7 @@ def test_a_place_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
 
 def test_the_word_follows_what_decides_the_model(tmp_path: Path) -> None:
     what = Preparing(image_model(tmp_path / "m.onnx"), 21, None, {})
-    others = [replace(what, opset=20), replace(what, size=(16, 16)), replace(what, shapes={"x": (3,)})]
-    words = {one.word for one in (what, *others)}
+    others = ({"opset": 20}, {"size": (16, 16)}, {"shapes": {"x": (3,)}})
+    words = {what.word, *(replace(what, **other).word for other in others)}
     image_model(tmp_path / "m.onnx", channels=1)
     assert len(words | {what.word}) == 5
