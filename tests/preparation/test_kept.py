@@ -51,7 +51,9 @@ def test_the_same_again(tmp_path: Path, anew: list[Path], batch: int | str) -> N
     assert [p.name for p in (tmp_path / "deep/kept").iterdir()] == [what.word]
 
 
-def test_readers_in_the_order_that_they_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_in_the_order_that_they_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rewritten graph tells readers in another order than its file, and sites follow that."""
     plain = kept.prepare
 
