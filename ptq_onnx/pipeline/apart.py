@@ -34,8 +34,10 @@ from ptq_onnx.pipeline.reading import Inputs, read_inputs, without_images
 from ptq_onnx.pipeline.request import Request
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.pipeline.several_inputs import open_source
+from ptq_onnx.pipeline.sharing import with_workers_that_pay
 from ptq_onnx.progress import Stages
 from ptq_onnx.runtime.devices import on_device
+from ptq_onnx.runtime.processes import kept_processes
 
 FILES, STATE, OUTPUTS = "files", "state.pickle", "outputs.npy"
 
@@ -70,12 +72,13 @@ def quantize_apart(request: Request, folder: Path) -> Result | Unfinished:
         floats = request.shared.floats
         if len(parts) < 2 or floats is None:
             return quantize_read(request, inputs, begin)
+        request, notes = with_workers_that_pay(request, inputs)
         load(request, inputs, begin)
         remove(folder)
         work = folder / FILES
         work.mkdir(parents=True)
-        job = Job(request, inputs, work, begin, list(inputs.notes))
-        with faults_of(job):
+        job = Job(request, inputs, work, begin, [*inputs.notes, *notes])
+        with kept_processes(), faults_of(job):
             made = unmeasured(job)
             config, images = request.config, inputs.preprocess
             record = Record.of(floats, work / FLOAT, images, BATCH, config.threads)

@@ -36,6 +36,7 @@ from ptq_onnx.pipeline.reading import Inputs, read_inputs, without_images
 from ptq_onnx.pipeline.request import Request
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.pipeline.rewriting import Rewritten, rewrite, tell_copies
+from ptq_onnx.pipeline.sharing import with_workers_that_pay
 from ptq_onnx.pipeline.writing import (
     coverage,
     formed,
@@ -49,6 +50,7 @@ from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import own_faults
 from ptq_onnx.progress import Progress, Stages
 from ptq_onnx.runtime.devices import on_device
+from ptq_onnx.runtime.processes import kept_processes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -111,9 +113,10 @@ def quantize(
 
 def quantize_read(request: Request, inputs: Inputs, begin: Stages) -> Result:
     """The same from what was read. Raises PtqError."""
+    request, notes = with_workers_that_pay(request, inputs)
     load(request, inputs, begin)
-    with workshop(request.place.folder) as work:
-        job = Job(request, inputs, work, begin, list(inputs.notes))
+    with kept_processes(), workshop(request.place.folder) as work:
+        job = Job(request, inputs, work, begin, [*inputs.notes, *notes])
         with faults_of(job):
             finished = run_stages(job)
         return published(job, finished)
