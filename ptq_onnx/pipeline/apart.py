@@ -130,6 +130,10 @@ class Opened:
         self._images: tuple[object, ImageSource] | None = None
         self._network: tuple[object, Network] | None = None
 
+    def close(self) -> None:
+        """Let go of the model."""
+        self._network = None
+
     def images(self, unfinished: Unfinished) -> ImageSource:
         """The images ``val``. Raises PtqError."""
         request, preprocess = unfinished.request, unfinished.preprocess

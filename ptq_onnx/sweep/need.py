@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
+from functools import cache
+from pathlib import Path
 
 from ptq_onnx.errors import PtqError
-from ptq_onnx.files.model_size import model_bytes
+from ptq_onnx.files import model_size
 from ptq_onnx.pipeline.several_inputs import taken_by
 from ptq_onnx.sweep.matrix import Cell
 from ptq_onnx.sweep.stages import FINISH, FLOAT, MEASURE, PREPARE, WRITE
@@ -17,7 +19,7 @@ PER_BYTE = 5.0
 """Bytes for each byte of the model."""
 WITH_REPORT = 0.5e9, 5.5
 """The same two besides, where every op is analysed."""
-PREPARING = 0.3e9, 4.0
+PREPARING = 0.45e9, 3.5
 MEASURING = 0.4e9, 2.0
 """The same two of a process that prepares a model, and of one that runs it on images."""
 KEPT_FREE = 0.1
@@ -51,11 +53,28 @@ def prepared_alike(cell: Cell) -> Hashable:
     the images decide."""
     config = cell.config
     assert config is not None
+    return (cell.model, config.opset, config.size) if takes_pictures(cell.model) else None
+
+
+@cache
+def model_bytes(path: Path) -> int:
+    """The size of a model, which is asked for with every task. Raises ModelError."""
+    return model_size.model_bytes(path)
+
+
+@cache
+def takes_pictures(path: Path) -> bool:
+    """Whether a model can be read, and takes pictures alone."""
     try:
-        plain = taken_by(cell.model).plain
+        return taken_by(path).plain
     except PtqError:
-        return None
-    return (cell.model, config.opset, config.size) if plain else None
+        return False
+
+
+def forget() -> None:
+    """Read files anew."""
+    model_bytes.cache_clear()
+    takes_pictures.cache_clear()
 
 
 def free_memory() -> int:

@@ -28,7 +28,7 @@ from ptq_onnx.sweep.cluster import Cluster, joined, started
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
 from ptq_onnx.sweep.interrupts import interrupts
 from ptq_onnx.sweep.matrix import Cell
-from ptq_onnx.sweep.stages import NAMES, PREPARE, Measured, Schedule, Task, Written
+from ptq_onnx.sweep.stages import MEASURE, NAMES, PREPARE, Measured, Schedule, Task, Written
 from ptq_onnx.sweep.work import BETWEEN, Place, do
 
 Told = Callable[[Row], Any]
@@ -83,6 +83,7 @@ def run(
     which another run goes on.
     """
     forget()
+    need.forget()
     rows: dict[str, Row] = {}
     marks: dict[str, str] = {}
     todo: list[Cell] = []
@@ -162,13 +163,18 @@ def _run(
             return asked.remote(task, place, marks[cell.name], attempt)
 
         schedule = Schedule(ordered, need.prepared_alike)
-        least = min(need.cores_of(cell) for cell in cells)
+        least = min(need.cores_of(cell, MEASURE) for cell in cells)
 
         def most() -> int:
             running = int(cluster.cores() // least)
             return running + 2 + running // AHEAD
 
         yield from _rows(cluster, schedule, folder, submit, retries, check, most)
+        if schedule.alone:
+            notes.append(
+                f"{schedule.alone} cells were measured by one process each: some of the images"
+                " cannot be read, or the outputs on a part of them could not be kept."
+            )
 
 
 def _rows(

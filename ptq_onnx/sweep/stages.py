@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ptq_onnx.evaluation.parts import Part
 from ptq_onnx.pipeline.apart import Unfinished
-from ptq_onnx.sweep.cell import NOTHING, Row, Spent
+from ptq_onnx.sweep.cell import DONE, NOTHING, Row, Spent
 from ptq_onnx.sweep.matrix import Cell
 
 FINISH, FLOAT, MEASURE, PREPARE, WRITE = range(5)
@@ -70,6 +70,8 @@ class Schedule:
     def __init__(self, cells: Sequence[Cell], prepared: Callable[[Cell], Hashable]) -> None:
         self.left = len(cells)
         """Cells that are not done."""
+        self.alone = 0
+        """Cells that were measured by one process, as some of the parts were not whole."""
         self._rank = {cell.name: number for number, cell in enumerate(cells)}
         self._ready: list[tuple[int, int, int, Task]] = []
         self._count = 0
@@ -98,6 +100,7 @@ class Schedule:
         """What a task gave; the row of its cell, where that is done by it."""
         if isinstance(found, Row):
             self.left -= 1
+            self.alone += task.stage == FINISH and not task.whole and found.status == DONE
             return found
         if task.stage == PREPARE:
             self._add(*(Task(WRITE, cell) for cell in self._alike.pop(task.cell.name)))

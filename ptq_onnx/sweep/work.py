@@ -70,6 +70,7 @@ def do(task: Task, place: Place, mark: str, attempt: int) -> Row | Written | Mea
         return _prepared(task, place)
     if task.stage in (FLOAT, MEASURE):
         return _measured(task, place, attempt)
+    _opened().close()
     unfinished = task.unfinished
     if task.stage == FINISH and unfinished is not None:
         run: Callable[[], Result | Unfinished] = partial(finish, unfinished, whole=task.whole)

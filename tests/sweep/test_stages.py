@@ -90,7 +90,9 @@ def test_what_is_nearest_to_a_finished_cell_goes_first() -> None:
     assert (last["a"].whole, last["a"].spent) == (True, Spent(7.0, 100, 2))
     assert (last["b"].whole, last["b"].spent) == (False, Spent(10.0, 700, 2))
     row = Row.of(a, DONE)
-    assert (schedule.took(last["a"], row), schedule.left) == (row, 1)
+    assert (schedule.took(last["a"], row), schedule.left, schedule.alone) == (row, 1, 0)
+    schedule.took(last["b"], Row.of(b, DONE))
+    assert (schedule.left, schedule.alone) == (0, 1)
 
 
 def test_what_is_lost_ends_its_own_cell_alone() -> None:
