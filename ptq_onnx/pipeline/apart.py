@@ -100,14 +100,19 @@ def measure_part(unfinished: Unfinished, part: Part, opened: Opened, *, quantize
 
 
 def finish(unfinished: Unfinished, *, whole: bool) -> Result:
-    """The second half. ``whole``: all outputs are there; else the models run here. Raises
-    PtqError."""
+    """The second half; all of it once more where a process was killed while the files moved to
+    their place. ``whole``: all outputs are there; else the models run here. Raises PtqError."""
     request, begin = unfinished.request, Stages(None)
+    state = unfinished.folder / STATE
     with on_device(request.config.device):
-        made, notes = pickle.loads((unfinished.folder / STATE).read_bytes())
-        job = Job(request, read_inputs(request), unfinished.folder / FILES, begin, notes)
+        inputs = read_inputs(request)
+        if not state.exists():
+            return quantize_read(request, inputs, begin)
+        made, notes = pickle.loads(state.read_bytes())
+        job = Job(request, inputs, unfinished.folder / FILES, begin, notes)
         with faults_of(job):
             finished = measured(job, made, unfinished.own if whole else None)
+        state.unlink()  # what is in the folder from here on may be what was in the place before
         with parents_of(request.place.folder):
             result = published(job, finished)
         remove(unfinished.folder)

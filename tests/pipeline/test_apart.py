@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -114,6 +115,30 @@ def test_an_image_that_cannot_be_read(base: Path, ran: list[int]) -> None:
     assert kept == [True, True, False, False, True, True]
     finish(found, whole=False)
     assert content(base / "out") == wanted
+
+
+def test_killed_while_the_files_move(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another try finds in place of the new files may be those of an earlier run."""
+    asked = request(base)
+    whole(replace(asked, config=replace(asked.config, quantizer="channelwise")))
+    old = content(base / "out")
+    found = first_half(asked, base)
+    for part in found.parts:
+        for quantized in (True, False):
+            measure_part(found, part, Opened(), quantized=quantized)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq_onnx.pipeline.apart.remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finish(found, whole=True)
+    assert content(found.folder / "files")["quantized.onnx"] == old["quantized.onnx"]
+    wanted = content(base / "out")
+    finish(found, whole=True)
+    assert content(base / "out") == wanted
+    assert wanted["quantized.onnx"] != old["quantized.onnx"]
 
 
 def test_few_images_are_measured_at_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
