@@ -72,12 +72,12 @@ def quantize_apart(request: Request, folder: Path) -> Result | Unfinished:
         floats = request.shared.floats
         if len(parts) < 2 or floats is None:
             return quantize_read(request, inputs, begin)
-        request, notes = with_workers_that_pay(request, inputs)
-        load(request, inputs, begin)
+        paying, notes = with_workers_that_pay(request, inputs)
+        load(paying, inputs, begin)
         remove(folder)
         work = folder / FILES
         work.mkdir(parents=True)
-        job = Job(request, inputs, work, begin, [*inputs.notes, *notes])
+        job = Job(paying, inputs, work, begin, [*inputs.notes, *notes])
         with kept_processes(), faults_of(job):
             made = unmeasured(job)
             config, images = request.config, inputs.preprocess
