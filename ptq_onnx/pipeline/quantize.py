@@ -91,6 +91,8 @@ def quantize(
     ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
     Raises PtqError.
     """
+    begin = Stages(progress)
+    begin(stages.READING, 1)
     config = config or QuantizeConfig()
     request = Request(
         model=model,
@@ -104,8 +106,6 @@ def quantize(
         given=given or Given(),
         keep_models=keep_models,
     )
-    begin = Stages(progress)
-    begin(stages.READING, 1)
     with on_device(config.device):
         request = without_images(request)
         return quantize_read(request, read_inputs(request), begin)
