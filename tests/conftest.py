@@ -98,6 +98,12 @@ class _Seldom:
 _SELDOM = _Seldom()
 
 
+@pytest.fixture
+def always_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--workers`` are used for small models too, where they do not pay."""
+    monkeypatch.setattr("ptq_onnx.pipeline.sharing.STARTING", 0.0)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of sample models and images."""

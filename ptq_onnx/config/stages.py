@@ -36,6 +36,11 @@ DRAWING = "Drawing attention"
 MEASURING = "Measuring the quantized file"
 REPORTING = "Writing the report"
 
+SHARED = frozenset(
+    (CHANNELS, RUNNING_FLOAT, CALIBRATING, HISTOGRAMS, EXPECTING, ENOUGH, TAKING_BACK, MODULES)
+) | {MEASURING}
+"""Those that ``--workers`` share."""
+
 LOADING_COST = 40.0
 WRITING_COST = 20.0
 

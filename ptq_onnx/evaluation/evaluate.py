@@ -79,6 +79,7 @@ def evaluate(
     workers: int = 1,
     metric: Metric | None = None,
     record: Record | None = None,
+    kept: Record | None = None,
 ) -> Evaluation:
     """Run a model, and a reference beside it, in ONNX Runtime with its default optimizations.
 
@@ -90,7 +91,8 @@ def evaluate(
     asked where there are labels. ``baseline``: count the reference's right answers too, of the
     same run. ``metric``: another measure of both. ``workers``: processes that run the models; the
     figures do not depend on them. ``record``: where the reference's outputs on these images are
-    kept for other runs. Raises ImageError, ModelError, ConfigError.
+    kept for other runs; ``kept``: the model's own, from which, with those, the figures are made
+    without running either. Raises ImageError, ModelError, ConfigError.
     """
     tested = Network(model, threads, name=names[0])
     trusted = None if reference is None else Network(reference, threads, name=names[1])
@@ -108,7 +110,7 @@ def evaluate(
         own = _Counting(Tallies(trusted.names), classes, trusted)
     scoring = None if metric is None else Scoring(metric, reference=trusted is not None)
     count = 0
-    runs = Runs(tested, trusted, (model, reference), names, threads, workers, record)
+    runs = Runs(tested, trusted, (model, reference), names, threads, workers, record, kept)
     for batch_names, found, floats in runs.over(images, batch_size):
         beside = (
             None if floats is None else {n: floats[o] for n, o in shared.items() if o in floats}

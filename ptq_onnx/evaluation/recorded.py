@@ -2,8 +2,9 @@
 
 A file of NumPy arrays, batch by batch: the images' names, the outputs that turned out not to be
 batches, the names of all outputs, each output. It is read as it was written, one batch at a time,
-and the outputs are those of the run that wrote it, bit for bit. It is a cache: where it cannot be
-read or written, the model is run.
+and the outputs are those of the run that wrote it, bit for bit. Several processes write several
+files, each of a part of the images, which read one after the other are the same. It is a cache:
+where it cannot be read or written, the model is run.
 """
 
 from __future__ import annotations
@@ -55,13 +56,23 @@ class Record:
         return cls(folder / f"{found[:32]}.npy")
 
     def batches(self) -> Iterator[Batch]:
-        """What was written; ends early where the file does, or is none of these."""
+        """What was written; ends early where a file does, or is none of these."""
+        files = [self.path] if self.exists else sorted(self._folder.glob("*.npy"))
         try:
-            with open(self.path, "rb") as file:
-                while file.peek(1):
-                    yield _read(file)
+            for path in files:
+                with open(path, "rb") as file:
+                    while file.peek(1):
+                        yield _read(file)
         except (OSError, ValueError, EOFError):
             return
+
+    def part(self, first: int) -> Record:
+        """The place for the outputs on the images from number ``first`` on."""
+        return Record(self._folder / f"{first:012}.npy")
+
+    @property
+    def _folder(self) -> Path:
+        return self.path.with_suffix("")
 
     @property
     def exists(self) -> bool:
@@ -95,6 +106,10 @@ class Recorder:
             enough = True
         if enough:
             self._close(keep=False)
+
+    def drop(self) -> None:
+        """Keep nothing of it."""
+        self._close(keep=False)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._close(keep=kind is None)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ptq_onnx.errors import ConfigError
+from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation.network import Model, Network
 from ptq_onnx.evaluation.outputs import Values
 from ptq_onnx.evaluation.recorded import NOTHING, Record, Recorder
@@ -24,6 +24,7 @@ class Runs:
 
     ``models``: what they were opened from; ``workers``: processes that run them, here where 1.
     ``record``: the outputs of ``trusted``, or the place for them; not used by several processes.
+    ``kept``: those of ``tested``, which are whole, as then ``record`` is: no model is run.
     Raises ConfigError where several cannot open what was given.
     """
 
@@ -36,7 +37,9 @@ class Runs:
         threads: int,
         workers: int,
         record: Record | None = None,
+        kept: Record | None = None,
     ) -> None:
+        self._kept = kept
         self._tested, self._trusted, self._workers = tested, trusted, workers
         self._record = record
         self._opened = models, names, shared_threads(threads, workers)
@@ -49,6 +52,9 @@ class Runs:
         self, images: ImageSource, batch_size: int
     ) -> Iterator[tuple[list[str], Found, Found | None]]:
         """Names of the images, outputs and the reference's outputs, in the images' order."""
+        if self._kept is not None:
+            yield from self._read(self._kept, images, batch_size)
+            return
         if self._workers == 1:
             yield from self._here(images, batch_size)
             return
@@ -85,6 +91,29 @@ class Runs:
                     if keep is not None:
                         keep(names, floats, trusted.whole)
                 yield names, found, floats
+
+    def _read(
+        self, kept: Record, images: ImageSource, batch_size: int
+    ) -> Iterator[tuple[list[str], Found, Found | None]]:
+        """The outputs of both as they were kept; no image is read. Raises ModelError where they
+        are not whole."""
+        tested, trusted, record = self._tested, self._trusted, self._record
+        mine, others = kept.batches(), iter(()) if record is None else record.batches()
+        names = images.names
+        for start in range(0, len(names), batch_size):
+            wanted = names[start : start + batch_size]
+            before, found, whole = next(mine, NOTHING)
+            tested.whole |= whole
+            beside, floats = wanted, None
+            if trusted is not None:
+                beside, floats, whole = next(others, NOTHING)
+                trusted.whole |= whole
+            if not before == beside == wanted:
+                raise ModelError(
+                    f"{tested.name}: the outputs on image '{wanted[0]}' that were kept are not"
+                    " there any more: run it again."
+                )
+            yield wanted, found, floats
 
 
 def open_networks(

@@ -52,6 +52,10 @@ class ArraySource(IndexedSource):
     def __len__(self) -> int:
         return len(self._indices)
 
+    def part(self, first: int, last: int) -> Self | None:
+        """Some of the chosen images, in their order."""
+        return self._with(self._indices[first:last])
+
     def _read(self, slot: int) -> Item:
         images = self._load()
         assert not isinstance(images, Header)
@@ -68,6 +72,9 @@ class StreamedSource(ArraySource):
         super().__init__(lambda: packed.header, packed.where, preprocess, limit)
         self._packed = packed
 
+    def part(self, first: int, last: int) -> None:
+        """An archive is unpacked from its beginning."""
+
     def _prefetched(self, ahead: int) -> Iterator[Item]:
         for slot, image in zip(self._indices, self._packed.images(self._indices), strict=True):
             yield self._item(slot, image)
@@ -80,6 +87,9 @@ class KeptSource(ArraySource):
         super().__init__(lambda: packed.header, packed.where, preprocess, limit)
         self._packed, kept = packed, Kept(packed, self._indices)
         self._load = lambda: kept
+
+    def part(self, first: int, last: int) -> None:
+        """As above."""
 
     def _with(self, indices: list[int]) -> Self:
         """Others have to be unpacked first."""

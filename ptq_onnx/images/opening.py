@@ -150,6 +150,13 @@ class FolderSource(ImageSource):
         rest._used = set(range(len(self.files)))
         return rest
 
+    def part(self, first: int, last: int) -> Self:
+        """Some of the chosen files, in their order; none takes the place of one that cannot be
+        read but what ``limit`` left out."""
+        found = self.reopened()
+        found._chosen, found._used = self._chosen[first:last], set(self._used)
+        return found
+
     def _slots(self) -> Sequence[int]:
         return [slot for slot, index in enumerate(self._chosen) if index is not None]
 

@@ -64,6 +64,11 @@ class ImageSource(ABC):
         """Up to ``limit`` of the images that this source does not use; None if there are none."""
         return None
 
+    def part(self, first: int, last: int) -> ImageSource | None:
+        """The images from ``first`` up to ``last`` of the order alone; None where they can only be
+        read from the beginning."""
+        return None
+
     def _retry(self, slot: int, error: ImageError) -> Item | None:
         """What stands in for an unreadable image, if anything; runs in the caller's thread."""
         raise error

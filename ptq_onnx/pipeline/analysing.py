@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptq_onnx.calibration.class_output import feature_outputs
 from ptq_onnx.config import stages
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -21,6 +21,7 @@ from ptq_onnx.pipeline.rewriting import Rewritten
 if TYPE_CHECKING:
     from ptq_onnx.analysis.results import Analysis
     from ptq_onnx.engine.simulator import Simulator
+    from ptq_onnx.evaluation.recorded import Record
     from ptq_onnx.quantizers.base import SiteQuantizer
     from ptq_onnx.report.attention_page import Sheet
 
@@ -149,8 +150,10 @@ def vanilla_beside(job: Job, made: Rewritten) -> Simulator:
     return Simulator(whole.model, vanilla, threads=config.threads)
 
 
-def measure(job: Job, made: Rewritten) -> dict[str, Any]:
-    """The files in ONNX Runtime: on ``--val``, else on images held out."""
+def measure(job: Job, features: Collection[str], kept: Record | None = None) -> dict[str, Any]:
+    """The files in ONNX Runtime: on ``--val``, else on images held out. ``features``: outputs that
+    are no classes. ``kept``: the quantized file's outputs, where it has run on ``--val`` in parts.
+    """
     from ptq_onnx.pipeline.measurement import measured
 
     source, kind = job.inputs.tested, "val"
@@ -167,10 +170,11 @@ def measure(job: Job, made: Rewritten) -> dict[str, Any]:
         kind,
         threads=job.config.threads,
         workers=job.config.workers,
-        features=feature_outputs(made.prepared.model),
+        features=features,
         stage=job.stage,
         metric=job.metric(source),
-        floats=job.request.floats if kind == "val" else None,
+        floats=job.request.shared.floats if kind == "val" else None,
+        kept=kept,
     )
     job.notes.extend(notes)
     return found

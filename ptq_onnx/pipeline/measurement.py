@@ -36,13 +36,15 @@ def measured(
     stage: Callable[[str, int], Callable[[int], Any]],
     metric: Metric | None = None,
     floats: Path | None = None,
+    kept: Record | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """``accuracy`` (None without labels), ``metric`` (None without one) and ``fidelity`` of the
     report, and notes.
 
     ``kind``: which images these are: ``val``, ``held apart`` from calibration, or of the
     ``calibration`` itself. ``features``: outputs that are no classes. ``floats``: where the float
-    model's outputs on these images are kept for other runs. Raises PtqError.
+    model's outputs on these images are kept for other runs; ``kept``: the quantized model's, where
+    both have been run in parts. Raises PtqError.
     """
     record = None
     if floats is not None:
@@ -61,6 +63,7 @@ def measured(
         metric=metric,
         batch_size=BATCH,
         record=record,
+        kept=kept,
     )
     fidelity: dict[str, Any] = {
         "images": found.count,

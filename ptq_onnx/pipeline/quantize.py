@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ptq_onnx.analysis.decibels import plain
 from ptq_onnx.blocks.selectors import selectable
+from ptq_onnx.calibration.class_output import feature_outputs
 from ptq_onnx.config import stages
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.config.quantize_config import QuantizeConfig
@@ -31,10 +32,11 @@ from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.lossy_regions import lossy, without_regions
 from ptq_onnx.pipeline.preprocess_input import Given
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
-from ptq_onnx.pipeline.reading import read_inputs, without_images
+from ptq_onnx.pipeline.reading import Inputs, read_inputs, without_images
 from ptq_onnx.pipeline.request import Request
 from ptq_onnx.pipeline.result import Result
 from ptq_onnx.pipeline.rewriting import Rewritten, rewrite, tell_copies
+from ptq_onnx.pipeline.sharing import with_workers_that_pay
 from ptq_onnx.pipeline.writing import (
     coverage,
     formed,
@@ -48,12 +50,14 @@ from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import own_faults
 from ptq_onnx.progress import Progress, Stages
 from ptq_onnx.runtime.devices import on_device
+from ptq_onnx.runtime.processes import kept_processes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from ptq_onnx.analysis.comparison_results import Automatic
     from ptq_onnx.analysis.results import Analysis
+    from ptq_onnx.evaluation.recorded import Record
     from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 
 __all__ = ["Progress", "Result", "quantize", "read_scales", "resolve_preprocess"]
@@ -72,7 +76,6 @@ def quantize(
     progress: Progress | None = None,
     keep_models: bool = True,
     given: Given | None = None,
-    floats: Path | None = None,
 ) -> Result:
     """Quantize ``model`` with calibration images and write everything to ``output``.
 
@@ -86,8 +89,7 @@ def quantize(
     and ``attention/``; it is written beside and renamed, so a failure leaves nothing
     but blocks that were trained (``--reconstruct``), for the next run into the same folder.
     ``keep_models=False``: without the models. ``given``: a preprocessing that no option can name.
-    ``floats``: a folder for ``val`` alone, in which the float model's outputs are kept for other
-    runs. Raises PtqError.
+    Raises PtqError.
     """
     begin = Stages(progress)
     begin(stages.READING, 1)
@@ -103,44 +105,52 @@ def quantize(
         scales=scales,
         given=given or Given(),
         keep_models=keep_models,
-        floats=floats,
     )
     with on_device(config.device):
-        return _quantize(without_images(request), begin)
+        request = without_images(request)
+        return quantize_read(request, read_inputs(request), begin)
 
 
-def _quantize(request: Request, begin: Stages) -> Result:
-    inputs = read_inputs(request)
+def quantize_read(request: Request, inputs: Inputs, begin: Stages) -> Result:
+    """The same from what was read. Raises PtqError."""
+    request, notes = with_workers_that_pay(request, inputs)
+    load(request, inputs, begin)
+    with kept_processes(), workshop(request.place.folder) as work:
+        job = Job(request, inputs, work, begin, [*inputs.notes, *notes])
+        with faults_of(job):
+            finished = run_stages(job)
+        return published(job, finished)
+
+
+def load(request: Request, inputs: Inputs, begin: Stages) -> None:
+    """PPQ and torch, before anything is written: seconds, in which they swallow an interrupt."""
     begin.plan(stages.planned(request.config, len(inputs.tested or ())))
     begin(stages.LOADING, 1)
-    # PPQ and torch, before anything is written: seconds, in which they swallow an interrupt
     importlib.import_module("ptq_onnx.engine.simulator")
-    place = request.place
-    with workshop(place.folder) as work:
-        job = Job(request, inputs, work, begin, list(inputs.notes))
-        with _errors_name(place.folder, work), own_faults(inputs.prepared.path, "quantized"):
-            finished = run_stages(job)
-        if not request.keep_models:
-            _remove_models(work)
-        files = place.publish(work)
-        forget_stopped(place.folder)
-        begin.done()
-    return Result(
-        finished.report,
-        place.folder,
-        files,
-        finished.analysis,
-        place.model if request.keep_models else None,
-    )
+
+
+def published(job: Job, finished: Finished) -> Result:
+    """The result, its files in their place. Raises ConfigError."""
+    request, place = job.request, job.request.place
+    if not request.keep_models:
+        _remove_models(job.work)
+    files = place.publish(job.work)
+    forget_stopped(place.folder)
+    job.progress.done()
+    model = place.model if request.keep_models else None
+    return Result(finished.report, place.folder, files, finished.analysis, model)
 
 
 @contextmanager
-def _errors_name(output: Path, work: Path) -> Iterator[None]:
-    """Let errors name the folder that was asked for: the one worked in is gone by then."""
+def faults_of(job: Job) -> Iterator[None]:
+    """Let errors name the folder that was asked for, the one worked in being gone by then; those
+    that nobody foresaw are a ModelError of one line."""
+    output, work = str(job.request.place.folder), str(job.work)
     try:
-        yield
+        with own_faults(job.inputs.prepared.path, "quantized"):
+            yield
     except PtqError as error:
-        text = str(error).replace(str(work), str(output))
+        text = str(error).replace(work, output)
         if text == str(error):
             raise
         raise type(error)(text) from error
@@ -160,8 +170,24 @@ class Finished:
     analysis: Analysis | None
 
 
+@dataclass(frozen=True)
+class Unmeasured:
+    """What there is before the file runs: the report so far, the analysis, the outputs that are no
+    classes, and a warning that leads the notes."""
+
+    report: dict[str, Any]
+    analysed: Analysed
+    features: tuple[str, ...]
+    warning: str | None
+
+
 def run_stages(job: Job) -> Finished:
     """Every stage in turn, each on what those before it made; the files go to ``job.work``."""
+    return measured(job, unmeasured(job))
+
+
+def unmeasured(job: Job) -> Unmeasured:
+    """The stages up to the quantized file and its analysis."""
     checked = None if job.request.scales is not None else check_normalisation(job)
     config = resolve_auto(job)
     graphs.save(job.as_taken(job.inputs.prepared.model), job.work / FLOAT)
@@ -188,11 +214,19 @@ def run_stages(job: Job) -> Finished:
         report["optimised"] = optimised_ops(job)
     analysed = analyse(job, made, quantizer) if config.report else Analysed()
     report["analysis"] = None if analysed.analysis is None else analysed.analysis.to_json()
-    report |= measure(job, made)
+    features = tuple(feature_outputs(made.prepared.model))
+    return Unmeasured(report, analysed, features, warning)
+
+
+def measured(job: Job, made: Unmeasured, kept: Record | None = None) -> Finished:
+    """The stages behind: the file in its runtime, and the report. ``kept``: its outputs, where it
+    has run in parts."""
+    report, warning = made.report, made.warning
+    report |= measure(job, made.features, kept)
     report["notes"] = job.notes if warning is None else [warning, *job.notes]
     job.stage(stages.REPORTING, 1)
-    finished = Finished(plain(report), analysed.analysis)
-    write_report(job, finished.report, analysed)
+    finished = Finished(plain(report), made.analysed.analysis)
+    write_report(job, finished.report, made.analysed)
     return finished
 
 

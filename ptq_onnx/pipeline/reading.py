@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from ptq_onnx.pipeline.request_checks import (
 )
 from ptq_onnx.pipeline.several_inputs import item_shapes, note_on, open_source, taken_by
 from ptq_onnx.preparation.input_size import try_size
-from ptq_onnx.preparation.prepare import Prepared, prepare
+from ptq_onnx.preparation.kept import Preparing
+from ptq_onnx.preparation.prepare import Prepared
 from ptq_onnx.preparation.signature import signature
 
 NOT_CALIBRATED = (
@@ -87,11 +89,17 @@ def read_inputs(request: Request) -> Inputs:
 
 
 def prepared_anew(request: Request) -> Prepared:
-    """The model prepared from its file, of any batch size where its graph allows that."""
+    """The model prepared from its file, of any batch size where its graph allows that, or as
+    another run has kept it."""
+    return preparing(request).read(request.shared.prepared)
+
+
+def preparing(request: Request) -> Preparing:
+    """What decides the prepared model. Raises PtqError."""
     config = request.config
     given = request.calib if request.calib is not None else request.val
     shapes = item_shapes(request.model, given, config.input)
-    return prepare(request.model, config.opset, config.size, free=True, shapes=shapes)
+    return Preparing(Path(request.model), config.opset, config.size, shapes)
 
 
 def without_images(request: Request) -> Request:

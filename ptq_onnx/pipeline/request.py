@@ -15,6 +15,15 @@ from ptq_onnx.report.reproduce import Invocation, named
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Folders of what several runs need: ``floats``: the float model's outputs on the images
+    ``val``, by their :class:`Record`; ``prepared``: models as they are before any rewriting."""
+
+    floats: Path | None = None
+    prepared: Path | None = None
+
+
+@dataclass(frozen=True)
 class Request:
     """The model, the options, the images and the place of the results.
 
@@ -34,8 +43,7 @@ class Request:
     keep_models: bool = True
     calibrated: bool = True
     """Whether images say what is quantized; else they are only measured on."""
-    floats: Path | None = None
-    """A folder in which float outputs on the images ``val`` are kept for other runs."""
+    shared: Shared = field(default_factory=Shared)
 
     def check_place(self) -> None:
         """Refuse results that would replace what is read, or a model that is not written anew.

@@ -1,4 +1,4 @@
-"""One cell run, and what is kept of it: the usual result in a folder, with ``cell.json``."""
+"""What is kept of a cell: its row, and ``cell.json`` beside the usual result in its folder."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ptq_onnx.errors import PtqError, one_line
+from ptq_onnx.errors import PtqError
 from ptq_onnx.files.publishing import publish, workshop
 from ptq_onnx.files.result_names import PAGE
 from ptq_onnx.files.text_file import read_text, write_text
-from ptq_onnx.sweep.fingerprint import of_images
+from ptq_onnx.pipeline.result import Result
 from ptq_onnx.sweep.matrix import AXES, Cell
 
 RECORD = "cell.json"
-FLOATS = ".floats"
-"""In the sweep's folder while it runs: outputs of the float models."""
 DONE, FAILED, REFUSED = "done", "failed", "refused"
 NOTICE = ".sweep"
 """A file of the running sweep in its folder, by which a node sees that it is the same folder."""
@@ -56,26 +54,33 @@ class Row:
         return cls(cell.name, {axis: cell.axes[axis] for axis in AXES}, status, reason, **more)
 
 
-def run_cell(cell: Cell, folder: Path, mark: str, notice: str = "", attempt: int = 1) -> Row:
-    """Quantize a cell into its place in ``folder``; ``cell.json``, with ``mark``, comes last.
+@dataclass(frozen=True)
+class Spent:
+    """What stages took: seconds in all, most bytes of a process, most attempts."""
 
-    A failure is a row, and its folder then holds nothing but that. ``notice``: what the sweep's
-    folder must hold to be the one that was meant.
-    """
-    place = folder / cell.name
-    begin = time.monotonic()
-    try:
-        _check_folder(folder, notice)
-        row = _quantized(cell, place, folder / FLOATS)
-    except Exception as error:
-        known = isinstance(error, PtqError | OSError)
-        reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-        row = failed(cell, reason, attempt)
-        if notice and not _seen(folder, notice):
-            return row
-        return keep_failure(row, place)
-    seconds = round(time.monotonic() - begin, 2)
-    row = replace(row, seconds=seconds, peak_bytes=_peak(), attempts=attempt)
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    attempts: int = 1
+
+    @classmethod
+    def since(cls, begin: float, attempt: int) -> Spent:
+        """By this process, since a time of the monotonic clock."""
+        return cls(time.monotonic() - begin, _peak(), attempt)
+
+    def __add__(self, other: Spent) -> Spent:
+        """Of both."""
+        peaks = [p for p in (self.peak_bytes, other.peak_bytes) if p is not None]
+        most = max(self.attempts, other.attempts)
+        return Spent(self.seconds + other.seconds, max(peaks, default=None), most)
+
+
+NOTHING = Spent()
+
+
+def keep(row: Row, spent: Spent, place: Path, mark: str) -> Row:
+    """Write the record of a cell, its results being there: it is done by that."""
+    seconds, peak, attempts = round(spent.seconds, 2), spent.peak_bytes, spent.attempts
+    row = replace(row, seconds=seconds, peak_bytes=peak, attempts=attempts)
     write_text(place / RECORD, _text(row, mark))
     return row
 
@@ -108,22 +113,8 @@ def finished(cell: Cell, folder: Path, mark: str) -> Row | None:
         return None
 
 
-def _quantized(cell: Cell, place: Path, floats: Path) -> Row:
-    """``floats``: where cells of the same model share what it gives on the same images."""
-    from ptq_onnx.pipeline.quantize import quantize
-
-    # A record of other numbers must not outlive the numbers
-    (place / RECORD).unlink(missing_ok=True)
-    assert cell.config is not None
-    result = quantize(
-        cell.model,
-        config=cell.config,
-        output=place,
-        calib=cell.calib,
-        val=cell.val,
-        labels=cell.labels,
-        floats=None if cell.val is None else floats / str(of_images(cell.val)),
-    )
+def measured(cell: Cell, result: Result) -> Row:
+    """The row of a cell that is done."""
     report = result.report
     accuracy, fidelity = report.get("accuracy") or {}, report.get("fidelity") or {}
     return Row.of(
@@ -141,15 +132,17 @@ def _quantized(cell: Cell, place: Path, floats: Path) -> Row:
     )
 
 
-def _check_folder(folder: Path, notice: str) -> None:
-    if notice and not _seen(folder, notice):
+def check_folder(folder: Path, notice: str) -> None:
+    """Refuse a folder that is not the sweep's. Raises PtqError."""
+    if notice and not seen(folder, notice):
         raise PtqError(
             f"This node ({os.uname().nodename}) does not see {folder}: models, images and output"
             " must lie where all nodes find them by the same path"
         )
 
 
-def _seen(folder: Path, notice: str) -> bool:
+def seen(folder: Path, notice: str) -> bool:
+    """Whether it is the sweep's folder, by what lies in it."""
     try:
         return read_text(folder / NOTICE) == notice
     except OSError:

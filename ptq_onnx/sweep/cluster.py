@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ HERE = "127.0.0.1"
 HEAD = "gcs_server"
 """The process of Ray that knows all others."""
 SECONDS = 5.0
-"""How long a cluster has to answer."""
+"""How long a cluster has to answer, and how often its size is asked for."""
 
 
 def import_ray(*, alone: bool) -> Any:
@@ -70,11 +72,13 @@ def import_ray(*, alone: bool) -> Any:
 @dataclass(frozen=True)
 class Cluster:
     """Ray, as a package that is connected. ``single``: this machine is all of it. ``ended``: says
-    whether its head is gone, for which Ray itself waits long."""
+    whether its head is gone, for which Ray itself waits long; ``cores``: how many it has, which may
+    change."""
 
     ray: Any
     single: bool
     ended: Callable[[], bool]
+    cores: Callable[[], float]
 
 
 @contextmanager
@@ -107,7 +111,9 @@ def started(
             raise ConfigError(f"Ray cannot be started here: {one_line(error)}.") from error
         stack.callback(ray.shutdown)
         heads = named(mark, HEAD)
-        yield Cluster(ray, True, lambda: bool(heads) and not heads & named(mark, HEAD))
+        yield Cluster(
+            ray, True, lambda: bool(heads) and not heads & named(mark, HEAD), lambda: cores
+        )
 
 
 @contextmanager
@@ -125,9 +131,22 @@ def joined(address: str, environment: Mapping[str, str]) -> Iterator[Cluster]:
     except Exception as error:  # as above
         raise ConfigError(f"--address {address}: no cluster to join: {one_line(error)}.") from error
     try:
-        yield Cluster(ray, False, lambda: False)
+        yield Cluster(ray, False, lambda: False, _counted(ray))
     finally:
         ray.shutdown()
+
+
+def _counted(ray: Any) -> Callable[[], float]:
+    """The cores of a cluster, asked for every few seconds."""
+    asked, found = -math.inf, 0.0
+
+    def cores() -> float:
+        nonlocal asked, found
+        if time.monotonic() - asked >= SECONDS:
+            asked, found = time.monotonic(), float(ray.cluster_resources().get("CPU", 0))
+        return found
+
+    return cores
 
 
 def _listen(*_: Any) -> None:

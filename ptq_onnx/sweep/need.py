@@ -1,11 +1,17 @@
-"""How much memory and how many cores a cell takes, by the size of its model."""
+"""How much memory and how many cores the stages of a cell take, by the size of its model."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
+from functools import cache
+from pathlib import Path
 
-from ptq_onnx.files.model_size import model_bytes
+from ptq_onnx.errors import PtqError
+from ptq_onnx.files import model_size
+from ptq_onnx.pipeline.several_inputs import taken_by
 from ptq_onnx.sweep.matrix import Cell
+from ptq_onnx.sweep.stages import FINISH, FLOAT, MEASURE, PREPARE, WRITE
 
 BASE = 0.7e9
 """Bytes of a process with PyTorch and PPQ in it, before it has a model (measured: 0.4e9)."""
@@ -13,21 +19,63 @@ PER_BYTE = 5.0
 """Bytes for each byte of the model."""
 WITH_REPORT = 0.5e9, 5.5
 """The same two besides, where every op is analysed."""
+PREPARING = 0.45e9, 3.5
+MEASURING = 0.7e9, 2.0
+"""The same two of a process that prepares a model, and of one that runs it on images, and may have
+PyTorch in it from what it did before."""
 KEPT_FREE = 0.1
 """Share of the free memory that is not given out."""
 
 
-def memory_of(cell: Cell) -> int:
-    """Bytes that a cell is expected to need at most; see docs/scaling.md for what was measured."""
+def memory_of(cell: Cell, stage: int = WRITE) -> int:
+    """Bytes that a stage of a cell is expected to need at most; ``WRITE`` is the whole of it where
+    it is not measured in parts. See docs/scaling.md for what was measured."""
     assert cell.config is not None
+    size = model_bytes(cell.model)
+    if stage == PREPARE:
+        return int(PREPARING[0] + PREPARING[1] * size)
+    if stage in (FLOAT, MEASURE, FINISH):
+        return int(MEASURING[0] + MEASURING[1] * size)
     extra, more = WITH_REPORT if cell.config.report else (0.0, 0.0)
-    return int(BASE + extra + (PER_BYTE + more) * model_bytes(cell.model))
+    others = (cell.config.workers - 1) * (MEASURING[0] + MEASURING[1] * size)
+    return int(BASE + extra + (PER_BYTE + more) * size + others)
 
 
-def cores_of(cell: Cell) -> int:
-    """Cores that a cell computes with."""
+def cores_of(cell: Cell, stage: int = WRITE) -> int:
+    """Cores that a stage of a cell computes with."""
     assert cell.config is not None
-    return max(cell.config.threads, 1)
+    if stage == PREPARE:
+        return 1
+    return max(cell.config.threads, 1) * (cell.config.workers if stage == WRITE else 1)
+
+
+def prepared_alike(cell: Cell) -> Hashable:
+    """What decides the prepared model of a cell; None where the model cannot be read, or takes what
+    the images decide."""
+    config = cell.config
+    assert config is not None
+    return (cell.model, config.opset, config.size) if takes_pictures(cell.model) else None
+
+
+@cache
+def model_bytes(path: Path) -> int:
+    """The size of a model, which is asked for with every task. Raises ModelError."""
+    return model_size.model_bytes(path)
+
+
+@cache
+def takes_pictures(path: Path) -> bool:
+    """Whether a model can be read, and takes pictures alone."""
+    try:
+        return taken_by(path).plain
+    except PtqError:
+        return False
+
+
+def forget() -> None:
+    """Read files anew."""
+    model_bytes.cache_clear()
+    takes_pictures.cache_clear()
 
 
 def free_memory() -> int:

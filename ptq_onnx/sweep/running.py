@@ -17,28 +17,31 @@ from ptq_onnx.files.text_file import write_text
 from ptq_onnx.sweep import need
 from ptq_onnx.sweep.cell import (
     DONE,
-    FLOATS,
     NOTICE,
     REFUSED,
     Row,
     failed,
     finished,
     keep_failure,
-    run_cell,
 )
 from ptq_onnx.sweep.cluster import Cluster, joined, started
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
 from ptq_onnx.sweep.interrupts import interrupts
 from ptq_onnx.sweep.matrix import Cell
+from ptq_onnx.sweep.stages import MEASURE, NAMES, PREPARE, Measured, Schedule, Task, Written
+from ptq_onnx.sweep.work import BETWEEN, Place, do
 
 Told = Callable[[Row], Any]
 """Called with each row as it comes."""
-Work = Callable[[Cell, Path, str, str, int], Row]
-"""Called with a cell, the sweep's folder, the cell's mark, the notice and the attempt."""
+Work = Callable[[Task, Place, str, int], Row | Written | Measured]
+"""Called with a task, the sweep's place, the cell's mark and the attempt."""
 ROUNDS, PAUSE = 100, 0.05
 """How often, and after how many seconds, leftovers are looked for."""
 SECONDS = 1.0
-"""How long a wait for cells lasts, after which an interrupt is seen."""
+"""How long a wait for tasks lasts, after which an interrupt is seen."""
+AHEAD = 8
+"""For so many tasks that run one is submitted besides, and two: whatever is submitted later, and
+is more urgent, waits for them."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,17 @@ def run(
     machines: Machines,
     retries: int,
     begun: Callable[[int, int], Told],
-    work: Work = run_cell,
+    work: Work = do,
 ) -> Found:
     """Run all cells that are not done in ``folder``, each into its own below it.
 
     ``begun`` is called with the number of cells to run and of all, and returns what is told of
     each row. ``retries``: of a cell whose process ended; one that cannot be done fails at once.
-    ``work``: what a process does with a cell. Raises PtqError: RayEnded where Ray ends, after
+    ``work``: what a process does with a task. Raises PtqError: RayEnded where Ray ends, after
     which another run goes on.
     """
     forget()
+    need.forget()
     rows: dict[str, Row] = {}
     marks: dict[str, str] = {}
     todo: list[Cell] = []
@@ -125,78 +129,100 @@ def _run(
     needs = {cell.name: need.memory_of(cell) for cell in cells}
     ordered = sorted(cells, key=lambda cell: -needs[cell.name])
     threads = max(need.cores_of(cell) for cell in cells)
-    environment = {"OMP_NUM_THREADS": str(threads)}
-    notice = secrets.token_hex(16)
+    environment = {"OMP_NUM_THREADS": str(max(c.config.threads for c in cells if c.config) or 1)}
+    place = Place(folder.resolve(), secrets.token_hex(16))
     with ExitStack() as stack:
         check = stack.enter_context(interrupts())
-        remove(folder / FLOATS)  # of images that may have changed since
-        stack.callback(remove, folder / FLOATS)
+        remove(folder / BETWEEN)  # of images that may have changed since
+        stack.callback(remove, folder / BETWEEN)
         stack.callback(_clear, cells, folder)  # last, when no process is left that could write
         if machines.address is None:
             memory = need.free_memory()
             fit = need.fitting(need.free_cores(), memory, threads, max(needs.values()))
-            workers = min(machines.workers or fit, len(cells))
-            place = started(workers * threads, memory, environment, _gpus_here(machines.gpus))
-            cluster = stack.enter_context(place)
+            slots = machines.workers or fit
+            if all(cell.val is None for cell in cells):
+                slots = min(slots, len(cells))
+            here = started(slots * threads, memory, environment, _gpus_here(machines.gpus))
+            cluster = stack.enter_context(here)
         else:
             cluster = stack.enter_context(joined(machines.address, environment))
             memory = _largest_node(cluster.ray, threads, machines.gpus)
         notes.extend(_too_large(needs, memory))
-        write_text(folder / NOTICE, notice)
+        write_text(folder / NOTICE, place.notice)
         stack.callback((folder / NOTICE).unlink, missing_ok=True)
-        task = cluster.ray.remote(max_retries=0)(work)
+        remote = cluster.ray.remote(max_retries=0)(work)
 
-        def submit(cell: Cell, attempt: int) -> Any:
-            asked = task.options(
-                num_cpus=need.cores_of(cell),
-                num_gpus=machines.gpus,
-                memory=min(needs[cell.name], memory),
-                name=cell.name,
+        def submit(task: Task, attempt: int) -> Any:
+            cell = task.cell
+            asked = remote.options(
+                num_cpus=need.cores_of(cell, task.stage),
+                num_gpus=0 if task.stage == PREPARE else machines.gpus,
+                memory=min(need.memory_of(cell, task.stage), memory),
+                name=f"{NAMES[task.stage]} {cell.name}",
             )
-            return asked.remote(cell, folder.resolve(), marks[cell.name], notice, attempt)
+            return asked.remote(task, place, marks[cell.name], attempt)
 
-        yield from _rows(cluster, ordered, folder, submit, retries, check)
+        schedule = Schedule(ordered, need.prepared_alike)
+        least = min(need.cores_of(cell, MEASURE) for cell in cells)
+
+        def most() -> int:
+            running = int(cluster.cores() // least)
+            return running + 2 + running // AHEAD
+
+        yield from _rows(cluster, schedule, folder, submit, retries, check, most)
+        if schedule.alone:
+            notes.append(
+                f"{schedule.alone} cells were measured by one process each: some of the images"
+                " cannot be read, or the outputs on a part of them could not be kept."
+            )
 
 
 def _rows(
     cluster: Cluster,
-    cells: Sequence[Cell],
+    schedule: Schedule,
     folder: Path,
-    submit: Callable[[Cell, int], Any],
+    submit: Callable[[Task, int], Any],
     retries: int,
     check: Callable[[], None],
+    most: Callable[[], int],
 ) -> Generator[Row]:
-    """Submit all, and take what is finished; a cell whose process ended is submitted again.
-    ``check`` is called every second."""
+    """Submit what can run, no more than ``most`` at a time, and take what is finished; a task whose
+    process ended is submitted again. ``check`` is called every second."""
     ray = cluster.ray
     gone = ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError
     fatal = (ray.exceptions.RaySystemError, *(gone if cluster.single else ()))
-    waiting: dict[Any, tuple[Cell, int]] = {}
+    waiting: dict[Any, tuple[Task, int]] = {}
     try:
-        waiting = {submit(cell, 1): (cell, 1) for cell in cells}
-        while waiting:
+        while True:
+            while len(waiting) < most() and (task := schedule.next()) is not None:
+                waiting[submit(task, 1)] = task, 1
+            if not waiting:
+                return
             check()
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=SECONDS)
             if not done and cluster.ended():
                 raise ConnectionError("its head process is gone")
             for one in done:
-                cell, attempt = waiting.pop(one)
+                task, attempt = waiting.pop(one)
+                row: Row | None
                 try:
-                    yield ray.get(one)
+                    row = schedule.took(task, ray.get(one))
                 except ray.exceptions.RayError as error:
                     if isinstance(error, fatal):
-                        waiting[one] = cell, attempt
                         raise
                     if attempt <= retries:
-                        waiting[submit(cell, attempt + 1)] = cell, attempt + 1
+                        waiting[submit(task, attempt + 1)] = task, attempt + 1
                         continue
-                    clear((folder / cell.name).resolve())
-                    row = failed(cell, _ended(error, attempt), attempt)
-                    yield keep_failure(row, folder / cell.name)
+                    row = schedule.lost(task, failed(task.cell, _ended(error, attempt), attempt))
+                    if row is not None:
+                        clear((folder / task.cell.name).resolve())
+                        keep_failure(row, folder / task.cell.name)
+                if row is not None:
+                    yield row
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise RayEnded(
-            f"Ray ended with {len(waiting)} cells to do ({one_line(error)[:100]}): the same command"
-            " goes on where this one ended."
+            f"Ray ended with {schedule.left} cells to do ({one_line(error)[:100]}): the same"
+            " command goes on where this one ended."
         ) from error
 
 

@@ -15,6 +15,7 @@ from ptq_onnx.errors import ModelError
 DIGITS = Path(__file__).resolve().parents[2] / "img/digits"
 
 
+@pytest.mark.usefixtures("always_shared")
 def test_the_same_decisions_and_bytes(short: Path, tmp_path: Path) -> None:
     reports: list[Any] = []
     files = []

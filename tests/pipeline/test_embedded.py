@@ -41,9 +41,9 @@ def test_an_installed_package_has_no_images(monkeypatch: pytest.MonkeyPatch) -> 
 def test_any_other_is_asked_for_images_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keywords: dict[str, Any]
 ) -> None:
-    from ptq_onnx.pipeline import reading
+    from ptq_onnx.preparation import kept
 
-    monkeypatch.setattr(reading, "prepare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(kept, "prepare", lambda *_: pytest.fail("work was done"))
     path = save_network(tmp_path / "m.onnx")
     with pytest.raises(PtqError, match=r"m\.onnx needs calibration images: --calib") as error:
         quantize(path, output=tmp_path / "out", **keywords)

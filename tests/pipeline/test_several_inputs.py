@@ -173,6 +173,7 @@ def test_pictures_with_a_mask(place: Path, given: str) -> None:
     assert decibels(real, outputs(run.output / "quantized.onnx", {"x": x, "mask": mask})) > 25
 
 
+@pytest.mark.usefixtures("always_shared")
 def test_workers_and_seeds_take_every_input(place: Path) -> None:
     """The same bytes and figures as of one process; another seed draws other entries, and every
     picture keeps its own mask."""

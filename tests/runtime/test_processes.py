@@ -13,7 +13,7 @@ import pytest
 from jobs import refuses, squares
 
 from ptq_onnx.errors import ConfigError, ModelError, PtqError
-from ptq_onnx.runtime.processes import Processes, shared_threads
+from ptq_onnx.runtime.processes import Processes, kept_processes, shared_threads
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -68,6 +68,42 @@ def test_errors_come_where_their_item_is() -> None:
         list(one.map([1]))
     with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
         Processes(0, squares, 0)
+
+
+def test_kept_ones_are_the_next_ones() -> None:
+    """Two at a time are others; one that owes a result, or has ended, is not kept."""
+
+    def pids(processes: Processes) -> set[int]:
+        return {pid for _, pid in processes.map(range(8))}
+
+    with kept_processes():
+        with Processes(2, squares, 1) as two:
+            first = pids(two)
+        with Processes(2, squares, 5) as two, Processes(1, squares, 7) as beside:
+            assert [value for value, _ in two.map([2, 3])] == [9, 14]
+            assert pids(two) == first
+            other = pids(beside)
+        assert not other & first
+        with kept_processes(), Processes(3, squares, 1) as three:
+            assert pids(three) == first | other
+            assert next(three.map([1, 2, 3, 4, 5]))[0] == 2  # two are owed
+        with Processes(3, squares, 1) as three:
+            assert len(pids(three) & (first | other)) == 1
+            with pytest.raises(PtqError, match="exit code 7"):
+                list(three.map([15, 15, 15]))
+        with Processes(1, refuses, "x") as one, pytest.raises(ModelError, match="cannot be opened"):
+            list(one.map([1]))
+        with Processes(1, squares, 2) as one:
+            last = pids(one)
+    assert not any(alive(pid) for pid in first | other | last)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_they_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from ptq_onnx.errors import ConfigError, ModelError
 from ptq_onnx.evaluation.evaluate import evaluate, session
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
+from ptq_onnx.pipeline import sharing
 from ptq_onnx.pipeline.calibration_images import Batches
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.preparation.prepare import prepare
+from ptq_onnx.runtime.processes import Processes
 
 DIGITS = Path(__file__).resolve().parents[2] / "img" / "digits"
 IMAGES = 21
@@ -60,6 +62,7 @@ def test_statistics_are_the_same_bytes(short: Path) -> None:
         assert [a.tobytes() for a in mine] == [a.tobytes() for a in theirs]
 
 
+@pytest.mark.usefixtures("always_shared")
 @pytest.mark.parametrize(("quantizer", "method"), [("channelwise", "percentile"), ("deploy", None)])
 def test_files_are_the_same_bytes(
     short: Path, tmp_path: Path, quantizer: str, method: str | None
@@ -103,6 +106,32 @@ def test_what_cannot_be_shared(short: Path) -> None:
         evaluate(session(short), source, workers=2)
     with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
         QuantizeConfig(workers=0)
+
+
+@pytest.mark.parametrize(("seconds", "used"), [(0.0, 2), (3.0, 1)])
+def test_processes_that_do_not_pay_are_not_started(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, used: int
+) -> None:
+    """What is shared here takes hundredths of a second."""
+    monkeypatch.setattr(sharing, "STARTING", seconds)
+    counts: list[int] = []
+    plain = Processes.__init__
+
+    def init(self: Processes, count: int, *how: Any) -> None:
+        counts.append(count)
+        plain(self, count, *how)
+
+    monkeypatch.setattr(Processes, "__init__", init)
+    config = QuantizeConfig(
+        images=8, analysis_images=16, report=False, threads=1, workers=2, quantizer="vanilla"
+    )
+    result = quantize(short, config=config, calib=DIGITS / "calib", output=tmp_path / "out")
+    assert set(counts) == ({2} if used == 2 else set())
+    assert result.report["config"]["workers"] == used
+    told = [note for note in result.report["notes"] if note.startswith("--workers")]
+    assert len(told) == (used == 1)
+    if told:
+        assert "would take one process about 0.0 s, and each 3.0 s to begin" in told[0]
 
 
 def test_an_error_in_a_process_is_its_line(short: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from ptq_onnx.cli.console import one_line_errors
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.files.publishing import publish, workshop
 from ptq_onnx.files.text_file import write_text
-from ptq_onnx.sweep.cell import DONE, RECORD, Row, _text
+from ptq_onnx.sweep.cell import DONE, NOTHING, RECORD, Row, _text
 from ptq_onnx.sweep.matrix import AXES, Cell
 from ptq_onnx.sweep.running import Found, Machines, run
+from ptq_onnx.sweep.stages import PREPARE, Measured, Task
+from ptq_onnx.sweep.work import Place
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "digits_vit.onnx"
 RESULT = "quantized.onnx"
@@ -36,8 +38,11 @@ def content(cell: Cell) -> bytes:
     return hashlib.sha256(cell.name.encode()).digest()
 
 
-def work(cell: Cell, folder: Path, mark: str, notice: str, attempt: int) -> Row:
-    """As ``run_cell``, without a quantization."""
+def work(task: Task, where: Place, mark: str, attempt: int) -> Row | Measured:
+    """As ``do``, without a quantization."""
+    cell, folder = task.cell, where.folder
+    if task.stage == PREPARE:
+        return Measured(True, NOTHING)
     with suppress(FileNotFoundError):
         (folder / "die").unlink()
         os.kill(os.getpid(), signal.SIGKILL)

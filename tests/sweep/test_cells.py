@@ -17,10 +17,11 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.files.held_folder import locked, unlock
 from ptq_onnx.sweep import need
-from ptq_onnx.sweep.cell import DONE, FAILED, NOTICE, RECORD, finished, run_cell
+from ptq_onnx.sweep.cell import DONE, FAILED, NOTICE, RECORD, finished
 from ptq_onnx.sweep.fingerprint import fingerprint, forget
 from ptq_onnx.sweep.matrix import AXES, Cell
 from ptq_onnx.sweep.running import Machines, _clear, run
+from ptq_onnx.sweep.work import run_cell
 
 DIGITS = Path(__file__).resolve().parents[2] / "img" / "digits"
 OPTIONS: dict[str, Any] = {"images": 8, "analysis_images": 8, "report": False, "threads": 1}
@@ -68,7 +69,7 @@ def test_a_fault_of_ours_is_one_line_with_its_kind(
     def fails(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("ptq_onnx.pipeline.quantize.quantize", fails)
+    monkeypatch.setattr("ptq_onnx.sweep.work.quantize_apart", fails)
     row = run_cell(cell, tmp_path, "mark")
     assert row.reason == "ZeroDivisionError: division by zero."
 

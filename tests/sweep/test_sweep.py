@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from ptq_onnx.cli import app as cli
-from ptq_onnx.sweep.cell import FLOATS, run_cell
 from ptq_onnx.sweep.matrix import Cell, cells_of
 from ptq_onnx.sweep.matrix_file import read_sweep
+from ptq_onnx.sweep.work import BETWEEN, run_cell
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "img" / "digits"
@@ -80,8 +80,8 @@ def test_a_sweep_and_the_same_again(base: Path) -> None:
     assert quantized(base / "out", cells) == quantized(base / "alone", cells)
     assert len(quantized(base / "out", cells)) == 2
     assert fidelity(base / "out", cells) == fidelity(base / "alone", cells)
-    assert len(list((base / "alone" / FLOATS).rglob("*.npy"))) == 1  # both cells' float model
-    assert not (base / "out" / FLOATS).exists()
+    assert len(list((base / "alone" / BETWEEN).rglob("*.npy"))) == 1  # both cells' float model
+    assert not (base / "out" / BETWEEN).exists()
     before = {p: p.stat().st_mtime_ns for p in (base / "out").rglob("quantized.onnx")}
     again = command(base, "-o", "out", "--workers", "1")
     assert (again.returncode, again.stderr) == (1, "")
