@@ -348,13 +348,11 @@ class Deploy(SiteQuantizer):
         if self.plan.config.mixes:
             self._mix(stats)
         specs = self.searched(self.solve(stats), batches)
-        rounded = rounded_weights(self.plan, specs, stats, batches)
-        self.notes.extend(rounded.notes)
-        constants = dict(rounded.weights)
-        if self.plan.config.bias_correction:
-            constants |= corrected_biases(
-                self.plan.model, self.plan.sites, specs, stats, rounded.weights, rounded.means
-            )
+        plan, found = self.plan, rounded_weights(self.plan, specs, stats, batches)
+        self.notes.extend(found.notes)
+        constants, means = dict(found.weights), found.means
+        if plan.config.bias_correction:
+            constants |= corrected_biases(plan.model, plan.sites, specs, stats, constants, means)
         self.set_constants(constants)
         return specs
 
