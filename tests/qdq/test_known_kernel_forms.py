@@ -19,10 +19,10 @@ from ptq_onnx.qdq.kernel_forms import suit_kernels
 B, T, D = "batch", 4, 8
 Outputs = tuple[str, ...]
 Build = Callable[[SmallGraph], str | Outputs]
-SCALE = np.float32(0.05)
+SCALE, ZERO = np.float32(0.05), np.uint8(100)
 
 
-def coded(g: SmallGraph, value: str, zero: Any = np.uint8(100), scale: Any = SCALE) -> str:
+def coded(g: SmallGraph, value: str, zero: Any = ZERO, scale: Any = SCALE) -> str:
     """Q and DQ with the same scale and zero point; the DQ's output."""
     numbers = (g.const(scale), g.const(zero))
     codes = g("QuantizeLinear", value, *numbers, axis=1)
@@ -57,7 +57,9 @@ SIGNED: dict[str, Build] = {
 def other_numbers(g: SmallGraph, scale: float, zero: int) -> str:
     numbers = g.const(SCALE), g.const(np.uint8(100))
     codes = g("QuantizeLinear", turned(g), *numbers)
-    return g("MatMul", "x", g("DequantizeLinear", codes, g.const(np.float32(scale)), np.uint8(zero)))
+    return g(
+        "MatMul", "x", g("DequantizeLinear", codes, g.const(np.float32(scale)), np.uint8(zero))
+    )
 
 
 def with_reader(g: SmallGraph, place: int) -> Outputs:
