@@ -312,3 +312,21 @@ def test_weights_in_blocks_and_rows_that_vary() -> None:
     exact(model, specs)
     assert plan_of(model, specs, str(made)).before == "mul"
     assert str(plan_of(model, specs, str(made))) == f"{made}: 1/f by a Mul; f by a Mul for /relu2"
+
+
+def test_readers_of_a_convolution_behind_an_op_that_others_share() -> None:
+    """A linear takes the factor behind a Transpose of its own, a Relu behind the one that was; the
+    tensor is coded once."""
+    g = SmallGraph((2, 4, 6, 5))
+    made = g("Conv", "x", g.const(sample(8, 4, 3, 3) * 0.3, "w"))
+    turned = g("Transpose", made, perm=[0, 2, 3, 1])
+    out = g("Add", g("MatMul", turned, g.const(sample(8, 5), "v")), sample(5, seed=1))
+    model = g.model(out, g("Relu", turned))
+    fuse(model)
+    factor = POWERS.reshape(8, 1, 1)
+    specs = [activation(made, factor), weight("v", 5, factor=1 / POWERS[:, None])]
+    lowered = exact(model, specs, (2, 4, 6, 5))
+    (place,) = plan_factors(model.graph, {s.tensor: s for s in specs}).places.values()
+    assert list(place.behind.values()) == ["rows"]
+    assert sum(n.op_type == "QuantizeLinear" for n in lowered.graph) == 1
+    assert sum(n.op_type == "Transpose" for n in lowered.graph) == 2
