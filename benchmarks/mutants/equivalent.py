@@ -13,6 +13,11 @@ HALVINGS = "halvings beyond the 53 bits of float64"
 
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("", "reshape(-1", "reshape(-2", "NumPy leaves open any size below zero"),
+    ("", "reshape(-1", "reshape(~1", "NumPy leaves open any size below zero"),
+    ("", "[-1 if i ==", "[~1 if i ==", "NumPy leaves open any size below zero"),
+    ("", "[-1 if i ==", "[-2 if i ==", "NumPy leaves open any size below zero"),
+    ("", "shape[axis] = -1", "shape[axis] = ~1", "NumPy leaves open any size below zero"),
+    ("", "shape[axis] = -1", "shape[axis] = -2", "NumPy leaves open any size below zero"),
     ("", "inputs) > 2", "inputs) != 2", "an op with a weight has two inputs or three"),
     ("calibration/histogram.py", "clip(place - first, 0,", "clip(place - first, -1,",
      "what lies outside is taken from the outer bins"),

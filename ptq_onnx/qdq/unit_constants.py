@@ -23,7 +23,7 @@ from ptq_onnx.qdq.unit_numbers import (
 
 LARGEST_BIAS = 2.0**31 - 1
 INT4 = -8, 7
-PARAMETERS = {"Clip": (0,), "Pad": (0,), "Resize": (0,), "Gather": (0,)}
+PARAMETERS = {"Clip": (0,), "Resize": (0,)}
 """Inputs that are data, of ops whose other inputs are not."""
 
 

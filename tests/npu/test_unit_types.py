@@ -183,3 +183,22 @@ def test_a_bias_of_more_than_32_bits_makes_its_weight_s_steps_larger(scales: int
     shifted = held.node.inputs[0].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
     assert held.dtype == ir.DataType.INT32
     np.testing.assert_allclose(shifted * held.scale, bias, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (8, 16), (16, 16)])
+def test_bounds_and_scales_are_no_data(bits: tuple[int, int]) -> None:
+    """Of a Clip, and of a Resize that overshoots: what they read is as wide as what they make, and
+    their other inputs stay floats."""
+    for op in ("Clip", "Resize"):
+        g = SmallGraph((1, 2, 4, 4))
+        others = (
+            ["", np.float32([1, 1, 2, 2])] if op == "Resize" else [np.float32(-1), np.float32(2)]
+        )
+        more = {"mode": "cubic"} if op == "Resize" else {}
+        model = g.model(coded(g, g(op, coded(g, "x", bits[0]), *others, **more), bits[1]))
+        assert complete(model) == []
+        (node,) = [n for n in model.graph if n.op_type == op]
+        assert bits_of(node.inputs[0]) == max(bits)
+        held = [v.const_value for v in node.inputs[1:] if v is not None]
+        assert all(v is not None and v.dtype == ir.DataType.FLOAT for v in held)
+        assert len(held) == (1 if op == "Resize" else 2)

@@ -196,19 +196,24 @@ def test_sums_that_no_processor_has_stay_unsigned() -> None:
     assert types_of_codes(suit_kernels(build(SIGNED["moved once"]), signed=False)) == ["UINT8"]
 
 
-def biased(g: SmallGraph, *, read: bool = False) -> Outputs:
-    linear = g("Add", g("MatMul", "x", sample(D, D, seed=1)), sample(D, seed=2))
-    made = g("Gelu", linear)
-    return (made, g("Relu", linear)) if read else (made,)
+def linear(g: SmallGraph) -> str:
+    return g("Add", g("MatMul", "x", sample(D, D, seed=1)), sample(D, seed=2))
+
+
+def read_twice(g: SmallGraph) -> Outputs:
+    made = linear(g)
+    return g("Gelu", made), g("Relu", made)
 
 
 GELUS: dict[str, tuple[int | None, Build]] = {
-    "a linear": (2, lambda g: biased(g)),
-    "a linear that is read": (1, lambda g: biased(g, read=True)),
+    "a linear": (2, lambda g: g("Gelu", linear(g))),
+    "a linear that is read": (1, read_twice),
     "an Add": (2, lambda g: g("Gelu", g("Add", g("Relu", "x"), sample(D)))),
     "an Add, the bias first": (2, lambda g: g("Gelu", g("Add", sample(D), g("Relu", "x")))),
     "an Add of a matrix": (2, lambda g: g("Gelu", g("Add", g("Relu", "x"), sample(T, D)))),
     "an Add of a number": (0, lambda g: g("Gelu", g("Add", g("Relu", "x"), np.float32(2)))),
+    "another op, earlier by name": (1, lambda g: g("Abs", linear(g))),
+    "another op, later by name": (1, lambda g: g("Relu", linear(g))),
     "no Add": (None, lambda g: g("Gelu", g("Mul", "x", sample(D)))),
     "the input": (None, lambda g: g("Gelu", "x")),
 }

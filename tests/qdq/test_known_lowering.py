@@ -12,6 +12,7 @@ from test_factors import exact
 
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.around.run_time import RunTimeRange
 from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.grain import PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.spec import Rule, TensorSpec
@@ -330,3 +331,20 @@ def test_readers_of_a_convolution_behind_an_op_that_others_share() -> None:
     assert list(place.behind.values()) == ["rows"]
     assert sum(n.op_type == "QuantizeLinear" for n in lowered.graph) == 1
     assert sum(n.op_type == "Transpose" for n in lowered.graph) == 2
+
+
+def test_a_range_found_at_run_time_is_that_of_the_standard() -> None:
+    """Codes, scale and zero point of one DynamicQuantizeLinear, in their places and types."""
+    g = SmallGraph((2, 6, 8))
+    model = g.model(g("Neg", g("Relu", "x")))
+    rule = Rule(8, False, False, around=(RunTimeRange(),))
+    spec = TensorSpec("relu0", rule, np.float32(1 / 255), np.int32(0))
+    lowered, x = lower(model, {"relu0": spec}), sample(2, 6, 8)
+    dynamic, dequantize = (
+        node_of(lowered, op) for op in ("DynamicQuantizeLinear", "DequantizeLinear")
+    )
+    assert [v.dtype.name for v in dynamic.outputs if v.dtype] == ["UINT8", "FLOAT", "UINT8"]
+    assert list(dequantize.inputs) == list(dynamic.outputs)
+    expected = -fake_quantize(np.maximum(x, 0), spec)
+    np.testing.assert_allclose(run(lowered, x)[0], expected, rtol=1e-6, atol=1e-6)
+    assert_shapes(lowered, x)
