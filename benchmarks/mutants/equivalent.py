@@ -59,6 +59,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "if value is None and axis is None or size", "the size is None where one of them is"),
     ("equalization/streams.py", "node.inputs[data[0]], node", "node.inputs[data[-1]], node",
      "there is one"),
+    ("equalization/rotation.py", "index, made.outputs[0]", "index, made.outputs[-1]", ONE_OUTPUT),
     ("equalization/writer.py", "**attributes)[0]", "**attributes)[-1]", ONE_OUTPUT),
     ("numerics/blockwise.py", "keepdims=True) > 0, shares", "keepdims=True) != 0, shares",
      "no share is below zero"),

@@ -70,3 +70,12 @@ def test_left_alone(shape: tuple[int, ...], weight: tuple[int, ...]) -> None:
     said = [(v.name, reason) for v, _, reason in left_in_float(model)]
     assert [name for name, _ in said] == (["c0"] if len(weight) > 2 else [])
     assert all(" x ".join(map(str, weight)) in reason for _, reason in said)
+
+
+def test_a_product_of_another_domain_is_another_op() -> None:
+    g = SmallGraph((1, T, K))
+    made = g("MatMul", "x", random(0, 3, K, N), domain="elsewhere")
+    model = g.model(made)
+    model.graph.outputs[0].shape = ir.Shape([3, T, N])
+    assert experts_as_linears(model) == 0
+    assert [n.op_type for n in model.graph] == ["MatMul"]
