@@ -79,3 +79,20 @@ def test_a_product_of_another_domain_is_another_op() -> None:
     model.graph.outputs[0].shape = ir.Shape([3, T, N])
     assert experts_as_linears(model) == 0
     assert [n.op_type for n in model.graph] == ["MatMul"]
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("shape", [(3, 1, N), (3, T, N), (1, 1, N), (3, 1, 1), (N,), (2, 3, 1, N)])
+def test_what_else_stands_behind_is_no_bias(op: str, shape: tuple[int, ...]) -> None:
+    """An op that is no Add, or a constant of another shape: it stays behind all linears."""
+    g = SmallGraph((1, T, K))
+    product = g("MatMul", "x", random(0, 3, K, N))
+    constant = np.abs(random(1, *shape)) + 1
+    model = g.model(g(op, product, constant))
+    x = random(2, 1, T, K, scale=1)
+    (expected,) = run(model, x)
+    assert experts_as_linears(model) == 1
+    taken = op == "Add" and shape == (3, 1, N)
+    assert {len(n.inputs) for n in linears(model)} == {3 if taken else 2}
+    assert [n.op_type for n in model.graph].count(op) == (0 if taken else 1)
+    np.testing.assert_allclose(run(model, x)[0], expected, rtol=1e-4, atol=1e-5)

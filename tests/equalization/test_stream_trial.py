@@ -219,3 +219,21 @@ def test_a_channel_counts_by_what_reads_it() -> None:
     expected[5] *= 0.25
     (found,) = sensitivities(stream).values()
     np.testing.assert_allclose(found, expected / expected.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.0, 2.0), (-4.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("levels", [4, 256])
+def test_codes_of_a_range(low: float, high: float, levels: int) -> None:
+    """As many as there are levels, from one end to the other, zero among them."""
+    one = Steps.of_range(low, high, levels)
+    step = float(one.step[0])
+    assert step == pytest.approx(max((high - low) / (levels - 1), 1e-30))
+    assert one.highest - one.lowest == levels - 1
+    assert one.lowest * step == pytest.approx(low, abs=step / 2)
+    assert one.lowest == round(one.lowest)
+
+
+def test_codes_of_factors() -> None:
+    found = Steps.of_factors(Factors(0.5, 3, np.array([0, 1, 4], np.int32), 0.0), 16)
+    assert found.step.tolist() == [0.5, 1.0, 8.0]
+    assert (found.lowest, found.highest) == (-3, 12)
