@@ -82,6 +82,24 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "without a weight on codes there is no scale, and a unit's data are on codes"),
     ("qdq/unit_constants.py", '"axis": 0} if np.ndim', '"axis": -1} if np.ndim',
      "codes with a scale for each are a bias, which has one axis"),
+    ("qdq/sums.py", "axes.size == 0", "axes.size <= 0", "no size is below zero"),
+    ("qdq/small_scales.py", "factor.max() == 1", "factor.max() <= 1", "factors are 1 at least"),
+    *(
+        ("qdq/" + name, f"codes.{end}(initial=0)", f"codes.{end}(initial={other})",
+         "codes from -8 to 7 are looked for, and the others are none")
+        for name in ("four_bits.py", "unit_constants.py")
+        for end in ("min", "max")
+        for other in (-1, 1)
+    ),
+    ("qdq/unit_constants.py", "least.max(initial=0)", "least.max(initial=-1)",
+     "a maximum of magnitudes is not below zero"),
+    *(
+        ("qdq/unit_constants.py", 'get_int("axis", 0)', f'get_int("axis", {other})',
+         "several scales of a weight come with their axis")
+        for other in (-1, 1)
+    ),
+    ("qdq/unit_numbers.py", "data[:1]", "data[:2]",
+     "all but a Concat that keep the numbers read one tensor of floats"),
     ("qdq/unit_constants.py", "not made or held is None or", "not made and held is None or",
      "a unit has codes behind it, and what makes its weight is a DequantizeLinear"),
     ("qdq/weights.py", "if zero_point is None or", "if zero_point is None and",

@@ -202,3 +202,60 @@ def test_bounds_and_scales_are_no_data(bits: tuple[int, int]) -> None:
         held = [v.const_value for v in node.inputs[1:] if v is not None]
         assert all(v is not None and v.dtype == ir.DataType.FLOAT for v in held)
         assert len(held) == (1 if op == "Resize" else 2)
+
+
+def linear_of(codes: np.ndarray, scale: np.ndarray) -> ir.Model:
+    """x on codes → a linear of those codes of a weight [4, 3], with a scale for each column → on
+    codes."""
+    g = SmallGraph((1, 5, 4))
+    zero = g.const(np.zeros(scale.shape, codes.dtype))
+    axis = {"axis": 1} if scale.ndim else {}
+    weight = g("DequantizeLinear", g.const(codes), g.const(scale), zero, **axis)
+    made = g("Linear", coded(g, "x", 8), weight, domain="ptq_onnx")
+    model = g.model(coded(g, made, 8))
+    (node,) = [n for n in model.graph if n.op_type == "Linear"]
+    node.outputs[0].shape, node.outputs[0].type = (
+        ir.Shape([1, 5, 3]),
+        ir.TensorType(ir.DataType.FLOAT),
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "scales", "kind"),
+    [(-8, 7, 3, "INT4"), (0, 7, 3, "INT4"), (-8, 0, 3, "INT4"), (-9, 7, 3, "INT8"),
+     (-8, 8, 3, "INT8"), (-8, 7, 0, "INT8")],
+)  # fmt: skip
+def test_weights_that_four_bits_hold(least: int, most: int, scales: int, kind: str) -> None:
+    """From -8 to 7, with a scale for each output channel."""
+    codes = np.zeros((4, 3), np.int8)
+    codes[0, 0], codes[1, 2] = least, most
+    model = linear_of(codes, np.full(3, 0.1, np.float32) if scales else np.float32(0.1))
+    assert complete(model) == []
+    (node,) = [n for n in model.graph if n.op_type == "Linear"]
+    weight = node.inputs[1].producer()  # type: ignore[union-attr]
+    held = [v.const_value for v in (weight.inputs[0], weight.inputs[2])]  # type: ignore[union-attr]
+    assert {v.dtype.name for v in held if v is not None} == {kind}
+    np.testing.assert_array_equal(held[0].numpy().astype(np.int8), codes)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_reader_beside_a_quantizer_reads_codes_too(shown: bool) -> None:
+    """And what is an output of the graph is what the codes hold."""
+    g = SmallGraph((1, 4))
+    made = g("Neg", coded(g, "x", 8))
+    outputs = [coded(g, g("Abs", coded(g, made, 8)), 8)]
+    outputs += [made] if shown else [coded(g, g("Relu", made), 8)]
+    model = g.model(*outputs)
+    plain = model.clone()
+    assert complete(model) == []
+    for node in model.graph:
+        if node.op_type in ("Abs", "Relu"):
+            assert bits_of(node.inputs[0]) == 8
+    last = model.graph.outputs[1].producer()
+    assert last is not None
+    assert last.op_type == "DequantizeLinear"
+    assert [v.name for v in model.graph.outputs] == [v.name for v in plain.graph.outputs]
+    x = sample(1, 4)
+    for found, expected in zip(run(model, x), run(plain, x), strict=True):
+        np.testing.assert_allclose(found, expected, atol=8 / 255)

@@ -177,6 +177,8 @@ def test_what_is_only_moved_is_int8(name: str) -> None:
     for one, other in zip(numbers_of(after), numbers_of(before), strict=True):
         np.testing.assert_array_equal(one, other)
     assert_shapes(after, sample(2, T, D, seed=4))
+    read = {v.name for n in after.graph for v in n.inputs if v is not None}
+    assert {*after.graph.initializers} <= read
     order = [n.op_type for n in after.graph]
     suit_kernels(after)
     assert [n.op_type for n in after.graph] == order
