@@ -83,3 +83,9 @@ def test_what_is_not_finite_is_named(model: ir.Model) -> None:
     broken[9, 0, 0, 0] = np.nan
     with pytest.raises(ModelError, match="'transpose1' are NaN or infinite"):
         list(collect_moments(model, {"transpose1": 3}, [broken], threads=1))
+
+
+def test_256_mb_hold_the_moments_of_twice_4096_channels() -> None:
+    """8 bytes a number."""
+    assert groups({"a": 4096, "b": 4096}) == [{"a": 4096, "b": 4096}]
+    assert groups({"a": 4096, "b": 4097}) == [{"a": 4096}, {"b": 4097}]
