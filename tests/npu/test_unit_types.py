@@ -259,3 +259,27 @@ def test_a_reader_beside_a_quantizer_reads_codes_too(shown: bool) -> None:
     x = sample(1, 4)
     for found, expected in zip(run(model, x), run(plain, x), strict=True):
         np.testing.assert_allclose(found, expected, atol=8 / 255)
+
+
+@pytest.mark.parametrize("coded_behind", [True, False])
+def test_all_that_is_joined_has_the_numbers_of_the_whole(coded_behind: bool) -> None:
+    """Tensors of other ranges are converted, a constant gets codes of that range; without codes
+    behind it, the range holds the tensors that are joined."""
+    g = SmallGraph((1, 4))
+    one, other = coded(g, "x", 8, span=2.0), coded(g, g("Neg", "x"), 8, span=4.0)
+    joined_all = g("Concat", one, np.float32([[0.25, -1.0]]), other, one, axis=1)
+    out = coded(g, joined_all, 8, span=6.0) if coded_behind else joined_all
+    model = g.model(coded(g, g("Relu", out), 8))
+    plain = model.clone()
+    assert complete(model) == []
+    (concat,) = [n for n in model.graph if n.op_type == "Concat"]
+    found = {numbers_of(value) for value in concat.inputs}
+    quantizers = {Numbers.of(use.node) for use in concat.outputs[0].uses()}
+    assert len(found) == 1
+    assert found == quantizers
+    (numbers,) = found
+    assert numbers is not None
+    ends = (-3, 3) if coded_behind else (-2, 2)
+    assert numbers.range == pytest.approx(ends, abs=0.03)
+    x = sample(1, 4) / 3
+    np.testing.assert_allclose(run(model, x)[0], run(plain, x)[0], atol=3 * 8 / 255)
