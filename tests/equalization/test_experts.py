@@ -96,3 +96,13 @@ def test_what_else_stands_behind_is_no_bias(op: str, shape: tuple[int, ...]) -> 
     assert {len(n.inputs) for n in linears(model)} == {3 if taken else 2}
     assert [n.op_type for n in model.graph].count(op) == (0 if taken else 1)
     np.testing.assert_allclose(run(model, x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_may_have_the_axes_of_the_batch() -> None:
+    g = SmallGraph((2, 3, T, K))
+    model = g.model(g("Add", g("MatMul", "x", random(0, 3, K, N)), random(1, 1, 3, 1, N)))
+    x = random(2, 2, 3, T, K, scale=1)
+    (expected,) = run(model, x)
+    assert experts_as_linears(model) == 1
+    assert [n.op_type for n in model.graph].count("Add") == 0
+    np.testing.assert_allclose(run(model, x)[0], expected, atol=1e-5)

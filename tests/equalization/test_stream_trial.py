@@ -165,7 +165,7 @@ def test_unrounded_steps_lose_nothing() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 16, 31, 100])
 def test_a_trial_takes_batches_from_everywhere(count: int) -> None:
     found = some_of(range(count))
-    assert len(found) == min(BATCHES, count)
+    assert len(found) == min(BATCHES, count) == min(4, count)
     assert found == sorted(set(found))
     assert found[0] == 0
     assert found[-1] >= count * (1 - 1 / BATCHES) - 1

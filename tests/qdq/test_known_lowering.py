@@ -348,3 +348,19 @@ def test_a_range_found_at_run_time_is_that_of_the_standard() -> None:
     expected = -fake_quantize(np.maximum(x, 0), spec)
     np.testing.assert_allclose(run(lowered, x)[0], expected, rtol=1e-6, atol=1e-6)
     assert_shapes(lowered, x)
+
+
+def test_scales_of_codes_that_are_all_zero_need_no_product() -> None:
+    """A channel that holds nothing takes any scale: nothing is divided behind it then."""
+    g = SmallGraph((2, 8))
+    codes = np.arange(1, 25, dtype=np.int8).reshape(8, 3)
+    codes[:, 1] = 0
+    scale = np.float32([0.1, 1e-9, 0.2])
+    held = [g.const(codes), g.const(scale), g.const(np.zeros(3, np.int8))]
+    model = g.model(g("MatMul", "x", g("DequantizeLinear", *held, axis=1)))
+    expected = run(model, sample(2, 8))[0]
+    assert enlarge_small_scales(model.graph) == 0
+    assert [n.op_type for n in model.graph] == ["DequantizeLinear", "MatMul"]
+    found = node_of(model, "DequantizeLinear").inputs[1].const_value.numpy()  # type: ignore
+    np.testing.assert_array_equal(found, np.float32([0.1, 2.0**-14, 0.2]))
+    np.testing.assert_array_equal(run(model, sample(2, 8))[0], expected)
