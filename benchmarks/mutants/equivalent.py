@@ -82,6 +82,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "without a weight on codes there is no scale, and a unit's data are on codes"),
     ("qdq/unit_constants.py", '"axis": 0} if np.ndim', '"axis": -1} if np.ndim',
      "codes with a scale for each are a bias, which has one axis"),
+    ("qdq/factors.py", "factor.ndim == 1", "factor.ndim <= 1", "a factor has an axis of channels"),
     ("qdq/sums.py", "axes.size == 0", "axes.size <= 0", "no size is below zero"),
     ("qdq/small_scales.py", "factor.max() == 1", "factor.max() <= 1", "factors are 1 at least"),
     *(
