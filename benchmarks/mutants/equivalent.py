@@ -18,6 +18,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("", "[-1 if i ==", "[-2 if i ==", "NumPy leaves open any size below zero"),
     ("", "shape[axis] = -1", "shape[axis] = ~1", "NumPy leaves open any size below zero"),
     ("", "shape[axis] = -1", "shape[axis] = -2", "NumPy leaves open any size below zero"),
+    ("", "threads: int = 0,", "threads: int = 1,", "the number of threads changes no result"),
+    ("", "workers: int = 1,", "workers: int = 2,", "the number of workers changes no result"),
     ("", "inputs) > 2", "inputs) != 2", "an op with a weight has two inputs or three"),
     ("calibration/histogram.py", "clip(place - first, 0,", "clip(place - first, -1,",
      "what lies outside is taken from the outer bins"),
