@@ -364,3 +364,18 @@ def test_scales_of_codes_that_are_all_zero_need_no_product() -> None:
     found = node_of(model, "DequantizeLinear").inputs[1].const_value.numpy()  # type: ignore
     np.testing.assert_array_equal(found, np.float32([0.1, 2.0**-14, 0.2]))
     np.testing.assert_array_equal(run(model, sample(2, 8))[0], expected)
+
+
+@pytest.mark.parametrize("beta", [True, False])
+def test_factors_in_a_norm_with_or_without_a_shift(beta: bool) -> None:
+    """γ, and β where there is one, are divided."""
+    g = SmallGraph((4, 6, 8))
+    more = [sample(8, seed=2)] if beta else []
+    made = g("LayerNormalization", "x", sample(8, seed=1), *more, axis=-1)
+    model = g.model(g("Relu", made))
+    lowered = exact(model, [activation(made, POWERS)])
+    norm = node_of(lowered, "LayerNormalization")
+    held = [v.const_value.numpy() for v in norm.inputs[1:]]  # type: ignore[union-attr]
+    assert len(held) == 1 + beta
+    for seed, array in enumerate(held, 1):
+        np.testing.assert_array_equal(array, sample(8, seed=seed) / POWERS)
