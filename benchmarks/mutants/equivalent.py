@@ -73,6 +73,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "the two have no bit in common"),
     ("numerics/ptf.py", "if limit else STRENGTHS[:1]", "if limit else STRENGTHS[:2]",
      "without a factor all strengths give the same one"),
+    ("qdq/kernel_forms.py", "move.outputs[0].name = u", "move.outputs[-1].name = u", ONE_OUTPUT),
     ("qdq/lowering.py", "read = node.inputs[0] if", "read = node.inputs[-1] if", "there is one"),
     ("qdq/lowering.py", "if not is_layout(use[0]) or", "if not is_layout(use[0]) and",
      "an op that takes the scaled tensor itself is no plain reader, and other ways are none"),
