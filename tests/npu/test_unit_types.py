@@ -283,3 +283,16 @@ def test_all_that_is_joined_has_the_numbers_of_the_whole(coded_behind: bool) -> 
     assert numbers.range == pytest.approx(ends, abs=0.03)
     x = sample(1, 4) / 3
     np.testing.assert_allclose(run(model, x)[0], run(plain, x)[0], atol=3 * 8 / 255)
+
+
+def test_units_with_a_float_or_without_data_are_left_alone() -> None:
+    """Nothing is converted beside what has no numbers, and constants alone get no codes."""
+    g = SmallGraph((1, 4))
+    one, rest = coded(g, "x", 8), g("Exp", "x")
+    beside = coded(g, g("Add", one, rest), 16, span=64.0)
+    alone = coded(g, g("Sub", np.full((1, 4), 2.0), np.ones((1, 4))), 8)
+    model = g.model(beside, alone)
+    assert complete(model) == ["Exp"]
+    nodes = {n.op_type: n for n in model.graph}
+    assert bits_of(nodes["Add"].inputs[0]) == 8
+    assert [v.const_value is not None for v in nodes["Sub"].inputs if v is not None] == [True] * 2
