@@ -50,6 +50,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/qdq/test_known_kernel_forms.py",
         "tests/qdq/test_lowering.py",
         "tests/qdq/test_known_lowering.py",
+        "tests/qdq/test_known_nodes.py",
         "tests/numerics/test_row_maximum.py",
         "tests/numerics/test_token_mean.py",
         "tests/npu/test_units.py",
