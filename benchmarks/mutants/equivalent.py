@@ -102,6 +102,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
          "several scales of a weight come with their axis")
         for other in (-1, 1)
     ),
+    ("qdq/unit_numbers.py", "node.inputs[1:3]", "node.inputs[1:4]",
+     "QuantizeLinear and DequantizeLinear have three inputs"),
     ("qdq/unit_numbers.py", "data[:1]", "data[:2]",
      "all but a Concat that keep the numbers read one tensor of floats"),
     ("qdq/unit_constants.py", "not made or held is None or", "not made and held is None or",
