@@ -25,6 +25,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "what lies outside is taken from the outer bins"),
     ("calibration/mean_centred.py", "index == 1 and", "index <= 1 and",
      "the first input of such a product is made by a softmax, which is no layout op"),
+    ("calibration/pearson.py", "maximum(power, 0)", "maximum(power, -1)",
+     "a sum of squares is not below zero"),
     ("calibration/percentile.py", "maximum(total, 1)", "maximum(total, 0)",
      "a histogram is of one value at least"),
     ("calibration/product_samples.py", "initial=0)", "initial=-1)",
