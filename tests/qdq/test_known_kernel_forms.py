@@ -145,6 +145,11 @@ def types_of_codes(model: ir.Model) -> list[str]:
     return found
 
 
+def codes_of(model: ir.Model) -> list[str | None]:
+    """The names of what QuantizeLinear makes."""
+    return [n.outputs[0].name for n in model.graph if n.op_type == "QuantizeLinear"]
+
+
 def build(make: Build) -> ir.Model:
     g = SmallGraph((B, T, D))
     made = make(g)
@@ -173,7 +178,10 @@ def test_what_is_only_moved_is_int8(name: str) -> None:
     assert len(set(names)) == len(names)
     for node in after.graph:
         if node.op_type in ("Transpose", "Reshape", "Squeeze"):
-            assert node.outputs[0].dtype == ir.DataType.INT8
+            made = node.outputs[0]
+            assert made.dtype == ir.DataType.INT8
+            last = all(use.node.op_type == "DequantizeLinear" for use in made.uses())
+            assert made.name in codes_of(before) if last else str(made.name).endswith("_codes")
     for one, other in zip(numbers_of(after), numbers_of(before), strict=True):
         np.testing.assert_array_equal(one, other)
     assert_shapes(after, sample(2, T, D, seed=4))
