@@ -76,6 +76,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("numerics/ptf.py", "if limit else STRENGTHS[:1]", "if limit else STRENGTHS[:2]",
      "without a factor all strengths give the same one"),
     ("qdq/kernel_forms.py", "move.outputs[0].name = u", "move.outputs[-1].name = u", ONE_OUTPUT),
+    ("qdq/lowering.py", "weight is not None and weight.shape", "weight is not None or weight.shape",
+     "columns are found where the weight is a constant, which has a shape"),
     ("qdq/lowering.py", "read = node.inputs[0] if", "read = node.inputs[-1] if", "there is one"),
     ("qdq/lowering.py", "if not is_layout(use[0]) or", "if not is_layout(use[0]) and",
      "an op that takes the scaled tensor itself is no plain reader, and other ways are none"),
