@@ -6,7 +6,7 @@ Places of the rooms' modules are drawn by the seed, and at each one of cosmic-ra
 (another operator or comparison, a number one more or less, a condition turned …). A mutant meets
 the tests of its room that call the function it is in, those first that call little else, until one
 fails or their ``--budget`` is over; a mutant of a module's or class's own lines meets all that call
-into the module.
+into the module, or whose file imports from it.
 Printed: a table by file, and each survivor with its change. Survivors are read by a person: those
 that change nothing that could be seen are listed in ``equivalent.py`` and not counted.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import sys
 import time
 from collections import Counter
@@ -51,17 +52,29 @@ def function_of(path: Path, text: str, line: int) -> Function | None:
     return None if found is None else (str(path), found)
 
 
+@functools.cache
+def imported(file: str) -> frozenset[str]:
+    """The modules that a test's file imports from."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return frozenset(str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom))
+
+
 def tests_of(record: Record, mutant: Mutant, text: str, budget: float) -> list[str]:
-    """Who calls the mutant's function, as far as the budget goes: first who calls little else."""
+    """Who reaches the mutant, as far as the budget goes: first who calls little else."""
     whole = str(ROOT / mutant.path)
     function = function_of(Path(whole), text, mutant.span[0][0])
+    module = ".".join(mutant.path.with_suffix("").parts)
 
-    def calls(found: set[Function]) -> bool:
-        return function in found if function else any(file == whole for file, _ in found)
+    def reaches(name: str, found: set[Function]) -> bool:
+        if function is not None:
+            return function in found
+        return any(file == whole for file, _ in found) or module in imported(
+            name.partition("::")[0]
+        )
 
     chosen, spent = [], 0.0
     for name in sorted(record.seconds, key=lambda n: (len(record.calls[n]), record.seconds[n])):
-        if calls(record.calls[name]) and spent <= budget:
+        if reaches(name, record.calls[name]) and spent <= budget:
             chosen.append(name)
             spent += record.seconds[name]
     return chosen

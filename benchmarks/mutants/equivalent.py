@@ -13,11 +13,20 @@ HALVINGS = "halvings beyond the 53 bits of float64"
 
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ("", "reshape(-1", "reshape(-2", "NumPy leaves open any size below zero"),
+    ("", "reshape(-1", "reshape(~1", "NumPy leaves open any size below zero"),
+    ("", "[-1 if i ==", "[~1 if i ==", "NumPy leaves open any size below zero"),
+    ("", "[-1 if i ==", "[-2 if i ==", "NumPy leaves open any size below zero"),
+    ("", "shape[axis] = -1", "shape[axis] = ~1", "NumPy leaves open any size below zero"),
+    ("", "shape[axis] = -1", "shape[axis] = -2", "NumPy leaves open any size below zero"),
+    ("", "threads: int = 0,", "threads: int = 1,", "the number of threads changes no result"),
+    ("", "workers: int = 1,", "workers: int = 2,", "the number of workers changes no result"),
     ("", "inputs) > 2", "inputs) != 2", "an op with a weight has two inputs or three"),
     ("calibration/histogram.py", "clip(place - first, 0,", "clip(place - first, -1,",
      "what lies outside is taken from the outer bins"),
     ("calibration/mean_centred.py", "index == 1 and", "index <= 1 and",
      "the first input of such a product is made by a softmax, which is no layout op"),
+    ("calibration/pearson.py", "maximum(power, 0)", "maximum(power, -1)",
+     "a sum of squares is not below zero"),
     ("calibration/percentile.py", "maximum(total, 1)", "maximum(total, 0)",
      "a histogram is of one value at least"),
     ("calibration/product_samples.py", "initial=0)", "initial=-1)",
@@ -54,6 +63,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "if value is None and axis is None or size", "the size is None where one of them is"),
     ("equalization/streams.py", "node.inputs[data[0]], node", "node.inputs[data[-1]], node",
      "there is one"),
+    ("equalization/rotation.py", "index, made.outputs[0]", "index, made.outputs[-1]", ONE_OUTPUT),
     ("equalization/writer.py", "**attributes)[0]", "**attributes)[-1]", ONE_OUTPUT),
     ("numerics/blockwise.py", "keepdims=True) > 0, shares", "keepdims=True) != 0, shares",
      "no share is below zero"),
@@ -63,6 +73,11 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "the axis has one entry"),
     ("numerics/codes/twin.py", "return (last + coarse", "return (last ^ coarse",
      "the two have no bit in common"),
+    ("numerics/ptf.py", "if limit else STRENGTHS[:1]", "if limit else STRENGTHS[:2]",
+     "without a factor all strengths give the same one"),
+    ("qdq/kernel_forms.py", "move.outputs[0].name = u", "move.outputs[-1].name = u", ONE_OUTPUT),
+    ("qdq/lowering.py", "weight is not None and weight.shape", "weight is not None or weight.shape",
+     "columns are found where the weight is a constant, which has a shape"),
     ("qdq/lowering.py", "read = node.inputs[0] if", "read = node.inputs[-1] if", "there is one"),
     ("qdq/lowering.py", "if not is_layout(use[0]) or", "if not is_layout(use[0]) and",
      "an op that takes the scaled tensor itself is no plain reader, and other ways are none"),
@@ -74,6 +89,29 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
      "without a weight on codes there is no scale, and a unit's data are on codes"),
     ("qdq/unit_constants.py", '"axis": 0} if np.ndim', '"axis": -1} if np.ndim',
      "codes with a scale for each are a bias, which has one axis"),
+    ("qdq/factors.py", "factor.ndim == 1", "factor.ndim <= 1", "a factor has an axis of channels"),
+    ("qdq/sums.py", "axes.size == 0", "axes.size <= 0", "no size is below zero"),
+    ("qdq/small_scales.py", "factor.max() == 1", "factor.max() <= 1", "factors are 1 at least"),
+    *(
+        ("qdq/" + name, f"codes.{end}(initial=0)", f"codes.{end}(initial={other})",
+         "codes from -8 to 7 are looked for, and the others are none")
+        for name in ("four_bits.py", "unit_constants.py")
+        for end in ("min", "max")
+        for other in (-1, 1)
+    ),
+    ("qdq/unit_constants.py", "least.max(initial=0)", "least.max(initial=-1)",
+     "a maximum of magnitudes is not below zero"),
+    *(
+        ("qdq/unit_constants.py", 'get_int("axis", 0)', f'get_int("axis", {other})',
+         "several scales of a weight come with their axis")
+        for other in (-1, 1)
+    ),
+    ("qdq/unit_numbers.py", "node.inputs[1:3]", "node.inputs[1:4]",
+     "QuantizeLinear and DequantizeLinear have three inputs"),
+    ("qdq/unit_numbers.py", "data[:1]", "data[:2]",
+     "all but a Concat that keep the numbers read one tensor of floats"),
+    ("qdq/unit_constants.py", "not made or held is None or", "not made and held is None or",
+     "a unit has codes behind it, and what makes its weight is a DequantizeLinear"),
     ("qdq/weights.py", "if zero_point is None or", "if zero_point is None and",
      "every DequantizeLinear that lowering writes has a constant zero point"),
     ("targets/integer/builder.py", "output = node.outputs[0]", "output = node.outputs[-1]",

@@ -54,13 +54,14 @@ def _inside(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _without_numbers(text: str) -> Iterator[Span]:
     """Annotations and decorators, whose change no result shows, what only type checkers run, and
-    what only guards against faults of the package itself (``assert``, ``strict`` of a zip)."""
+    what only guards against faults of the package itself (``assert``, ``strict`` of a zip), and
+    what only people see of a value (``repr``)."""
     for node in ast.walk(ast.parse(text)):
         held = [getattr(node, name, None) for name in ("annotation", "returns")]
         held += getattr(node, "decorator_list", [])
         if isinstance(node, ast.Assert):
             held.append(node)
-        if isinstance(node, ast.keyword) and node.arg == "strict":
+        if isinstance(node, ast.keyword) and node.arg in ("strict", "repr"):
             held.append(node)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("cast", "TypeVar"):
             held += node.args[:1]

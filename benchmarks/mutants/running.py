@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.abc
 import importlib.machinery
@@ -40,32 +41,61 @@ class Replaced(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoade
         return self.source_to_code(self.text.encode(), self.path)
 
 
+class Counted(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
+    """Imports the package's modules with a first line in each function that says that it is called:
+    a tracer, which sees those of torch too, would make some tests many times as slow."""
+
+    def __init__(self, root: Path, called: Callable[[Function], None]) -> None:
+        super().__init__("ptq_onnx", str(root / "ptq_onnx"))
+        self.root, self.called = root, called
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] != "ptq_onnx":
+            return None
+        place = self.root.joinpath(*fullname.split("."))
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        loader = Counted(self.root, self.called)
+        loader.name, loader.path = fullname, str(file)
+        return importlib.util.spec_from_file_location(fullname, file, loader=loader)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__called__"] = self.called
+        super().exec_module(module)
+
+    def get_code(self, fullname: str) -> CodeType:
+        tree = ast.parse(self.get_data(self.path))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                line = ast.parse(f"__called__(({self.path!r}, {first}))").body[0]
+                node.body.insert(ast.get_docstring(node) is not None, line)
+        return compile(tree, self.path, "exec", dont_inherit=True)
+
+
 class Record:
     """Which functions of the package each test calls, and how long it takes: of the processor, so
     that a busy machine leaves no test out, and by the clock."""
 
-    def __init__(self, root: Path) -> None:
-        self.inside = str(root / "ptq_onnx")
+    def __init__(self) -> None:
         self.calls: dict[str, set[Function]] = {}
         self.seconds: dict[str, float] = {}
         self.clock: dict[str, float] = {}
         self.failed: list[str] = []
+        self.called: set[Function] = set()
+
+    def add(self, function: Function) -> None:
+        """The running test calls a function."""
+        self.called.add(function)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> object:
-        called: set[Function] = self.calls.setdefault(item.nodeid, set())
-
-        def trace(frame: FrameType, event: str, argument: object) -> None:
-            code = frame.f_code
-            if code.co_filename.startswith(self.inside) and code.co_name != "<module>":
-                called.add((code.co_filename, code.co_firstlineno))
-
+        self.called = self.calls.setdefault(item.nodeid, set())
         began, at = time.process_time(), time.perf_counter()
-        sys.settrace(trace)
         try:
             return (yield)
         finally:
-            sys.settrace(None)
             self.seconds[item.nodeid] = time.process_time() - began
             self.clock[item.nodeid] = time.perf_counter() - at
 
@@ -137,15 +167,16 @@ def recorded(root: Path, tests: Sequence[str], seconds: float) -> Record:
     """The tests on the package as it is."""
 
     def work() -> bytes:
-        record = Record(root)
+        record = Record()
+        sys.meta_path.insert(0, Counted(root, record.add))
         _pytest(tests, record)
-        return pickle.dumps((record.calls, record.seconds, record.clock, record.failed))
+        return pickle.dumps(vars(record))
 
     answer = forked(work, seconds)
     if answer is None:
         raise SystemExit(f"The tests take longer than {seconds:.0f} s.")
-    record = Record(root)
-    record.calls, record.seconds, record.clock, record.failed = pickle.loads(answer)
+    record = Record()
+    vars(record).update(pickle.loads(answer))
     if record.failed:
         raise SystemExit(f"A test fails without a mutant: {record.failed[0]}.")
     return record

@@ -113,24 +113,24 @@ class AttentionSteps(Steps):
         value = self.values[av.tensor]
         nodes = {name_of(n): n for n in self.graph}
         linears = [nodes[name] for name in av.consumers]
-        if len(linears) != 1 or not is_linear(linears[0]) or linears[0].inputs[0] is None:
+        if len(linears) != 1 or not is_linear(linears[0]) or (read := linears[0].inputs[0]) is None:
             return
-        rows = _rows(value, linears[0].inputs[0], av)
+        rows = _rows(value, read, av)
         if rows is None:
             return
         products = self.products(linears, np.argsort(rows))
         shift, factor, solved = self.steps(av, products)
         shift, factor = shift[rows], factor[rows]
-        made = self.behind(av, linears[0].inputs[0], shift, factor)
+        made = self.behind(av, read, shift, factor)
         move_rows(self.graph, linears[0], factor, shift)
         self.solved[str(made.name)] = solved
 
     def maps(self, pairs: dict[str, PairSample]) -> None:
         """τ of attention maps."""
         for node in self.graph:
-            if name_of(node) not in pairs or node.inputs[0] is None:
+            if name_of(node) not in pairs or (read := node.inputs[0]) is None:
                 continue
-            tensor = str(node.inputs[0].name)
+            tensor = str(read.name)
             attention, values = pairs[name_of(node)].factors
             bits = self.rules[tensor].bits
             rate = share_rate(attention, values, bits)

@@ -122,9 +122,9 @@ def _inner(shape: list[int | str], axis: int) -> int:
 def _touches(node: ir.Node, axis: int, index: int) -> bool:
     """Whether an op does something along an axis of its input."""
     op, shape = node.op_type, sizes(node.inputs[index])
-    rank = 0 if shape is None else len(shape)
-    if rank == 0:
+    if not shape:
         return True
+    rank = len(shape)
     if op in ("Gather", "Split"):
         return node.attributes.get_int("axis", 0) % rank == axis
     if op == "Slice":

@@ -87,9 +87,9 @@ class Steps:
         constants; ``order``: of their rows."""
         found = []
         for linear in linears:
-            weight = weight_of(linear)
-            if weight is not None and linear.inputs[1] is not None:
-                rule = self.rules.get(str(linear.inputs[1].name))
+            weight, held = weight_of(linear), linear.inputs[1]
+            if weight is not None and held is not None:
+                rule = self.rules.get(str(held.name))
                 bits = BYTE if rule is None else rule.bits
                 found.append(Product(np.abs(weight[order]), bits))
         return found
@@ -119,7 +119,7 @@ class Steps:
         shift, factor, solved = self.steps(site, self.products(readers))
         if norm is not None:
             norm.apply(self.graph, shift, factor)
-            read = {str(n.inputs[0].name) for n in norm.linears if n.inputs[0] is not None}
+            read = {str(v.name) for n in norm.linears if (v := n.inputs[0]) is not None}
             self.solved.update(dict.fromkeys({site.tensor, *read} & {*self.rules}, solved))
         elif linears is not None:
             made = self.behind(site, value, shift, factor)

@@ -231,7 +231,7 @@ class _Equalizer(ConvolutionSteps):
 
     def same_norm(self, site: Site, linears: tuple[ir.Node, ...]) -> list[str]:
         """Tensors with statistics that the same norm makes (all that those linears read)."""
-        read = {str(n.inputs[0].name) for n in linears if n.inputs[0] is not None}
+        read = {str(v.name) for n in linears if (v := n.inputs[0]) is not None}
         return [t for t in {site.tensor, *read} if t in self.stats.channels]
 
     def queries(self, q: Site, k: Site | None) -> None:

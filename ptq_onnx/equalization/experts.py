@@ -109,7 +109,11 @@ def _bias_behind(
     if node is not None and node.op_type == "Add":
         other = next((v for v in node.inputs if v is not output), None)
         found = constant(other)
-        fits = found is not None and found.ndim >= 3 and found.shape[-3:] == (experts, 1, width)
-        if fits and found is not None and found.size == experts * width:
+        if (
+            found is not None
+            and found.ndim <= len(output.shape or ())  # it adds no axis
+            and found.shape[-3:] == (experts, 1, width)
+            and found.size == experts * width
+        ):
             return found.reshape(experts, width), node.outputs[0]
     return None, output

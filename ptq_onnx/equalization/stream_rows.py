@@ -54,7 +54,7 @@ class Rows:
 
 def read_by_norms(stream: Stream) -> list[str]:
     """The names of the tensors that the stream's norms read."""
-    return [str(n.inputs[0].name) for n in stream.norms if n.inputs[0] is not None]
+    return [str(v.name) for n in stream.norms if (v := n.inputs[0]) is not None]
 
 
 def collect_rows(

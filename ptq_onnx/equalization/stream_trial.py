@@ -168,9 +168,7 @@ class Refined:
     factors: Mapping[str, float]
 
 
-def refined(
-    trial: StreamTrial, steps: Mapping[str, Steps], before: float | None = None
-) -> Refined:
+def refined(trial: StreamTrial, steps: Mapping[str, Steps], before: float | None = None) -> Refined:
     """Factors of the steps that leave less of the outputs' loss: one for all tensors, then of one
     tensor after the other, the last ones, whose rounding is the coarsest, first. A tensor without
     whose rounding the outputs lose no less is passed over. ``before``: the loss with the steps as

@@ -337,7 +337,7 @@ def way(start: ir.Value, end: ir.Value | None) -> list[tuple[ir.Node, int]] | No
         assert end is not None
         node = end.producer()
         assert node is not None
-        if node.op_type == "Concat" or not all(is_constant(v) for v in node.inputs[1:]):
+        if not all(is_constant(v) for v in node.inputs[1:]):
             return None
         found.append((node, list(node.outputs).index(end)))
         end = node.inputs[0]

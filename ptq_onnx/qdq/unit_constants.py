@@ -23,7 +23,7 @@ from ptq_onnx.qdq.unit_numbers import (
 
 LARGEST_BIAS = 2.0**31 - 1
 INT4 = -8, 7
-PARAMETERS = {"Clip": (0,), "Pad": (0,), "Resize": (0,), "Gather": (0,)}
+PARAMETERS = {"Clip": (0,), "Resize": (0,)}
 """Inputs that are data, of ops whose other inputs are not."""
 
 
@@ -47,14 +47,14 @@ class UnitConstants(Nodes):
                 self.parameter(node, index, value, UINT8)
             elif not weighted and takes(node, index):
                 self.parameter(node, index, value, dtype)
-        if weighted and node.inputs[1] is not None:
-            self.pack(node.inputs[1].producer())
+        if weighted:
+            self.pack(_maker(node.inputs[1]))
 
     def take_exact_scales(self, node: ir.Node) -> None:
         """Scales of a weight's channels, moved by at most 1/2048, with which what HTP multiplies
         its sums by has no more than the bits that it takes (``representable``)."""
-        weight = None if node.inputs[1] is None else node.inputs[1].producer()
-        data = None if node.inputs[0] is None else numbers_of(node.inputs[0])
+        weight = _maker(node.inputs[1])
+        data = numbers_of(node.inputs[0])
         made = quantizers(node.outputs[0])
         held = None if weight is None or weight.op_type != DEQUANTIZE else weight.inputs[1]
         if weight is None or data is None or not made or held is None or held.const_value is None:
@@ -114,8 +114,8 @@ class UnitConstants(Nodes):
 
     def bias(self, node: ir.Node, value: ir.Value) -> None:
         """int32 codes, whose scale is that of the product, per output channel as the weight's."""
-        weight = None if node.inputs[1] is None else node.inputs[1].producer()
-        data = None if node.inputs[0] is None else numbers_of(node.inputs[0])
+        weight = _maker(node.inputs[1])
+        data = numbers_of(node.inputs[0])
         scales = None if weight is None else weight.inputs[1]
         if weight is None or weight.op_type != DEQUANTIZE or data is None or scales is None:
             return
@@ -176,3 +176,7 @@ def array_of(value: ir.Value) -> NDArray[np.float32]:
     """The numbers of a constant."""
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy(), np.float32)
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()

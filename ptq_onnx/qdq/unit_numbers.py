@@ -79,9 +79,9 @@ def limits_of(dtype: ir.DataType) -> tuple[int, int]:
     return int(info.min), int(info.max)
 
 
-def numbers_of(value: ir.Value) -> Numbers | None:
+def numbers_of(value: ir.Value | None) -> Numbers | None:
     """The numbers of a tensor that DequantizeLinear makes."""
-    node = value.producer()
+    node = None if value is None else value.producer()
     return Numbers.of(node) if node is not None and node.op_type == DEQUANTIZE else None
 
 
@@ -124,7 +124,7 @@ def joined(found: Iterable[Numbers]) -> Numbers | None:
 def derived(node: ir.Node | None) -> Numbers | None:
     """Numbers of what an op computes, by those of what it reads."""
     read = None if node is None else node.inputs[0]
-    found = None if read is None else numbers_of(read)
+    found = numbers_of(read)
     if node is None or found is None:
         return None
     if node.op_type == "Sigmoid":

@@ -144,3 +144,16 @@ def test_a_bias_that_was_not_fused() -> None:
         g = SmallGraph((2, 8))
         out = make(g)
         assert (logits_output(g.model(out)) == out) is (make in heads), out
+
+
+def test_all_that_is_joined_must_be_features() -> None:
+    """Whichever stands first; of what only moves a tensor its own input decides, not its shape."""
+    cases: list[tuple[Build, bool]] = [
+        (lambda g: g("Concat", first(g), first(g), axis=1), True),
+        (lambda g: g("Concat", first(g), linear(g, first(g)), axis=1), False),
+        (lambda g: g("Concat", linear(g, first(g)), first(g), axis=1), False),
+        (lambda g: g("Reshape", first(g), g("Shape", g("Relu", first(g)))), True),
+        (lambda g: g("Reshape", linear(g, first(g)), g("Shape", linear(g, first(g)))), False),
+    ]
+    for build, features in cases:
+        assert feature_outputs(model(build)) == (["y"] if features else [])

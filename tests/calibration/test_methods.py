@@ -391,6 +391,18 @@ def test_kl_divergence_is_the_slow_one(seed: int, bins: int, levels: int, share:
         assert found[row] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("levels", [2, 4, 16])
+def test_a_value_at_the_edge_is_in_the_last_level(levels: int) -> None:
+    """Of its own row, whatever the next one holds."""
+    values = np.stack([np.linspace(-1, 2, 30), np.linspace(-3, 3, 30), np.linspace(0, 1, 30)])
+    counts = np.random.default_rng(levels).poisson(4, (3, 30)).astype(np.float64) + 1
+    found = divergence(values, counts, values[:, 0], values[:, -1], levels)
+    for row in range(3):
+        ends = float(values[row, 0]), float(values[row, -1])
+        expected = slow_divergence(values[row], counts[row], *ends, levels)
+        assert found[row] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
 def test_kl_takes_the_least_of_its_candidates() -> None:
     """Against a loop over all candidates with the slow divergence."""
     counts = histogram(laplace(3000) * np.float32(2))

@@ -101,3 +101,9 @@ def test_rows_count_as_their_positions_do(model: ir.Model) -> None:
     )
     (plain,) = collect_moments(model, wanted, BATCHES, threads=1)
     np.testing.assert_array_equal(found["gelu4"].scatter, plain["gelu4"].scatter)
+
+
+def test_256_mb_hold_the_moments_of_twice_4096_channels() -> None:
+    """8 bytes a number."""
+    assert groups({"a": 4096, "b": 4096}) == [{"a": 4096, "b": 4096}]
+    assert groups({"a": 4096, "b": 4097}) == [{"a": 4096}, {"b": 4097}]

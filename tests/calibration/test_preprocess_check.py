@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 import pytest
 
 from ptq_onnx.calibration.preprocess_check import (
+    ERRORS,
     MARGIN,
     MOST,
     NAMED,
@@ -212,3 +214,61 @@ def test_pictures_are_spread_evenly_over_the_folder() -> None:
     plain = Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (2, 2))
     check_preprocess(classify, pictures, plain)
     assert [round(float(v)) for v in seen[0]] == [0, 32, 64, 96]
+
+
+def test_the_common_normalisations_are_those_that_were_published() -> None:
+    """ImageNet's of torchvision, CLIP's of open_clip."""
+    found = check_preprocess(Model(INCEPTION), pictures(), INCEPTION)
+    assert {c.name: (c.mean, c.std) for c in (found.in_force, *found.others)} == NAMED
+    assert NAMED == {
+        "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "inception": ((0.5,) * 3, (0.5,) * 3),
+        "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        "[0, 1]": ((0.0,) * 3, (1.0,) * 3),
+        "[0, 255]": ((0.0,) * 3, (1 / 255,) * 3),
+    }
+
+
+def test_surer_is_by_the_mean_and_its_standard_error() -> None:
+    """Against the textbook's deviation of a sample, of few images and of many."""
+    seen = set()
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        count = int(random.integers(2, 7))
+        own = random.uniform(0, 1, count)
+        other = own + random.normal(0.06, 0.05, count)
+        difference = (other - own).tolist()
+        mean, error = fmean(difference), stdev(difference) / count**0.5
+        clear, maybe = mean > max(0.05, 2 * error), mean + error > 0.05
+        assert clearly_surer(other, own) == clear
+        assert may_be_surer(other, own) == maybe
+        seen.add((clear, maybe))
+    assert seen == {(True, True), (False, True), (False, False)}
+
+
+def test_shares_are_told_from_logits_by_their_sums() -> None:
+    for total, share in ((1.0009, True), (0.9991, True), (1.01, False), (0.99, False)):
+        values = np.array([[0.25 * total, 0.75 * total]], np.float32)
+        expected = 0.75 * total if share else 1 / (1 + np.exp(-0.5 * total))
+        assert top_confidence(values) == pytest.approx(expected, rel=1e-6)
+    signed = np.array([[-0.5, 1.5]], np.float32)
+    assert top_confidence(signed) == pytest.approx(1 / (1 + np.exp(-2)), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [32, 64, 12])
+def test_every_stage_is_spread_over_the_pictures(count: int) -> None:
+    """Every fourth, those half way between them, and the rest; of many pictures 32."""
+    seen: list[float] = []
+
+    def classify(images: FloatArray) -> FloatArray:
+        if len(images) and not np.isclose(images.std(), 0):
+            seen.extend(images[:, 0, 0, 0].tolist())
+        return np.eye(10, dtype=np.float32)[np.zeros(len(images), int)] * len(seen)
+
+    numbered = np.arange(count, dtype=np.float32)[:, None, None, None] * np.ones((1, 3, 2, 2))
+    plain = Preprocess((0.0,) * 3, (1.0,) * 3, (2, 2))
+    check_preprocess(classify, numbered.astype(np.float32), plain)
+    assert (STAGES, MOST, MARGIN, ERRORS) == ((4, 8, 16, 32), 32, 0.05, 2.0)
+    used = min(count, 32)
+    turns = [i for part in (0, 2, 1, 3) for i in range(part, used, 4)]
+    assert seen[:4] == [i * count // used for i in turns[:4]]

@@ -289,3 +289,24 @@ def test_an_empty_stream_leaves_nothing(digits: Prepared) -> None:
     assert stats.images == 0
     assert isinstance(stats.channels[sites[0].tensor], ChannelStatistics)
     assert stats.channels[sites[0].tensor].count == 0
+
+
+def test_windows_belong_to_their_image() -> None:
+    """Extremes are of images, several rows of which are windows, or of a batch with one row."""
+    g = SmallGraph(("batch", 8, 4))
+    g("Reshape", g("Neg", "x"), np.array([-1, 2, 4]))
+    g.nodes[-1].output[0] = "windows"
+    g("ReduceMax", "x", np.array([0]), keepdims=1)
+    g.nodes[-1].output[0] = "most"
+    model = g.model("windows", "most")
+    batches = [sample(3, 8, 4, seed=seed) for seed in range(2)]
+    sites = [site("windows", ("windows", 2, 4), (2,)), site("most", (1, 8, 4), (2,))]
+    found = collect(model, sites, batches, threads=1)
+    images, windows = -np.concatenate(batches), found.channels["windows"]
+    assert windows.images == 6
+    np.testing.assert_array_equal(windows.highest[:6], -np.sort(-images.max(axis=1), axis=0))
+    np.testing.assert_array_equal(windows.lowest[:6], np.sort(images.min(axis=1), axis=0))
+    assert windows.count == images[..., 0].size
+    rows, most = np.stack([batch.max(axis=0) for batch in batches]), found.channels["most"]
+    assert most.images == 2
+    np.testing.assert_array_equal(most.highest[:2], -np.sort(-rows.max(axis=1), axis=0))

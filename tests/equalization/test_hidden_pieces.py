@@ -1,6 +1,7 @@
 """Massive hidden channels in pieces: the sum, the bound, the file, and whole runs."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
-from ptq_onnx.equalization.hidden_pieces import held_in_one, on_grid, split_hidden
+from ptq_onnx.equalization.hidden_pieces import LINEAR_FROM, held_in_one, on_grid, split_hidden
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.expansions import EXPANSIONS
 from ptq_onnx.graph.formula import DOMAIN
@@ -230,3 +231,69 @@ def test_an_earlier_run_s_pieces_are_made_again(massive: Path, tmp_path: Path) -
             ptq_onnx.quantize(massive, output=tmp_path / "c", **again)
     with pytest.raises(ConfigError, match="is of a run with --split-hidden: use it here too"):
         ptq_onnx.quantize(massive, output=tmp_path / "c", **again, split_hidden=False)
+
+
+def slow_pieces(
+    highs: np.ndarray, low: float, power: np.ndarray, first: float, levels: int
+) -> tuple[float, float, float, list[int]] | None:
+    """The best of forty bounds by (M - low)² Σ k p that add an eighth at most; its gain, the range
+    whose ends are codes, and the pieces. None below 6 dB, or with nothing above 1.5 bounds."""
+    top = float(highs.max())
+    if top <= 1.5 * first:
+        return None
+    tried = []
+    for place in range(40):
+        bound = first * (top / first) ** (place / 39)
+        counts = [max(math.ceil(high / bound - 1e-12), 1) for high in highs]
+        noise = (bound - low) ** 2 * float(np.dot(counts, power))
+        tried.append((noise, bound, counts))
+    allowed = [t for t in tried if sum(t[2]) <= len(highs) * 9 / 8]
+    noise, bound, counts = min(allowed, key=lambda t: t[0])
+    gain = 10 * math.log10(tried[-1][0] / noise)
+    zero = min(math.ceil(-low / (bound - low) * (levels - 1)), levels - 2)
+    return None if gain < 6 else (gain, -zero * bound / (levels - 1 - zero), bound, counts)
+
+
+@pytest.mark.parametrize("many", [1, 2, 4])
+def test_bounds_are_the_best_of_forty(many: int) -> None:
+    """Of channels, ``many`` of which are up to a hundred times as large as the others."""
+    model = transformer(Choices())
+    blocks = find_blocks(model)
+    config = QuantizeConfig(quantizer="vanilla", method="minmax", threads=1)
+    plan = Plan(model, blocks, find_sites(model, blocks), config)
+    x = np.random.default_rng(0).normal(size=(4, TOKENS, WIDTH)).astype(np.float32)
+    (held,) = held_in_one(plan, make_quantizer(plan).rules, [x])
+    width, found = len(held.highs), 0
+    for seed in range(12):
+        random = np.random.default_rng((seed, many))
+        highs = random.uniform(0.5, 6, width)
+        highs[random.choice(width, many, replace=False)] *= 10 ** random.uniform(0, 2, many)
+        power, levels = random.uniform(0.1, 2, width), int(random.choice([16, 256]))
+        low, least = -float(random.uniform(0, 0.3)), float(random.choice([1.0, 2.0]))
+        one = replace(held, highs=highs, power=power, low=low, levels=levels)
+        _, pieces = split_hidden(plan, [one], least)
+        wanted = slow_pieces(highs, low, power, least * 6, levels)
+        assert len(pieces) == (wanted is not None)
+        if wanted is not None:
+            (piece,) = pieces
+            assert (piece.gain_db, piece.low, piece.bound) == pytest.approx(wanted[:3], rel=1e-6)
+            assert list(piece.counts) == wanted[3]
+            assert piece.channels == sum(n > 1 for n in wanted[3])
+            assert piece.added == sum(wanted[3]) - width
+            assert (piece.width, piece.largest) == (width, highs.max())
+            found += 1
+    assert 3 <= found < 12
+
+
+def test_from_where_activation_functions_leave_values_as_they_are() -> None:
+    """Within 1e-5."""
+    functions = {
+        "Gelu": gelu,
+        "QuickGelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+        "Silu": lambda x: x / (1 + np.exp(-x)),
+        "Relu": lambda x: np.maximum(x, 0),
+    }
+    assert LINEAR_FROM == {"Gelu": 6.0, "QuickGelu": 9.0, "Silu": 16.0, "Relu": 1e-3}
+    for name, function in functions.items():
+        x = np.linspace(LINEAR_FROM[name], 40, 200)
+        assert np.abs(function(x) - x).max() <= 1e-5

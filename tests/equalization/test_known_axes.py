@@ -9,7 +9,12 @@ import onnx_ir as ir
 import pytest
 from small_graph import SmallGraph, run
 
-from ptq_onnx.equalization.channel_axis import axis_before, axis_behind
+from ptq_onnx.equalization.channel_axis import (
+    along_channels,
+    axis_before,
+    axis_behind,
+    channels_of,
+)
 from ptq_onnx.equalization.foldings import keys_may_shift, norm_before
 
 AXES: list[tuple[str, tuple[int, ...], list[Any], dict[str, Any]]] = [
@@ -103,3 +108,19 @@ def test_the_last_axis_is_known_by_the_rank_alone(
     nodes = {node.op_type: node for node in model.graph}
     assert keys_may_shift(next(iter(model.graph))) == takes
     assert (norm_before(nodes["LayerNormalization"].outputs[0]) is not None) == takes
+
+
+def test_sizes_of_axes_that_there_are() -> None:
+    value = ir.val("x", ir.DataType.FLOAT, ("n", 3, 8))
+    assert [channels_of(value, axis) for axis in range(-1, 4)] == [None, None, 3, 8, None]
+    assert channels_of(ir.val("x"), 0) is None
+    assert channels_of(None, 0) is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+def test_a_concat_along_the_channels(axis: int) -> None:
+    g = SmallGraph((2, 3, 8))
+    (node,) = g.model(g("Concat", "x", "x", axis=axis)).graph
+    assert [along_channels(node, channels) for channels in range(3)] == [
+        channels == axis % 3 for channels in range(3)
+    ]

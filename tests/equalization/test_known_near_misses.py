@@ -15,6 +15,7 @@ from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.foldings import hidden_channels, readers_of, value_path
+from ptq_onnx.equalization.norm_readers import behind_norm
 from ptq_onnx.equalization.patch_forms import packed_pixels_as_linear
 from ptq_onnx.equalization.reads import integer_readers, own_reads
 from ptq_onnx.equalization.runtime_forms import (
@@ -239,3 +240,38 @@ def test_ranges_at_run_time_need_a_copy_behind_layout_ops(first: bool) -> None:
             assert maker is not None
             assert maker.op_type == "Reshape"
             assert [use.node.op_type for use in node.outputs[0].uses()] == ["Linear"]
+
+
+ONES = np.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "beta", "kept"),
+    [
+        (ONES, [2.5, *[0.0] * 7], True),
+        (ONES, [-2.5, *[0.0] * 7], True),
+        (ONES, [2.9, *[0.0] * 7], False),
+        (ONES, [-2.9, *[0.0] * 7], False),
+        (ONES, ONES, True),
+        (2 * ONES, [5.0, *[0.0] * 7], True),
+        (ONES / 2, [1.25, *[0.0] * 7], True),
+        (ONES / 2, [1.5, *[0.0] * 7], False),
+        ([0.0, *[1.0] * 7], [0.0, 1.0, *[0.0] * 6], True),
+        ([0.0, *[1.0] * 7], [1.0, *[0.0] * 7], False),
+    ],
+)
+def test_a_norm_keeps_no_shift_larger_than_what_it_makes(
+    gamma: list[float], beta: list[float], kept: bool
+) -> None:
+    """The root mean square of β/γ is 1 at most, where a sum over tokens stands behind it; else
+    what was there before is restored in front of the sum."""
+    g = SmallGraph((2, 4, 8))
+    normed = g("LayerNormalization", "x", np.array(gamma), np.array(beta), axis=-1)
+    total = g("ReduceSum", normed, np.array([1]), keepdims=0)
+    model = g.model(g("Add", g("MatMul", total, sample(8, 4)), sample(4)))
+    fuse(model)
+    norm = next(n for n in model.graph if n.op_type == "LayerNormalization")
+    found = behind_norm(norm, 2, 8, ())
+    assert found.keeps_shift == kept
+    assert [v.name for v in found.restored] == ([] if kept else [normed])
+    assert [n.op_type for n in found.readers] == (["Linear"] if kept else [])

@@ -48,7 +48,9 @@ def best_range(rows: Array, weight: Array, levels: int, symmetric: bool) -> tupl
     return min(found, key=lambda one: one[0])
 
 
-def expected(levels: int, symmetric: bool) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+def expected(
+    levels: int, symmetric: bool, of_stream: bool = True
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
     parts = []
     for rows in tensors().values():
         counts = np.full(len(rows), 1 / len(rows))
@@ -65,12 +67,12 @@ def expected(levels: int, symmetric: bool) -> tuple[dict[str, float], dict[str, 
             matrix = flattened(spread, direction) if "," in how and seed >= 0 else spread
             outer = [best_range(r @ matrix, p, levels, symmetric) for r, _, _, p in parts]
             inner = [best_range(n @ matrix, c, levels, symmetric) for _, n, c, _ in parts]
-            score = sum(o[0] for o in outer), sum(i[0] for i in inner)
+            score = sum(o[0] for o in outer) * of_stream, sum(i[0] for i in inner)
             largest = max(float(np.abs(r @ matrix).max()) for r, _, _, _ in parts)
             tried.append((sum(score), how if seed >= 0 else "none", max(seed, 0), score, largest,
                           outer))  # fmt: skip
     plain, best = tried[0], min(tried, key=lambda one: one[0])
-    ratios = [10 * math.log10(b / a) for a, b in zip(best[3], plain[3], strict=True)]
+    ratios = [10 * math.log10(b / a) if a else 0.0 for a, b in zip(best[3], plain[3], strict=True)]
     return {
         "by": best[1], "seed": best[2], "largest_before": plain[4], "largest_after": best[4],
         "stream_db": ratios[0], "norm_db": ratios[1],
@@ -100,6 +102,17 @@ def test_the_choice_is_the_best_of_33(levels: int, symmetric: bool) -> None:
     assert one.refined_db > 0
     assert found.changed
     assert found.to_json()["turned"][0]["seed"] == one.seed
+
+
+def test_norms_alone_choose_where_the_stream_is_not_quantized() -> None:
+    """Nothing is lost in the stream then, nor won: 0 dB."""
+    model = massive(image_network())
+    found = turn_streams(model, BATCHES, Codes(16, False, of_stream=False), threads=1)
+    wanted, _ = expected(16, False, of_stream=False)
+    (one,) = found.turned
+    assert (one.by, one.seed, one.stream_db) == (wanted["by"], wanted["seed"], 0.0)
+    assert one.norm_db == pytest.approx(wanted["norm_db"], rel=1e-4)
+    assert one.refined_db == 0.0
 
 
 def test_what_is_lost_of_an_output_of_zeros_has_an_end() -> None:

@@ -45,8 +45,14 @@ def test_they_are_whole_multiples(seed: int, steps: int, sign: str) -> None:
 def test_zeros_stay() -> None:
     factor = np.array([0.5, 2.0, 4.0])
     np.testing.assert_array_equal(norm_of(np.zeros(3, np.float32)).on_grid(factor, 15), factor)
-    found = norm_of(np.float32([1, 0, 2])).on_grid(factor, 15)
-    assert found[1] == factor[1]
+    for gamma in ([1, 0, 2], [-1, 0, 2], [-1, 0, -2]):
+        with np.errstate(all="raise"):
+            found = norm_of(np.float32(gamma)).on_grid(factor, 15)
+        assert found[1] == factor[1]
+        wanted = np.array(gamma) / factor
+        step = (max(0.0, *wanted) - min(0.0, *wanted)) / 15
+        whole = np.array(gamma) / found / step
+        np.testing.assert_allclose(whole, np.rint(wanted / step), atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -129,6 +129,38 @@ def test_what_costs_nothing_is_passed_over() -> None:
     assert (found.before, found.after) == (5.0, pytest.approx(4 + 2**-1.5))
 
 
+class Wanted:
+    """Outputs that lose 1 but for steps of tensors a and b times these factors; nothing where a is
+    not rounded, and all where b is not."""
+
+    def __init__(self, a: float, b: float) -> None:
+        self.wanted = {"a": a, "b": b}
+
+    def lost(self, steps: Mapping[str, Steps]) -> float:
+        found = {name: float(one.step[0]) for name, one in steps.items()}
+        if 2.0**-20 in found.values():
+            return float(found["b"] == 2.0**-20)
+        return 1 - 0.5 * all(abs(found[n] / v - 1) < 1e-5 for n, v in self.wanted.items())
+
+
+@pytest.mark.parametrize("eighths", range(-5, 9))
+def test_all_steps_are_tried_from_half_an_octave_down_to_one_up(eighths: int) -> None:
+    factor, one = 2.0 ** (eighths / 8), Steps(np.ones(1, np.float32), -8, 7)
+    found = refined(Wanted(factor, factor), dict.fromkeys("ab", one))  # type: ignore[arg-type]
+    tried = -5 < eighths < 8
+    assert found.after == (0.5 if tried else 1.0)
+    assert list(found.factors.values()) == pytest.approx([factor if tried else 1.0] * 2)
+
+
+@pytest.mark.parametrize("quarters", range(-2, 4))
+def test_steps_of_one_tensor_are_tried_a_quarter_down_to_half_an_octave_up(quarters: int) -> None:
+    factor, one = 2.0 ** (quarters / 4), Steps(np.ones(1, np.float32), -8, 7)
+    found = refined(Wanted(factor, 1.0), dict.fromkeys("ab", one))  # type: ignore[arg-type]
+    tried = -2 < quarters < 3
+    assert found.after == (0.5 if tried else 1.0)
+    assert found.factors == pytest.approx({"a": factor if tried else 1.0, "b": 1.0})
+
+
 def test_unrounded_steps_lose_nothing() -> None:
     model = network(1.0)
     name = stream_of(model)
@@ -140,7 +172,7 @@ def test_unrounded_steps_lose_nothing() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 16, 31, 100])
 def test_a_trial_takes_batches_from_everywhere(count: int) -> None:
     found = some_of(range(count))
-    assert len(found) == min(BATCHES, count)
+    assert len(found) == min(BATCHES, count) == min(4, count)
     assert found == sorted(set(found))
     assert found[0] == 0
     assert found[-1] >= count * (1 - 1 / BATCHES) - 1
@@ -302,3 +334,21 @@ def test_a_loss_that_is_enough_takes_no_more_batches() -> None:
     taken.clear()
     assert loss(runs(), original, 0.4) == 0.5
     assert taken == [0, 1]
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.0, 2.0), (-4.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("levels", [4, 256])
+def test_codes_of_a_range(low: float, high: float, levels: int) -> None:
+    """As many as there are levels, from one end to the other, zero among them."""
+    one = Steps.of_range(low, high, levels)
+    step = float(one.step[0])
+    assert step == pytest.approx(max((high - low) / (levels - 1), 1e-30))
+    assert one.highest - one.lowest == levels - 1
+    assert one.lowest * step == pytest.approx(low, abs=step / 2)
+    assert one.lowest == round(one.lowest)
+
+
+def test_codes_of_factors() -> None:
+    found = Steps.of_factors(Factors(0.5, 3, np.array([0, 1, 4], np.int32), 0.0), 16)
+    assert found.step.tolist() == [0.5, 1.0, 8.0]
+    assert (found.lowest, found.highest) == (-3, 12)

@@ -1,18 +1,29 @@
 """Streams with something that cannot take the matrix in: turned back there, and counted."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
-from small_graph import SmallGraph, run, sample
+from small_graph import SmallGraph, run, sample, text
 
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.equalization.rotation import turn
-from ptq_onnx.equalization.rotation_choice import PLAIN, Codes, turn_again, turn_streams
+from ptq_onnx.equalization.rotation_choice import (
+    FLATTENED,
+    PLAIN,
+    SPREAD,
+    Codes,
+    Turned,
+    turn_again,
+    turn_as,
+    turn_streams,
+)
 from ptq_onnx.equalization.stream_parts import Stream
 from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.fusion.rules import fuse
 from ptq_onnx.graph.formula import constant
-from ptq_onnx.numerics.rotations import spreading
+from ptq_onnx.numerics.rotations import flattened, spreading
 
 D, HIDDEN = 8, 128
 
@@ -194,3 +205,31 @@ def test_a_product_is_added_for_a_gain_alone() -> None:
     assert free.by != PLAIN
     assert paid.by == PLAIN
     assert paid.products == 0
+
+
+def test_an_earlier_run_s_matrices_are_checked() -> None:
+    """Any seed from 0 on, a direction of the width and of numbers; else nothing is done."""
+    model = network("")
+    before = text(model)
+    (stream,), _ = find_streams(model.graph)
+    one = Turned(str(stream.norms[0].name), D, 2, SPREAD, 0, 1.0, 1.0, 0.0, 0.0)
+    flat = replace(one, by=FLATTENED, direction=tuple(np.arange(D) - 3.5))
+    for wrong in (
+        replace(one, seed=-1),
+        replace(one, stream="other"),
+        replace(one, width=D + 1),
+        replace(flat, direction=flat.direction[1:]),
+        replace(flat, direction=(*flat.direction[1:], np.nan)),
+    ):
+        assert turn_as(model, [wrong]) is None
+        assert turn_as(model, [one, wrong]) is None
+        assert text(model) == before
+    for right in (one, flat, replace(one, seed=3)):
+        found = turn_as(network(""), [right])
+        assert found is not None
+        (matrix,) = found.matrices
+        assert matrix is not None
+        expected = spreading(D, right.seed)
+        if right.by == FLATTENED:
+            expected = flattened(expected, np.array(right.direction))
+        np.testing.assert_array_equal(matrix, expected)

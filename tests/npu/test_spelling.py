@@ -73,6 +73,21 @@ def test_open_shapes_stay(name: str) -> None:
     assert text(model) == before
 
 
+@pytest.mark.parametrize("name", SPELLED)
+def test_shapes_that_nobody_knows_stay(name: str) -> None:
+    """Of what is read or of any part that is made; a Reshape asks for what it makes alone."""
+    op, *_, spelled = SPELLED[name]
+    count = SPELLED[name][2].get("outputs", 1)
+    for place in range(-1, count):
+        model = network(SPELLED[name])
+        node = next(n for n in model.graph if n.op_type == op)
+        (node.outputs[place] if place >= 0 else model.graph.inputs[0]).shape = None
+        before = text(model)
+        spell(model)
+        stays = place >= 0 or spelled != ["Reshape"]
+        assert (text(model) == before) == stays
+
+
 def test_squeezed_axes() -> None:
     for axes in ([1], [1, -1]):
         g = SmallGraph((4, 1, 5, 1))

@@ -183,3 +183,116 @@ def test_a_bias_of_more_than_32_bits_makes_its_weight_s_steps_larger(scales: int
     shifted = held.node.inputs[0].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
     assert held.dtype == ir.DataType.INT32
     np.testing.assert_allclose(shifted * held.scale, bias, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (8, 16), (16, 16)])
+def test_bounds_and_scales_are_no_data(bits: tuple[int, int]) -> None:
+    """Of a Clip, and of a Resize that overshoots: what they read is as wide as what they make, and
+    their other inputs stay floats."""
+    for op in ("Clip", "Resize"):
+        g = SmallGraph((1, 2, 4, 4))
+        others = (
+            ["", np.float32([1, 1, 2, 2])] if op == "Resize" else [np.float32(-1), np.float32(2)]
+        )
+        more = {"mode": "cubic"} if op == "Resize" else {}
+        model = g.model(coded(g, g(op, coded(g, "x", bits[0]), *others, **more), bits[1]))
+        assert complete(model) == []
+        (node,) = [n for n in model.graph if n.op_type == op]
+        assert bits_of(node.inputs[0]) == max(bits)
+        held = [v.const_value for v in node.inputs[1:] if v is not None]
+        assert all(v is not None and v.dtype == ir.DataType.FLOAT for v in held)
+        assert len(held) == (1 if op == "Resize" else 2)
+
+
+def linear_of(codes: np.ndarray, scale: np.ndarray) -> ir.Model:
+    """x on codes → a linear of those codes of a weight [4, 3], with a scale for each column → on
+    codes."""
+    g = SmallGraph((1, 5, 4))
+    zero = g.const(np.zeros(scale.shape, codes.dtype))
+    axis = {"axis": 1} if scale.ndim else {}
+    weight = g("DequantizeLinear", g.const(codes), g.const(scale), zero, **axis)
+    made = g("Linear", coded(g, "x", 8), weight, domain="ptq_onnx")
+    model = g.model(coded(g, made, 8))
+    (node,) = [n for n in model.graph if n.op_type == "Linear"]
+    node.outputs[0].shape, node.outputs[0].type = (
+        ir.Shape([1, 5, 3]),
+        ir.TensorType(ir.DataType.FLOAT),
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "scales", "kind"),
+    [(-8, 7, 3, "INT4"), (0, 7, 3, "INT4"), (-8, 0, 3, "INT4"), (-9, 7, 3, "INT8"),
+     (-8, 8, 3, "INT8"), (-8, 7, 0, "INT8")],
+)  # fmt: skip
+def test_weights_that_four_bits_hold(least: int, most: int, scales: int, kind: str) -> None:
+    """From -8 to 7, with a scale for each output channel."""
+    codes = np.zeros((4, 3), np.int8)
+    codes[0, 0], codes[1, 2] = least, most
+    model = linear_of(codes, np.full(3, 0.1, np.float32) if scales else np.float32(0.1))
+    assert complete(model) == []
+    (node,) = [n for n in model.graph if n.op_type == "Linear"]
+    weight = node.inputs[1].producer()  # type: ignore[union-attr]
+    held = [v.const_value for v in (weight.inputs[0], weight.inputs[2])]  # type: ignore[union-attr]
+    assert {v.dtype.name for v in held if v is not None} == {kind}
+    np.testing.assert_array_equal(held[0].numpy().astype(np.int8), codes)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_reader_beside_a_quantizer_reads_codes_too(shown: bool) -> None:
+    """And what is an output of the graph is what the codes hold."""
+    g = SmallGraph((1, 4))
+    made = g("Neg", coded(g, "x", 8))
+    outputs = [coded(g, g("Abs", coded(g, made, 8)), 8)]
+    outputs += [made] if shown else [coded(g, g("Relu", made), 8)]
+    model = g.model(*outputs)
+    plain = model.clone()
+    assert complete(model) == []
+    for node in model.graph:
+        if node.op_type in ("Abs", "Relu"):
+            assert bits_of(node.inputs[0]) == 8
+    last = model.graph.outputs[1].producer()
+    assert last is not None
+    assert last.op_type == "DequantizeLinear"
+    assert [v.name for v in model.graph.outputs] == [v.name for v in plain.graph.outputs]
+    x = sample(1, 4)
+    for found, expected in zip(run(model, x), run(plain, x), strict=True):
+        np.testing.assert_allclose(found, expected, atol=8 / 255)
+
+
+@pytest.mark.parametrize("coded_behind", [True, False])
+def test_all_that_is_joined_has_the_numbers_of_the_whole(coded_behind: bool) -> None:
+    """Tensors of other ranges are converted, a constant gets codes of that range; without codes
+    behind it, the range holds the tensors that are joined."""
+    g = SmallGraph((1, 4))
+    one, other = coded(g, "x", 8, span=2.0), coded(g, g("Neg", "x"), 8, span=4.0)
+    joined_all = g("Concat", one, np.float32([[0.25, -1.0]]), other, one, axis=1)
+    out = coded(g, joined_all, 8, span=6.0) if coded_behind else joined_all
+    model = g.model(coded(g, g("Relu", out), 8))
+    plain = model.clone()
+    assert complete(model) == []
+    (concat,) = [n for n in model.graph if n.op_type == "Concat"]
+    found = {numbers_of(value) for value in concat.inputs}
+    quantizers = {Numbers.of(use.node) for use in concat.outputs[0].uses()}
+    assert len(found) == 1
+    assert found == quantizers
+    (numbers,) = found
+    assert numbers is not None
+    ends = (-3, 3) if coded_behind else (-2, 2)
+    assert numbers.range == pytest.approx(ends, abs=0.03)
+    x = sample(1, 4) / 3
+    np.testing.assert_allclose(run(model, x)[0], run(plain, x)[0], atol=3 * 8 / 255)
+
+
+def test_units_with_a_float_or_without_data_are_left_alone() -> None:
+    """Nothing is converted beside what has no numbers, and constants alone get no codes."""
+    g = SmallGraph((1, 4))
+    one, rest = coded(g, "x", 8), g("Exp", "x")
+    beside = coded(g, g("Add", one, rest), 16, span=64.0)
+    alone = coded(g, g("Sub", np.full((1, 4), 2.0), np.ones((1, 4))), 8)
+    model = g.model(beside, alone)
+    assert complete(model) == ["Exp"]
+    nodes = {n.op_type: n for n in model.graph}
+    assert bits_of(nodes["Add"].inputs[0]) == 8
+    assert [v.const_value is not None for v in nodes["Sub"].inputs if v is not None] == [True] * 2

@@ -68,6 +68,24 @@ def test_what_the_range_asks_for() -> None:
     assert CODE.misfit(numbers(zero=16)) == "a zero point is not from 0 to 15"
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("depth", [0.0, 1e-3, 0.17, 2.0, 9.0])
+def test_no_more_than_the_range_asks_for(bits: int, depth: float) -> None:
+    """Eight octaves to all codes, zero the level next to its place, and one end just reached."""
+    solved = CODE.solve(np.float32([-depth]), np.float32([3.0]), bits, False, False)
+    top = (1 << bits) - 1
+    assert solved.details == {"eighths": top}
+    held = Numbers(bits, False, solved.scale[0], solved.zero_point[0], solved.details)
+    least, most = (float(v) for v in CODE.reach(held))
+    if int(held.zero_point) == 0:  # nothing above zero: the larger end is held below it
+        assert least == pytest.approx(-max(depth, 3))
+    else:
+        reached = [-least / (depth or 1.0), most / 3]  # least 0 where zero is the last level
+        assert min(part for part in reached if part) == pytest.approx(1)
+    octaves = np.log2((3 + depth) / depth) if depth else np.inf
+    assert int(held.zero_point) == min(round(min(octaves * top / 8, 1e9)), top)
+
+
 def test_less_noise_than_uniform_codes_behind_gelu() -> None:
     """Four bits on GELU of values with heavy tails: at least 3 dB less squared error."""
     from math import erf

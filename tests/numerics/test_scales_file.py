@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,55 @@ def test_a_long_value_is_cut(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as raised:
             read_scales(write(tmp_path, ENTRY | {"bits": "y" * count}))
         assert f"got {said}." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [
+        ({"bits": 2}, {"bits": 1}),
+        ({"bits": 16}, {"bits": 17}),
+        ({"scale": 1e-37}, {"scale": 0.9e-37}),
+        ({"scale": 1e30}, {"scale": 1.1e30}),
+        ({"zero_point": -(1 << 16)}, {"zero_point": -(1 << 16) - 1}),
+        ({"zero_point": 1 << 16}, {"zero_point": (1 << 16) + 1}),
+        ({"axis": 0}, {"axis": -1}),
+        ({"axis": 7}, {"axis": 8}),
+        ({"clip": [-3.4028234e38, 3.4028234e38]}, {"clip": [-3.403e38, 3.403e38]}),
+        ({"clip": [0.0, 1.0]}, {"clip": [0.0, 1.0, 2.0]}),
+        ({"block_size": 1 << 22}, {"block_size": (1 << 22) + 1}),
+        ({"tensor": "t" * 4096}, {"tensor": "t" * 4097}),
+        *(
+            ({"alpha": {"shape": [1], "values": [e]}}, {"alpha": {"shape": [1], "values": [o]}})
+            for e, o in ((126, 127), (-126, -127))
+        ),
+        (
+            {"factor": {"shape": [1] * 8, "values": [1.0]}},
+            {"factor": {"shape": [1] * 9, "values": [1.0]}},
+        ),
+        (
+            {"factor": {"shape": [2, 3], "values": [1.0] * 6}},
+            {"factor": {"shape": [2, 3], "values": [1.0] * 5}},
+        ),
+        ({"stored": "int16"}, {"stored": "uint4"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_edges_of_what_is_read(
+    tmp_path: Path, inside: dict[str, Any], outside: dict[str, Any]
+) -> None:
+    assert len(read_scales(write(tmp_path, ENTRY | inside))) == 1
+    with pytest.raises(ConfigError, match="is not a report"):
+        read_scales(write(tmp_path, ENTRY | outside))
+
+
+def test_the_first_of_two_problems_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tensors\.0\.bits: .*, got '8'\.$"):
+        read_scales(write(tmp_path, ENTRY | {"bits": "8", "signed": 1}))
+
+
+def test_a_report_has_64_mb_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.touch()
+    os.truncate(path, 66 << 20)
+    with pytest.raises(ConfigError, match="it has more than 64 MB"):
+        read_scales(path)

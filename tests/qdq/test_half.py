@@ -336,3 +336,34 @@ def test_powers_of_two() -> None:
 def test_other_targets_refuse_it(target: str) -> None:
     with pytest.raises(ConfigError, match="use --target tensorrt"):
         QuantizeConfig(target=target, float16=True)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "kind"),
+    [
+        ({"value": numpy_helper.from_array(np.float32([1, 2]))}, "FLOAT16"),
+        ({"value": numpy_helper.from_array(np.array([1, 2], np.int64))}, "INT64"),
+        ({"value": numpy_helper.from_array(np.array([1, 2], np.float64))}, "DOUBLE"),
+        ({"value_float": 1.5}, "FLOAT16"),
+        ({"value_floats": [1.5, 2.5]}, "FLOAT16"),
+        ({"value_int": 3}, "INT64"),
+        ({"value_ints": [3, 4]}, "INT64"),
+    ],
+    ids=str,
+)
+def test_only_floats_that_nodes_hold_are_halved(attributes: dict[str, object], kind: str) -> None:
+    """In 32 bits; whole numbers, and what has 64 bits, stay as they are."""
+    g = SmallGraph((2, 2))
+    held = g("Constant", **attributes)
+    model = g.model(g("Cast", held, to=int(FLOAT)), g("Relu", "x"))
+    found = to_float16(model)
+    (node,) = [n for n in found.graph if n.op_type == "Constant"]
+    given = node.attributes.get("value")
+    if given is None:
+        assert kind == "INT64"
+        assert list(node.attributes) == list(attributes)
+        return
+    assert given.as_tensor().dtype.name == kind
+    for one, other in zip(run(found, np.ones((2, 2), np.float32)),
+                          run(model, np.ones((2, 2), np.float32)), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(one, other)

@@ -12,6 +12,7 @@ from test_factors import exact
 
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.numerics.around.run_time import RunTimeRange
 from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.grain import PerChannel, PerTensor, PowersOfTwo
 from ptq_onnx.numerics.spec import Rule, TensorSpec
@@ -312,3 +313,69 @@ def test_weights_in_blocks_and_rows_that_vary() -> None:
     exact(model, specs)
     assert plan_of(model, specs, str(made)).before == "mul"
     assert str(plan_of(model, specs, str(made))) == f"{made}: 1/f by a Mul; f by a Mul for /relu2"
+
+
+def test_readers_of_a_convolution_behind_an_op_that_others_share() -> None:
+    """A linear takes the factor behind a Transpose of its own, a Relu behind the one that was; the
+    tensor is coded once."""
+    g = SmallGraph((2, 4, 6, 5))
+    made = g("Conv", "x", g.const(sample(8, 4, 3, 3) * 0.3, "w"))
+    turned = g("Transpose", made, perm=[0, 2, 3, 1])
+    out = g("Add", g("MatMul", turned, g.const(sample(8, 5), "v")), sample(5, seed=1))
+    model = g.model(out, g("Relu", turned))
+    fuse(model)
+    factor = POWERS.reshape(8, 1, 1)
+    specs = [activation(made, factor), weight("v", 5, factor=1 / POWERS[:, None])]
+    lowered = exact(model, specs, (2, 4, 6, 5))
+    (place,) = plan_factors(model.graph, {s.tensor: s for s in specs}).places.values()
+    assert list(place.behind.values()) == ["rows"]
+    assert sum(n.op_type == "QuantizeLinear" for n in lowered.graph) == 1
+    assert sum(n.op_type == "Transpose" for n in lowered.graph) == 2
+
+
+def test_a_range_found_at_run_time_is_that_of_the_standard() -> None:
+    """Codes, scale and zero point of one DynamicQuantizeLinear, in their places and types."""
+    g = SmallGraph((2, 6, 8))
+    model = g.model(g("Neg", g("Relu", "x")))
+    rule = Rule(8, False, False, around=(RunTimeRange(),))
+    spec = TensorSpec("relu0", rule, np.float32(1 / 255), np.int32(0))
+    lowered, x = lower(model, {"relu0": spec}), sample(2, 6, 8)
+    dynamic, dequantize = (
+        node_of(lowered, op) for op in ("DynamicQuantizeLinear", "DequantizeLinear")
+    )
+    assert [v.dtype.name for v in dynamic.outputs if v.dtype] == ["UINT8", "FLOAT", "UINT8"]
+    assert list(dequantize.inputs) == list(dynamic.outputs)
+    expected = -fake_quantize(np.maximum(x, 0), spec)
+    np.testing.assert_allclose(run(lowered, x)[0], expected, rtol=1e-6, atol=1e-6)
+    assert_shapes(lowered, x)
+
+
+def test_scales_of_codes_that_are_all_zero_need_no_product() -> None:
+    """A channel that holds nothing takes any scale: nothing is divided behind it then."""
+    g = SmallGraph((2, 8))
+    codes = np.arange(1, 25, dtype=np.int8).reshape(8, 3)
+    codes[:, 1] = 0
+    scale = np.float32([0.1, 1e-9, 0.2])
+    held = [g.const(codes), g.const(scale), g.const(np.zeros(3, np.int8))]
+    model = g.model(g("MatMul", "x", g("DequantizeLinear", *held, axis=1)))
+    expected = run(model, sample(2, 8))[0]
+    assert enlarge_small_scales(model.graph) == 0
+    assert [n.op_type for n in model.graph] == ["DequantizeLinear", "MatMul"]
+    found = node_of(model, "DequantizeLinear").inputs[1].const_value.numpy()  # type: ignore
+    np.testing.assert_array_equal(found, np.float32([0.1, 2.0**-14, 0.2]))
+    np.testing.assert_array_equal(run(model, sample(2, 8))[0], expected)
+
+
+@pytest.mark.parametrize("beta", [True, False])
+def test_factors_in_a_norm_with_or_without_a_shift(beta: bool) -> None:
+    """γ, and β where there is one, are divided."""
+    g = SmallGraph((4, 6, 8))
+    more = [sample(8, seed=2)] if beta else []
+    made = g("LayerNormalization", "x", sample(8, seed=1), *more, axis=-1)
+    model = g.model(g("Relu", made))
+    lowered = exact(model, [activation(made, POWERS)])
+    norm = node_of(lowered, "LayerNormalization")
+    held = [v.const_value.numpy() for v in norm.inputs[1:]]  # type: ignore[union-attr]
+    assert len(held) == 1 + beta
+    for seed, array in enumerate(held, 1):
+        np.testing.assert_array_equal(array, sample(8, seed=seed) / POWERS)

@@ -233,20 +233,32 @@ def test_activations() -> None:
 
 @pytest.mark.parametrize(("depth", "fits"), [(33025, True), (33026, False)])
 def test_the_longest_sum_of_products(depth: int, fits: bool) -> None:
-    """255 · 255 · 33025 is below 2^31, one more is not: of codes, and of log2 codes with values."""
-    for log2 in (False, True):
-        g = SmallGraph((1, 2, depth))
-        turned = g("Transpose", "x", perm=[0, 2, 1])
-        first = "x"
-        if log2 and depth > 1 << 15:
-            continue
-        out = g("MatMul", g("Relu", first), g("Relu", turned))
-        zero = {name: spec(name, 0.05, 0) for name in ("relu1", "relu2", "x")}
-        if fits:
-            plan_of(g, out, specs=zero)
-            continue
-        with pytest.raises(ModelError, match="sums of 33026 products overflow 32 bits"):
-            plan_of(g, out, specs=zero)
+    """255 · 255 · 33025 is below 2^31, one more is not."""
+    g = SmallGraph((1, 2, depth))
+    turned = g("Transpose", "x", perm=[0, 2, 1])
+    out = g("MatMul", g("Relu", "x"), g("Relu", turned))
+    zero = {name: spec(name, 0.05, 0) for name in ("relu1", "relu2", "x")}
+    if fits:
+        plan_of(g, out, specs=zero)
+        return
+    with pytest.raises(ModelError, match="sums of 33026 products overflow 32 bits"):
+        plan_of(g, out, specs=zero)
+
+
+@pytest.mark.parametrize(("parts", "fits"), [((5, 6605), True), ((2, 16513), False)])
+def test_the_longest_sum_of_shares(parts: tuple[int, int], fits: bool) -> None:
+    """The same of maps in powers of two, several of which make one row."""
+    rows, tokens = parts
+    g = SmallGraph((1, rows, tokens))
+    flat = g("Reshape", g("Softmax", "x", axis=-1), np.array([1, rows * tokens]))
+    out = g("MatMul", flat, g("Reshape", g("Relu", "x"), np.array([rows * tokens, 1])))
+    log2 = Rule(8, False, False, code=Log2(), around=(RowSums(),))
+    specs = {"softmax0": spec("softmax0", 1, 0, rule=log2), flat: None}
+    if fits:
+        plan_of(g, out, specs=specs)
+        return
+    with pytest.raises(ModelError, match="not known, or beyond 33,000"):
+        plan_of(g, out, specs=specs)
 
 
 def test_a_linear_takes_the_factors_of_its_input() -> None:
