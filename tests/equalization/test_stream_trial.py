@@ -136,7 +136,10 @@ class Wanted:
     def __init__(self, a: float, b: float) -> None:
         self.wanted = {"a": a, "b": b}
 
-    def lost(self, steps: Mapping[str, Steps]) -> float:
+    def start_at(self, tensor: str, steps: Mapping[str, Steps]) -> None:
+        assert tensor in steps
+
+    def lost(self, steps: Mapping[str, Steps], enough: float = np.inf) -> float:
         found = {name: float(one.step[0]) for name, one in steps.items()}
         if 2.0**-20 in found.values():
             return float(found["b"] == 2.0**-20)
