@@ -26,7 +26,7 @@ Double = NDArray[np.float64]
 
 IMAGES = 16
 """Images that go through the model and back."""
-EVENLY = 0.5
+EVENLY = 0.2
 """Part of the importance that all positions share."""
 
 
