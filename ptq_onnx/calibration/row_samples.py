@@ -20,11 +20,11 @@ from ptq_onnx.runtime.packed import given
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
+Counting = Callable[[str, Sequence[int]], Array]
+"""Given a tensor and the shape [B, …] of its places: how often each row counts, [n]."""
 
 ROWS = 6400
 """Rows that are kept of a tensor."""
-Counting = Callable[[str, Sequence[int]], Array]
-
 LIMIT = 512 << 20
 """Bytes of rows that are held at a time; more tensors take another run."""
 
