@@ -74,27 +74,40 @@ def find_importance(
     return Importance({name: EVENLY + (1 - EVENLY) * p for name, p in found.items()})
 
 
-def read_by_linears(graph: ir.Graph) -> dict[str, list[str]]:
-    """What the linears of a graph make, by the name of what they read."""
-    found: dict[str, list[str]] = {}
+def read_by_linears(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """The linears of a graph by the name of what they read."""
+    found: dict[str, list[ir.Node]] = {}
     for node in graph:
         if is_linear(node) and node.inputs[0] is not None:
-            found.setdefault(str(node.inputs[0].name), []).append(str(node.outputs[0].name))
+            found.setdefault(str(node.inputs[0].name), []).append(node)
     return found
 
 
 def importance_of_inputs(
-    model: ir.Model, images: Iterable[Any], advance: Advance = silent
+    model: ir.Model, batches: Iterable[Any], images: int, advance: Advance = silent
 ) -> Importance:
-    """How much each position of what linears read counts: as it does in all that they make."""
-    made = read_by_linears(model.graph)
-    axes = {n: (-1,) for some in made.values() for n in some}
-    found = find_importance(model, axes, images, advance)
+    """How much each position of what linears read counts for second moments of so many ``images``:
+    as it does in all that they make, and the more evenly the fewer rows that leaves.
+
+    Weights w of T positions are as good as images · (Σ w)² / Σ w² rows. Moments of K channels from
+    n rows take K / (K + n) of their weight evenly, so that few rows do not decide alone: a rounding
+    that fits the class tokens of the calibration images need not fit others.
+    """
+    linears = read_by_linears(model.graph)
+    axes = {str(n.outputs[0].name): (-1,) for nodes in linears.values() for n in nodes}
+    found = find_importance(model, axes, batches, advance)
     positions = {}
-    for read, names in made.items():
-        known = [found.positions[n] for n in names if n in found.positions]
-        if known and len({one.shape for one in known}) == 1:
-            positions[read] = np.mean(known, axis=0)
+    for read, nodes in linears.items():
+        names = [str(n.outputs[0].name) for n in nodes]
+        known = [found.positions[name] for name in names if name in found.positions]
+        weight = nodes[0].inputs[1]
+        if not known or len({one.shape for one in known}) > 1 or weight is None:
+            continue
+        mean = np.mean(known, axis=0)
+        rows = images * mean.sum() ** 2 / (mean**2).sum()
+        channels = None if weight.shape is None else weight.shape[0]
+        evenly = channels / (channels + rows) if isinstance(channels, int) else 0.0
+        positions[read] = evenly + (1 - evenly) * mean
     return replace(found, positions=positions)
 
 

@@ -86,7 +86,8 @@ def _round(
     """Round the weights, into ``plan.rounded``; returns what there is to say."""
     config, method = plan.config, METHODS[plan.config.rounding]
     report = plan.progress or _silent
-    importance = importance_of_inputs(plan.model, batches, report(stages.POSITIONS))
+    images = max((s.images for s in statistics.channels.values()), default=config.images)
+    importance = importance_of_inputs(plan.model, batches, images, report(stages.POSITIONS))
     channels = {linear.read: len(linear.weight) for linear in linears}
     runs = len(groups(channels))
     advance = report(stages.ROUNDING, runs=runs)

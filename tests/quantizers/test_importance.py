@@ -80,11 +80,24 @@ def test_neither_batches_nor_more_images_change_it() -> None:
 def test_an_input_of_linears_counts_as_what_they_make() -> None:
     model = transformer(Choices())
     reads = [str(n.inputs[0].name) for n in model.graph if is_linear(n)]
-    found = importance_of_inputs(model, [X])
+    found = importance_of_inputs(model, [X], 10**12)
     # The head reads [batch, 8]: it has no positions.
     np.testing.assert_array_equal(found.rows(reads[-1], (5,)), np.ones(5))
     np.testing.assert_allclose(found.positions[reads[-2]], FIRST, rtol=1e-6)
     assert found.positions[reads[0]][0] > found.positions[reads[0]][1]
+
+
+def test_few_rows_do_not_decide_alone() -> None:
+    """What the last linear of the block reads, of 32 channels: w = (5, 0.2, …), (Σ w)² / Σ w² =
+    36 / 25.2 of the 6 rows of an image."""
+    model = transformer(Choices())
+    fc2 = str([n for n in model.graph if is_linear(n)][-2].inputs[0].name)
+    for images in (1, 20, 1000):
+        rows = images * 36 / 25.2
+        evenly = 32 / (32 + rows)
+        found = importance_of_inputs(model, [X], images).positions[fc2]
+        np.testing.assert_allclose(found, evenly + (1 - evenly) * np.array(FIRST), rtol=1e-5)
+        assert found.mean() == pytest.approx(1)
 
 
 def test_where_it_is_unknown_all_count_the_same() -> None:
@@ -102,7 +115,7 @@ def test_where_it_is_unknown_all_count_the_same() -> None:
 def test_what_torch_cannot_run_is_told_in_one_line() -> None:
     g = SmallGraph(("batch", "tokens", "channels"))
     model = g.model(g("MatMul", "x", sample(WIDTH + 1, 3)))
-    found = importance_of_inputs(model, [X])
+    found = importance_of_inputs(model, [X], len(X))
     assert found.note is not None
     assert found.note.startswith("Errors count the same at all positions; torch: ")
     assert "\n" not in found.note

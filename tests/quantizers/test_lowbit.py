@@ -163,7 +163,7 @@ def test_the_means_of_linears_are_those_of_the_float_model() -> None:
     before = Simulator(quantizer.plan.model, threads=1)
     after = Simulator(quantizer.model, quantizer, threads=1)
     linears = [n for n in quantizer.plan.model.graph if is_linear(n)][:12]
-    importance = importance_of_inputs(quantizer.plan.model, [x])
+    importance = importance_of_inputs(quantizer.plan.model, [x], len(x))
     names = [str(n.outputs[0].name) for n in linears]
     real, found = before.run(x, names), after.run(x, names)
     for node, name in zip(linears, names, strict=True):

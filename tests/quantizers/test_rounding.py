@@ -249,7 +249,7 @@ def test_the_bias_makes_up_for_the_rounding() -> None:
     """The mean of every linear's output stays, measured against the weight before rounding, rows
     counting as their positions do."""
     quantizer = quantized("gptq", bits="3/8/8", equalize=False)
-    importance = importance_of_inputs(quantizer.plan.model, [IMAGES])
+    importance = importance_of_inputs(quantizer.plan.model, [IMAGES], len(IMAGES))
     floats = quantizer.plan.model.clone()
     linears = [node for node in floats.graph if is_linear(node)]
     floats.graph.outputs.extend(dict.fromkeys(node.inputs[0] for node in linears))
