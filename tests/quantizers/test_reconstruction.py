@@ -22,7 +22,7 @@ from ptq_onnx.quantizers import finished_blocks, reconstruction, stream_weights
 from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.quantizers.lowbit import LowBit
 
-FEW, BLOCKS, BATCH = 30, 2, 8
+FEW, BLOCKS, BATCH = 50, 2, 8
 
 
 @pytest.fixture(autouse=True)
