@@ -50,18 +50,20 @@ def _by_ppq(kind: str) -> Handler:
 
 
 PPQ_OPS = (
-    "AveragePool", "Clip", "Conv", "Exp", "GlobalAveragePool", "Greater", "HardSigmoid",
-    "HardSwish", "MaxPool", "Not", "Pad", "Sigmoid", "Sqrt", "Tanh", "Where",
+    "AveragePool", "BatchNormalization", "Clip", "Conv", "Exp", "GlobalAveragePool", "Greater",
+    "HardSigmoid", "HardSwish", "MaxPool", "Not", "Pad", "Sigmoid", "Sqrt", "Tanh", "Where",
 )  # fmt: skip
 OPS: dict[str, Handler] = {
     **{kind: _by_ppq(kind) for kind in PPQ_OPS},
     **HANDLERS,
     "Add": lambda _, values: values[0] + values[1],
     "Div": lambda _, values: values[0] / values[1],
+    "Einsum": lambda attributes, values: torch.einsum(str(attributes["equation"]), *values),
     "Identity": lambda _, values: values[0],
     "Linear": _linear,
     "Mul": lambda _, values: values[0] * values[1],
     "Sub": lambda _, values: values[0] - values[1],
+    "Tile": lambda _, values: values[0].repeat(*values[1].tolist()),
 }
 
 

@@ -70,7 +70,7 @@ def find_importance(
         except (LookupError, RuntimeError, TypeError, ValueError) as error:  # an op's rare form
             reason = f"torch: {str(error).partition(chr(10))[0].rstrip('.')}"
     if reason is not None:
-        return Importance(note=f"Errors count the same at all positions; {reason}.")
+        return Importance(note=f"The output is taken to depend on all positions alike; {reason}.")
     return Importance({name: EVENLY + (1 - EVENLY) * p for name, p in found.items()})
 
 

@@ -227,9 +227,7 @@ def rounded_on_stream(
     images = Some(batches)
     model, threads = plan.model.clone(), plan.config.threads
     report = plan.progress or (lambda _: silent)
-    importance = importance_of_inputs(
-        plan.model, images, images.count, report(stages.POSITIONS)
-    )
+    importance = importance_of_inputs(plan.model, images, images.count, report(stages.POSITIONS))
     read = read_by_linears(plan.model.graph)
     walk = _Walk(
         model,

@@ -108,7 +108,7 @@ def test_where_it_is_unknown_all_count_the_same() -> None:
     model = g.model(g("Det", g("Reshape", "x", np.array([-1, 2, 2]))))
     found = find_importance(model, {"x": (1,)}, [X])
     assert found.note is not None
-    assert found.note.startswith("Errors count the same at all positions; ")
+    assert found.note.startswith("The output is taken to depend on all positions alike; ")
     assert not found.positions
 
 
@@ -117,6 +117,6 @@ def test_what_torch_cannot_run_is_told_in_one_line() -> None:
     model = g.model(g("MatMul", "x", sample(WIDTH + 1, 3)))
     found = importance_of_inputs(model, [X], len(X))
     assert found.note is not None
-    assert found.note.startswith("Errors count the same at all positions; torch: ")
+    assert found.note.startswith("The output is taken to depend on all positions alike; torch: ")
     assert "\n" not in found.note
     assert not found.positions
