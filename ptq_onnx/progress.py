@@ -109,3 +109,8 @@ class Report(Protocol):
 
 def silent(_: int) -> None:
     """Where no one asks."""
+
+
+def untold(name: str, *, runs: int = 1) -> Advance:
+    """A :class:`Report` where no one asks."""
+    return silent

@@ -53,6 +53,7 @@ PPQ_OPS = (
     "AveragePool", "BatchNormalization", "Clip", "Conv", "Exp", "GlobalAveragePool", "Greater",
     "HardSigmoid", "HardSwish", "MaxPool", "Not", "Pad", "Sigmoid", "Sqrt", "Tanh", "Where",
 )  # fmt: skip
+"""Those whose functions in PPQ give what ONNX Runtime gives."""
 OPS: dict[str, Handler] = {
     **{kind: _by_ppq(kind) for kind in PPQ_OPS},
     **HANDLERS,

@@ -61,6 +61,7 @@ from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Site
+from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Move, Plan
 
 Double = NDArray[np.float64]
@@ -332,7 +333,7 @@ def equalise_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     moves = not code_named(plan.config.code).floating  # see the module's text
     form = take_form(plan, pixels=moves)
     model, blocks, sites, wanted = form.model, form.blocks, form.sites, form.measured
-    report = plan.progress or (lambda _: lambda __: None)
+    report = plan.progress or untold
     values = {str(v.name): v for n in model.graph for v in n.outputs}
     centred = [
         s

@@ -33,6 +33,7 @@ from ptq_onnx.equalization.channel_steps import Array
 from ptq_onnx.equalization.form import take_form
 from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.spec import Rule
+from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
 from ptq_onnx.quantizers.importance import find_importance
@@ -75,7 +76,7 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     """The plan for its own model with a step per channel, from batches [B, C, H, W] that are run
     once for each group of samples, and once more for attention maps."""
     form = take_form(plan, pixels=True)
-    report = plan.progress or (lambda _: lambda __: None)
+    report = plan.progress or untold
     threads = plan.config.threads
     formed = replace(plan, model=form.model, blocks=form.blocks, sites=form.sites, fixed=form.fixed)
     rules = dict(make_quantizer(formed).rules)
@@ -93,8 +94,7 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
             float_model, Wanted({}, pairs), batches, threads=threads, progress=report(stages.SCALES)
         )
         state.maps(found)
-    made = [s for s in wanted if form.model.graph.inputs[0].name != s.tensor]
-    axes = {s.tensor: s.channel_axes for s in made}
+    axes = {s.tensor: s.channel_axes for s in wanted}
     importance = find_importance(float_model, axes, batches, report(stages.POSITIONS))
     for samples in collect_rows(
         float_model,

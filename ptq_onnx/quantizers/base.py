@@ -37,7 +37,7 @@ from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.ptf import Factors
 from ptq_onnx.numerics.scales_file import check_fit
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.progress import Advance, Report
+from ptq_onnx.progress import Advance, Report, untold
 from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.learning import Trained
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
@@ -240,7 +240,7 @@ class SiteQuantizer(VitQuantizer):
         if not any(rule.method in FROM_PRODUCTS for rule in self.rules.values()):
             return specs
         plan = self.plan
-        report = plan.progress or (lambda _: lambda __: None)
+        report = plan.progress or untold
         return searched_scales(
             plan.model,
             specs,
@@ -272,7 +272,7 @@ class SiteQuantizer(VitQuantizer):
         plan = self.plan
         wanted = self.rules.keys() - plan.solved.keys()
         sites = [s for s in plan.sites.values() if not s.is_parameter and s.tensor in wanted]
-        report = plan.progress or (lambda _: lambda __: None)
+        report = plan.progress or untold
         threads = plan.config.threads
         known = plan.statistics
         if known is not None and all(s.tensor in known.channels for s in sites):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.tapped_runs import copies_in
-from ptq_onnx.engine.output_weights import position_weights
+from ptq_onnx.engine.output_weights import EVENLY, position_weights
 from ptq_onnx.engine.torch_form import Tensor, TorchForm
 from ptq_onnx.progress import Advance, silent
 
@@ -26,8 +26,6 @@ Double = NDArray[np.float64]
 
 IMAGES = 16
 """Images that go through the model and back."""
-EVENLY = 0.2
-"""Part of the importance that all positions share."""
 
 
 @dataclass(frozen=True)

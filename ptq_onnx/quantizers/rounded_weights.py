@@ -21,7 +21,7 @@ from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.rounding import adaround, gptq, shrunk
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.progress import Advance, silent
+from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.correction import corrected_mean
 from ptq_onnx.quantizers.importance import importance_of_inputs
@@ -85,7 +85,7 @@ def _round(
 ) -> list[str]:
     """Round the weights, into ``plan.rounded``; returns what there is to say."""
     config, method = plan.config, METHODS[plan.config.rounding]
-    report = plan.progress or _silent
+    report = plan.progress or untold
     images = max((s.images for s in statistics.channels.values()), default=config.images)
     importance = importance_of_inputs(plan.model, batches, images, report(stages.POSITIONS))
     channels = {linear.read: len(linear.weight) for linear in linears}
@@ -118,10 +118,6 @@ def _round(
             whole = codes.astype(np.int32) + (0 if zero is None else zero)
             plan.rounded[linear.name, width] = dequantize(whole, spec), moments.mean
     return [] if importance.note is None else [importance.note]
-
-
-def _silent(name: str, *, runs: int = 1) -> Advance:
-    return silent
 
 
 def _linears(model: ir.Model, specs: Mapping[str, TensorSpec]) -> tuple[list[_Linear], list[str]]:

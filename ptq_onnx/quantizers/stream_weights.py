@@ -32,7 +32,7 @@ from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
 from ptq_onnx.numerics.rounding import gptq, gptq_ranged
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
-from ptq_onnx.progress import Advance, silent
+from ptq_onnx.progress import Advance, untold
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.importance import Importance, importance_of_inputs, read_by_linears
 from ptq_onnx.quantizers.learning import Learning, Trained
@@ -226,7 +226,7 @@ def rounded_on_stream(
     """The weights of a plan's model, rounded on batches [B, C, H, W] that are run node by node."""
     images = Some(batches)
     model, threads = plan.model.clone(), plan.config.threads
-    report = plan.progress or (lambda _: silent)
+    report = plan.progress or untold
     importance = importance_of_inputs(plan.model, images, images.count, report(stages.POSITIONS))
     read = read_by_linears(plan.model.graph)
     walk = _Walk(

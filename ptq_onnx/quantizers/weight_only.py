@@ -20,6 +20,7 @@ from ptq_onnx.config import stages
 from ptq_onnx.numerics.blockwise import BLOCK, block_grid
 from ptq_onnx.numerics.grain import Blocks
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
+from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import SiteQuantizer
 from ptq_onnx.quantizers.correction import corrected_mean, input_power
 from ptq_onnx.quantizers.deploy import Deploy
@@ -45,7 +46,7 @@ class WeightOnly(Deploy):
         plan = self.plan
         read = {n for t in self.rules for n in plan.sites[t].consumers}
         sites = [s for s in plan.sites.values() if not s.is_parameter and read & {*s.consumers}]
-        report = plan.progress or (lambda _: lambda __: None)
+        report = plan.progress or untold
         return collect(
             plan.model,
             sites,

@@ -9,8 +9,8 @@ from small_graph import SmallGraph, sample
 from small_transformer import TOKENS, WIDTH, Choices, transformer
 
 from ptq_onnx.blocks.walking import is_linear, is_product
+from ptq_onnx.engine.output_weights import EVENLY
 from ptq_onnx.quantizers.importance import (
-    EVENLY,
     IMAGES,
     Importance,
     find_importance,
