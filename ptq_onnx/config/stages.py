@@ -15,6 +15,7 @@ LOADING = "Loading PyTorch and PPQ"
 CHECKING = "Checking the preprocessing"
 CHANNELS = "Measuring channel ranges"
 SPLITTING = "Finding massive hidden channels"
+TOKENS = "Looking for massive tokens"
 TURNING = "Turning the residual stream"
 MIXING = "Mixing widths"
 POSITIONS = "Finding where errors count"
@@ -52,6 +53,7 @@ def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
     if AUTO in config.per_channel:
         plan.append(Planned(CHANNELS, images))
     if config.rotates:
+        plan.append(Planned(TOKENS, 32))
         plan.append(Planned(TURNING, 2 * images))
     if config.splits_hidden:
         plan.append(Planned(SPLITTING, 2 * images))

@@ -20,6 +20,7 @@ from ptq_onnx.blocks.element_map import channel_map
 from ptq_onnx.blocks.role_map import Role
 from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
+    is_constant,
     is_layout,
     is_linear,
     is_product,
@@ -29,13 +30,14 @@ from ptq_onnx.blocks.walking import (
 )
 from ptq_onnx.calibration.mean_centred import rows_sum_to_one
 from ptq_onnx.equalization.linear_weights import (
+    bias_of,
     move_rows,
     own_columns,
     scale_columns,
     set_linear,
     turn_columns,
 )
-from ptq_onnx.graph.formula import constant, new_constant, unique_name
+from ptq_onnx.graph.formula import constant, new_constant, sizes, unique_name
 
 Double = NDArray[np.float64]
 
@@ -143,6 +145,17 @@ def columns_behind(value: ir.Value, shape: tuple[int, ...]) -> Columns | None:
     return None if columns is None else Columns(linear, columns)
 
 
+def readers_behind(value: ir.Value) -> tuple[ir.Node, ...] | None:
+    """The linears that alone read ``value``, directly or times factors of its rows."""
+    uses = list(value.uses())
+    node = uses[0].node if len(uses) == 1 else None
+    if node is None or node.op_type != "Mul" or value.is_graph_output():
+        return readers_of(value)
+    shape = sizes(node.inputs[1 - uses[0].idx])
+    of_rows = is_constant(node.inputs[1 - uses[0].idx]) and shape is not None and shape[-1:] == [1]
+    return readers_of(node.outputs[0]) if of_rows else None
+
+
 def readers_of(value: ir.Value) -> tuple[ir.Node, ...] | None:
     """The linears that alone read ``value``, directly; None where something else does."""
     found = [use.node for use in value.uses()]
@@ -169,6 +182,29 @@ class Hidden:
         place = np.arange(int(pieces.sum())) - before
         self._widen(graph, pieces, np.ones_like(pieces), np.asarray(place * bound, np.float64))
 
+    def keep_bias(self, graph: ir.Graph, at: float) -> None:
+        """Make the bias of the linear behind a hidden channel that is ``at`` everywhere, where
+        f(x) = x: whatever multiplies rows of the hidden layer multiplies it too."""
+        (linear,) = self.after
+        before, after = (constant(n.inputs[1]) for n in (self.before, linear))
+        assert before is not None and after is not None
+        bias = bias_of(linear, after.shape[1])
+        if not bias.any():
+            return
+        wide = np.concatenate([before.astype(np.float64), np.zeros((len(before), 1))], axis=1)
+        on = np.append(bias_of(self.before, before.shape[1]), at)
+        set_linear(graph, self.before, wide, on)
+        rows = np.concatenate([after.astype(np.float64), bias[None] / at])
+        set_linear(graph, linear, rows, np.zeros_like(bias))
+        self._set_width(len(rows))
+
+    def _set_width(self, width: int) -> None:
+        """Tell the tensors of the hidden layer how many channels they have."""
+        behind = [v for linear in self.after if (v := linear.inputs[0]) is not None]
+        for value in dict.fromkeys([self.before.outputs[0], self.activation.outputs[0], *behind]):
+            assert value.shape is not None
+            value.shape = ir.Shape([*list(value.shape)[:-1], width])
+
     def _widen(
         self,
         graph: ir.Graph,
@@ -194,10 +230,7 @@ class Hidden:
             set_linear(
                 graph, linear, rows, np.zeros(width) if old is None else np.array(old, np.float64)
             )
-        for node in (self.before, self.activation):
-            value = node.outputs[0]
-            assert value.shape is not None
-            value.shape = ir.Shape([*list(value.shape)[:-1], len(index)])
+        self._set_width(len(index))
 
 
 def hidden_channels(value: ir.Value, linears: tuple[ir.Node, ...]) -> Hidden | None:

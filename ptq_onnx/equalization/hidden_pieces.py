@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.calibration.methods import collect
 from ptq_onnx.calibration.robust import robust_range
-from ptq_onnx.equalization.foldings import Hidden, hidden_channels, readers_of
+from ptq_onnx.equalization.foldings import Hidden, hidden_channels, readers_behind
 from ptq_onnx.equalization.linear_weights import power_of_rows
 from ptq_onnx.graph.bounded import set_bound
 from ptq_onnx.graph.formula import constant
@@ -143,7 +143,7 @@ def _candidates(plan: Plan, rules: Mapping[str, Rule]) -> Iterable[tuple[str, Hi
             continue
         if rule.grain != PER_TENSOR or rule.code != code_named("uniform") or rule.around:
             continue
-        linears = readers_of(value)
+        linears = readers_behind(value)
         hidden = None if linears is None else hidden_channels(value, linears)
         if hidden is None or hidden.activation.op_type not in LINEAR_FROM:
             continue
@@ -190,7 +190,7 @@ def in_pieces(plan: Plan, found: Iterable[Pieces]) -> Plan:
     fixed = dict(plan.fixed)
     for one in found:
         value = values[one.tensor]
-        linears = readers_of(value)
+        linears = readers_behind(value)
         hidden = None if linears is None else hidden_channels(value, linears)
         assert hidden is not None
         hidden.divide(graph, np.array(one.counts, np.int64), one.bound)

@@ -270,7 +270,7 @@ class _Flood:
             raise Stays(f"'{name_of(node)}' multiplies two tensors")
         value, other = node.inputs[data[0]], node.inputs[1 - data[0]]
         assert value is not None
-        if scalar(other) is not None:
+        if scalar(other) is not None or self._alike_factor(other, axis, node):
             self.take(value, axis_before(node, data[0], axis, self.stream.width), node)
             return
         linear = value.producer()
@@ -303,7 +303,7 @@ class _Flood:
             index == 0 or is_arithmetic(node) or node.op_type == "Concat"
         ):
             along = node.op_type == "Concat" and along_channels(node, axis)
-            if node.op_type in ("Mul", "Div") and not self._by_scalar(node, index):
+            if node.op_type in ("Mul", "Div") and not self._by_scalar(node, index, axis):
                 raise Stays(f"'{name_of(node)}' multiplies each channel by another factor")
             after = axis if along else axis_behind(node, index, axis, self.stream.width)
             for output in node.outputs:
@@ -312,10 +312,14 @@ class _Flood:
         else:
             raise Stays(f"'{name_of(node)}' ({node.op_type}) reads it")
 
-    @staticmethod
-    def _by_scalar(node: ir.Node, index: int) -> bool:
+    def _by_scalar(self, node: ir.Node, index: int, axis: int) -> bool:
         other = node.inputs[1 - index]
-        return scalar(other) is not None and (node.op_type == "Mul" or index == 0)
+        found = scalar(other) is not None or self._alike_factor(other, axis, node)
+        return found and (node.op_type == "Mul" or index == 0)
+
+    def _alike_factor(self, other: ir.Value | None, axis: int, node: ir.Node) -> bool:
+        """True for constant factors that are the same for all channels, as those of tokens."""
+        return is_constant(other) and other is not None and self._alike(other, axis, node)
 
     def norm(self, node: ir.Node, value: ir.Value, axis: int) -> None:
         """Note a norm that reads the stream, and the linears behind it. Raises Stays."""

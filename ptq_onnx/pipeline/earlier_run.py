@@ -10,6 +10,8 @@ import onnx_ir as ir
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.hidden_pieces import Pieces, fit
 from ptq_onnx.equalization.rotation_choice import FLATTENED, SPREAD, Turned, Turns, turn_as
+from ptq_onnx.equalization.token_factors import TokenFactors
+from ptq_onnx.equalization.token_factors import fit as fits_tokens
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.scales_file import Strict, read_part
 from ptq_onnx.numerics.spec import Rule
@@ -22,6 +24,7 @@ class _Rotation(Strict):
 
 class _Parts(Strict):
     rotation: _Rotation | None = None
+    tokens: tuple[TokenFactors, ...] = ()
     pieces: tuple[Pieces, ...] = ()
 
 
@@ -38,12 +41,19 @@ class Rewrites:
         turned = rotation is not None and any(t.by in (SPREAD, FLATTENED) for t in rotation.turned)
         for done, wanted, option in (
             (turned, config.rotates, "--rotate"),
+            (bool(self._parts.tokens), config.rotates, "--rotate"),
             (bool(self._parts.pieces), config.splits_hidden, "--split-hidden"),
         ):
             if done and not wanted:
                 raise ConfigError(
                     f"{self._where} is of a run with {option}: use it here too, or calibrate anew."
                 )
+
+    def tokens_in(self, model: ir.Model) -> tuple[TokenFactors, ...]:
+        """Its factors of tokens, if they are of the model's streams. Raises ConfigError."""
+        if not fits_tokens(model, self._parts.tokens):
+            raise self._other("massive tokens")
+        return self._parts.tokens
 
     def turned_in(self, model: ir.Model) -> Turns:
         """Its streams turned in place, as that run turned them. Raises ConfigError."""

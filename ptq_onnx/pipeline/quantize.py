@@ -297,6 +297,7 @@ def rewrites(made: Rewritten) -> dict[str, Any]:
             "moves": [asdict(move) for move in made.plan.moves],
         },
         "rotation": None if made.turns is None else made.turns.to_json(),
+        "tokens": [asdict(one) for one in made.tokens],
         "pieces": [asdict(one) for one in made.pieces],
         "mixed": _as_dict(made.mixed),
         "parity": asdict(made.parity),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from ptq_onnx.analysis.mixed_results import Mixed
     from ptq_onnx.equalization.hidden_pieces import Pieces
     from ptq_onnx.equalization.rotation_choice import Codes, Turns
+    from ptq_onnx.equalization.token_factors import TokenFactors
     from ptq_onnx.numerics.spec import Rule
     from ptq_onnx.pipeline.earlier_run import Rewrites
     from ptq_onnx.quantizers.base import Plan
 
-ROTATION, PIECES, EQUALISATION, FORM = (
+TOKENS, ROTATION, PIECES, EQUALISATION, FORM = (
+    "factors of tokens",
     "rotation",
     "hidden channels in pieces",
     "equalisation",
@@ -53,6 +55,8 @@ class Rewritten:
     parity: Parity
     turns: Turns | None
     """What rotation turned, and by what; None where it was not asked for, or undone."""
+    tokens: tuple[TokenFactors, ...]
+    """The massive tokens that have factors of their own."""
     pieces: tuple[Pieces, ...]
     """The hidden channels that are held in pieces."""
     original: Prepared | None
@@ -69,6 +73,7 @@ class _Attempt:
     prepared: Prepared
     off: Off
     turns: Turns | None = None
+    tokens: tuple[TokenFactors, ...] = ()
     pieces: tuple[Pieces, ...] = ()
     original: Prepared | None = None
     undone: tuple[str, ...] = ()
@@ -82,6 +87,7 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     found = _Attempt(plan, job.inputs.prepared, off, original=kept_for_pictures(job))
     before = earlier_rewrites(job)
     if job.config.rotates:
+        found = _with_token_factors(job, found, reference, before)
         found = _rotated(job, found, reference, before)
     if job.config.splits_hidden:
         found = _split(job, found, reference, before)
@@ -101,7 +107,7 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     )
     plan = with_known_ranges(job, found.plan)
     prepared = replace(found.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
-    return Rewritten(plan, prepared, parity, found.turns, found.pieces, found.original, mixed)
+    return Rewritten(plan, prepared, parity, found.turns, found.tokens, found.pieces, found.original, mixed)
 
 
 def earlier_rewrites(job: Job) -> Rewrites | None:
@@ -114,6 +120,45 @@ def earlier_rewrites(job: Job) -> Rewrites | None:
     before = Rewrites(job.request.scales)
     before.check(job.config)
     return before
+
+
+def _with_token_factors(
+    job: Job, found: _Attempt, reference: Reference, before: Rewrites | None
+) -> _Attempt:
+    """With factors for massive tokens of the streams, unless that made it another function."""
+    from ptq_onnx.equalization.token_factors import describe, find_token_factors
+    from ptq_onnx.quantizers.by_name import make_quantizer
+
+    plan = found.plan
+    if not codes_of(plan, make_quantizer(plan).rules).of_stream:
+        return found
+    if before is not None:
+        tokens = before.tokens_in(plan.model)
+    else:
+        advance = job.stage(stages.TOKENS)
+        tokens = find_token_factors(
+            plan.model, job.batches(), threads=plan.config.threads, progress=advance
+        )
+    if not tokens:
+        return found
+    scaled = token_factors_in(plan, tokens)
+    off = reference.off(scaled.model)
+    if reference.accepts(off):
+        job.notes.extend(describe(one) for one in tokens)
+        return replace(found, plan=scaled, tokens=tokens, off=off)
+    return _restored(job, _undone(job, found, TOKENS, off, reference))
+
+
+def token_factors_in(plan: Plan, tokens: Sequence[TokenFactors]) -> Plan:
+    """The plan for its own model with factors of tokens, put there in place."""
+    from ptq_onnx.equalization.token_factors import set_token_factors
+
+    roles = dict(plan.blocks.roles)
+    for name, of in set_token_factors(plan.model, tokens).items():
+        roles[name] = Role(roles[of].block, "layer_scale")
+    blocks = replace(plan.blocks, roles=roles)
+    sites = find_sites(plan.model, blocks, whole=plan.config.runtime.all_codes)
+    return replace(plan, blocks=blocks, sites=sites)
 
 
 def _rotated(job: Job, found: _Attempt, reference: Reference, before: Rewrites | None) -> _Attempt:
@@ -243,6 +288,8 @@ def _restored(job: Job, found: _Attempt) -> _Attempt:
         fixed={},
     )
     found = replace(found, pieces=())
+    if found.tokens:
+        plan = token_factors_in(plan, found.tokens)
     if found.turns is None:
         return replace(found, plan=plan, prepared=prepared, original=None)
     from ptq_onnx.equalization.rotation_choice import turn_again

@@ -85,7 +85,8 @@ def formed(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> str:
     form, its weights rounded and biases corrected. Not written where nothing was changed."""
     turned = made.turns is not None and made.turns.changed
     equalised = job.config.equalizes and EQUALISATION not in made.parity.undone
-    changed = turned or bool(made.pieces) or equalised or any(made.plan.forms.values())
+    rewritten = made.pieces or made.tokens
+    changed = turned or bool(rewritten) or equalised or any(made.plan.forms.values())
     if not changed and quantizer.model is made.plan.model:
         return FLOAT
     graphs.save(job.as_taken(quantizer.model), job.work / FORMED)

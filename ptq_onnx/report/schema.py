@@ -24,6 +24,7 @@ from ptq_onnx.analysis.results import Graphwise, Sensitivity
 from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.hidden_pieces import Pieces
+from ptq_onnx.equalization.token_factors import TokenFactors
 from ptq_onnx.equalization.rotation_choice import Turned
 from ptq_onnx.equalization.streams import Refused
 from ptq_onnx.evaluation.metrics.metric import Score
@@ -146,6 +147,7 @@ def _of_some_runs() -> dict[str, Schema]:
         "rotation": _or_null(
             _object({"turned": _list(schema_of(Turned)), "refused": _list(schema_of(Refused))})
         ),
+        "tokens": _list(schema_of(TokenFactors)),
         "pieces": _list(schema_of(Pieces)),
         "trained": _list(schema_of(Trained)),
         "mixed": _or_null(schema_of(Mixed)),
