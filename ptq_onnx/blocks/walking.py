@@ -220,3 +220,16 @@ def behind(value: ir.Value, stop: Callable[[ir.Node], bool], limit: int = 24) ->
 def is_product(node: ir.Node) -> bool:
     """True for a product of two activations."""
     return node.op_type == "MatMul" and not any(is_constant(v) for v in node.inputs)
+
+
+def is_row_factors(node: ir.Node) -> bool:
+    """True for a Mul by constants that are the same for all channels and not for all rows."""
+    return node.op_type == "Mul" and any(
+        is_constant(v) and v.shape is not None and v.shape[-1] == 1 and math.prod(_known(v)) > 1
+        for v in node.inputs
+        if v is not None and v.shape is not None and len(v.shape) > 1
+    )
+
+
+def _known(value: ir.Value) -> list[int]:
+    return [d for d in value.shape or () if isinstance(d, int)]

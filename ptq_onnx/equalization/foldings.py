@@ -187,7 +187,8 @@ class Hidden:
         f(x) = x: whatever multiplies rows of the hidden layer multiplies it too."""
         (linear,) = self.after
         before, after = (constant(n.inputs[1]) for n in (self.before, linear))
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         bias = bias_of(linear, after.shape[1])
         if not bias.any():
             return

@@ -81,7 +81,8 @@ class Spine:
     def tokens(self) -> int:
         """T of [B, T, D]."""
         found = sizes(self.start.outputs[0])
-        assert found is not None and isinstance(found[1], int)
+        assert found is not None
+        assert isinstance(found[1], int)
         return found[1]
 
 
@@ -163,9 +164,7 @@ def describe(one: TokenFactors) -> str:
     )
 
 
-def _times(
-    graph: ir.Graph, node: ir.Node, index: int, factors: NDArray[np.float32]
-) -> str:
+def _times(graph: ir.Graph, node: ir.Node, index: int, factors: NDArray[np.float32]) -> str:
     """A Mul by factors [1, T, 1] in front of a node's input; its name."""
     value = node.inputs[index]
     assert value is not None

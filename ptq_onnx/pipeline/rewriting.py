@@ -107,7 +107,9 @@ def rewrite(job: Job, plan: Plan) -> Rewritten:
     )
     plan = with_known_ranges(job, found.plan)
     prepared = replace(found.prepared, model=plan.model, blocks=plan.blocks, sites=plan.sites)
-    return Rewritten(plan, prepared, parity, found.turns, found.tokens, found.pieces, found.original, mixed)
+    return Rewritten(
+        plan, prepared, parity, found.turns, found.tokens, found.pieces, found.original, mixed
+    )
 
 
 def earlier_rewrites(job: Job) -> Rewrites | None:

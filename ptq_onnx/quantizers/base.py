@@ -41,6 +41,7 @@ from ptq_onnx.progress import Advance, Report, untold
 from ptq_onnx.quantizers.decided import Decided
 from ptq_onnx.quantizers.learning import Trained
 from ptq_onnx.quantizers.scale_search import is_searched, searched_scales
+from ptq_onnx.quantizers.shared_codes import with_row_factors
 from ptq_onnx.quantizers.solved_specs import (
     channel_spec,
     solved_spec,
@@ -237,18 +238,18 @@ class SiteQuantizer(VitQuantizer):
         self, specs: dict[str, TensorSpec], batches: Iterable[Any]
     ) -> dict[str, TensorSpec]:
         """The specs, with the scales searched where the method asks for it."""
-        if not any(rule.method in FROM_PRODUCTS for rule in self.rules.values()):
-            return specs
         plan = self.plan
-        report = plan.progress or untold
-        return searched_scales(
-            plan.model,
-            specs,
-            plan.fixed,
-            batches,
-            threads=plan.config.threads,
-            progress=report(stages.SCALES),
-        )
+        if any(rule.method in FROM_PRODUCTS for rule in self.rules.values()):
+            report = plan.progress or untold
+            specs = searched_scales(
+                plan.model,
+                specs,
+                plan.fixed,
+                batches,
+                threads=plan.config.threads,
+                progress=report(stages.SCALES),
+            )
+        return with_row_factors(plan.model.graph, specs)
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:
         """Take the specs of an earlier run instead of calibrating. Raises ConfigError unless they

@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.channels import is_convolution, rows_in_weight
-from ptq_onnx.blocks.walking import is_layout, is_linear
+from ptq_onnx.blocks.walking import consumers, is_layout, is_linear, is_row_factors, name_of
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.config.names import INTEGER
 from ptq_onnx.numerics.around.around import Around
@@ -64,7 +64,9 @@ class FqVit(SiteQuantizer):
         residual stream, log2 for attention maps."""
         config = self.plan.config
         widths, method = config.widths, config.effective_method
-        if site.role in BRANCHES and self._only_added(site):
+        made = None if site.producer is None else self.nodes[site.producer]
+        scaled = made is not None and is_row_factors(made)
+        if (site.role in BRANCHES or scaled) and self._only_added(site):
             return (
                 "the 32-bit accumulator is added to the residual, which is then requantized"
                 " once: no rounding of its own"
@@ -115,7 +117,15 @@ class FqVit(SiteQuantizer):
         if made is not None and made.op_type == "Conv" and self.plan.config.target != INTEGER:
             return False
         roles = self.plan.blocks.roles
-        return all(roles[n].name in ("residual1", "residual2") for n in site.consumers)
+        readers = [n for name in site.consumers for n in self._behind_row_factors(name)]
+        return all(roles[name].name in ("residual1", "residual2") for name in readers)
+
+    def _behind_row_factors(self, name: str) -> list[str]:
+        """What reads a tensor that a node reads: behind factors of its rows, their readers."""
+        node = self.nodes[name]
+        if not is_row_factors(node):
+            return [name]
+        return [name_of(reader) for reader, _ in consumers(node.outputs[0])]
 
     def _stays_in_product(self, site: Site) -> bool:
         """True where a linear or a convolution reads the tensor and others do too: its factor

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.element_map import layout_indices, static_shape
+from ptq_onnx.blocks.walking import is_constant, is_row_factors
 from ptq_onnx.calibration.statistics import ChannelStatistics, Statistics
 from ptq_onnx.numerics.spec import Site, TensorSpec
 
@@ -82,3 +83,19 @@ def joined(parts: list[ChannelStatistics]) -> ChannelStatistics:
         total=np.sum([one.total for one in parts], axis=0),
         count=sum(one.count for one in parts),
     )
+
+
+def with_row_factors(graph: ir.Graph, specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Specs in which what factors of rows make has the codes of what they multiply: the largest
+    factor is one, and a row that keeps its size keeps its codes, without another rounding. Not where channels
+    have factors: what reads them has taken those in."""
+    found = dict(specs)
+    for node in graph:
+        if not is_row_factors(node):
+            continue
+        data = next(v for v in node.inputs if v is not None and not is_constant(v))
+        read, made = str(data.name), str(node.outputs[0].name)
+        known = [found[name] for name in (read, made) if name in found]
+        if len(known) == 2 and known[0].rule == known[1].rule and known[0].rule.per_tensor:
+            found[made] = replace(known[0], tensor=made)
+    return found

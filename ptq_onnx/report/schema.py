@@ -24,9 +24,9 @@ from ptq_onnx.analysis.results import Graphwise, Sensitivity
 from ptq_onnx.analysis.variation_results import Variation
 from ptq_onnx.config.targets import Stored
 from ptq_onnx.equalization.hidden_pieces import Pieces
-from ptq_onnx.equalization.token_factors import TokenFactors
 from ptq_onnx.equalization.rotation_choice import Turned
 from ptq_onnx.equalization.streams import Refused
+from ptq_onnx.equalization.token_factors import TokenFactors
 from ptq_onnx.evaluation.metrics.metric import Score
 from ptq_onnx.evaluation.outputs import OutputFigures
 from ptq_onnx.evaluation.parity import Parity

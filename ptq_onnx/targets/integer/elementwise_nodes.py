@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.masks import SHUT_OUT, is_mask, tiled_constant
-from ptq_onnx.blocks.walking import is_constant
+from ptq_onnx.blocks.walking import is_constant, is_row_factors
 from ptq_onnx.targets.integer.elementwise import GateStep, MaskStep, MeanStep, SameStep, SumStep
 from ptq_onnx.targets.integer.fixed_point import requantize
-from ptq_onnx.targets.integer.grid import MaskedGrid
+from ptq_onnx.targets.integer.grid import Double, MaskedGrid
 from ptq_onnx.targets.integer.plan import Planned, Planning, refusal, shape_of
 
 
@@ -63,19 +63,37 @@ def plan_scale(plan: Planning, node: ir.Node) -> Planned:
     if index is None or (node.op_type == "Div" and index == 0):
         raise refusal(node, "only scaling by a constant is covered")
     number = plan.constant(node, index)
-    if number.ndim and any(d != 1 for d in number.shape[:-1]):
+    rows = is_row_factors(node)
+    if number.ndim and any(d != 1 for d in number.shape[:-1]) and not rows:
         raise refusal(node, "its constant is neither a scalar nor a vector of channels")
-    number = number.reshape(-1) if number.size > 1 else number.reshape(())
+    if not rows:
+        number = number.reshape(-1) if number.size > 1 else number.reshape(())
     by = number if node.op_type == "Mul" else 1 / number
     read = plan.read(node, 1 - index)
     if plan.target(node.outputs[0], -1) is None and not read.accumulator and not by.ndim and by > 0:
         made = replace(read, scale=read.scale * by, step=read.step * float(by))
         plan.derived[node.outputs[0]] = made
         return plan.planned(node, SameStep(), (1 - index,), made)
+    if rows and plan.target(node.outputs[0], -1) is None:
+        return plan_rows(plan, node, 1 - index, by)
     term, step, offset, bound = plan.term(node, 1 - index)
     made = plan.needed(node)
     finish = requantize([step * by], offset * by, [bound], made, plan.bits)
     return plan.planned(node, SumStep((term,), finish), (1 - index,), made)
+
+
+def plan_rows(plan: Planning, node: ir.Node, index: int, by: Double) -> Planned:
+    """Factors of rows [1, T, 1] on a tensor that is rounded later on, in the sum that reads it:
+    integers stay as they are, each row on a grid of its own."""
+    read = plan.read(node, index)
+    made = replace(read, scale=read.scale * by, step=read.step * by, offset=read.offset * by)
+    value, output = node.inputs[index], node.outputs[0]
+    assert value is not None
+    if value in plan.accumulators:
+        plan.accumulators[output] = made, plan.accumulators[value][1]
+    else:
+        plan.derived[output] = made
+    return plan.planned(node, SameStep(), (index,), made)
 
 
 def plan_gate(plan: Planning, node: ir.Node) -> Planned:

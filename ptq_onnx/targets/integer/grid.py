@@ -27,7 +27,7 @@ class Grid:
     """The grid of a tensor's integers; arrays broadcast against the tensor.
 
     ``alpha``: exponents of PTF, where ``scale`` is ``step`` · 2^alpha; None where the scale
-    has no such form. ``offset`` is the bias that an accumulator has not got yet.
+    has no such form. Rows may have steps of their own, [1, T, 1]. ``offset`` is the bias that an accumulator has not got yet.
     """
 
     scale: Double
@@ -35,7 +35,7 @@ class Grid:
     low: int
     high: int
     alpha: Ints | None = None
-    step: float = 0.0
+    step: float | Double = 0.0
     offset: Double = field(default_factory=no_offset)
     accumulator: bool = False
 
