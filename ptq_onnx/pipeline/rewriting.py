@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir.passes.common as common
 
-from ptq_onnx.blocks.role_map import Role
-from ptq_onnx.blocks.sites import find_sites
-from ptq_onnx.blocks.walking import NORMS, name_of
 from ptq_onnx.config import stages
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.evaluation.parity import IMAGES, Off, Parity, Reference
-from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.mixing import with_mixed_widths
 from ptq_onnx.pipeline.reading import prepared_anew
-from ptq_onnx.pipeline.rotation_notes import notes_on
+from ptq_onnx.pipeline.streams import massive_tokens, notes_on_tokens, turn, turned, with_factors
 from ptq_onnx.preparation.prepare import Prepared
 
 if TYPE_CHECKING:
     from ptq_onnx.analysis.mixed_results import Mixed
     from ptq_onnx.equalization.hidden_pieces import Pieces
-    from ptq_onnx.equalization.rotation_choice import Codes, Turns
+    from ptq_onnx.equalization.rotation_choice import Turns
     from ptq_onnx.equalization.token_factors import TokenFactors
-    from ptq_onnx.numerics.spec import Rule
     from ptq_onnx.pipeline.earlier_run import Rewrites
     from ptq_onnx.quantizers.base import Plan
 
@@ -128,39 +122,15 @@ def _with_token_factors(
     job: Job, found: _Attempt, reference: Reference, before: Rewrites | None
 ) -> _Attempt:
     """With factors for massive tokens of the streams, unless that made it another function."""
-    from ptq_onnx.equalization.token_factors import describe, find_token_factors
-    from ptq_onnx.quantizers.by_name import make_quantizer
-
-    plan = found.plan
-    if not codes_of(plan, make_quantizer(plan).rules).of_stream:
-        return found
-    if before is not None:
-        tokens = before.tokens_in(plan.model)
-    else:
-        advance = job.stage(stages.TOKENS)
-        tokens = find_token_factors(
-            plan.model, job.batches(), threads=plan.config.threads, progress=advance
-        )
+    tokens = massive_tokens(job, found.plan, before)
     if not tokens:
         return found
-    scaled = token_factors_in(plan, tokens)
+    scaled = with_factors(found.plan, tokens)
     off = reference.off(scaled.model)
-    if reference.accepts(off):
-        job.notes.extend(describe(one) for one in tokens)
-        return replace(found, plan=scaled, tokens=tokens, off=off)
-    return _restored(job, _undone(job, found, TOKENS, off, reference))
-
-
-def token_factors_in(plan: Plan, tokens: Sequence[TokenFactors]) -> Plan:
-    """The plan for its own model with factors of tokens, put there in place."""
-    from ptq_onnx.equalization.token_factors import set_token_factors
-
-    roles = dict(plan.blocks.roles)
-    for name, of in set_token_factors(plan.model, tokens).items():
-        roles[name] = Role(roles[of].block, "layer_scale")
-    blocks = replace(plan.blocks, roles=roles)
-    sites = find_sites(plan.model, blocks, whole=plan.config.runtime.all_codes)
-    return replace(plan, blocks=blocks, sites=sites)
+    if not reference.accepts(off):
+        return _restored(job, _undone(job, found, TOKENS, off, reference))
+    job.notes.extend(notes_on_tokens(tokens))
+    return replace(found, plan=scaled, tokens=tokens, off=off)
 
 
 def _rotated(job: Job, found: _Attempt, reference: Reference, before: Rewrites | None) -> _Attempt:
@@ -291,63 +261,13 @@ def _restored(job: Job, found: _Attempt) -> _Attempt:
     )
     found = replace(found, pieces=())
     if found.tokens:
-        plan = token_factors_in(plan, found.tokens)
+        plan = with_factors(plan, found.tokens)
     if found.turns is None:
         return replace(found, plan=plan, prepared=prepared, original=None)
     from ptq_onnx.equalization.rotation_choice import turn_again
 
     turn_again(prepared.model, found.turns.matrices)
     return replace(found, plan=turned(plan, found.turns), prepared=prepared)
-
-
-def turn(job: Job, plan: Plan, before: Rewrites | None) -> Turns:
-    """Turn the residual streams of the plan's model, in place, where that lowers the expected
-    error (see ``equalization/rotation_choice.py``), or as the run ``before`` did. Raises
-    ConfigError."""
-    from ptq_onnx.equalization.rotation_choice import turn_streams
-    from ptq_onnx.quantizers.by_name import make_quantizer
-
-    if before is not None:
-        turns = before.turned_in(plan.model)
-    else:
-        turns = turn_streams(
-            plan.model,
-            job.batches(),
-            codes_of(plan, make_quantizer(plan).rules),
-            threads=plan.config.threads,
-            progress=job.stage(stages.TURNING),
-        )
-    job.notes.extend(notes_on(turns))
-    return turns
-
-
-def codes_of(plan: Plan, rules: Mapping[str, Rule]) -> Codes:
-    """What streams and norms are held in, by the quantizer's rules."""
-    from ptq_onnx.equalization.rotation_choice import Codes
-
-    config = plan.config
-    norms = [node for node in plan.model.graph if node.op_type in NORMS]
-    made = {name_of(node) for node in norms}
-    tensors = [str(n.inputs[0].name) for n in norms if n.inputs[0] is not None]
-    read = [rules[name] for name in tensors if name in rules]
-    behind = [rule for name, rule in rules.items() if plan.sites[name].producer in made]
-    return Codes(
-        1 << config.widths.activations,
-        symmetric=any(rule.symmetric for rule in behind),
-        of_stream=bool(read) or config.quantize_residual,
-        factors=any(rule.grain == PowersOfTwo() for rule in read),
-        max_k=config.ptf_k,
-        levels_of={name: 1 << rules[name].bits for name in tensors if name in rules},
-    )
-
-
-def turned(plan: Plan, turns: Turns) -> Plan:
-    """The plan for its model once the streams were turned."""
-    common.RemoveUnusedNodesPass()(plan.model)
-    added = dict.fromkeys(turns.added, Role(None, "other"))
-    blocks = replace(plan.blocks, roles={**plan.blocks.roles, **added})
-    sites = find_sites(plan.model, blocks)
-    return replace(plan, blocks=blocks, sites=sites, searched=dict(turns.ranges))
 
 
 def equalise(job: Job, plan: Plan) -> Plan:

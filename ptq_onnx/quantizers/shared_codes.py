@@ -87,8 +87,8 @@ def joined(parts: list[ChannelStatistics]) -> ChannelStatistics:
 
 def with_row_factors(graph: ir.Graph, specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Specs in which what factors of rows make has the codes of what they multiply: the largest
-    factor is one, and a row that keeps its size keeps its codes, without another rounding. Not where channels
-    have factors: what reads them has taken those in."""
+    factor is one, and a row that keeps its size keeps its codes, with no rounding. Not where
+    channels have factors: what reads them has taken those in."""
     found = dict(specs)
     for node in graph:
         if not is_row_factors(node):

@@ -10,8 +10,8 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.rotation_choice import Turns
 from ptq_onnx.equalization.streams import Refused
 from ptq_onnx.errors import ConfigError
-from ptq_onnx.pipeline.rewriting import codes_of
 from ptq_onnx.pipeline.rotation_notes import notes_on
+from ptq_onnx.pipeline.streams import codes_of
 from ptq_onnx.preparation.prepare import prepare
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer

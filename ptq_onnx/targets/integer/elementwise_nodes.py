@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.masks import SHUT_OUT, is_mask, tiled_constant
-from ptq_onnx.blocks.walking import is_constant, is_row_factors
+from ptq_onnx.blocks.walking import consumers, is_constant, is_row_factors
 from ptq_onnx.targets.integer.elementwise import GateStep, MaskStep, MeanStep, SameStep, SumStep
 from ptq_onnx.targets.integer.fixed_point import requantize
 from ptq_onnx.targets.integer.grid import Double, MaskedGrid
@@ -85,8 +85,10 @@ def plan_scale(plan: Planning, node: ir.Node) -> Planned:
 def plan_rows(plan: Planning, node: ir.Node, index: int, by: Double) -> Planned:
     """Factors of rows [1, T, 1] on a tensor that is rounded later on, in the sum that reads it:
     integers stay as they are, each row on a grid of its own."""
+    if any(reader.op_type != "Add" for reader, _ in consumers(node.outputs[0])):
+        raise refusal(node, "factors of rows are covered in front of a sum alone")
     read = plan.read(node, index)
-    made = replace(read, scale=read.scale * by, step=read.step * by, offset=read.offset * by)
+    made = replace(read, scale=read.scale * by, offset=read.offset * by, rows=by)
     value, output = node.inputs[index], node.outputs[0]
     assert value is not None
     if value in plan.accumulators:

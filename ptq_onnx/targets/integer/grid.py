@@ -27,7 +27,8 @@ class Grid:
     """The grid of a tensor's integers; arrays broadcast against the tensor.
 
     ``alpha``: exponents of PTF, where ``scale`` is ``step`` · 2^alpha; None where the scale
-    has no such form. Rows may have steps of their own, [1, T, 1]. ``offset`` is the bias that an accumulator has not got yet.
+    has no such form. ``offset`` is the bias that an accumulator has not got yet. ``rows``: factors
+    of rows, which ``scale`` has, and ``step`` has not.
     """
 
     scale: Double
@@ -35,9 +36,10 @@ class Grid:
     low: int
     high: int
     alpha: Ints | None = None
-    step: float | Double = 0.0
+    step: float = 0.0
     offset: Double = field(default_factory=no_offset)
     accumulator: bool = False
+    rows: Double | None = None
 
     def __str__(self) -> str:
         kind = "accumulator" if self.accumulator else "codes"

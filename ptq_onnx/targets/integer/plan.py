@@ -291,7 +291,8 @@ class Planning:
             codes, zero = constant.astype(np.int64) + WEIGHT_ZERO, zero + WEIGHT_ZERO
         term = Term(zero, grid.alpha, widen=True, constant=codes)
         bound = spread(grid) << int(grid.alpha.max())
-        return term, np.asarray(grid.step), np.zeros(()), bound
+        step = np.asarray(grid.step * (1.0 if grid.rows is None else grid.rows))
+        return term, step, np.zeros(()), bound
 
     def needed(self, node: ir.Node, axis: int = -1) -> Grid:
         """The grid of an output that must have one, its channels along an axis."""
