@@ -45,7 +45,7 @@ class TensorRange:
     dtype: str
     low: int
     high: int
-    claimed: bool = False
+    claimed: bool
 
     @property
     def bits(self) -> int:

@@ -593,3 +593,12 @@ def test_grids_find_their_integers_again() -> None:
         np.array(1.7e-5), np.array(0), -(2**30), 2**30, offset=np.array(3.3), accumulator=True
     )
     np.testing.assert_array_equal(acc.ints(acc.floats(wide)), wide)
+
+
+def test_a_softmax_over_steps_of_256_and_more_has_the_grid_of_256() -> None:
+    """Of steps so large only the maximum is left: the unit is 256 / 2^21, and no finer step's."""
+    for scale in (256.0, 300.0, 1e6):
+        step = SoftmaxStep(scale, 5, 8, "log2")
+        assert (step.fraction, step.unit) == (21, 256 / 2**21)
+    below = SoftmaxStep(100.0, 5, 8, "log2")
+    assert (below.fraction, below.unit) == (20, 100 / 2**20)
