@@ -198,7 +198,7 @@ STAYS: list[tuple[Part, Part, dict[str, object], str]] = [
     (chain(), chain(), {"outputs": ("normed",)}, "', is an output"),
     (more("Slice", np.array([0]), np.array([4]), np.array([2])), chain(), {"width": 4},
      "the channels cannot be followed through"),
-    (mixed_tokens, chain(), {}, "multiplies each channel by another factor"),
+    (mixed_tokens, chain(), {}, "(Linear) makes a part of it"),
     (wider, chain(), {"width": 20}, "has 8 channels, others 20"),
     (more("Pad", np.array([0, 0, 0, 0, 0, 1])), chain(), {"width": 9}, "cannot be followed"),
 ]  # fmt: skip
