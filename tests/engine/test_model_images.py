@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.engine import model_images
 from ptq_onnx.engine.model_images import (
     Attended,
@@ -108,8 +109,10 @@ def tiny(short: Path) -> tuple[TorchForm, Reads]:
     return TorchForm(prepared.model.graph, {}), reads_of(prepared)
 
 
-def test_what_the_loss_reads_of_a_model(tiny: tuple[TorchForm, Reads]) -> None:
+def test_what_the_loss_reads_of_a_model(short: Path, tiny: tuple[TorchForm, Reads]) -> None:
     form, reads = tiny
+    made = {str(n.outputs[0].name): name_of(n) for n in form.nodes}
+    assert [made[a.name] for a in reads.attended] == prepare(short).blocks.nodes("proj")
     shapes = {n: tuple(v.shape) for n, v in form.run(
         {form.inputs[0]: torch.zeros(2, 3, 32, 32)}, reads.names
     ).items()}  # fmt: skip
@@ -129,6 +132,7 @@ def test_the_model_answers_more_clearly(tiny: tuple[TorchForm, Reads]) -> None:
     losses = list(batch.losses())
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+    assert 0 <= float(batch.x.detach().min()) < float(batch.x.detach().max()) <= 1
     made = batch.pixels()
     x = torch.from_numpy(((np.stack([drawn, made]) / 255 - 0.5) / 0.25).astype(np.float32))
     before, after = (form.run({form.inputs[0]: one.permute(0, 3, 1, 2)}, reads.names) for one in x)
@@ -199,3 +203,45 @@ def test_an_attention_of_one_token_says_nothing(tiny: tuple[TorchForm, Reads]) -
         SHOWN, np.random.default_rng(0),
     )  # fmt: skip
     assert list(batch.entropies({"x": torch.zeros(2, 1, 4)})) == []
+
+
+def test_the_class_token_has_no_part_in_the_entropy(tiny: tuple[TorchForm, Reads]) -> None:
+    random = np.random.default_rng(3)
+    reads = Reads(None, (Attended("x", -1),), Attended("p", 1))
+    drawn = MadeSource(SHOWN, 2).drawn_pixels()
+    batch = model_images._Batch(tiny[0], reads, drawn, SHOWN, random)
+    patches = random.normal(size=(2, 4, 3)).astype(np.float32)
+    tokens = np.concatenate([patches[:, :2] * 9, patches], axis=1)
+    found = {"x": torch.from_numpy(tokens), "p": torch.zeros(2, 3, 2, 2)}
+    (entropies,) = batch.entropies(found)
+    unit = patches / np.linalg.norm(patches, axis=-1, keepdims=True)
+    cosines = [[a @ b for a, b in combinations(image, 2)] for image in unit]
+    wanted = np.mean([slow_entropy(np.array(row)) for row in cosines])
+    assert float(entropies) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_pictures_are_shifted_and_mirrored(
+    tiny: tuple[TorchForm, Reads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two of 32 places at most, which go round, and in about half of the steps."""
+    shown: list[torch.Tensor] = []
+
+    def spy(form, feeds, names):  # type: ignore[no-untyped-def]
+        shown.append(feeds[form.inputs[0]].detach())
+        return {}
+
+    monkeypatch.setattr(TorchForm, "run", spy)
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, None, :, None], (1, 32, 32, 3))
+    nothing = Reads(None, (), None)
+    batch = model_images._Batch(tiny[0], nothing, ramp, SHOWN, np.random.default_rng(0))
+    for _ in range(40):
+        batch.loss()
+    rows = [torch.round((x[0, 0, 0] * 0.25 + 0.5) * 255).int().tolist() for x in shown]
+    found = {
+        (mirrored, shift)
+        for row in rows
+        for mirrored, way in ((False, row), (True, row[::-1]))
+        for shift in range(-2, 3)
+        if way == np.roll(range(32), shift).tolist()
+    }
+    assert found == {(mirrored, shift) for mirrored in (False, True) for shift in range(-2, 3)}
