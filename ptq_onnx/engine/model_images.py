@@ -6,8 +6,7 @@ The pixels of drawn pictures follow the gradient of
 
 H being the differential entropy of the cosine similarities between the patch tokens of what an
 attention gives to the stream: a photograph has patches alike and patches apart, noise has neither.
-Source: PSAQ-ViT (Li, Ma, Chen, Xiao, Gu; arXiv 2203.02250), sections 3.2 and 3.3; theirs begin with
-noise and take hundreds of steps.
+Source: PSAQ-ViT (Li, Ma, Chen, Xiao, Gu; arXiv 2203.02250), whose images begin with noise.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SMOOTH = 0.5
 DEVIATION = 0.225
 """Of ImageNet's pixels."""
 REACH = 14
-"""A picture is shifted by up to so many-th of a side in each step."""
+"""A picture is shifted by up to this part of a side, one in so many, in each step."""
 PAIRS = 1024
 """Pairs of tokens, drawn for each attention and step."""
 POINTS, WIDTH = 41, 0.05
@@ -186,25 +185,24 @@ def ahead_of_patches(tokens: Tensor, patches: Tensor | None) -> int:
 def drawn_pairs(tokens: int, random: np.random.Generator) -> Tensor:
     """Pairs of two different tokens, int64 [2, P]: PAIRS of them drawn, all where there are no
     more."""
-    one, other = np.triu_indices(tokens, 1)
-    if len(one) > PAIRS:
-        chosen = random.integers(len(one), size=PAIRS)
-        one, other = one[chosen], other[chosen]
+    if tokens * (tokens - 1) // 2 <= PAIRS:
+        return torch.from_numpy(np.stack(np.triu_indices(tokens, 1)))
+    one = random.integers(tokens, size=PAIRS)
+    other = (one + random.integers(1, tokens, size=PAIRS)) % tokens
     return torch.from_numpy(np.stack([one, other]))
 
 
 def similarities(tokens: Tensor, pairs: Tensor) -> Tensor:
     """Cosine of the angle between the tokens [B, T, C] of each pair [2, P]: [B, P]."""
     unit = F.normalize(tokens, dim=-1)
-    products = unit @ unit.transpose(1, 2)
-    return products[:, pairs[0], pairs[1]]
+    return (unit[:, pairs[0]] * unit[:, pairs[1]]).sum(-1)
 
 
 def entropy(x: Tensor) -> Tensor:
     """Differential entropy in nats of numbers in [-1, 1], [B, P]: [B].
 
     H = -∫ f log f over [-1, 1] with the kernel density f(u) = 1/(P h √2π) Σ exp(-(u - x)² / 2h²),
-    taken at POINTS places with h = WIDTH (arXiv 2203.02250, equations 7 and 8).
+    taken at POINTS places with h = WIDTH (arXiv 2203.02250).
     """
     places = torch.linspace(-1, 1, POINTS, dtype=x.dtype)
     far = (places[:, None] - x[:, None, :]) / WIDTH

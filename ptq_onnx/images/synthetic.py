@@ -47,7 +47,8 @@ class SyntheticSource(NoiseSource):
 class MadeSource(SyntheticSource):
     """Pictures that are made from a model; until they are, the drawn ones that they begin with.
 
-    ``made``: uint8 [N, H, W, C], held in memory (150 kB each at 224 x 224)."""
+    ``made``: uint8 [N, H, W, C], held in memory (150 kB each at 224 x 224).
+    """
 
     kind = PSAQ
 
@@ -75,8 +76,9 @@ class MadeSource(SyntheticSource):
         """What they begin with, uint8 [N, H, W, C]."""
         channels = self.preprocess.channels
         plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1 / 255,) * channels)
-        (found,) = SyntheticSource(plain, self.count, self.seed).batches(self.count)
-        return np.ascontiguousarray(np.rint(found).astype(np.uint8).transpose(0, 2, 3, 1))
+        drawn = SyntheticSource(plain, self.count, self.seed).batches(1)
+        found = np.concatenate([np.rint(one).astype(np.uint8) for one in drawn])
+        return np.ascontiguousarray(found.transpose(0, 2, 3, 1))
 
     def _read(self, slot: int) -> Item:
         if self.made is None:

@@ -16,7 +16,7 @@ from ptq_onnx.images.source import ImageSource
 from ptq_onnx.images.synthetic import PSAQ, SYNTHETIC, MadeSource
 from ptq_onnx.pipeline.reading import Inputs
 from ptq_onnx.pipeline.request import Request
-from ptq_onnx.preparation.prepare import Prepared
+from ptq_onnx.preparation.prepare import Prepared, own_faults
 from ptq_onnx.progress import Stages
 
 if TYPE_CHECKING:
@@ -46,30 +46,31 @@ def with_made_images(request: Request, inputs: Inputs, begin: Stages) -> Inputs:
     """The inputs with their calibration images, and notes on them, where they are to be made; as
     they are otherwise. Raises ConfigError where the model has no gradient in torch."""
     source, prepared = inputs.images, inputs.prepared
-    if not isinstance(source, MadeSource) or not are_unmade(source):
+    if not isinstance(source, MadeSource) or source.made is not None:
         return inputs
     from ptq_onnx.engine.model_images import STEPS, changed
     from ptq_onnx.engine.torch_form import TorchForm
 
-    form = TorchForm(prepared.model.graph, {})
     image = image_input(prepared.model)
-    _refuse_what_torch_cannot(prepared, form, image)
-    reads = reads_of(prepared)
-    if reads.logits is None and not reads.attended:
-        raise _refused(prepared, "it has neither an attention nor an output of logits")
     batch = None if image.shape is None else image.shape[0]
-    try:
-        made = changed(
-            form,
-            reads,
-            source.drawn_pixels(),
-            source.preprocess,
-            seed=source.seed,
-            fixed=batch if isinstance(batch, int) else None,
-            advance=begin(stages.MAKING, STEPS * len(source)),
-        )
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # an op's rare form
-        raise _refused(prepared, str(error).partition("\n")[0].rstrip(".")) from error
+    with own_faults(prepared.path, "quantized"):
+        form = TorchForm(prepared.model.graph, {})
+        _refuse_what_torch_cannot(prepared, form, image)
+        reads = reads_of(prepared)
+        if reads.logits is None and not reads.attended:
+            raise _refused(prepared, "it has neither an attention nor an output of logits")
+        try:
+            made = changed(
+                form,
+                reads,
+                source.drawn_pixels(),
+                source.preprocess,
+                seed=source.seed,
+                fixed=batch if isinstance(batch, int) else None,
+                advance=begin(stages.MAKING, STEPS * len(source)),
+            )
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # an op's rare form
+            raise _refused(prepared, str(error).partition("\n")[0].rstrip(".")) from error
     left_out = [NO_CLASSES] * (reads.logits is None) + [NO_ATTENTION] * (not reads.attended)
     apart = [ON_MADE] * (request.val is None)
     return replace(inputs, images=source.filled(made), notes=(*inputs.notes, *left_out, *apart))

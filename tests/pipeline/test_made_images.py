@@ -151,6 +151,10 @@ def test_what_torch_cannot_run(
     with pytest.raises(ConfigError, match=r"\(a: no Lstm in torch\); use --calib synthetic"):
         quantize(short, config=config, output=tmp_path / "o", calib="psaq")
     monkeypatch.undo()
+    monkeypatch.setattr(made_images, "reads_of", lambda _: model_images.Reads(None, (), None))
+    with pytest.raises(ConfigError, match="neither an attention nor an output of logits"):
+        quantize(short, config=config, output=tmp_path / "o", calib="psaq")
+    monkeypatch.undo()
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("shapes do not fit.\nmuch more")
