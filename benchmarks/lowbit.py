@@ -2,6 +2,7 @@
 ingredient.
 
     python benchmarks/lowbit.py --data ../shared [--models vit,deit] [--seeds 3] [--rows "4/4/4"]
+    python benchmarks/lowbit.py --data ../shared --rows 4/4/4 --images 64 --calib psaq
     python benchmarks/lowbit.py --data ../shared --ablation [--trained] [--images 64] [--tested 200]
 
 Each seed draws its calibration images from the folder; each figure is that of the exported file
@@ -29,6 +30,7 @@ from ptq_onnx.equalization import attention_steps
 from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
+from ptq_onnx.images.synthetic import DRAWN
 from ptq_onnx.numerics import range_search
 from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.rounding import descended, gptq, nearest
@@ -141,6 +143,7 @@ def measured(
         report=False,
         check_preprocess=False,
         threads=arguments.threads,
+        seed=seed if arguments.calib else None,
         **options,
     )
     files = sorted(p for p in (data / "calib").iterdir() if p.is_file())
@@ -148,7 +151,7 @@ def measured(
     with tempfile.TemporaryDirectory() as folder:
         out, started = Path(folder) / "out", time.process_time()
         drawn = [str(files[i]) for i in order][: arguments.images]
-        quantize(path, config=config, output=out, calib=drawn)
+        quantize(path, config=config, output=out, calib=arguments.calib or drawn)
         seconds = time.process_time() - started
         source = open_images(data / "val", resolve_preprocess(path, config), limit=arguments.tested)
         truth = labels_for(source, data / "val.txt")
@@ -189,6 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", default=None, help="only these rows, with ; between")
     parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--calib", choices=tuple(DRAWN), help="in place of photographs")
     parser.add_argument("--tested", type=int, default=500)
     parser.add_argument("--threads", type=int, default=0, help="0: the runtime decides")
     parser.add_argument("--first", type=int, default=0, help="the first seed")

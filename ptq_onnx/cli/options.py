@@ -108,8 +108,8 @@ Calib = Annotated[
         "--calib",
         "DIR",
         "required, but where --activations are dynamic; models/digits_vit.onnx brings its own",
-        "Calibration images: a folder, .npy or .npz; or synthetic: drawn pictures; or noise:"
-        " Gaussian ones.",
+        "Calibration images: a folder, .npy or .npz; or psaq: made from the model; or synthetic:"
+        " drawn pictures; or noise: Gaussian ones.",
     ),
 ]
 Val = Annotated[

@@ -12,6 +12,7 @@ from ptq_onnx.progress import Planned
 
 READING = "Reading the model"
 LOADING = "Loading PyTorch and PPQ"
+MAKING = "Making images from the model"
 CHECKING = "Checking the preprocessing"
 CHANNELS = "Measuring channel ranges"
 SPLITTING = "Finding massive hidden channels"
@@ -46,10 +47,15 @@ LOADING_COST = 40.0
 WRITING_COST = 20.0
 
 
-def planned(config: QuantizeConfig, tested: int) -> list[Planned]:
-    """The stages behind reading the model. ``tested``: images of ``--val``, 0 without."""
+def planned(config: QuantizeConfig, tested: int, made: int = 0) -> list[Planned]:
+    """The stages behind reading the model. ``tested``: images of ``--val``, 0 without; ``made``:
+    images that are made from the model."""
     images, apart = config.images, config.analysis_images
-    plan = [Planned(LOADING, LOADING_COST), Planned(CHECKING, 64 if config.check_preprocess else 0)]
+    plan = [
+        Planned(LOADING, LOADING_COST),
+        Planned(MAKING, 100 * made),
+        Planned(CHECKING, 64 if config.check_preprocess else 0),
+    ]
     if AUTO in config.per_channel:
         plan.append(Planned(CHANNELS, images))
     if config.rotates:

@@ -9,15 +9,20 @@ at Noise" (arXiv 2106.05963), for their use in place of photographs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_onnx.images.preprocess import from_pixels
-from ptq_onnx.images.source import NOISE, Item, NoiseSource
+from ptq_onnx.images.preprocess import Preprocess, from_pixels
+from ptq_onnx.images.source import NOISE, NOISE_SEED, Item, NoiseSource
 
 Array = NDArray[np.float32]
 SYNTHETIC = "synthetic"
 """What --calib calls a :class:`SyntheticSource`."""
+PSAQ = "psaq"
+"""What --calib calls a :class:`MadeSource`."""
 SHAPES = 600
 """At most; what they leave free has the colour that all vary about."""
 SMALLEST, LARGEST = 3.0, 0.6
@@ -39,12 +44,58 @@ class SyntheticSource(NoiseSource):
         )
 
 
-DRAWN: dict[str, type[NoiseSource]] = {NOISE: NoiseSource, SYNTHETIC: SyntheticSource}
-"""What --calib calls images that are drawn."""
+class MadeSource(SyntheticSource):
+    """Pictures that are made from a model; until they are, the drawn ones that they begin with.
+
+    ``made``: uint8 [N, H, W, C], held in memory (150 kB each at 224 x 224).
+    """
+
+    kind = PSAQ
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        count: int,
+        seed: int = NOISE_SEED,
+        made: NDArray[np.uint8] | None = None,
+    ) -> None:
+        super().__init__(preprocess, count, seed)
+        self.made = made
+
+    def filled(self, made: NDArray[np.uint8]) -> Self:
+        """The source with its pictures."""
+        return type(self)(self.preprocess, len(made), self.seed, made)
+
+    def reopened(self, limit: int | None = None) -> Self:
+        """The same pictures, at most ``limit`` of them."""
+        found = super().reopened(limit)
+        found.made = self.made
+        return found
+
+    def drawn_pixels(self) -> NDArray[np.uint8]:
+        """What they begin with, uint8 [N, H, W, C]."""
+        channels = self.preprocess.channels
+        plain = replace(self.preprocess, mean=(0.0,) * channels, std=(1 / 255,) * channels)
+        drawn = SyntheticSource(plain, self.count, self.seed).batches(1)
+        found = np.concatenate([np.rint(one).astype(np.uint8) for one in drawn])
+        return np.ascontiguousarray(found.transpose(0, 2, 3, 1))
+
+    def _read(self, slot: int) -> Item:
+        if self.made is None:
+            return super()._read(slot)
+        return f"{self.kind} {slot}", from_pixels(self.made[slot], self.preprocess)
+
+
+DRAWN: dict[str, type[NoiseSource]] = {
+    NOISE: NoiseSource,
+    SYNTHETIC: SyntheticSource,
+    PSAQ: MadeSource,
+}
+"""What --calib calls images that no camera took."""
 
 
 def is_drawn(images: object) -> bool:
-    """True for the name of images that are drawn."""
+    """True for the name of images that no camera took."""
     return isinstance(images, str) and images in DRAWN
 
 

@@ -21,6 +21,7 @@ from ptq_onnx.files.result_names import FLOAT, QUANTIZED
 from ptq_onnx.images.preprocess import Preprocess
 from ptq_onnx.images.source import ImageSource
 from ptq_onnx.pipeline.job import Job
+from ptq_onnx.pipeline.made_images import with_made_images
 from ptq_onnx.pipeline.measurement import BATCH, NAMES
 from ptq_onnx.pipeline.quantize import (
     faults_of,
@@ -74,6 +75,7 @@ def quantize_apart(request: Request, folder: Path) -> Result | Unfinished:
             return quantize_read(request, inputs, begin)
         paying, notes = with_workers_that_pay(request, inputs)
         load(paying, inputs, begin)
+        inputs = with_made_images(paying, inputs, begin)
         remove(folder)
         work = folder / FILES
         work.mkdir(parents=True)

@@ -17,7 +17,7 @@ from ptq_onnx.files.file_names import printable
 from ptq_onnx.files.held_folder import scratch_folder
 from ptq_onnx.files.result_names import QUANTIZED
 from ptq_onnx.images.source import NOISE, ImageSource
-from ptq_onnx.images.synthetic import DRAWN, SYNTHETIC, is_drawn
+from ptq_onnx.images.synthetic import SYNTHETIC, is_drawn
 from ptq_onnx.progress import Planned, Progress, Stages
 from ptq_onnx.runtime.devices import on_device
 
@@ -31,6 +31,8 @@ SIZES = (1, 4, 16, 64, 256)
 QUANTIZING = "Quantizing and measuring"
 IMAGES = "images"
 """The source that is not drawn."""
+DRAWN = (NOISE, SYNTHETIC)
+"""Those that are drawn. Those made from the model take too long for all sizes."""
 LEAST_SPAN = 10
 """Points of accuracy that the axis shows at least."""
 LABELS = {"top1": "Top-1 accuracy in %", "sqnr_db": "SQNR in dB"}
@@ -114,7 +116,8 @@ def measure_curve(
     if config.auto:
         raise ConfigError("auto would decide anew for every size; use it with quantize.")
     if is_drawn(calib):
-        raise ConfigError(f"--calib {calib}: name real images; it is drawn beside them anyway.")
+        beside = "; it is drawn beside them anyway" if calib in DRAWN else ""
+        raise ConfigError(f"--calib {calib}: name real images{beside}.")
     preprocess = resolve_preprocess(model, config)
     available = len(open_source(model, calib, preprocess, config.input))
     tested = open_source(model, val, preprocess, config.input)

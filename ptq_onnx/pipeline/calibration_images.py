@@ -11,7 +11,7 @@ import numpy as np
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.images.opening import FolderSource, Images, Preprocess
 from ptq_onnx.images.source import NOISE, ImageSource
-from ptq_onnx.images.synthetic import DRAWN, SYNTHETIC, is_drawn
+from ptq_onnx.images.synthetic import DRAWN, PSAQ, SYNTHETIC, is_drawn
 from ptq_onnx.pipeline.several_inputs import open_source, taken_by
 
 ON_DRAWN = {
@@ -19,6 +19,8 @@ ON_DRAWN = {
     " comparison, not for use.",
     SYNTHETIC: "Calibrated with pictures that were drawn, not taken: nearer to photographs than"
     " noise, but photographs are better.",
+    PSAQ: "Calibrated with pictures that were made from the model, not taken: ranges found on them"
+    " are worth less than those of photographs.",
 }
 FEW = 8
 """Calibration images below which a note says so."""

@@ -30,6 +30,7 @@ from ptq_onnx.pipeline.deciding import check_normalisation, decide_floats, resol
 from ptq_onnx.pipeline.description import describe, validation
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.lossy_regions import lossy, without_regions
+from ptq_onnx.pipeline.made_images import are_unmade, with_made_images
 from ptq_onnx.pipeline.preprocess_input import Given
 from ptq_onnx.pipeline.preprocessing import resolve_preprocess
 from ptq_onnx.pipeline.reading import Inputs, read_inputs, without_images
@@ -115,6 +116,7 @@ def quantize_read(request: Request, inputs: Inputs, begin: Stages) -> Result:
     """The same from what was read. Raises PtqError."""
     request, notes = with_workers_that_pay(request, inputs)
     load(request, inputs, begin)
+    inputs = with_made_images(request, inputs, begin)
     with kept_processes(), workshop(request.place.folder) as work:
         job = Job(request, inputs, work, begin, [*inputs.notes, *notes])
         with faults_of(job):
@@ -124,7 +126,8 @@ def quantize_read(request: Request, inputs: Inputs, begin: Stages) -> Result:
 
 def load(request: Request, inputs: Inputs, begin: Stages) -> None:
     """PPQ and torch, before anything is written: seconds, in which they swallow an interrupt."""
-    begin.plan(stages.planned(request.config, len(inputs.tested or ())))
+    made = len(inputs.images) if are_unmade(inputs.images) else 0
+    begin.plan(stages.planned(request.config, len(inputs.tested or ()), made))
     begin(stages.LOADING, 1)
     importlib.import_module("ptq_onnx.engine.simulator")
 

@@ -19,7 +19,7 @@ from ptq_onnx.images.opening import Images, open_images
 from ptq_onnx.images.packed_source import PackedSource
 from ptq_onnx.images.preprocess import Preprocess
 from ptq_onnx.images.source import ImageSource
-from ptq_onnx.images.synthetic import DRAWN
+from ptq_onnx.images.synthetic import DRAWN, PSAQ, SYNTHETIC
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.validation import is_image
 from ptq_onnx.runtime.packed import EXACT
@@ -78,6 +78,11 @@ def open_source(
             )
         assert images is not None
         return open_images(images, preprocess, limit, **how)
+    if images == PSAQ:
+        raise ConfigError(
+            f"--calib {PSAQ}: images are made from models with one input, which takes pictures;"
+            f" model {model} has {taken.described}. Use --calib {SYNTHETIC}, or images."
+        )
     arrays = read_arrays(model, taken, images, given)
     source = None
     if taken.image is not None and str(taken.image.name) not in arrays:

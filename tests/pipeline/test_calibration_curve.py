@@ -171,6 +171,7 @@ def test_options_are_those_of_quantize() -> None:
         ((MODEL, "--val", DIGITS / "val", "--sizes", "0"), "as in 1,4,16"),
         ((MODEL, "--val", DIGITS / "val", "--calib", "noise"), "real images"),
         ((MODEL, "--val", DIGITS / "val", "--calib", "synthetic"), "real images"),
+        ((MODEL, "--val", DIGITS / "val", "--calib", "psaq"), "psaq: name real images."),
         ((MODEL, "--val", DIGITS / "val", "--labels", "nix"), "nix"),
         ((MODEL, "--val", DIGITS / "val", "--output", MODEL), "no model is written here"),
         ((MODEL, "--val", DIGITS / "val", "--bits", "9/8/8"), "from 2 to 8"),
