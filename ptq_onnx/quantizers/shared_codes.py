@@ -93,9 +93,25 @@ def with_row_factors(graph: ir.Graph, specs: dict[str, TensorSpec]) -> dict[str,
     for node in graph:
         if not is_row_factors(node):
             continue
-        data = next(v for v in node.inputs if v is not None and not is_constant(v))
+        values = [v for v in node.inputs if v is not None]
+        data = next(v for v in values if not is_constant(v))
+        factors = next(str(v.name) for v in values if is_constant(v))
+        if factors in found and found[factors].rule.per_tensor:
+            found[factors] = _with_one_exact(found[factors])
         read, made = str(data.name), str(node.outputs[0].name)
         known = [found[name] for name in (read, made) if name in found]
         if len(known) == 2 and known[0].rule == known[1].rule and known[0].rule.per_tensor:
             found[made] = replace(known[0], tensor=made)
     return found
+
+
+def _with_one_exact(spec: TensorSpec) -> TensorSpec:
+    """Codes among which 1, 1/2, 1/4 … are exact."""
+    scale, zero = 2.0 ** -(spec.rule.bits - 1 - spec.rule.signed), 0
+    clip = tuple(code * scale for code in spec.rule.limits)
+    return replace(
+        spec,
+        scale=np.asarray(scale, np.float32),
+        zero_point=np.asarray(zero, np.int32),
+        clip=(clip[0], clip[1]),
+    )

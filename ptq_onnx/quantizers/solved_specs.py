@@ -41,7 +41,7 @@ def weight_spec(
     if factor is not None:
         weight = weight / factor
     axis = site.channel_axes[0] if rule.grain.per_channel else None
-    scale = rule.code.weight_scale(weight, axis, rule.bits)
+    scale = _of_zeros_too(rule.code.weight_scale(weight, axis, rule.bits), weight, axis)
     if cpu == OLDER and rule.bits == BYTE and rule.code == Uniform():
         scale = fitting_scale(weight, axis, scale)
     return TensorSpec(
@@ -53,6 +53,15 @@ def weight_spec(
         factor=factor,
         clip=(float(weight.min(initial=0)), float(weight.max(initial=0))),
     )
+
+
+def _of_zeros_too(scale: Array, weight: Array, axis: int | None) -> Array:
+    """Scales in which a channel of zeros has the largest of all: its codes are zero with any, and
+    a small one makes of its bias a number that an accelerator's multipliers do not hold."""
+    if axis is None or scale.ndim != 1 or len(scale) != weight.shape[axis]:
+        return scale
+    others = tuple(a for a in range(weight.ndim) if a != axis % weight.ndim)
+    return np.where(np.abs(weight).max(axis=others, initial=0) > 0, scale, scale.max())
 
 
 def solved_spec(site: Site, rule: Rule, found: Solved, factor: Array | None = None) -> TensorSpec:

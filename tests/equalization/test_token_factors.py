@@ -198,7 +198,7 @@ def test_integers_have_them_too(massive: Path, tmp_path: Path) -> None:
     assert tuple(report["tokens"][0]["tokens"]) == PLACES
     quantized(massive, tmp_path / "b", quantizer="fqvit")
     whole = sqnr(massive, tmp_path / "a/quantized.onnx")
-    assert whole == pytest.approx(sqnr(massive, tmp_path / "b/quantized.onnx"), abs=0.5)
+    assert whole == pytest.approx(sqnr(massive, tmp_path / "b/quantized.onnx"), abs=1.0)
 
 
 def test_an_earlier_run_s_factors_are_set_again(
