@@ -185,7 +185,7 @@ def sources(regions: Regions) -> list[Source]:
                 found.append(Excited(value, carried, node, small[0]))
     for value in regions.entering:
         maker, carried = value.producer(), Carried()
-        if maker is None or is_layout(maker) or _is_small(value, regions):
+        if maker is None or _is_moved(value) or _is_small(value, regions):
             continue
         readers = [n for n, _ in consumers(value)]
         if regions.convolutions.issuperset(readers) and _follow(carried, value, regions):
@@ -217,6 +217,17 @@ def _is_small(value: ir.Value | None, regions: Regions) -> bool:
     if value is None or value not in regions.entering or value.shape is None:
         return False
     return list(value.shape)[2:] == [1, 1]
+
+
+def _is_moved(value: ir.Value) -> bool:
+    """True for what layout ops make, whose channels may have been on another axis; not of what they
+    copy or join."""
+    node = value.producer()
+    if node is None or not is_layout(node):
+        return False
+    if node.op_type == "Identity":
+        return node.inputs[0] is None or _is_moved(node.inputs[0])
+    return node.op_type != "Concat"
 
 
 def write_behind(graph: ir.Graph, clip: ir.Node, op: str) -> ir.Node:

@@ -27,6 +27,7 @@ from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
+from ptq_onnx.config import stages
 from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
@@ -37,7 +38,7 @@ from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.progress import Advance
+from ptq_onnx.progress import Advance, untold
 from ptq_onnx.quantizers.base import Array, Plan, SiteQuantizer
 from ptq_onnx.quantizers.code_regions import (
     known_range,
@@ -49,6 +50,7 @@ from ptq_onnx.quantizers.code_regions import (
     with_same_numbers,
 )
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
+from ptq_onnx.quantizers.measured_biases import measured_biases
 from ptq_onnx.quantizers.mixed import NARROW, SECOND, narrowed, widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
 from ptq_onnx.quantizers.run_time_rules import run_time_rule
@@ -354,6 +356,11 @@ class Deploy(SiteQuantizer):
         if plan.config.bias_correction:
             constants |= corrected_biases(plan.model, plan.sites, specs, stats, constants, means)
         self.set_constants(constants)
+        if plan.config.bias_correction and self.regions.convolutions:
+            report = (plan.progress or untold)(stages.SHIFTS)
+            self.set_constants(
+                measured_biases(self.model, specs, batches, plan.model, plan.config.threads, report)
+            )
         return specs
 
     def measure(self, batches: Iterable[Any]) -> Statistics:
