@@ -221,10 +221,25 @@ class _Finder:
         return total
 
     def _is_smooth(self, node: ir.Node | None, drawn: _Drawn) -> bool:
-        """True for an activation function of floats from codes to codes."""
+        """True for an activation function of floats from codes to codes, or a factor per channel
+        in front of it or behind."""
+        if node is None or node in drawn.ops:
+            return False
+        if _is_factor(node):
+            first, last = node.inputs[0], node.outputs[0]
+            before = None if first is None else first.producer()
+            behind = next(consumers(last), (None, 0))[0] if is_private(last) else None
+            node = before if before is not None and before.op_type in SMOOTH else behind
         if node is None or node.op_type not in SMOOTH or node in drawn.ops:
             return False
-        return node.inputs[0] in drawn.made and node.outputs[0] in drawn.entering
+        first, last = node.inputs[0], node.outputs[0]
+        maker = None if first is None else first.producer()
+        if maker is not None and _is_factor(maker):
+            first = maker.inputs[0]
+        behind = next(consumers(last), (None, 0))[0] if is_private(last) else None
+        if behind is not None and _is_factor(behind):
+            last = behind.outputs[0]
+        return first in drawn.made and last in drawn.entering
 
     def _pruned(self, wanted: set[ir.Node]) -> set[ir.Node]:
         """Without the first convolutions (of few channels and many pixels), then single ones, then
@@ -303,6 +318,11 @@ def clipped_to(value: ir.Value) -> tuple[float, float] | None:
     if node.op_type == "Relu":
         return 0.0, np.inf
     return float(scalar(node.inputs[1]) or 0.0), float(scalar(node.inputs[2]) or 0.0)
+
+
+def _is_factor(node: ir.Node) -> bool:
+    """True for a Mul by constants, one number or one per channel."""
+    return node.op_type == "Mul" and _per_channel(node.inputs[1]) and not is_constant(node.inputs[0])
 
 
 def _is_made_by_convolution(value: ir.Value | None) -> bool:
