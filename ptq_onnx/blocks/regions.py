@@ -34,6 +34,8 @@ MOVING = frozenset(("MaxPool", "Resize"))
 """Those whose codes are those that they read."""
 GATE = 16
 """A factor or summand this much smaller than the result is made codes of its own."""
+TIE = 0.002
+"""Of the time: below it integers are preferred, whose weights take a quarter of the memory."""
 COSTS_MORE = "codes around it would cost more time than its integers save"
 ONE_PIXEL = "one number per channel and image: no time to save, and whole channels hang on it"
 NO_KERNEL = "its weight is no constant, or its image has no two sides"
@@ -254,10 +256,13 @@ class _Finder:
         return wanted
 
     def _beginnings(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
-        """The first convolutions up to where leaving them out saves most."""
+        """The first convolutions up to where leaving them out saves most; fewer where that saves
+        hardly less."""
         ordered = [n for n in self.nodes if n in wanted]
         cuts = [set(ordered[:end]) for end in range(len(ordered) + 1)]
-        return [min(cuts, key=lambda cut: self.cost(wanted - cut))]
+        left = [self.cost(wanted - cut) for cut in cuts]
+        most = min(left) * (1 + TIE)
+        return [next(cut for cut, cost in zip(cuts, left, strict=True) if cost <= most)]
 
     def _single(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
         return [{n} for n in self.nodes if n in wanted]

@@ -49,8 +49,8 @@ from ptq_onnx.quantizers.code_regions import (
     with_moved_numbers,
     with_same_numbers,
 )
+from ptq_onnx.quantizers.convolution_walk import corrected_convolutions
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
-from ptq_onnx.quantizers.measured_biases import measured_biases
 from ptq_onnx.quantizers.mixed import NARROW, SECOND, narrowed, widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
 from ptq_onnx.quantizers.run_time_rules import run_time_rule
@@ -357,10 +357,9 @@ class Deploy(SiteQuantizer):
             constants |= corrected_biases(plan.model, plan.sites, specs, stats, constants, means)
         self.set_constants(constants)
         if plan.config.bias_correction and self.regions.convolutions:
-            report = (plan.progress or untold)(stages.SHIFTS)
-            self.set_constants(
-                measured_biases(self.model, specs, batches, plan.model, plan.config.threads, report)
-            )
+            advance, threads = (plan.progress or untold)(stages.SHIFTS), plan.config.threads
+            given = self.model, specs, batches, plan.model, threads, advance
+            self.set_constants(corrected_convolutions(*given))
         return specs
 
     def measure(self, batches: Iterable[Any]) -> Statistics:
