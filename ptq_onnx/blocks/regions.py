@@ -225,20 +225,14 @@ class _Finder:
     def _is_smooth(self, node: ir.Node | None, drawn: _Drawn) -> bool:
         """True for an activation function of floats from codes to codes, or a factor per channel
         in front of it or behind."""
-        if node is None or node in drawn.ops:
-            return False
-        if _is_factor(node):
-            first, last = node.inputs[0], node.outputs[0]
-            before = None if first is None else first.producer()
-            behind = next(consumers(last), (None, 0))[0] if is_private(last) else None
-            node = before if before is not None and before.op_type in SMOOTH else behind
+        if node is not None and _is_factor(node):
+            node = _next_to(node)
         if node is None or node.op_type not in SMOOTH or node in drawn.ops:
             return False
         first, last = node.inputs[0], node.outputs[0]
-        maker = None if first is None else first.producer()
-        if maker is not None and _is_factor(maker):
-            first = maker.inputs[0]
-        behind = next(consumers(last), (None, 0))[0] if is_private(last) else None
+        before, behind = None if first is None else first.producer(), _reader(last)
+        if before is not None and _is_factor(before):
+            first = before.inputs[0]
         if behind is not None and _is_factor(behind):
             last = behind.outputs[0]
         return first in drawn.made and last in drawn.entering
@@ -327,7 +321,23 @@ def clipped_to(value: ir.Value) -> tuple[float, float] | None:
 
 def _is_factor(node: ir.Node) -> bool:
     """True for a Mul by constants, one number or one per channel."""
-    return node.op_type == "Mul" and _per_channel(node.inputs[1]) and not is_constant(node.inputs[0])
+    if node.op_type != "Mul" or is_constant(node.inputs[0]):
+        return False
+    return _per_channel(node.inputs[1])
+
+
+def _next_to(factor: ir.Node) -> ir.Node | None:
+    """The activation function in front of a factor, or else what alone reads its product."""
+    read = factor.inputs[0]
+    before = None if read is None else read.producer()
+    if before is not None and before.op_type in SMOOTH:
+        return before
+    return _reader(factor.outputs[0])
+
+
+def _reader(value: ir.Value) -> ir.Node | None:
+    """What alone reads the value."""
+    return next(consumers(value))[0] if is_private(value) else None
 
 
 def _is_made_by_convolution(value: ir.Value | None) -> bool:

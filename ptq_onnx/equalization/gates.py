@@ -167,7 +167,7 @@ class Leaving(Source):
     """What a convolution gives, with or without Relu, and ops of floats alone read."""
 
     convolution: ir.Node
-    name: ClassVar[str] = "Mul"
+    name: ClassVar[str] = "Mul behind"
     costs: ClassVar[bool] = True
 
     def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:

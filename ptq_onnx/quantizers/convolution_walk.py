@@ -25,12 +25,14 @@ from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.spans import spans_of
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.tapped_runs import add_outputs, taken_in_order
+from ptq_onnx.config import stages
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation import model_files as graphs
-from ptq_onnx.progress import Advance
+from ptq_onnx.progress import untold
+from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.convolution_weights import rounded_weight
 from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_span
 from ptq_onnx.quantizers.stream_weights import Some, own_bias
@@ -42,18 +44,15 @@ IMAGES = 32
 
 
 def corrected_convolutions(
-    model: ir.Model,
-    specs: Mapping[str, TensorSpec],
-    batches: Iterable[Any],
-    original: ir.Model,
-    threads: int,
-    advance: Advance,
+    plan: Plan, model: ir.Model, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
 ) -> dict[str, Array]:
-    """New weights and biases [N] of ``model``'s convolutions with a quantized weight and a bias of
-    their own, by name. ``original``: the same graph with its constants as they were, which has the
-    means that are to be kept."""
-    images, copy = Some(batches, IMAGES), model.clone()
-    wanted = float_means(original, [n for n in copy.graph if _is_ours(n, specs)], images, threads)
+    """New weights and biases [N] of convolutions with a quantized weight and a bias of their own,
+    by name. ``model``: the plan's graph, with constants that were changed before; the means that
+    are to be kept are those of the plan's own."""
+    images, copy, threads = Some(batches, IMAGES), model.clone(), plan.config.threads
+    advance = (plan.progress or untold)(stages.SHIFTS)
+    ours = [n for n in copy.graph if _is_ours(n, specs)]
+    wanted = float_means(plan.model, ours, images, threads)
     stream: Stream = {str(copy.graph.inputs[0].name): list(images)}
     walk = _Walk(copy, specs, NodeKernels(copy, specs, threads), stream, wanted)
     for span in spans_of(copy.graph, Blocks({}, 0)):

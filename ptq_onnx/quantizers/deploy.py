@@ -27,7 +27,6 @@ from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
-from ptq_onnx.config import stages
 from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.selector import Selector
 from ptq_onnx.errors import ConfigError
@@ -38,7 +37,7 @@ from ptq_onnx.numerics.around.token_mean import TokenMean
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.progress import Advance, untold
+from ptq_onnx.progress import Advance
 from ptq_onnx.quantizers.base import Array, Plan, SiteQuantizer
 from ptq_onnx.quantizers.code_regions import (
     known_range,
@@ -129,15 +128,8 @@ class Deploy(SiteQuantizer):
         bits = widths.activations
         if target.narrow_second and site.role in SECOND:
             bits = min(bits, BYTE)
-        return Rule(
-            bits,
-            sign,
-            sign,
-            code=code,
-            method=method,
-            stored=stored,
-            around=(TokenMean(),) if centred else (),
-        )
+        around = (TokenMean(),) if centred else ()
+        return Rule(bits, sign, sign, code=code, method=method, stored=stored, around=around)
 
     def _region_rule(self, site: Site) -> Rule:
         """Codes of what convolutions read and give, and of what stands between them."""
@@ -357,9 +349,7 @@ class Deploy(SiteQuantizer):
             constants |= corrected_biases(plan.model, plan.sites, specs, stats, constants, means)
         self.set_constants(constants)
         if plan.config.bias_correction and self.regions.convolutions:
-            advance, threads = (plan.progress or untold)(stages.SHIFTS), plan.config.threads
-            given = self.model, specs, batches, plan.model, threads, advance
-            self.set_constants(corrected_convolutions(*given))
+            self.set_constants(corrected_convolutions(plan, self.model, specs, batches))
         return specs
 
     def measure(self, batches: Iterable[Any]) -> Statistics:
