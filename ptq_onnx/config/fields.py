@@ -180,8 +180,7 @@ class Fields:
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
-        "deploy: correct the biases for the mean error of quantized weights; of convolutions on codes"
-        " for the one measured, their weights rounded for what they read.",
+        "deploy: correct biases for the mean error; round convolutions for what they read.",
     )
     rounding: str = option(
         "nearest", NUMBERS, "NAME",

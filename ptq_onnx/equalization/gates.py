@@ -252,9 +252,9 @@ def _is_moved(value: ir.Value) -> bool:
     node = value.producer()
     if node is None or not is_layout(node):
         return False
-    if node.op_type == "Identity":
-        return node.inputs[0] is None or _is_moved(node.inputs[0])
-    return node.op_type != "Concat"
+    if node.op_type not in ("Identity", "Concat"):
+        return True
+    return any(v is not None and _is_moved(v) for v in node.inputs)
 
 
 def write_behind(graph: ir.Graph, clip: ir.Node, op: str) -> ir.Node:

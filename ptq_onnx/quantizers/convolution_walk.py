@@ -36,6 +36,7 @@ from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.convolution_weights import rounded_weight
 from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_span
 from ptq_onnx.quantizers.stream_weights import Some, own_bias
+from ptq_onnx.runtime.packed import unpack
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -53,7 +54,7 @@ def corrected_convolutions(
     advance = (plan.progress or untold)(stages.SHIFTS)
     ours = [n for n in copy.graph if _is_ours(n, specs)]
     wanted = float_means(plan.model, ours, images, threads)
-    stream: Stream = {str(copy.graph.inputs[0].name): list(images)}
+    stream = as_inputs(copy.graph, images)
     walk = _Walk(copy, specs, NodeKernels(copy, specs, threads), stream, wanted)
     for span in spans_of(copy.graph, Blocks({}, 0)):
         run_span(span, walk.kernels, stream, walk.active)
@@ -112,6 +113,16 @@ class _Walk:
         """Give a constant its new numbers."""
         value.const_value = ir.tensor(array, name=value.name)
         self.found[str(value.name)] = array
+
+
+def as_inputs(graph: ir.Graph, batches: Iterable[Array]) -> Stream:
+    """Batches by the graph's inputs, in their types; packed ones (``runtime/packed.py``) apart."""
+    inputs = [v for v in graph.inputs if not v.is_initializer()]
+    rows = [unpack(batch) or [batch] for batch in batches]
+    types = [None if v.dtype is None else v.dtype.numpy() for v in inputs]
+    return {
+        str(v.name): [np.asarray(row[i], types[i]) for row in rows] for i, v in enumerate(inputs)
+    }
 
 
 def float_means(

@@ -36,9 +36,7 @@ def rounded_weight(
     return dequantize(codes.T.reshape(weight.shape).astype(np.int32), spec)
 
 
-def moments_of(
-    conv: ir.Node, shape: Sequence[int], batches: Sequence[Array]
-) -> tuple[Double, int]:
+def moments_of(conv: ir.Node, shape: Sequence[int], batches: Sequence[Array]) -> tuple[Double, int]:
     """E[xᵀx] of what lies under the kernel, [K, K], and of how many pixels. With the mean: where
     the image is padded, the bias does not take it out."""
     width, images = int(np.prod(shape[1:])), sum(map(len, batches))

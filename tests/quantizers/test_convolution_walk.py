@@ -15,7 +15,9 @@ from ptq_onnx.numerics.rounding import loss, nearest
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers import convolution_weights
+from ptq_onnx.quantizers.convolution_walk import as_inputs
 from ptq_onnx.quantizers.convolution_weights import moments_of, rounded_weight
+from ptq_onnx.runtime.packed import pack
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,20 @@ def test_moments_are_of_what_lies_under_the_kernel(monkeypatch: pytest.MonkeyPat
     assert count == 4 * 9
     picked = np.array(rows).reshape(4, 18, -1)[:, ::2].reshape(36, -1)
     np.testing.assert_allclose(few, picked.T @ picked / 36, 1e-5, 1e-6)
+
+
+def test_several_inputs_have_a_stream_each() -> None:
+    image, number = (ir.Value(name=n, type=ir.TensorType(t)) for n, t in (
+        ("image", ir.DataType.FLOAT), ("number", ir.DataType.INT64)))  # fmt: skip
+    graph = ir.Graph([image, number], [], nodes=[], opset_imports={"": 21})
+    images = sample(2, 3, 4, 4, seed=1)
+    packed = np.stack([pack([one, np.array([7 + i])]) for i, one in enumerate(images)])
+    found = as_inputs(graph, [packed, packed[:1]])
+    assert [batch.tolist() for batch in found["number"]] == [[[7], [8]], [[7]]]
+    assert found["number"][0].dtype == np.int64
+    np.testing.assert_array_equal(found["image"][0], images)
+    graph.inputs[:] = [image]
+    np.testing.assert_array_equal(as_inputs(graph, [images])["image"][0], images)
 
 
 def convolution(**attributes: object) -> tuple[ir.Node, np.ndarray, TensorSpec]:
