@@ -34,6 +34,8 @@ MOVING = frozenset(("MaxPool", "Resize"))
 """Those whose codes are those that they read."""
 GATE = 16
 """A factor or summand this much smaller than the result is made codes of its own."""
+TIE = 0.002
+"""Of the time: below it integers are preferred, whose weights take a quarter of the memory."""
 COSTS_MORE = "codes around it would cost more time than its integers save"
 ONE_PIXEL = "one number per channel and image: no time to save, and whole channels hang on it"
 NO_KERNEL = "its weight is no constant, or its image has no two sides"
@@ -221,10 +223,19 @@ class _Finder:
         return total
 
     def _is_smooth(self, node: ir.Node | None, drawn: _Drawn) -> bool:
-        """True for an activation function of floats from codes to codes."""
+        """True for an activation function of floats from codes to codes, or a factor per channel
+        in front of it or behind."""
+        if node is not None and _is_factor(node):
+            node = _next_to(node)
         if node is None or node.op_type not in SMOOTH or node in drawn.ops:
             return False
-        return node.inputs[0] in drawn.made and node.outputs[0] in drawn.entering
+        first, last = node.inputs[0], node.outputs[0]
+        before, behind = None if first is None else first.producer(), _reader(last)
+        if before is not None and _is_factor(before):
+            first = before.inputs[0]
+        if behind is not None and _is_factor(behind):
+            last = behind.outputs[0]
+        return first in drawn.made and last in drawn.entering
 
     def _pruned(self, wanted: set[ir.Node]) -> set[ir.Node]:
         """Without the first convolutions (of few channels and many pixels), then single ones, then
@@ -239,10 +250,13 @@ class _Finder:
         return wanted
 
     def _beginnings(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
-        """The first convolutions up to where leaving them out saves most."""
+        """The first convolutions up to where leaving them out saves most; fewer where that saves
+        hardly less."""
         ordered = [n for n in self.nodes if n in wanted]
         cuts = [set(ordered[:end]) for end in range(len(ordered) + 1)]
-        return [min(cuts, key=lambda cut: self.cost(wanted - cut))]
+        left = [self.cost(wanted - cut) for cut in cuts]
+        most = min(left) * (1 + TIE)
+        return [next(cut for cut, cost in zip(cuts, left, strict=True) if cost <= most)]
 
     def _single(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
         return [{n} for n in self.nodes if n in wanted]
@@ -303,6 +317,27 @@ def clipped_to(value: ir.Value) -> tuple[float, float] | None:
     if node.op_type == "Relu":
         return 0.0, np.inf
     return float(scalar(node.inputs[1]) or 0.0), float(scalar(node.inputs[2]) or 0.0)
+
+
+def _is_factor(node: ir.Node) -> bool:
+    """True for a Mul by constants, one number or one per channel."""
+    if node.op_type != "Mul" or is_constant(node.inputs[0]):
+        return False
+    return _per_channel(node.inputs[1])
+
+
+def _next_to(factor: ir.Node) -> ir.Node | None:
+    """The activation function in front of a factor, or else what alone reads its product."""
+    read = factor.inputs[0]
+    before = None if read is None else read.producer()
+    if before is not None and before.op_type in SMOOTH:
+        return before
+    return _reader(factor.outputs[0])
+
+
+def _reader(value: ir.Value) -> ir.Node | None:
+    """What alone reads the value."""
+    return next(consumers(value))[0] if is_private(value) else None
 
 
 def _is_made_by_convolution(value: ir.Value | None) -> bool:

@@ -180,11 +180,11 @@ class Fields:
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
-        "deploy: correct the biases for the mean error of quantized weights.",
+        "deploy: correct biases for the mean error; round convolutions for what they read.",
     )
     rounding: str = option(
         "nearest", NUMBERS, "NAME",
-        f"deploy: how weights are rounded, one of {', '.join(ROUNDING_NAMES)}.",
+        f"deploy: how weights of linears are rounded, one of {', '.join(ROUNDING_NAMES)}.",
         choices=ROUNDING_NAMES,
     )
     wide_ends: bool = option(

@@ -28,6 +28,7 @@ CALIBRATING = "Calibrating ranges"
 HISTOGRAMS = "Calibrating histograms"
 SCALES = "Searching scales"
 ROUNDING = "Rounding weights"
+SHIFTS = "Measuring shifts"
 RECONSTRUCTING = "Training blocks"
 WRITING = "Writing the quantized model"
 EVERY_OP = "Measuring the error of every op"
@@ -84,6 +85,7 @@ def planned(config: QuantizeConfig, tested: int, made: int = 0) -> list[Planned]
         Planned(SCALES, 8 * images),
         weighs,
         Planned(ROUNDING, 8 * images if config.rounds_weights and not config.reconstruct else 0),
+        Planned(SHIFTS, 4 * 32 if config.regions and config.bias_correction else 0),
         Planned(RECONSTRUCTING, 100 * images if config.reconstruct else 0),
         Planned(WRITING, WRITING_COST),
     ]

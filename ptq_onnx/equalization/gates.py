@@ -162,6 +162,24 @@ class Entering(Source):
         return {str(made.name): str(self.value.name)}
 
 
+@dataclass(frozen=True)
+class Leaving(Source):
+    """What a convolution gives, with or without Relu, and ops of floats alone read."""
+
+    convolution: ir.Node
+    name: ClassVar[str] = "Mul behind"
+    costs: ClassVar[bool] = True
+
+    def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
+        """In its weight and bias; a Mul gives those that read it the tensor as it was."""
+        uses = list(consumers(self.value))
+        _divide_outputs(graph, self.convolution, factor)
+        made = _multiplied(graph, uses[0][0], self.value, factor, "whole")
+        for node, index in uses:
+            node.replace_input_with(index, made)
+        return {}
+
+
 def sources(regions: Regions) -> list[Source]:
     """Every tensor of the regions whose factor can be taken in, as the data flows."""
     found: list[Source] = []
@@ -177,6 +195,8 @@ def sources(regions: Regions) -> list[Source]:
             carried = Carried()
             if _follow(carried, value, regions) and carried.readers:
                 found.append(Plain(value, carried, conv))
+            elif _leaves(value, regions):
+                found.append(Leaving(value, Carried(), conv))
     for node in regions.ops:
         small = [i for i, v in enumerate(node.inputs) if _is_small(v, regions)]
         if node.op_type == "Mul" and len(small) == 1:
@@ -185,7 +205,7 @@ def sources(regions: Regions) -> list[Source]:
                 found.append(Excited(value, carried, node, small[0]))
     for value in regions.entering:
         maker, carried = value.producer(), Carried()
-        if maker is None or is_layout(maker) or _is_small(value, regions):
+        if maker is None or _is_moved(value) or _is_small(value, regions):
             continue
         readers = [n for n, _ in consumers(value)]
         if regions.convolutions.issuperset(readers) and _follow(carried, value, regions):
@@ -219,6 +239,24 @@ def _is_small(value: ir.Value | None, regions: Regions) -> bool:
     return list(value.shape)[2:] == [1, 1]
 
 
+def _leaves(value: ir.Value, regions: Regions) -> bool:
+    """True for codes that become floats for all that read them."""
+    inside = regions.convolutions | regions.ops
+    readers = [node for node, _ in consumers(value)]
+    return bool(readers) and not value.is_graph_output() and inside.isdisjoint(readers)
+
+
+def _is_moved(value: ir.Value) -> bool:
+    """True for what layout ops make, whose channels may have been on another axis; not of what they
+    copy or join."""
+    node = value.producer()
+    if node is None or not is_layout(node):
+        return False
+    if node.op_type not in ("Identity", "Concat"):
+        return True
+    return any(v is not None and _is_moved(v) for v in node.inputs)
+
+
 def write_behind(graph: ir.Graph, clip: ir.Node, op: str) -> ir.Node:
     """An op of one input in place of a Clip, whose name its output takes."""
     node, old = ir.node(op, [clip.inputs[0]], num_outputs=1), clip.outputs[0]
@@ -241,11 +279,18 @@ def _multiply(graph: ir.Graph, node: ir.Node, index: int, factor: Double) -> ir.
     """Let the node read its input times the factor [C]."""
     value = node.inputs[index]
     assert value is not None
-    number = new_constant(graph, f"{value.name}_factor", _single(factor.reshape(-1, 1, 1)))
-    sizes = [] if value.shape is None else list(value.shape)
-    made = Writer(graph, node).node("Mul", [value, number], sizes, value, "equalized")
+    made = _multiplied(graph, node, value, factor, "equalized")
     node.replace_input_with(index, made)
     return made
+
+
+def _multiplied(
+    graph: ir.Graph, node: ir.Node, value: ir.Value, factor: Double, name: str
+) -> ir.Value:
+    """The value times the factor [C], in front of the node."""
+    number = new_constant(graph, f"{value.name}_factor", _single(factor.reshape(-1, 1, 1)))
+    sizes = [] if value.shape is None else list(value.shape)
+    return Writer(graph, node).node("Mul", [value, number], sizes, value, name)
 
 
 def _closes(gate: ir.Node, product: ir.Node) -> bool:

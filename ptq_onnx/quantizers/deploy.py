@@ -48,6 +48,7 @@ from ptq_onnx.quantizers.code_regions import (
     with_moved_numbers,
     with_same_numbers,
 )
+from ptq_onnx.quantizers.convolution_walk import corrected_convolutions
 from ptq_onnx.quantizers.correction import corrected_biases, start_of
 from ptq_onnx.quantizers.mixed import NARROW, SECOND, narrowed, widened
 from ptq_onnx.quantizers.rounded_weights import rounded_weights
@@ -127,15 +128,8 @@ class Deploy(SiteQuantizer):
         bits = widths.activations
         if target.narrow_second and site.role in SECOND:
             bits = min(bits, BYTE)
-        return Rule(
-            bits,
-            sign,
-            sign,
-            code=code,
-            method=method,
-            stored=stored,
-            around=(TokenMean(),) if centred else (),
-        )
+        around = (TokenMean(),) if centred else ()
+        return Rule(bits, sign, sign, code=code, method=method, stored=stored, around=around)
 
     def _region_rule(self, site: Site) -> Rule:
         """Codes of what convolutions read and give, and of what stands between them."""
@@ -354,6 +348,8 @@ class Deploy(SiteQuantizer):
         if plan.config.bias_correction:
             constants |= corrected_biases(plan.model, plan.sites, specs, stats, constants, means)
         self.set_constants(constants)
+        if plan.config.bias_correction and self.regions.convolutions:
+            self.set_constants(corrected_convolutions(plan, self.model, specs, batches))
         return specs
 
     def measure(self, batches: Iterable[Any]) -> Statistics:

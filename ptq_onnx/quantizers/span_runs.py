@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.spans import Span
-from ptq_onnx.blocks.walking import name_of
+from ptq_onnx.blocks.walking import is_constant, is_layout, name_of
 from ptq_onnx.engine.node_sessions import NodeKernels
+from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.spec import TensorSpec
 
 Stream = dict[str, list[NDArray[Any]]]
 """Tensors by name, in batches."""
@@ -45,3 +47,27 @@ def run_span(
                 del stream[read]
                 gone(read)
         advance(place / len(span.nodes))
+
+
+def quantized_around(
+    node: ir.Node, specs: Mapping[str, TensorSpec], kernels: NodeKernels
+) -> frozenset[str]:
+    """Tensors around a node that it quantizes in a run: its weight, its output, and inputs that
+    their own node has not quantized."""
+    found = {str(v.name) for v in node.outputs if str(v.name) in specs and not _is_late(v, specs)}
+    for value in node.inputs:
+        if value is None:
+            continue
+        name = str(value.name)
+        if name in kernels.carried or (name in specs and _is_late(value, specs)):
+            found.add(name)
+    return frozenset(found)
+
+
+def _is_late(value: ir.Value, specs: Mapping[str, TensorSpec]) -> bool:
+    """True for what its readers quantize: constants, what a layout op makes, the image, and rows
+    that are divided by their sums behind the product."""
+    node = value.producer()
+    if node is None or is_layout(node) or is_constant(value):
+        return True
+    return RowMaximum() in specs[str(value.name)].rule.around

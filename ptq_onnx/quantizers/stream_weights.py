@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 
 from ptq_onnx.blocks.role_map import Blocks
 from ptq_onnx.blocks.spans import Span, spans_of
-from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear
+from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.row_samples import row_means
 from ptq_onnx.calibration.tapped_runs import copies_in
 from ptq_onnx.config import stages
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
-from ptq_onnx.numerics.around.row_maximum import RowMaximum
 from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
 from ptq_onnx.numerics.rounding import gptq, gptq_ranged
 from ptq_onnx.numerics.spec import TensorSpec
@@ -37,7 +36,7 @@ from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.importance import Importance, importance_of_inputs, read_by_linears
 from ptq_onnx.quantizers.learning import Learning, Trained
 from ptq_onnx.quantizers.reconstruction import Reconstruction, with_steps
-from ptq_onnx.quantizers.span_runs import Stream, run_span
+from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_span
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -97,7 +96,7 @@ class _Walk:
         def active(node: ir.Node) -> frozenset[str]:
             if rounding and is_linear(node):
                 self.round(node)
-            return self.active(node)
+            return quantized_around(node, self.specs, self.kernels)
 
         run_span(span, self.kernels, self.tensors, active, self.forget, advance)
 
@@ -111,28 +110,6 @@ class _Walk:
             self.replace(self.model.graph.initializers[name], array)
         self.specs |= with_steps(self.specs, learning.steps)
         self.kernels = NodeKernels(self.model, self.specs, self.threads)
-
-    def active(self, node: ir.Node) -> frozenset[str]:
-        """Tensors around a node that it quantizes: its weight, its output, and inputs that their
-        own node has not quantized."""
-        found = {
-            str(v.name) for v in node.outputs if str(v.name) in self.specs and not self.late(v)
-        }
-        for value in node.inputs:
-            if value is None:
-                continue
-            name = str(value.name)
-            if name in self.kernels.carried or (name in self.specs and self.late(value)):
-                found.add(name)
-        return frozenset(found)
-
-    def late(self, value: ir.Value) -> bool:
-        """True for what its readers quantize: constants, what a layout op makes, the image, and
-        rows that are divided by their sums behind the product."""
-        node = value.producer()
-        if node is None or is_layout(node) or is_constant(value):
-            return True
-        return RowMaximum() in self.specs[str(value.name)].rule.around
 
     def round(self, node: ir.Node) -> None:
         """Give the linear its rounded weight, where it has one of its own."""
@@ -265,15 +242,15 @@ class _Parts:
 
 
 class Some:
-    """The first ``IMAGES`` images of batches, as batches."""
+    """The first ``limit`` images of batches, as batches."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[Any], limit: int = IMAGES) -> None:
         self.batches: list[Any] = []
         self.copies, self.count = copies_in(batches), 0
         for batch in batches:
             self.batches.append(batch)
             self.count += len(batch) // self.copies
-            if self.count >= IMAGES:
+            if self.count >= limit:
                 break
 
     def __iter__(self) -> Iterator[Any]:

@@ -212,3 +212,34 @@ def test_what_a_concat_joins_is_a_site_in_onnx_runtime_too(
     made = {str(n.outputs[0].name) for n in model.graph if n.op_type == "Conv"}
     assert made & plan.sites.keys() == (made if expected else set())
     assert len(made) == 2
+
+
+def test_what_floats_make_and_read_is_divided_in_a_mul() -> None:
+    """Behind a convolution whose codes become floats, and behind a Concat of floats; not behind a
+    Transpose, which may have moved the channels."""
+
+    def part(moved: bool) -> ir.Model:
+        g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+        x = conv(g, conv(g, "x", 1), 2)
+        y = g("Transpose", g("Gelu", x), perm=[0, 1, 3, 2]) if moved else g("Gelu", x)
+        halves = sample(WIDE, 2 * WIDE, 1, 1, seed=3) / WIDE**0.5
+        y = g("Conv", g("Concat", y, g("Erf", y), axis=1) if not moved else y,
+              halves[:, :WIDE] if moved else halves)  # fmt: skip
+        model = g.model(conv(g, y, 4))
+        fuse(model)
+        return model
+
+    for moved in (False, True):
+        found = {type(one).__name__: one for one in sources(find_regions(part(moved).graph))}
+        assert found.keys() == {"Plain", "Leaving"} | ({"Entering"} if not moved else set())
+    model = part(False)
+    expected = run(to_standard(model), X)[0]
+    for one in sources(find_regions(model.graph)):
+        if one.name.startswith("Mul"):
+            size = one.value.shape[1] if one.value.shape is not None else 0
+            factor = np.exp2(np.random.default_rng(3).uniform(-2, 2, int(size)))
+            one.divide(model.graph, factor)
+            one.carried.take_in(model.graph, factor)
+    muls = [n for n in model.graph if n.op_type == "Mul"]
+    assert len(muls) == 2
+    np.testing.assert_allclose(run(to_standard(model), X)[0], expected, rtol=1e-3, atol=1e-4)
