@@ -19,7 +19,9 @@ from npu.swin_block import SIDE, square_heads, swin_block
 from npu.test_units import MIXED, decibels, run
 from npu.units import file_of, quantizer_for, tokens
 from ptq_onnx.api import quantize
+from ptq_onnx.equalization.linear_weights import set_linear
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.graph.formula import constant
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.units import complete
 from ptq_onnx.targets.checking.check import check
@@ -27,13 +29,29 @@ from ptq_onnx.targets.qnn.session import npu_session
 
 pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
 
+
+def always_on() -> ir.Model:
+    """Each MLP has a hidden channel without weights, whose bias is all there is of it."""
+    model = transformer(Choices(), blocks=2)
+    for node in model.graph:
+        if node.op_type == "Gelu" and (fc1 := node.inputs[0]) is not None:
+            linear = fc1.producer()
+            assert linear is not None
+            weight, bias = (np.array(constant(v)) for v in linear.inputs[1:])
+            weight[:, 0], bias[0] = 0, 6
+            set_linear(model.graph, linear, weight, bias)
+    return model
+
+
 MODELS = {
+    "always on": always_on,
     "plain": lambda: transformer(Choices(), blocks=2),
     "LayerScale": lambda: transformer(Choices(layer_scale=True)),
     "masked, pooled": lambda: transformer(Choices(mask=True, pool=True)),
     "windows": swin_block,
 }
 CASES = [
+    ("always on", "8/8/8", (), 20, 25),
     ("plain", "8/8/8", (), 20, 25),
     ("plain", "8/16/16", (), 32, 40),
     ("plain", "8/8/8", tuple(t for t in MIXED if t != "embed=16"), 22, 25),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.grain import PerChannel
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
-from ptq_onnx.quantizers.solved_specs import channel_spec, tensor_spec
+from ptq_onnx.quantizers.solved_specs import channel_spec, tensor_spec, weight_spec
 
 SITE = Site("x", "fc1", 0, (2,), ("batch", 5, 4), "n", ("m",))
 ENDS = st.floats(-1e3, 1e3, width=32).filter(lambda v: abs(v) > 1e-3)
@@ -47,3 +47,14 @@ def test_of_channels_too(pairs: list[tuple[float, float]], symmetric: bool) -> N
     step = float(spec.scale) * spec.factor.ravel()
     assert (reached[0] <= np.minimum(ends[:, 0], 0) + step).all()
     assert (reached[1] >= np.maximum(ends[:, 1], 0) - step).all()
+
+
+def test_a_channel_of_zeros_has_the_largest_scale() -> None:
+    """Its codes are zero with any scale; its bias, in steps of it, is a small number then."""
+    weight = np.array([[0.5, 0.0, -2.0], [0.25, 0.0, 1.0]], np.float32)
+    rule = Rule(bits=8, signed=True, grain=PerChannel())
+    site = Site("w", "fc1.weight", 0, (1,), (2, 3), None, ("n",), is_parameter=True)
+    spec = weight_spec(site, rule, weight, None, "any")
+    np.testing.assert_allclose(spec.scale, np.array([0.5, 2.0, 2.0]) / 127, rtol=1e-6)
+    whole = weight_spec(site, rule, np.zeros((2, 3), np.float32), None, "any")
+    assert (whole.scale > 0).all()
