@@ -97,7 +97,7 @@ INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "weights to the nearest": ((stream_weights, "gptq_ranged", _nearest),),
     "weights without a zero point": ((stream_weights, "gptq_ranged", _symmetric),),
     "weights on the float stream": (
-        (stream_weights._Walk, "active", lambda self, node: frozenset()),
+        (stream_weights, "quantized_around", lambda node, specs, kernels: frozenset()),
         (stream_weights, "fake_quantize", _same),
     ),
     "means not corrected": ((stream_weights, "own_bias", _nothing),),
