@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 LAYOUT_OPS = frozenset(
@@ -223,13 +224,15 @@ def is_product(node: ir.Node) -> bool:
 
 
 def is_row_factors(node: ir.Node) -> bool:
-    """True for a Mul by constants that are the same for all channels and not for all rows."""
-    return node.op_type == "Mul" and any(
-        is_constant(v) and v.shape is not None and v.shape[-1] == 1 and math.prod(_known(v)) > 1
-        for v in node.inputs
-        if v is not None and v.shape is not None and len(v.shape) > 1
-    )
-
-
-def _known(value: ir.Value) -> list[int]:
-    return [d for d in value.shape or () if isinstance(d, int)]
+    """True for a Mul by constants [1, T, 1], powers of two of which the largest is one: factors of
+    the rows of [B, T, D] (``equalization/token_factors.py``)."""
+    if node.op_type != "Mul":
+        return False
+    for value in node.inputs:
+        shape = None if value is None or value.shape is None else list(value.shape)
+        if value is None or shape is None or len(shape) != 3 or (shape[0], shape[2]) != (1, 1):
+            continue
+        if is_constant(value) and value.const_value is not None and shape[1] != 1:
+            mantissa, _ = np.frexp(value.const_value.numpy())
+            return bool(np.all(mantissa == 0.5)) and float(value.const_value.numpy().max()) == 1
+    return False

@@ -20,10 +20,10 @@ from ptq_onnx.blocks.element_map import channel_map
 from ptq_onnx.blocks.role_map import Role
 from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
-    is_constant,
     is_layout,
     is_linear,
     is_product,
+    is_row_factors,
     name_of,
     source,
     through_layout,
@@ -37,7 +37,7 @@ from ptq_onnx.equalization.linear_weights import (
     set_linear,
     turn_columns,
 )
-from ptq_onnx.graph.formula import constant, new_constant, sizes, unique_name
+from ptq_onnx.graph.formula import constant, new_constant, unique_name
 
 Double = NDArray[np.float64]
 
@@ -148,12 +148,8 @@ def columns_behind(value: ir.Value, shape: tuple[int, ...]) -> Columns | None:
 def readers_behind(value: ir.Value) -> tuple[ir.Node, ...] | None:
     """The linears that alone read ``value``, directly or times factors of its rows."""
     uses = list(value.uses())
-    node = uses[0].node if len(uses) == 1 else None
-    if node is None or node.op_type != "Mul" or value.is_graph_output():
-        return readers_of(value)
-    shape = sizes(node.inputs[1 - uses[0].idx])
-    of_rows = is_constant(node.inputs[1 - uses[0].idx]) and shape is not None and shape[-1:] == [1]
-    return readers_of(node.outputs[0]) if of_rows else None
+    scaled = len(uses) == 1 and is_row_factors(uses[0].node) and not value.is_graph_output()
+    return readers_of(uses[0].node.outputs[0] if scaled else value)
 
 
 def readers_of(value: ir.Value) -> tuple[ir.Node, ...] | None:

@@ -36,6 +36,8 @@ IMAGES = 32
 """Images that are looked at."""
 LEAST = 4.0
 """Size of a token over the median of all from which on it is massive."""
+SMALLEST = 6
+"""Largest k: 2⁻ᵏ is still a whole code where one is the middle of 8-bit ones."""
 ALWAYS_ON = {"Gelu": 6.0, "QuickGelu": 9.0, "Silu": 16.0, "Relu": 1.0}
 """Where a channel that is always on stands: f(x) = x there, but for 1e-5."""
 
@@ -110,7 +112,7 @@ def find_token_factors(
             continue
         largest = np.max([sizes_of[name] for name in dict.fromkeys(names)], axis=0)
         places = np.flatnonzero(largest >= LEAST)
-        exponents = np.rint(np.log2(largest[places])).astype(int)
+        exponents = np.minimum(np.rint(np.log2(largest[places])), SMALLEST).astype(int)
         left = largest.copy()
         left[places] *= 2.0**-exponents
         taken |= set(spine.norms)
@@ -149,7 +151,7 @@ def fit(model: ir.Model, found: Sequence[TokenFactors]) -> bool:
         one.start in spines
         and len(one.tokens) == len(one.exponents) > 0
         and all(0 <= t < spines[one.start].tokens for t in one.tokens)
-        and all(0 < k < 64 for k in one.exponents)
+        and all(0 < k <= SMALLEST for k in one.exponents)
         for one in found
     )
 

@@ -14,6 +14,7 @@ import ptq_onnx
 from ptq_onnx.blocks.walking import is_row_factors
 from ptq_onnx.equalization.token_factors import find_token_factors, fit, set_token_factors
 from ptq_onnx.errors import ConfigError
+from ptq_onnx.graph.formula import new_constant
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.preparation.prepare import prepare
@@ -214,6 +215,7 @@ def test_an_earlier_run_s_factors_are_set_again(
         {"tokens": [3]},
         {"tokens": [3, TOKENS]},
         {"exponents": [0, 1]},
+        {"exponents": [1, 7]},
         {"start": "other"},
     ):
         other = json.loads((folder / "report.json").read_text())
@@ -229,3 +231,26 @@ def test_fit_asks_for_each_start_once(massive: Path) -> None:
     found = find_token_factors(prepared.model, images(2))
     assert fit(prepared.model, found)
     assert not fit(prepared.model, [*found, *found])
+
+
+@pytest.mark.parametrize(
+    ("array", "are"),
+    [
+        (np.array([1, 0.5, 2**-6]).reshape(1, 3, 1), True),
+        (np.array([1, 0.3, 1]).reshape(1, 3, 1), False),
+        (np.array([0.5, 0.25, 0.5]).reshape(1, 3, 1), False),
+        (np.array([2, 1, 1]).reshape(1, 3, 1), False),
+        (np.array([1, 0, 1]).reshape(1, 3, 1), False),
+        (np.array([1, -1, 1]).reshape(1, 3, 1), False),
+        (np.array([1, 0.5, 1]).reshape(3, 1, 1), False),
+        (np.array([1, 0.5, 1]), False),
+        (np.ones((1, 1, 1)), False),
+    ],
+)
+def test_factors_of_rows_are_powers_of_two_up_to_one(array: np.ndarray, are: bool) -> None:
+    """Not a mask of tokens, a LayerScale, or the factor of a convolution's channels."""
+    x = ir.Value(name="x", shape=ir.Shape([1, 3, 4]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 21})
+    factors = new_constant(graph, "a", array.astype(np.float32))
+    assert is_row_factors(ir.node("Mul", [x, factors])) is are
+    assert not is_row_factors(ir.node("Div", [x, factors]))
