@@ -78,7 +78,7 @@ def open_source(
             )
         assert images is not None
         return open_images(images, preprocess, limit, **how)
-    if images == PSAQ:
+    if isinstance(images, str) and images == PSAQ:
         raise ConfigError(
             f"--calib {PSAQ}: images are made from models with one input, which takes pictures;"
             f" model {model} has {taken.described}. Use --calib {SYNTHETIC}, or images."
