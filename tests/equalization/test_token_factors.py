@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
+from short_digits import short_digits
 
 import ptq_onnx
 from ptq_onnx.blocks.walking import is_row_factors
@@ -21,7 +22,8 @@ from ptq_onnx.preparation.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"
-WIDTH, HIDDEN, BLOCK, TOKENS = 64, 256, 1, 65
+WIDTH, HIDDEN, TOKENS = 64, 256, 65
+BLOCKS, BLOCK = 4, 0
 PLACES = (3, 12)
 SHOWN, UNIT, MADE = 9, 17, 20
 """The channel that marks the tokens, what sees it behind fc1, and what that makes massive."""
@@ -36,9 +38,10 @@ def changed(model: onnx.ModelProto, name: str, array: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, in which the MLP of block 1 makes two tokens massive: their place shows
-    in a channel of the position embedding, which a hidden channel sees."""
-    model = onnx.load(MODEL)
+    """Four blocks of the embedded model, in which the first MLP makes two tokens massive: their
+    place shows in a channel of the position embedding, which a hidden channel sees."""
+    path = tmp_path_factory.mktemp("massive") / "massive.onnx"
+    model = onnx.load(short_digits(path, BLOCKS))
     arrays = {t.name: numpy_helper.to_array(t).copy() for t in model.graph.initializer}
     linears = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in arrays]
     up = [n.input[1] for n in linears if arrays[n.input[1]].shape == (WIDTH, HIDDEN)][BLOCK]
@@ -48,12 +51,11 @@ def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first, second = arrays[up], arrays[down]
     first[:, UNIT], first[SHOWN, UNIT], bias[UNIT] = 0, 6, -30
     second[UNIT] = 0
-    second[UNIT, MADE] = 60
+    second[UNIT, MADE] = 14
     changed(model, "pos_embed", position)
     changed(model, up, first)
     changed(model, down, second)
     changed(model, f"blocks.{BLOCK}.mlp.0.bias", bias)
-    path = tmp_path_factory.mktemp("massive") / "massive.onnx"
     onnx.save(model, path)
     return path
 
@@ -90,10 +92,10 @@ def test_massive_tokens_get_factors_and_nothing_changes_in_float(massive: Path) 
     assert found.start == f"/blocks.{BLOCK}/Add_1_output_0"
     assert min(found.exponents) >= 3
     assert found.after < 2 < 8 < found.before
-    assert found.tensors == 2 * (6 - BLOCK - 1) + 1
+    assert found.tensors == 2 * (BLOCKS - BLOCK - 1) + 1
     before = outputs(prepared.model, images(1))
     added = set_token_factors(prepared.model, [found])
-    assert len(added) == 2 + 2 * (6 - BLOCK - 1)
+    assert len(added) == 2 + 2 * (BLOCKS - BLOCK - 1)
     muls = [n for n in prepared.model.graph if n.name in added]
     assert len(muls) == len(added)
     assert all(map(is_row_factors, muls))
@@ -165,7 +167,7 @@ def test_one_scale_serves_all_tokens(
     assert report["parity"]["rewritten"] < 1e-3
     assert any(note.startswith("Tokens: 2 tokens (3, 12)") for note in report["notes"])
     (turned,) = report["rotation"]["turned"]
-    assert turned["tensors"] == 13
+    assert turned["tensors"] == 2 * BLOCKS + 1
     monkeypatch.setattr("ptq_onnx.pipeline.rewriting.massive_tokens", lambda *_: ())
     other = quantized(massive, tmp_path / "without", **ON_CODES)
     assert other["tokens"] == []
