@@ -45,6 +45,7 @@ LONG = (
     "sweep/test_sweep.py",
     "pipeline/test_rotate_option.py",
     "equalization/test_hidden_pieces.py",
+    "equalization/test_token_factors.py",
     "test_progress.py",
     "quantizers/test_scale_search.py",
     "analysis/test_sensitivity.py",
