@@ -211,22 +211,15 @@ class Hidden:
     ) -> None:
         """Copies of channels: ``less`` [Σ copies] in front, 1 / ``parts`` [C] of each behind."""
         index = np.repeat(np.arange(len(copies)), copies)
-        weight, bias = constant(self.before.inputs[1]), None
+        weight = constant(self.before.inputs[1])
         assert weight is not None
-        if len(self.before.inputs) > 2:
-            bias = constant(self.before.inputs[2])
-        wide = np.zeros(len(index)) if bias is None else np.array(bias, np.float64)[index]
+        wide = bias_of(self.before, weight.shape[1])[index]
         set_linear(graph, self.before, weight.astype(np.float64)[:, index], wide - less)
         for linear in self.after:
-            matrix, old = constant(linear.inputs[1]), None
+            matrix = constant(linear.inputs[1])
             assert matrix is not None
-            if len(linear.inputs) > 2:
-                old = constant(linear.inputs[2])
             rows = matrix.astype(np.float64)[index] / parts[index][:, None]
-            width = matrix.shape[1]
-            set_linear(
-                graph, linear, rows, np.zeros(width) if old is None else np.array(old, np.float64)
-            )
+            set_linear(graph, linear, rows, bias_of(linear, matrix.shape[1]))
         self._set_width(len(index))
 
 

@@ -14,7 +14,7 @@ linear, whose bias becomes a hidden channel that is always on and so gets them t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_constant, is_layout, is_linear, name_of
-from ptq_onnx.calibration.statistics import copies_in, open_taps
+from ptq_onnx.calibration.tapped_runs import add_outputs, copies_in, taken_in_order
 from ptq_onnx.equalization.foldings import Hidden, hidden_channels, readers_of
 from ptq_onnx.equalization.norm_readers import READ_BY_SHAPE
 from ptq_onnx.equalization.streams import KEEPING, find_streams
-from ptq_onnx.graph.formula import constant, new_constant, sizes, unique_name
+from ptq_onnx.equalization.writer import Writer
+from ptq_onnx.graph.formula import constant, new_constant, sizes
 from ptq_onnx.preparation import model_files as graphs
+from ptq_onnx.progress import Advance, silent
 
 Double = NDArray[np.float64]
 
@@ -93,7 +95,7 @@ def find_token_factors(
     batches: Iterable[Any],
     *,
     threads: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance = silent,
 ) -> tuple[TokenFactors, ...]:
     """Factors for massive tokens of the model's streams, which stays as it is. ``batches``
     [B, C, H, W]: ``IMAGES`` of them are run."""
@@ -132,7 +134,7 @@ def find_token_factors(
 def set_token_factors(model: ir.Model, found: Sequence[TokenFactors]) -> dict[str, str]:
     """Put the factors into the model, in place. Returns the Muls that were added, by name, each
     with the name of the node whose block it is of."""
-    spines = {str(s.start.outputs[0].name): s for s in _spines(model.graph)}
+    spines = _by_start(model.graph)
     added: dict[str, str] = {}
     for one in found:
         spine = spines[one.start]
@@ -146,7 +148,7 @@ def set_token_factors(model: ir.Model, found: Sequence[TokenFactors]) -> dict[st
 
 def fit(model: ir.Model, found: Sequence[TokenFactors]) -> bool:
     """Whether factors that an earlier run chose are of this model's streams."""
-    spines = {str(s.start.outputs[0].name): s for s in _spines(model.graph)}
+    spines = _by_start(model.graph)
     return len({one.start for one in found}) == len(found) and all(
         one.start in spines
         and len(one.tokens) == len(one.exponents) > 0
@@ -170,13 +172,18 @@ def _times(graph: ir.Graph, node: ir.Node, index: int, factors: NDArray[np.float
     """A Mul by factors [1, T, 1] in front of a node's input; its name."""
     value = node.inputs[index]
     assert value is not None
-    name = unique_name(graph, f"{value.name}_tokens")
-    mul = ir.node("Mul", [value, new_constant(graph, f"{name}_factors", factors)])
-    mul.name, output = f"{name}_node", mul.outputs[0]
-    output.name, output.type, output.shape = name, value.type, value.shape
-    graph.insert_before(node, mul)
-    node.replace_input_with(index, output)
-    return str(mul.name)
+    assert value.shape is not None
+    number = new_constant(graph, f"{value.name}_tokens_factors", factors)
+    made = Writer(graph, node).node("Mul", [value, number], list(value.shape), value, "tokens")
+    node.replace_input_with(index, made)
+    mul = made.producer()
+    assert mul is not None
+    return name_of(mul)
+
+
+def _by_start(graph: ir.Graph) -> dict[str, Spine]:
+    """Spines by what their first add makes."""
+    return {str(s.start.outputs[0].name): s for s in _spines(graph)}
 
 
 def _spines(graph: ir.Graph) -> list[Spine]:
@@ -274,25 +281,27 @@ def _token_sizes(
     tensors: Sequence[str],
     batches: Iterable[Any],
     threads: int,
-    progress: Callable[[int], None] | None,
+    progress: Advance,
 ) -> dict[str, Double]:
     """Of tensors [B, T, D], each token's standard deviation over D, the lower quartile of the
     images, over the median of all tokens and images: [T]."""
-    session, feed, names = open_taps(graphs.to_standard(model.clone()), tensors, threads)
-    found: dict[str, list[Double]] = {name: [] for name in names}
+    standard, copies = graphs.to_standard(model.clone()), copies_in(batches)
+    names = add_outputs(standard, tensors)
+
+    def take(_: NDArray[np.float32], values: dict[str, Any]) -> dict[str, Double]:
+        arrays = {name: values[name] for name in names}
+        return {n: a[: len(a) // copies].astype(np.float64).std(axis=-1) for n, a in arrays.items()}
+
+    found: list[dict[str, Double]] = []
     seen = 0
-    for batch in batches:
-        count = len(batch) // copies_in(batches)
-        for name, array in zip(names, session.run(names, {feed: batch}), strict=True):
-            rows = array[: len(array) // copies_in(batches)]
-            found[name].append(rows.astype(np.float64).std(axis=-1))
-        seen += count
-        if progress is not None:
-            progress(count)
+    for batch, each in taken_in_order(standard, names, batches, take, threads=threads):
+        found.append(each)
+        seen += len(batch) // copies
+        progress(len(batch) // copies)
         if seen >= IMAGES:
             break
-    result = {}
-    for name, parts in found.items():
-        each = np.concatenate(parts)
-        result[name] = np.quantile(each, 0.25, axis=0) / max(float(np.median(each)), 1e-30)
-    return result
+    of_images = {name: np.concatenate([each[name] for each in found]) for name in names}
+    return {
+        name: np.quantile(each, 0.25, axis=0) / max(float(np.median(each)), 1e-30)
+        for name, each in of_images.items()
+    }

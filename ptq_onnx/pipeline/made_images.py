@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import onnx_ir as ir
 
@@ -37,7 +37,7 @@ ON_MADE = (
 )
 
 
-def are_unmade(images: ImageSource) -> bool:
+def are_unmade(images: ImageSource) -> TypeGuard[MadeSource]:
     """Whether images are to be made from the model, and are not yet."""
     return isinstance(images, MadeSource) and images.made is None
 
@@ -46,7 +46,7 @@ def with_made_images(request: Request, inputs: Inputs, begin: Stages) -> Inputs:
     """The inputs with their calibration images, and notes on them, where they are to be made; as
     they are otherwise. Raises ConfigError where the model has no gradient in torch."""
     source, prepared = inputs.images, inputs.prepared
-    if not isinstance(source, MadeSource) or source.made is not None:
+    if not are_unmade(source):
         return inputs
     from ptq_onnx.engine.model_images import STEPS, changed
     from ptq_onnx.engine.torch_form import TorchForm

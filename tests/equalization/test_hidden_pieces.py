@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from digits_runs import IMAGES, quantized, sqnr
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -34,7 +35,7 @@ from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"
+MODEL = ROOT / "models/digits_vit.onnx"
 CHANNEL, TIMES, HIDDEN = 5, 60.0, 256
 PLAIN = {"quantizer": "fqvit", "ptf": False, "lis": False, "rotate": False}
 """One scale for each activation."""
@@ -57,19 +58,6 @@ def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("massive") / "massive.onnx"
     onnx.save(model, path)
     return path
-
-
-def quantized(model: Path, folder: Path, **options: Any) -> dict[str, Any]:
-    ptq_onnx.quantize(
-        model, calib=IMAGES / "calib", images=32, report=False, threads=1, output=folder, **options
-    )
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
-
-
-def sqnr(model: Path, file: Path) -> float:
-    found = ptq_onnx.evaluate(file, IMAGES / "val", reference=model, threads=1)
-    return float(found.sqnr_db or 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
 """Factors for massive tokens: which are found, that nothing changes in float, and whole runs."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import digits_runs
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from digits_runs import IMAGES
 from onnx import numpy_helper
 from short_digits import short_digits
 
@@ -21,7 +24,7 @@ from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.preparation.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits"
+MODEL = ROOT / "models/digits_vit.onnx"
 WIDTH, HIDDEN, TOKENS = 64, 256, 65
 BLOCKS, BLOCK = 4, 0
 PLACES = (3, 12)
@@ -60,18 +63,8 @@ def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def quantized(model: Path, folder: Path, **options: Any) -> dict[str, Any]:
-    ptq_onnx.quantize(
-        model, calib=IMAGES / "calib", images=16, report=False, threads=1, output=folder, **options
-    )
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
-
-
-def sqnr(model: Path, file: Path) -> float:
-    few = [str(p) for p in sorted((IMAGES / "val").rglob("*.png"))[:48]]
-    found = ptq_onnx.evaluate(file, few, reference=model, threads=1)
-    return float(found.sqnr_db or 0)
+quantized = partial(digits_runs.quantized, images=16)
+sqnr = partial(digits_runs.sqnr, count=48)
 
 
 def images(count: int) -> list[np.ndarray]:
