@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from ptq_onnx.blocks.walking import is_row_factors
+
+TOKEN_FACTOR = "token_factor"
+"""The role of a Mul by factors of tokens (``equalization/token_factors.py``)."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -45,3 +50,7 @@ class RoleMap:
         """Give a node its role, unless it has one."""
         if node is not None and node not in self.roles:
             self.roles[node] = Role(block, role)
+
+    def set_scale(self, node: ir.Node, block: int | None) -> None:
+        """The role of a Mul by constants: by factors of tokens, or a LayerScale."""
+        self.set(node, block, TOKEN_FACTOR if is_row_factors(node) else "layer_scale")

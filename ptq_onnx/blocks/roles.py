@@ -8,8 +8,9 @@ On the way may stand what the families of ViTs put there: rotary positions (``ro
 q and k (``q_norm``, ``k_norm``), a convolution that shrinks k and v (``reduction``), the bias
 table of windows (``bias``) and their ``mask``, heads mixed before or behind the softmax
 (``head_mix``), a norm before proj or fc2 (``inner_norm``, ``mlp_norm``), norms behind a branch
-instead of before it, LayerScale, gates (``gate``), a depthwise convolution between fc1 and its
-activation (``dwconv``). Projections are linears, or convolutions of one pixel.
+instead of before it, LayerScale, factors of tokens (``token_factor``), gates (``gate``), a
+depthwise convolution between fc1 and its activation (``dwconv``). Projections are linears, or
+convolutions of one pixel.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks.masks import is_mask
 from ptq_onnx.blocks.outside import Outside
-from ptq_onnx.blocks.role_map import Blocks, Role
+from ptq_onnx.blocks.role_map import TOKEN_FACTOR, Blocks, Role
 from ptq_onnx.blocks.walking import (
     ACTIVATIONS,
     ARITHMETIC,
@@ -31,6 +32,7 @@ from ptq_onnx.blocks.walking import (
     is_depthwise,
     is_product,
     is_projection,
+    is_row_factors,
     name_of,
     source,
     through_layout,
@@ -138,7 +140,7 @@ class _Finder(Outside):
             return "activation"
         if is_depthwise(node):
             return "dwconv"
-        return "gate"
+        return TOKEN_FACTOR if is_row_factors(node) else "gate"
 
     def projections(self, qk: ir.Node, av: ir.Node, index: int) -> ir.Node | None:
         """Roles of the projections behind q, k and v; returns the norm before them."""
@@ -184,8 +186,15 @@ class _Finder(Outside):
         if not found:
             return None
         for passed in found[:-1]:
-            self.set(passed, index, norm if passed.op_type in NORMS else "layer_scale")
+            if passed.op_type in NORMS:
+                self.set(passed, index, norm)
+            else:
+                self.set_scale(passed, index)
         self.set(found[-1], index, role)
+        for value in found[-1].inputs:
+            before = None if value is None else value.producer()
+            if before is not None and is_row_factors(before):
+                self.set_scale(before, index)
         return found[-1]
 
     # --- MLPs ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir.passes.common as common
 
-from ptq_onnx.blocks.role_map import Role
+from ptq_onnx.blocks.role_map import TOKEN_FACTOR, Role
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import NORMS, name_of
 from ptq_onnx.config import stages
@@ -55,7 +55,7 @@ def with_factors(plan: Plan, tokens: Sequence[TokenFactors]) -> Plan:
 
     roles = dict(plan.blocks.roles)
     for name, of in set_token_factors(plan.model, tokens).items():
-        roles[name] = Role(roles[of].block, "layer_scale")
+        roles[name] = Role(roles[of].block, TOKEN_FACTOR)
     blocks = replace(plan.blocks, roles=roles)
     sites = find_sites(plan.model, blocks, whole=plan.config.runtime.all_codes)
     return replace(plan, blocks=blocks, sites=sites)

@@ -15,6 +15,8 @@ from onnx import numpy_helper
 from short_digits import short_digits
 
 import ptq_onnx
+from ptq_onnx.blocks.role_map import TOKEN_FACTOR
+from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.walking import is_row_factors
 from ptq_onnx.equalization.token_factors import find_token_factors, fit, set_token_factors
 from ptq_onnx.errors import ConfigError
@@ -98,6 +100,9 @@ def test_massive_tokens_get_factors_and_nothing_changes_in_float(massive: Path) 
         array = mul.inputs[1].const_value
         assert array is not None
         assert np.array_equal(array.numpy(), wanted)
+    roles = find_blocks(prepared.model).roles
+    assert {roles[name].name for name in added} == {TOKEN_FACTOR}
+    assert {roles[name].block for name in added} == set(range(BLOCK, BLOCKS))
     np.testing.assert_allclose(outputs(prepared.model, images(1)), before, atol=2e-5)
 
 
