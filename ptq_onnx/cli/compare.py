@@ -124,7 +124,7 @@ def compared(
             source,
             reference=base,
             labels=truth(base, source, paths.get("labels")),
-            block_images=options.analysis_images,
+            block_images=options.analysed,
             batch=options.batch,
             threads=options.threads,
             progress=progress,

@@ -292,9 +292,9 @@ class Fields:
         (), ANALYSIS, "HEAD", "Head to draw by itself; repeatable.",
         shown="all", bounds=(0, 9999),
     )
-    analysis_images: int = option(
-        32, ANALYSIS, "N", "Images for the analysis, held out from calibration.",
-        bounds=(1, 1_000_000),
+    analysis_images: int | None = option(
+        None, ANALYSIS, "N", "Images for the analysis, held out from calibration.",
+        shown="32, or 8 where only the file is measured", bounds=(1, 1_000_000),
     )
     threads: int = option(
         0, RUNNING, "N", "Threads to compute with; 0: the runtime decides.", bounds=(0, 256)

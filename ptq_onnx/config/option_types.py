@@ -36,7 +36,8 @@ def check_options(config: Any) -> None:
         flag = flag_of(field)
         low, high = flag.bounds or (None, None)
         fits = _fits(value, hint)
-        guarded = hint is int and low is not None and high is not None and high >= GUARD
+        whole = hint is int or (hint == int | None and isinstance(value, int))
+        guarded = whole and low is not None and high is not None and high >= GUARD
         if guarded and not (fits and value >= low):
             raise ConfigError(f"{option} must be at least {low:g}, got {shown(value)}.")
         if not fits:

@@ -75,7 +75,7 @@ class Options(TypedDict, total=False):
     pictures: bool
     attention_blocks: Sequence[int]
     attention_heads: Sequence[int]
-    analysis_images: int
+    analysis_images: int | None
     threads: int
     workers: int
     device: str

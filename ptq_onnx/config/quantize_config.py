@@ -42,6 +42,14 @@ class QuantizeConfig(Fields):
             object.__setattr__(self, "arithmetic", INTEGER)
         check_together(self)
 
+    @property
+    def analysed(self) -> int:
+        """Images of the analysis: fewer by default where nothing but the file's closeness to the
+        float model is measured on them."""
+        if self.analysis_images is not None:
+            return self.analysis_images
+        return 32 if self.report or self.sensitivity or self.auto else 8
+
     def to_yaml(self) -> str:
         """YAML that :meth:`load` reads back to an equal config, but for a metric of one's own."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -51,7 +51,7 @@ WRITING_COST = 20.0
 def planned(config: QuantizeConfig, tested: int, made: int = 0) -> list[Planned]:
     """The stages behind reading the model. ``tested``: images of ``--val``, 0 without; ``made``:
     images that are made from the model."""
-    images, apart = config.images, config.analysis_images
+    images, apart = config.images, config.analysed
     plan = [
         Planned(LOADING, LOADING_COST),
         Planned(MAKING, 100 * made),

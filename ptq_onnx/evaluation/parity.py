@@ -30,7 +30,7 @@ from ptq_onnx.preparation.signature import feeds
 Array = NDArray[np.float32]
 Outputs = list[NDArray[Any]]
 
-IMAGES = 8
+IMAGES = 4
 """Images that are compared on, at most; a model with a larger fixed batch takes that."""
 BOUND = 1e-3
 """What the order of sums explains; where the original has other floats, twice what converting it

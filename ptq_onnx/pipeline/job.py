@@ -83,7 +83,7 @@ class Job:
     def held_apart(self) -> tuple[ImageSource, bool]:
         """Images of the analysis, and whether calibration did not see them: the others of its
         folder, else those of ``--val``, else, with a note, its own."""
-        limit, images = self.config.analysis_images, self.inputs.images
+        limit, images = self.config.analysed, self.inputs.images
         if not self.request.calibrated:
             return images.reopened(limit), True
         others = images.others(limit)
