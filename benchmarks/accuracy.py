@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "deploy 8/8/8, pearson": {"quantizer": "deploy", "method": "pearson"},
     "deploy 6/6/6": {"quantizer": "deploy", "bits": "6/6/6"},
     "deploy 6/6/6, pearson": {"quantizer": "deploy", "bits": "6/6/6", "method": "pearson"},
+    "deploy 6/6/6, ranking": {"quantizer": "deploy", "bits": "6/6/6", "method": "ranking"},
     "weights 4": {"weights": 4},
     "weights 4, gptq": {"weights": 4, "rounding": "gptq"},
     "ptq4vit 8/8/8": {"quantizer": "ptq4vit"},

@@ -20,6 +20,7 @@ from ptq_onnx.calibration.mse import mse_range
 from ptq_onnx.calibration.omse import omse_range
 from ptq_onnx.calibration.pearson import correlation
 from ptq_onnx.calibration.percentile import percentile_range
+from ptq_onnx.calibration.ranking import ranked_correlation
 from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.calibration.statistics import (
     Array,
@@ -44,7 +45,9 @@ FROM_HISTOGRAM: dict[str, Callable[[Histogram, tuple[int, int], bool], tuple[Arr
 
 Score = Callable[[Array, Array, NDArray[np.float64]], NDArray[np.float64]]
 """From a float output, candidates for it and the weight of its rows to their scores."""
-FROM_PRODUCTS: dict[str, Score] = {"pearson": correlation}
+FROM_PRODUCTS: dict[str, Score] = {"pearson": correlation, "ranking": correlation}
+OF_LOGITS: dict[str, Score] = FROM_PRODUCTS | {"ranking": ranked_correlation}
+"""Those of attention logits, QKᵀ."""
 FALLBACK = "robust"
 
 
@@ -72,6 +75,7 @@ __all__ = [
     "FROM_EXTREMES",
     "FROM_HISTOGRAM",
     "FROM_PRODUCTS",
+    "OF_LOGITS",
     "ChannelStatistics",
     "Histogram",
     "Score",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ptq_onnx.config.targets import TARGETS as BY_NAME
 
 QUANTIZER_NAMES = ("vanilla", "channelwise", "fqvit", "ptq4vit", "deploy", "lowbit")
-METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson")
+METHOD_NAMES = ("minmax", "ema", "percentile", "omse", "mse", "kl", "robust", "pearson", "ranking")
 METRIC_NAMES = ("classification", "features", "segmentation", "detection", "depth", "text")
 MIXED_BY_NAMES = ("output", "layer", "nuclear")
 PRECISION_NAMES = ("int8", "fp8")

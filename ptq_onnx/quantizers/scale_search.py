@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.walking import is_linear, is_product, name_of
-from ptq_onnx.calibration.methods import FROM_PRODUCTS, Score
+from ptq_onnx.blocks.walking import ARITHMETIC, ahead_to, is_linear, is_product, name_of
+from ptq_onnx.calibration.methods import FROM_PRODUCTS, OF_LOGITS, Score
 from ptq_onnx.calibration.product_samples import Wanted, collect_samples
 from ptq_onnx.engine.node_sessions import carried_specs
 from ptq_onnx.fusion.patch_embed import is_patch_embed
@@ -70,11 +70,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """Both operands, the float output, and how often each row counts."""
+    """Both operands, the float output, how often each row counts, and whether a softmax reads it."""
 
     operands: tuple[Operand, Operand]
     output: Array
     weight: Double
+    logits: bool = False
 
     def scores(self, index: int, shares: Double, held: float, score: Score) -> Double:
         """Of every share of one operand's scale, the other's being ``held`` times its own."""
@@ -112,7 +113,7 @@ def searched_scales(
     free = {t for t in methods if t not in fixed and t not in constants}
     if not free:
         return dict(specs)
-    score = FROM_PRODUCTS[next(iter(methods.values()))]
+    method = next(iter(methods.values()))
     products = _sampled(model, specs, free, batches, threads, progress)
     readers: dict[str, list[tuple[Product, int]]] = {}
     for product in products:
@@ -126,7 +127,12 @@ def searched_scales(
     for _ in range(ROUNDS):
         for tensor, uses in readers.items():
             found = [
-                product.scores(index, candidates, shares[product.operands[1 - index].tensor], score)
+                product.scores(
+                    index,
+                    candidates,
+                    shares[product.operands[1 - index].tensor],
+                    (OF_LOGITS if product.logits else FROM_PRODUCTS)[method],
+                )
                 for product, index in uses
             ]
             shares[tensor] = float(candidates[_first_good(np.mean(found, axis=0))])
@@ -198,8 +204,18 @@ def _sampled(
             one, other, weight = sample.rows, _matrix(node), sample.weight
             forms = [_of_rows(names[0][1], node), _of_matrix(names[1][1])]
         operands = Operand(names[0][0], forms[0], one), Operand(names[1][0], forms[1], other)
-        found.append(Product(operands, one @ other, weight))
+        found.append(Product(operands, one @ other, weight, _makes_logits(node)))
     return found
+
+
+def _makes_logits(node: ir.Node) -> bool:
+    """True for QKᵀ: a product that a softmax reads, behind a scale, a bias or a mask."""
+    found = ahead_to(
+        node.outputs[0],
+        lambda reader, _: reader.op_type == "Softmax",
+        lambda passed: passed.op_type in ARITHMETIC,
+    )
+    return is_product(node) and bool(found)
 
 
 def _matrix(node: ir.Node) -> Array:

@@ -141,6 +141,24 @@ def test_every_quantizer_takes_it(name: str) -> None:
     assert moved > 4
 
 
+def test_ranking_is_pearson_but_for_the_factors_of_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ptq_onnx.calibration.ranking.WEIGHT", 50)
+    found, plain = (
+        small(quantizer="deploy", method=name, bits="4/4/8", equalize=False)
+        for name in ("ranking", "pearson")
+    )
+    assert found.specs.keys() == plain.specs.keys()
+    other = {
+        found.plan.sites[tensor].role
+        for tensor, spec in found.specs.items()
+        if not np.array_equal(spec.scale, plain.specs[tensor].scale)
+    }
+    assert other
+    assert other <= {"q", "k"}
+
+
 def test_a_range_that_is_known_stays() -> None:
     """Attention maps of deploy are fixed; so is what equalisation has fixed."""
     quantizer = quantized(quantizer="deploy", method="pearson", target="tensorrt")
