@@ -20,7 +20,7 @@ import sympy
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from ptq_onnx.graph.formula import constant, new_constant
+from ptq_onnx.graph.formula import constant, names_in, new_constant
 from ptq_onnx.graph.symbolic_contents import CONTENTS
 from ptq_onnx.graph.symbolic_dims import UNTOLD, Data, Dim, Shape, Tie, as_data, product_of, tidy
 from ptq_onnx.graph.symbolic_rules import BROADCAST, SHAPES, broadcast
@@ -285,18 +285,18 @@ def fold_shapes(graph: ir.Graph) -> int:
     for value, dims in found.shapes.items():
         if value.producer() is not None:
             value.shape = ir.Shape([d if isinstance(d, int) else str(d) for d in dims])
-    count = 0
+    count, taken = 0, names_in(graph)
     for value, data in found.data.items():
-        count += _fold(graph, value, data)
+        count += _fold(graph, value, data, taken)
     return count
 
 
-def _fold(graph: ir.Graph, value: ir.Value, data: Data) -> bool:
+def _fold(graph: ir.Graph, value: ir.Value, data: Data, taken: set[str]) -> bool:
     if value.is_graph_output() or not value.uses() or value.dtype not in INTEGERS:
         return False
     if not all(isinstance(x, (int, np.integer)) for x in data.ravel()):
         return False
     assert value.dtype is not None
     array = np.asarray(data.tolist(), value.dtype.numpy()).reshape(data.shape)
-    value.replace_all_uses_with(new_constant(graph, f"{value.name}_folded", array))
+    value.replace_all_uses_with(new_constant(graph, f"{value.name}_folded", array, taken))
     return True

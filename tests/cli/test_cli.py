@@ -640,7 +640,7 @@ def test_quiet_in_a_pipe(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert "of the logits on 32 images held out from calibration" in done.stdout
+    assert "of the logits on 8 images held out from calibration" in done.stdout
     assert "next, accuracy on labelled images: ptq-onnx evaluate" in done.stdout
 
 
