@@ -70,7 +70,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """Both operands, the float output, how often each row counts; ``logits``: a softmax reads it."""
+    """Both operands, the float output, how often each row counts, whether a softmax reads it."""
 
     operands: tuple[Operand, Operand]
     output: Array
