@@ -377,11 +377,11 @@ def test_without_val_there_are_figures_and_the_next_commands(
 ) -> None:
     found = run(folder, "all.onnx", tmp_path / "out", config={"report": False})
     fidelity = found.report["fidelity"]
-    assert (fidelity["source"], fidelity["images"]) == ("calibration", 16)
+    assert (fidelity["source"], fidelity["images"]) == ("calibration", 8)
     assert all(one["sqnr_db"] is not None for one in fidelity["outputs"][:3])
     show(found)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "SQNR of the worst output on 16 images of the calibration" in shown
+    assert "SQNR of the worst output on 8 images of the calibration" in shown
     out = tmp_path / "out"
     evaluate_ = f"evaluate {out}/quantized.onnx --reference {out}/fused.onnx --val DIR --labels"
     for command in (evaluate_, f"check {out}/quantized.onnx --target onnxruntime", "benchmark"):

@@ -89,7 +89,7 @@ def test_the_option(places: dict[str, Any], short: Path, tmp_path: Path) -> None
 
 
 def test_a_seed_is_a_whole_number() -> None:
-    with pytest.raises(ConfigError, match=r"--seed -1: must be from 0"):
+    with pytest.raises(ConfigError, match=r"--seed must be at least 0, got -1"):
         QuantizeConfig(seed=-1)
     with pytest.raises(ConfigError, match="--seed x: must be a whole number"):
         QuantizeConfig(seed="x")  # type: ignore[arg-type]

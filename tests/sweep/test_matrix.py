@@ -116,7 +116,7 @@ def test_what_may_be_left_out(base: Path) -> None:
         ("bits: 1/8/8\nmodels: a/*.onnx", "bits: bits: weights must be a whole number from 2"),
         ("calib: nix\nmodels: a/*.onnx", "nix does not exist"),
         ("calib: {path: calib, images: 0}\nmodels: a/*.onnx", "calib: --images must be at least 1"),
-        ("seeds: [-1]\nmodels: a/*.onnx", "seeds: --seed -1: must be from 0"),
+        ("seeds: [-1]\nmodels: a/*.onnx", "seeds: --seed must be at least 0, got -1"),
         ("seeds: [0, 0]\nmodels: a/*.onnx", "seed: two entries are called '0'"),
         ("labels: val.txt\nmodels: a/*.onnx", "labels without val"),
         ("options: {bits: 4/4/4}\nmodels: a/*.onnx", "bits is an axis"),
