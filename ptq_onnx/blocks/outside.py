@@ -55,7 +55,7 @@ class Outside(RoleMap):
             elif inside and two and node.op_type == "Mul":
                 self.set(node, None, "gate")
             elif inside and node.op_type == "Mul" and not before:
-                self.set_scale(node, None)
+                self.set(node, None, "layer_scale")
 
     def projection_outside(self, node: ir.Node, before: bool, between: bool) -> str:
         """The role of a linear or a convolution that belongs to no block: ``before`` the first one,

@@ -47,10 +47,6 @@ class RoleMap:
         self.roles: dict[ir.Node, Role] = {}
 
     def set(self, node: ir.Node | None, block: int | None, role: str) -> None:
-        """Give a node its role, unless it has one."""
+        """Give a node its role, unless it has one; factors of tokens have theirs anywhere."""
         if node is not None and node not in self.roles:
-            self.roles[node] = Role(block, role)
-
-    def set_scale(self, node: ir.Node, block: int | None) -> None:
-        """The role of a Mul by constants: by factors of tokens, or a LayerScale."""
-        self.set(node, block, TOKEN_FACTOR if is_row_factors(node) else "layer_scale")
+            self.roles[node] = Role(block, TOKEN_FACTOR if is_row_factors(node) else role)

@@ -140,7 +140,7 @@ class _Finder(Outside):
             return "activation"
         if is_depthwise(node):
             return "dwconv"
-        return TOKEN_FACTOR if is_row_factors(node) else "gate"
+        return "gate"
 
     def projections(self, qk: ir.Node, av: ir.Node, index: int) -> ir.Node | None:
         """Roles of the projections behind q, k and v; returns the norm before them."""
@@ -186,15 +186,12 @@ class _Finder(Outside):
         if not found:
             return None
         for passed in found[:-1]:
-            if passed.op_type in NORMS:
-                self.set(passed, index, norm)
-            else:
-                self.set_scale(passed, index)
+            self.set(passed, index, norm if passed.op_type in NORMS else "layer_scale")
         self.set(found[-1], index, role)
         for value in found[-1].inputs:
             before = None if value is None else value.producer()
             if before is not None and is_row_factors(before):
-                self.set_scale(before, index)
+                self.set(before, index, TOKEN_FACTOR)
         return found[-1]
 
     # --- MLPs ---------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def fuse_attention_scale(model: ir.Model) -> int:
 def _gather_scales(graph: ir.Graph, product: ir.Node) -> bool:
     if product.op_type != "MatMul" or any(constant(v) is not None for v in product.inputs):
         return False
-    if not _reaches_softmax(product.outputs[0]):
+    if not reaches_softmax(product.outputs[0]):
         return False
     before = [s for v in product.inputs if v is not None for s in _scales_behind(v)]
     after = _scale_after(product)
@@ -93,7 +93,7 @@ def _scale_after(product: ir.Node) -> Scale | None:
     return _scale(next(iter(product.outputs[0].uses())).node)
 
 
-def _reaches_softmax(value: ir.Value, depth: int = 6) -> bool:
+def reaches_softmax(value: ir.Value, depth: int = 6) -> bool:
     """True where the value ends in a Softmax, through scales, masks and layout ops."""
     for use in value.uses():
         if use.node.op_type == "Softmax":
@@ -101,7 +101,7 @@ def _reaches_softmax(value: ir.Value, depth: int = 6) -> bool:
         passes = use.node.op_type in LAYOUT | {"Mul", "Div", "Add", "Where", "Clip"}
         if use.node.op_type in ("MatMul", "Conv") and use.idx == 0:
             passes = constant(use.node.inputs[1]) is not None  # heads are mixed
-        if depth and passes and _reaches_softmax(use.node.outputs[0], depth - 1):
+        if depth and passes and reaches_softmax(use.node.outputs[0], depth - 1):
             return True
     return False
 
@@ -212,7 +212,7 @@ def split_mask(model: ir.Model) -> int:
 
 def _take_apart(graph: ir.Graph, add: ir.Node) -> bool:
     """logits + (mask + table), the mask tiled over the batch: (logits + table) + mask."""
-    if add.op_type != "Add" or None in add.inputs or not _reaches_softmax(add.outputs[0]):
+    if add.op_type != "Add" or None in add.inputs or not reaches_softmax(add.outputs[0]):
         return False
     for data, other in (tuple(add.inputs), tuple(reversed(add.inputs))):
         inner = None if other is None else other.producer()
@@ -248,7 +248,7 @@ def _is_tiled(value: ir.Value) -> bool:
 
 
 def _split_mask(graph: ir.Graph, add: ir.Node) -> bool:
-    if add.op_type != "Add" or None in add.inputs or not _reaches_softmax(add.outputs[0]):
+    if add.op_type != "Add" or None in add.inputs or not reaches_softmax(add.outputs[0]):
         return False
     data, other = add.inputs
     found = constant(other)

@@ -16,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq_onnx.blocks.walking import ARITHMETIC, ahead_to, is_linear, is_product, name_of
+from ptq_onnx.blocks.walking import is_linear, is_product, name_of
 from ptq_onnx.calibration.methods import FROM_PRODUCTS, OF_LOGITS, Score
 from ptq_onnx.calibration.product_samples import Wanted, collect_samples
 from ptq_onnx.engine.node_sessions import carried_specs
+from ptq_onnx.fusion.attention import reaches_softmax
 from ptq_onnx.fusion.patch_embed import is_patch_embed
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.fake_quantize import relative
@@ -204,18 +205,13 @@ def _sampled(
             one, other, weight = sample.rows, _matrix(node), sample.weight
             forms = [_of_rows(names[0][1], node), _of_matrix(names[1][1])]
         operands = Operand(names[0][0], forms[0], one), Operand(names[1][0], forms[1], other)
-        found.append(Product(operands, one @ other, weight, _makes_logits(node)))
+        found.append(Product(operands, one @ other, weight, makes_logits(node)))
     return found
 
 
-def _makes_logits(node: ir.Node) -> bool:
-    """True for QKᵀ: a product that a softmax reads, behind a scale, a bias or a mask."""
-    found = ahead_to(
-        node.outputs[0],
-        lambda reader, _: reader.op_type == "Softmax",
-        lambda passed: passed.op_type in ARITHMETIC,
-    )
-    return is_product(node) and bool(found)
+def makes_logits(node: ir.Node) -> bool:
+    """True for QKᵀ."""
+    return is_product(node) and reaches_softmax(node.outputs[0])
 
 
 def _matrix(node: ir.Node) -> Array:

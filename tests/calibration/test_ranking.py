@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from small_transformer import Choices, transformer
@@ -65,9 +67,18 @@ def test_nothing_to_order_loses_nothing(output: np.ndarray) -> None:
 @pytest.mark.parametrize("choices", [Choices(), Choices(packed=False, mask=True, scale="before")])
 def test_only_logits_of_a_softmax_are_ranked(choices: Choices) -> None:
     model = transformer(choices, blocks=1)
-    found = [node for node in model.graph if scale_search._makes_logits(node)]
+    found = [node for node in model.graph if scale_search.makes_logits(node)]
     products = [node for node in model.graph if is_product(node)]
     assert len(found) == 1
     assert len(products) == 2
     assert found[0] is products[0]
     assert isinstance(found[0], ir.Node)
+
+
+def test_a_mask_may_choose_between_logits_and_a_constant() -> None:
+    text = """<ir_version: 10, opset_import: ["": 20]>
+        g (float[2, 3, 4] q, float[2, 4, 3] k, bool[1, 3, 3] open, float[2, 3, 4] v)
+          => (float[2, 3, 4] y) <float[1] shut = {-9}>
+        { s = MatMul(q, k)  m = Where(open, s, shut)  a = Softmax(m)  y = MatMul(a, v) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    assert [scale_search.makes_logits(node) for node in model.graph] == [True, *[False] * 3]
