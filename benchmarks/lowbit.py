@@ -26,7 +26,7 @@ from accuracy import MODELS
 from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine import learned
-from ptq_onnx.equalization import attention_steps
+from ptq_onnx.equalization import attention_steps, channel_steps
 from ptq_onnx.evaluation.evaluate import logits
 from ptq_onnx.images.labels import labels_for
 from ptq_onnx.images.opening import open_images
@@ -85,6 +85,8 @@ def _same(x: Any, spec: Any) -> Any:
     return x
 
 
+COLUMNS = ((stream_weights, "WIDEST", 0), (channel_steps, "WIDEST", 0))
+"""Weights of all widths as those of 5 to 7 bits."""
 INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "all": (),
     "all positions count the same": ((importance, "EVENLY", 1.0),),
@@ -94,8 +96,9 @@ INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "uniform maps": ((LowBit, "map_code", Uniform()),),
     "uniform behind GELU": ((LowBit, "hidden_code", Uniform()),),
     "the stream not turned": ((Fields, "rotates", property(lambda self: False)),),
-    "weights to the nearest": ((stream_weights, "gptq_ranged", _nearest),),
-    "weights without a zero point": ((stream_weights, "gptq_ranged", _symmetric),),
+    "a step for each column of a weight": COLUMNS,
+    "… to the nearest": (*COLUMNS, (stream_weights, "gptq_ranged", _nearest)),
+    "… without a zero point": (*COLUMNS, (stream_weights, "gptq_ranged", _symmetric)),
     "weights on the float stream": (
         (stream_weights, "quantized_around", lambda node, specs, kernels: frozenset()),
         (stream_weights, "fake_quantize", _same),

@@ -30,8 +30,9 @@ from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
 
 WIDTHS = tuple(ERRORS)
-STORED = np.array([4 if width <= 4 else 8 for width in WIDTHS])
-"""Bits of a weight in the file."""
+STORED = np.array([4.5 if width <= 4 else 8 for width in WIDTHS])
+"""Bits of a weight in the file, at most: of its code, and of its block's factor and zero point and
+its row's place (``qdq/four_bits.py``)."""
 PROBES = ("2/2/2", "3/3/3")
 """Widths under which what is mixed has other bits."""
 POINTS = (2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8)
@@ -137,7 +138,7 @@ class _Part:
     def within_bytes(self, megabytes: float, size: float) -> Choice:
         """The least noise of weights in a file of so many million bytes, which has ``size`` as it
         is. Raises ConfigError."""
-        costs = self.elements[:, None] * STORED
+        costs = np.asarray(np.ceil(self.elements[:, None] * STORED), np.int64)
         now = int(STORED[self.same()] @ self.elements)
         budget = now + int((megabytes - size) * 8e6)
         least = size + (int(costs.min(axis=1).sum()) - now) / 8e6

@@ -168,9 +168,9 @@ class Fields:
     )
     rotate: bool | None = option(
         None, NUMBERS, None,
-        "Turn the residual stream by an orthogonal matrix that spreads its massive channels, equal"
-        " in float and free at run time, where one scale per tensor is then expected to lose less.",
-        shown="on with --quantize-residual, for qnn, fqvit and lowbit",
+        "Turn the residual stream by an orthogonal matrix that spreads massive channels, equal in"
+        " float and free at run time, where one scale for a tensor is then expected to lose less.",
+        shown="on with --quantize-residual, for qnn, fqvit, and lowbit below 8 bits of activations",
     )
     split_hidden: bool | None = option(
         None, NUMBERS, None,
@@ -301,8 +301,7 @@ class Fields:
     )
     workers: int = option(
         1, RUNNING, "N",
-        "Processes that calibrate and measure side by side; the numbers stay the same.",
-        bounds=(1, 256),
+        "Processes that calibrate and measure side by side; numbers stay the same.", bounds=(1, 256),
     )
     device: str = option(
         "auto", RUNNING, "NAME",
@@ -367,7 +366,8 @@ class Fields:
     @property
     def rotates(self) -> bool:
         """True where residual streams are turned if that lowers the expected error."""
-        unset = self.quantizer in ("fqvit", "lowbit") or self.runtime.all_codes
+        few = self.quantizer == "lowbit" and self.widths.activations < BYTE
+        unset = few or self.quantizer == "fqvit" or self.runtime.all_codes
         unset = unset or (self.quantize_residual and self.precision != "fp8")
         return unset if self.rotate is None else self.rotate
 

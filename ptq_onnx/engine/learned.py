@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_constant, is_linear
-from ptq_onnx.engine.straight_through import ends_of
 from ptq_onnx.engine.torch_form import Tensor, TorchForm
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.fake_quantize import quantize
+from ptq_onnx.numerics.multiples import steps_of
 
 Array = NDArray[np.float32]
 Kind = Literal["affine", "steps", "weights", "codes"]
@@ -106,6 +107,15 @@ class Learned:
         if spec.factor is not None:
             return
         steps = self.form.scales[name]
+        if spec.order is not None:
+            codes = quantize(self.form.constants[name].cpu().numpy(), spec).astype(np.int8)
+            found = steps_of(codes, spec.order, spec.rule.bits)
+            if found is None:
+                return
+            device = steps.device
+            unit, *ends = (torch.from_numpy(v.astype(np.float32)).to(device) for v in found)
+            self.form.units[name], self.form.ends[name] = unit, (ends[0], ends[1])
+            steps = steps * unit
         real = torch.from_numpy(exact[name]).to(steps.device) / steps
         nearest = torch.round(self.form.constants[name] / steps)
         lean = (real - nearest).clamp(-MIDDLE, MIDDLE)
@@ -147,9 +157,7 @@ class Learned:
         constants, steps = {}, {}
         for one in self._all:
             if one.kind == "codes":
-                codes = torch.round(self.form.codes[one.name])
-                codes = torch.clamp(codes, *ends_of(self.form.specs[one.name], codes.device.type))
-                constants[one.name] = _array(codes * self.form.scales[one.name])
+                constants[one.name] = _array(self.form.weight(one.name))
             elif one.kind == "affine":
                 constants[one.name] = _array(one.place[one.name])
             else:

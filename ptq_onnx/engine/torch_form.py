@@ -89,7 +89,11 @@ class TorchForm:
         self.constants: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.codes: dict[str, Tensor] = {}
-        """Weights that are learned: their codes, not yet rounded; the value is code · scale."""
+        """Weights that are learned: their codes, not yet rounded; the value is code · scale …"""
+        self.units: dict[str, Tensor] = {}
+        """… · unit of those in blocks of rows (``numerics/multiples.py``), [K, N] …"""
+        self.ends: dict[str, tuple[Tensor, Tensor]] = {}
+        """… and the smallest and the largest code of those, [K, N]."""
         self._rounding: dict[str, Rounding] = {}
         self._attributes = {name_of(node): attributes_of(node) for node in self.nodes}
         self._reads = Counter(name for node in self.nodes for name in self.read_by(node))
@@ -161,9 +165,14 @@ class TorchForm:
     def _value(self, value: ir.Value, values: Mapping[str, Tensor]) -> Tensor:
         name = str(value.name)
         if name in self.codes:
-            ends = ends_of(self.specs[name], self.device)
-            return round_clip(self.codes[name], *ends) * self.scales[name]
+            return self.weight(name)
         return self.constants[name] if name in self.constants else values[name]
+
+    def weight(self, name: str) -> Tensor:
+        """The value of a weight whose codes are learned."""
+        ends = self.ends.get(name) or ends_of(self.specs[name], self.device)
+        made = round_clip(self.codes[name], *ends) * self.scales[name]
+        return made * self.units[name] if name in self.units else made
 
     def _rounded(self, name: str, x: Tensor) -> Tensor:
         rounding = self._rounding.get(name)

@@ -61,7 +61,8 @@ class AttentionSteps(Steps):
         right.apply(self.graph, shift, np.repeat(head_k, width))
         if heads > 1:
             self.scores(q, product, head_q * head_k)
-        self.solved[q.tensor], self.solved[k.tensor] = solved_q, solved_k
+        self.settle(q, q.tensor, solved_q)
+        self.settle(k, k.tensor, solved_k)
 
     def heads(self, site: Site, rows: Array, heads: int) -> tuple[Double, Solved]:
         """The factor of every head [H], and the one scale and zero point then."""
@@ -106,7 +107,7 @@ class AttentionSteps(Steps):
         if av in self.samples:
             moved = (self.samples[av] - shift) / factor
             self.samples[av] = np.asarray(moved, np.float32)
-        self.solved[v.tensor] = solved
+        self.settle(v, v.tensor, solved)
 
     def product(self, av: Site) -> None:
         """(A·V - m) / s by a Mul and an Add in front of proj."""
@@ -123,7 +124,7 @@ class AttentionSteps(Steps):
         shift, factor = shift[rows], factor[rows]
         made = self.behind(av, read, shift, factor)
         move_rows(self.graph, linears[0], factor, shift)
-        self.solved[str(made.name)] = solved
+        self.settle(av, str(made.name), solved)
 
     def maps(self, pairs: dict[str, PairSample]) -> None:
         """τ of attention maps."""

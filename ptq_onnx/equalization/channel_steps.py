@@ -23,6 +23,7 @@ from ptq_onnx.equalization.form import Form
 from ptq_onnx.equalization.linear_weights import move_rows, power_of_rows
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import TINY, Solved
+from ptq_onnx.numerics.multiples import ROWS, WIDEST
 from ptq_onnx.numerics.range_search import channel_bounds, logarithmic_range
 from ptq_onnx.numerics.spec import Rule, Site
 from ptq_onnx.quantizers.base import Move
@@ -91,7 +92,8 @@ class Steps:
             if weight is not None and held is not None:
                 rule = self.rules.get(str(held.name))
                 bits = BYTE if rule is None else rule.bits
-                found.append(Product(np.abs(weight[order]), bits))
+                rows = ROWS if bits <= WIDEST else 0
+                found.append(Product(np.abs(weight[order]), bits, rows))
         return found
 
     def note(self, site: Site, low: Double, high: Double) -> None:
@@ -102,6 +104,12 @@ class Steps:
         into = INTO.get(site.role, "LayerNormalization")
         ratio = float(width.max() / width.min())
         self.moves.append(Move(site.tensor, site.role, site.block, into, gain, ratio))
+
+    def settle(self, site: Site, tensor: str, found: Solved) -> None:
+        """Keep what a sample says of a tensor at the site; one of 8 bits or more has room for
+        values that no sample has, and its range is that of all images instead."""
+        if self.rules[site.tensor].bits < BYTE:
+            self.solved[tensor] = found
 
     def behind(self, site: Site, value: ir.Value, shift: Double, factor: Double) -> ir.Value:
         """A Mul and an Add behind a value; they have the site's role."""
@@ -120,12 +128,13 @@ class Steps:
         if norm is not None:
             norm.apply(self.graph, shift, factor)
             read = {str(v.name) for n in norm.linears if (v := n.inputs[0]) is not None}
-            self.solved.update(dict.fromkeys({site.tensor, *read} & {*self.rules}, solved))
+            for tensor in sorted({site.tensor, *read} & {*self.rules}):
+                self.settle(site, tensor, solved)
         elif linears is not None:
             made = self.behind(site, value, shift, factor)
             for linear in linears:
                 move_rows(self.graph, linear, factor, shift)
-            self.solved[str(made.name)] = solved
+            self.settle(site, str(made.name), solved)
 
     def activated(self, site: Site) -> None:
         """M, τ and zero point of what an activation function gives, weighted by the rows of the

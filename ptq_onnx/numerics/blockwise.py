@@ -29,14 +29,7 @@ def block_grid(
 
     ``power`` [K] weighs the rows.
     """
-    rows, columns = weight.shape
-    missing = -rows % size
-    padded = np.pad(weight.astype(np.float64), ((0, missing), (0, 0)))
-    blocks = padded.reshape(-1, size, columns)
-    shares = np.ones(rows) if power is None else np.maximum(power, 0)
-    # A block of channels without any input counts as if all were alike.
-    shares = np.pad(shares, (0, missing)).reshape(-1, size, 1)
-    shares = np.where(shares.sum(axis=1, keepdims=True) > 0, shares, 1.0)
+    blocks, shares = in_blocks(weight, power, size)
     low = np.minimum(blocks.min(axis=1, keepdims=True), 0)
     high = np.maximum(blocks.max(axis=1, keepdims=True), 0)
     best = _found(blocks, shares, low, high, bits)
@@ -52,6 +45,25 @@ def block_grid(
         best = _better(best, (_error(blocks, shares, fitted, zero, bits), fitted, zero))
     _, scale, zero = best
     return np.asarray(scale[:, 0], np.float32), np.asarray(zero[:, 0], np.int32)
+
+
+def in_blocks(weight: Array, power: Double | None, size: int) -> tuple[Double, Double]:
+    """A weight [K, N] in blocks of rows [B, size, N], zeros behind the last, and what each row
+    counts, [B, size, 1]."""
+    rows, columns = weight.shape
+    missing = -rows % size
+    padded = np.pad(weight.astype(np.float64), ((0, missing), (0, 0)))
+    shares = np.ones(rows) if power is None else np.maximum(power, 0)
+    # A block of channels without any input counts as if all were alike.
+    shares = np.pad(shares, (0, missing)).reshape(-1, size, 1)
+    shares = np.where(shares.sum(axis=1, keepdims=True) > 0, shares, 1.0)
+    return padded.reshape(-1, size, columns), shares
+
+
+def block_errors(blocks: Double, shares: Double, scale: Double, zero: Double, bits: int) -> Double:
+    """The weighted squared error of blocks [B, size, N] for scales and zero points [B, N]; [B,
+    N]."""
+    return np.asarray(_error(blocks, shares, scale[:, None], zero[:, None], bits)[:, 0])
 
 
 Found = tuple[Double, Double, Double]

@@ -121,7 +121,7 @@ def descended(
     """Codes of which none can be changed alone, one input channel after the other, for a smaller
     loss: c_i ← clip(round(c_i - (HΔ)_i / (H_ii s))), until nothing changes or ``PASSES`` are over.
     """
-    smallest, largest = (np.broadcast_to(edge, weight.shape[1:]) for edge in limits(bits, zero))
+    smallest, largest = (np.broadcast_to(edge, weight.shape) for edge in limits(bits, zero))
     power = np.diag(moments)
     steps = np.broadcast_to(scale.astype(np.float64), weight.shape)
     found = codes.astype(np.float64)
@@ -131,7 +131,7 @@ def descended(
         changed = False
         for i in read:
             wanted = found[i] - slope[i] / (power[i] * steps[i])
-            change = np.clip(np.rint(wanted), smallest, largest) - found[i]
+            change = np.clip(np.rint(wanted), smallest[i], largest[i]) - found[i]
             columns = np.flatnonzero(change)
             if len(columns):
                 slope[:, columns] += moments[:, i, None] * (change * steps[i])[columns]

@@ -147,6 +147,7 @@ class TensorSpec:
     ``zero_point`` are scalars, or vectors along ``axis`` (weights), or [B, N] of B blocks of rows.
     ``factor`` broadcasts against the tensor: powers of two for PTF, free ratios per channel,
     ``None`` where all are one. ``details``: the code's own whole numbers, by name.
+    ``order``: the rows of a weight in the order of their blocks, [K] (``numerics/multiples.py``).
     """
 
     tensor: str
@@ -157,6 +158,7 @@ class TensorSpec:
     factor: NDArray[np.float32] | None = None
     clip: tuple[float, float] = (0.0, 0.0)
     details: Mapping[str, int] = field(default_factory=dict)
+    order: NDArray[np.int64] | None = None
 
     def numbers(self, shape: tuple[int, ...] | None) -> Numbers:
         """The code's numbers, against a tensor of ``shape``; None: as they are."""
@@ -198,6 +200,8 @@ class TensorSpec:
             "clip": list(self.clip),
             **self.details,
         }
+        if self.order is not None:
+            out["order"] = self.order.tolist()
         if self.factor is not None:
             exponents = self.alpha
             key = "factor" if exponents is None else "alpha"
@@ -244,4 +248,5 @@ class TensorSpec:
             factor=factor,
             clip=(float(low), float(high)),
             details=code.read_details(data),
+            order=None if "order" not in data else np.array(data["order"], np.int64),
         )

@@ -5,18 +5,29 @@ it fuses Q/DQ, so that the product gets the kernel it would have had, and all ou
 to the bit. DequantizeLinear of int4 would not do: beside Q/DQ the product runs in float then
 (5 times as slow), and beside a float activation as MatMulNBits, which rounds that to 8 bits
 (measured, 1.31).
+
+Codes that are multiples of few numbers in blocks of rows (``numerics/multiples.py``) are stored as
+what is multiplied; these ops are folded too, to the same int8 codes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ptq_onnx.graph.codings import DEQUANTIZE
-from ptq_onnx.qdq.nodes import Nodes, remove_unused
+from ptq_onnx.numerics.multiples import ROWS, Blocks, blocks_of
+from ptq_onnx.qdq.nodes import Behind, Nodes, remove_unused
+from ptq_onnx.qdq.weights import ORDER
 
 INT4 = (-8, 7)
 """What 4 bits hold."""
+MIDDLE = 1 << 3
+"""Codes from 0 to 15 lie so much lower in int4."""
 
 
 def store_in_four_bits(model: ir.Model) -> int:
@@ -31,11 +42,49 @@ def store_in_four_bits(model: ir.Model) -> int:
             continue
         if held not in widened:
             codes = held.const_value.numpy()
-            if codes.min(initial=0) < INT4[0] or codes.max(initial=0) > INT4[1]:
+            if codes.min(initial=0) >= INT4[0] and codes.max(initial=0) <= INT4[1]:
+                narrow = nodes.constant(f"{held.name}_int4", codes.astype(ml_dtypes.int4))
+                to = {"to": int(ir.DataType.INT8)}
+                widened[held] = nodes.add(None, "Cast", [narrow], held, "int8", attributes=to)
+            elif (blocks := _blocks(held)) is not None:
+                widened[held] = _multiplied(nodes, held, *blocks)
+            else:
                 continue
-            narrow = nodes.constant(f"{held.name}_int4", codes.astype(ml_dtypes.int4))
-            to = {"to": int(ir.DataType.INT8)}
-            widened[held] = nodes.add(None, "Cast", [narrow], held, "int8", attributes=to)
         node.replace_input_with(0, widened[held])
     remove_unused(graph)
     return len(widened)
+
+
+def _blocks(held: ir.Value) -> tuple[Blocks, NDArray[np.int64]] | None:
+    """What makes codes in blocks, and the order of their rows; None where they are in none."""
+    order = held.meta.get(ORDER)
+    if order is None or held.const_value is None or len(order) > 1 << 16:
+        return None
+    found = blocks_of(held.const_value.numpy(), order, 4)
+    return None if found is None else (found, order)
+
+
+def _multiplied(nodes: Nodes, held: ir.Value, blocks: Blocks, order: NDArray[np.int64]) -> ir.Value:
+    """f (q - z) of blocks of rows, then the rows in their own order, before the first node.
+
+    Names are short: there are many of them.
+    """
+    rows, columns = blocks.codes.shape
+    short = ir.Value(name=nodes.unique("blocks"), type=held.type)
+    behind, whole = Behind(nodes, short, None), np.dtype(np.int32)
+
+    def wide(suffix: str, array: NDArray[Any]) -> ir.Value:
+        return behind.cast(behind.constant(suffix, array), f"{suffix}_wide", whole)
+
+    codes = (blocks.codes - MIDDLE).reshape(-1, ROWS, columns).astype(ml_dtypes.int4)
+    value = wide("int4", codes)
+    for op, other, suffix in (
+        ("Sub", wide("zeros", (blocks.zero - MIDDLE)[:, None].astype(ml_dtypes.int4)), "less"),
+        ("Mul", wide("factors", blocks.factor[:, None].astype(ml_dtypes.uint4)), "times"),
+        ("Reshape", behind.constant("shape", np.array([rows, columns])), "rows"),
+        ("Gather", wide("places", np.argsort(order).astype(np.uint16)), "ordered"),
+    ):
+        value = behind.op(op, [value, other], suffix, dtype=whole)
+    made = behind.cast(value, "int8", np.dtype(np.int8))
+    made.shape = held.shape
+    return made

@@ -16,6 +16,10 @@ from ptq_onnx.qdq.factors import FactorPlan
 from ptq_onnx.qdq.nodes import Nodes
 
 
+ORDER = "order"
+"""In what a weight's codes carry with them: its rows in the order of their blocks."""
+
+
 @dataclass
 class Weights(Nodes):
     """The state of lowering one graph, as far as its constants need it; changed in place."""
@@ -157,8 +161,11 @@ class Weights(Nodes):
         beside = not rule.signed and not rule.grain.block_size
         storage = rule.stored if beside else rule.grain.storage
         stored, point = (rule.code.stored(v, storage, rule.signed) for v in (codes, zero))
+        held = self.constant(f"{weight.name}_quantized", stored)
+        if spec.order is not None:
+            held.meta[ORDER] = spec.order
         inputs: list[ir.Value | None] = [
-            self.constant(f"{weight.name}_quantized", stored),
+            held,
             self.constant(f"{weight.name}_scale", scale),
             self.constant(f"{weight.name}_zero_point", point),
         ]

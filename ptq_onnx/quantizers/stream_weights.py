@@ -25,9 +25,12 @@ from ptq_onnx.blocks.walking import is_linear
 from ptq_onnx.calibration.row_samples import row_means
 from ptq_onnx.calibration.tapped_runs import copies_in
 from ptq_onnx.config import stages
+from ptq_onnx.config.names import OLDER
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
+from ptq_onnx.numerics.codes.multiples import LARGEST, NARROW, MultipleCodes
 from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
+from ptq_onnx.numerics.multiples import WIDEST, rounded_in_blocks
 from ptq_onnx.numerics.rounding import gptq, gptq_ranged
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
@@ -63,6 +66,8 @@ class _Walk:
     importance: Importance = field(default_factory=Importance)
     """Of the positions of what linears read."""
     threads: int = 0
+    largest: int = LARGEST
+    """Of a weight's codes."""
 
     def run(
         self, spans: Sequence[Span], advance: Callable[[float], None], train: Reconstruction | None
@@ -127,7 +132,12 @@ class _Walk:
         if bias is not None:  # it takes the mean's part of the error
             moments = moments - np.outer(mean, mean)
         bits = spec.rule.bits
-        if bits < SEARCHED_BELOW and spec.axis is not None:
+        if bits <= WIDEST and spec.axis is not None:
+            found = rounded_in_blocks(exact, moments, bits, self.largest)
+            codes, zeros = found.codes, np.zeros(len(found.step), np.int32)
+            rule = replace(spec.rule, code=MultipleCodes(), symmetric=True)
+            spec = replace(spec, rule=rule, scale=found.step, zero_point=zeros, order=found.order)
+        elif bits < SEARCHED_BELOW and spec.axis is not None:
             scale, zero, codes = gptq_ranged(exact, moments, bits)
             # of codes with a sign
             spec = replace(spec, scale=scale, zero_point=zero + np.int32(spec.rule.limits[0]))
@@ -214,6 +224,7 @@ def rounded_on_stream(
         means=row_means(plan.model, read, images, importance.rows, threads=threads),
         importance=importance,
         threads=threads,
+        largest=NARROW if plan.config.cpu == OLDER else LARGEST,
     )
     trains = plan.config.reconstruct
     stage = stages.RECONSTRUCTING if trains else stages.ROUNDING

@@ -17,13 +17,16 @@ from test_targets import run as run_optimised
 
 from ptq_onnx.api import quantize
 from ptq_onnx.fusion.rules import fuse
-from ptq_onnx.numerics.fake_quantize import fake_quantize
+from ptq_onnx.numerics.codes.multiples import MultipleCodes
+from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
 from ptq_onnx.numerics.grain import PerChannel
+from ptq_onnx.numerics.multiples import rounded_in_blocks
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.four_bits import store_in_four_bits
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.targets.checking.check import check
+from ptq_onnx.targets.checking.coding import constant
 from ptq_onnx.targets.checking.optimised import optimised_histogram
 
 K, N = 48, 32
@@ -93,6 +96,43 @@ def test_zero_points_of_columns(coded: bool, tmp_path: Path) -> None:
     assert ("MatMulIntegerToFloat" in optimised_histogram(path)) == coded
 
 
+@pytest.mark.parametrize("coded", [True, False])
+@pytest.mark.parametrize("rows", [48, 64])
+def test_blocks_of_rows(rows: int, coded: bool, tmp_path: Path) -> None:
+    """As what is multiplied, a last block of fewer rows too; outputs and kernels are those of int8
+    codes, to the bit, and what is read back are these codes."""
+    weight = sample(rows, N) * np.geomspace(0.1, 3, rows, dtype=np.float32)[:, None]
+    found = rounded_in_blocks(weight, np.eye(rows), 4)
+    zero, rule = np.zeros(N, np.int32), Rule(4, grain=PerChannel(), code=MultipleCodes())
+    spec = TensorSpec("w", rule, found.step, zero, 1, order=found.order)
+    g = SmallGraph(("batch", 6, rows))
+    y = g("Add", g("MatMul", g("Relu", "x"), g.const(dequantize(found.codes, spec), "w")),
+          sample(N, seed=1))  # fmt: skip
+    model = g.model(g("Relu", y))
+    fuse(model)
+    specs = {"w": spec, **({"relu0": activation("relu0")} if coded else {})}
+    plain, packed = lower(model.clone(), specs), lower(model.clone(), specs)
+    assert store_in_four_bits(packed) == 1
+    x, paths = sample(3, 6, rows, seed=2), []
+    assert_shapes(packed, x)
+    np.testing.assert_array_equal(run(packed, x)[0], run(plain, x)[0])
+    for name, one in (("plain", plain), ("packed", packed)):
+        paths.append(tmp_path / f"{name}.onnx")
+        graphs.save(graphs.to_standard(one), paths[-1])
+    np.testing.assert_array_equal(*(run_optimised(path, x) for path in paths))
+    before, after = map(optimised_histogram, paths)
+    assert after == before
+    assert ("MatMulIntegerToFloat" in after) == coded
+    arrays = initializers(onnx.load(paths[1])).values()
+    assert {str(a.dtype) for a in arrays if a.size > 200} == {"int4"}
+    read = [n.inputs[0] for n in packed.graph if n.op_type == "DequantizeLinear"]
+    codes = [held for v in read if (held := constant(v)) is not None]
+    assert len(codes) == 1
+    np.testing.assert_array_equal(codes[0], found.codes)
+    rules = [[v.rule for v in check(path, "onnxruntime").violations] for path in paths]
+    assert rules[0] == rules[1] == ([] if coded else ["float-product"])
+
+
 def test_codes_of_more_bits_stay() -> None:
     model = linear(5, coded=True)
     assert store_in_four_bits(model) == 0
@@ -122,9 +162,11 @@ def test_the_file_of_lowbit_has_them(tmp_path: Path) -> None:
         threads=1, report=False,
     )  # fmt: skip
     path = tmp_path / "out/quantized.onnx"
-    kinds = [str(a.dtype) for a in initializers(onnx.load(path)).values() if a.ndim == 2]
-    assert kinds.count("int8") == 2
-    assert kinds.count("int4") >= 12
+    arrays = initializers(onnx.load(path)).values()
+    assert [str(a.dtype) for a in arrays if a.ndim == 2].count("int8") == 2
+    blocks = [a for a in arrays if a.ndim == 3 and a.shape[1] == 32]
+    assert {str(a.dtype) for a in blocks} == {"int4"}
+    assert len(blocks) == 36
     x = images()[:4]
     quantizer = quantized(calibration=images()[:8], quantizer="lowbit", bits="4/4/4")
     plain = graphs.to_standard(lower(quantizer.model, quantizer.specs))

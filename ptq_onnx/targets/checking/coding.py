@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -100,7 +101,7 @@ class Coding:
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """The array of an initializer or a Constant node, also behind Identity, or widened from 4 to 8
-    bits; else None."""
+    bits, in blocks too (``qdq/four_bits.py``); else None."""
     widened = False
     while value is not None:
         tensor = ir.convenience.get_const_tensor(value)
@@ -112,7 +113,37 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
             return None
         widened = widened or node.op_type == "Cast"
         value = node.inputs[0]
+        maker = None if value is None else value.producer()
+        if widened and maker is not None and maker.op_type == "Gather":
+            found = _computed(value)
+            return None if found is None else found.astype(np.int8)
     return None
+
+
+_COMPUTED: Mapping[str, Callable[[Any, Any], Any]] = {
+    "Reshape": np.reshape,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Gather": lambda data, index: data[index],
+}
+"""What codes in blocks of rows are made by, of whole numbers."""
+
+
+def _computed(value: ir.Value | None) -> NDArray[Any] | None:
+    """Whole numbers that those ops make of constants; else None."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return tensor.numpy()
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in ("Cast", *_COMPUTED):
+        return None
+    found = [_computed(v) for v in node.inputs]
+    if any(one is None for one in found):
+        return None
+    if node.op_type == "Cast":
+        return np.asarray(found[0]).astype(np.int64)
+    made: NDArray[Any] = _COMPUTED[node.op_type](*found)
+    return made
 
 
 def type_of(value: ir.Value) -> ir.DataType | None:
