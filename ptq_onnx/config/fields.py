@@ -301,7 +301,7 @@ class Fields:
     )
     workers: int = option(
         1, RUNNING, "N",
-        "Processes that calibrate and measure side by side; numbers stay the same.", bounds=(1, 256),
+        "Processes that calibrate and measure side by side; numbers stay.", bounds=(1, 256),
     )
     device: str = option(
         "auto", RUNNING, "NAME",

@@ -81,7 +81,7 @@ def rounded_in_blocks(
     factors, zeros = (np.repeat(v, ROWS, axis=0)[:rows] for v in (factor, zero))
     steps = (PARTS[:, None] * step).astype(np.float32)  # [P, N]
     tried = np.concatenate([factors * one for one in steps], axis=1).astype(np.float32)
-    many, all_zeros = (np.tile(v, (1, len(PARTS))) for v in (ordered, zeros))
+    many, all_zeros = np.tile(ordered, (1, len(PARTS))), np.tile(zeros, (1, len(PARTS)))
     codes = gptq(many, tried, seen, bits, all_zeros)
     errors = loss(many, tried, seen, codes).reshape(len(PARTS), columns)
     best, column = errors.argmin(axis=0), np.arange(columns)
@@ -154,7 +154,8 @@ def steps_of(
     codes: NDArray[np.int8], order: NDArray[np.int64], bits: int
 ) -> tuple[Whole, Whole, Whole] | None:
     """For each weight [K, N] its factor, and the smallest and the largest q - z that it may have
-    beside the others of its block, their products within 8 bits, or 7 where they are; None as :func:`blocks_of`."""
+    beside the others of its block; products stay within 8 bits, or 7 where all are. None as
+    :func:`blocks_of`."""
     found = blocks_of(codes, order, bits)
     if found is None:
         return None

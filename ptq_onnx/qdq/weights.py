@@ -15,7 +15,6 @@ from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.qdq.factors import FactorPlan
 from ptq_onnx.qdq.nodes import Nodes
 
-
 ORDER = "order"
 """In what a weight's codes carry with them: its rows in the order of their blocks."""
 

@@ -47,9 +47,12 @@ def test_codes_are_few_multiples_in_every_block(bits: int, largest: int) -> None
     assert (np.diff(size) <= 0).all()
     held = blocks_of(found.codes, found.order, bits)
     assert held is not None
-    assert held.codes.min() >= 0 and held.codes.max() < 1 << bits
-    assert held.zero.min() >= 0 and held.zero.max() < 1 << bits
-    assert held.factor.min() >= 1 and held.factor.max() <= MOST
+    assert held.codes.min() >= 0
+    assert held.codes.max() < 1 << bits
+    assert held.zero.min() >= 0
+    assert held.zero.max() < 1 << bits
+    assert held.factor.min() >= 1
+    assert held.factor.max() <= MOST
     assert held.factor.shape == (-(-70 // ROWS), 12)
     np.testing.assert_array_equal(held.values[:70], found.codes[found.order])
     assert not held.values[70:].any()
@@ -92,7 +95,8 @@ def test_any_blocks_are_found_again(seed: int, rows: int, bits: int) -> None:
     held = blocks_of(codes, order, bits)
     assert held is not None
     np.testing.assert_array_equal(held.values[:rows], ordered)
-    assert held.codes.max() <= top and held.codes.min() >= 0
+    assert held.codes.max() <= top
+    assert held.codes.min() >= 0
 
 
 def test_other_codes_are_not_held_so() -> None:
@@ -115,7 +119,8 @@ def test_what_training_may_choose_stays_in_range(largest: int) -> None:
     factor, low, high = steps
     small = found.codes // factor
     np.testing.assert_array_equal(small * factor, found.codes)
-    assert (low <= small).all() and (small <= high).all()
+    assert (low <= small).all()
+    assert (small <= high).all()
     assert max(np.abs(low * factor).max(), np.abs(high * factor).max()) <= largest
     for end in (low, high):
         assert blocks_of((end * factor).astype(np.int8), found.order, 4) is not None

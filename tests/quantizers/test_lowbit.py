@@ -117,7 +117,8 @@ def test_weights_are_codes_of_their_scales() -> None:
         codes = quantize(weight, spec)
         if spec.rule.bits == 8:
             continue
-        assert spec.rule.bits == 4 and np.abs(codes).max() <= 127
+        assert spec.rule.bits == 4
+        assert np.abs(codes).max() <= 127
         for rows in np.split(codes[spec.order], range(32, len(codes), 32)):
             for column in rows.T:
                 steps = np.gcd.reduce(column) or 1
