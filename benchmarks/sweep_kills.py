@@ -14,6 +14,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,8 +103,8 @@ def whole(base: Path, output: str, workers: int) -> float:
     return time.monotonic() - begin
 
 
-def killed(base: Path, random_: random.Random, longest: float) -> str:
-    """One run that something ends, or that comes to its end before; what was hit."""
+def killed(base: Path, random_: random.Random, longest: float) -> tuple[bool, str]:
+    """One run that something ends; whether it was not whole by then, and what was hit."""
     mark = secrets.token_hex(8)
     run = start(base, "out", mark, 2)
     begun = ("*/.*", ".stages/cells/*")  # a cell has
@@ -130,17 +131,20 @@ def killed(base: Path, random_: random.Random, longest: float) -> str:
     left = processes(mark)
     done = len(list((base / "out").glob("*/*/cell.json")))
     told = "".join(f"\n  left: {pid} {line[:90]!r}" for pid, line in left.items())
-    return f"{name}: exit code {code}, {len(left)} processes left, {done} cells have a record{told}"
+    text = f"{name}: exit code {code}, {len(left)} processes left, {done} cells have a record"
+    return code != 0, text + told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=20, help="seconds until a kill, at most")
+    parser.add_argument("--longest", type=float, default=8, help="seconds until a kill, at most")
     parser.add_argument("--alone", type=Path, help="a result of the same matrix by one worker")
     parser.add_argument("--parts", action="store_true", help="files measured in parts")
     given = parser.parse_args()
+    # Of a command in the background a shell has interrupts ignored, and what it starts too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     random_ = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -151,8 +155,13 @@ def main() -> None:
         if alone is None:
             alone = base / "alone"
             print(f"one worker, undisturbed: {whole(base, 'alone', 1):.0f} s", flush=True)
-        for number in range(given.kills):
-            print(f"kill {number + 1}, {killed(base, random_, given.longest)}", flush=True)
+        hits = 0
+        while hits < given.kills:
+            hit, text = killed(base, random_, given.longest)
+            hits += hit
+            print(f"kill {hits}, {text}" if hit else f"whole before, {text}", flush=True)
+            if not hit and hits < given.kills:  # the next has all to do again
+                shutil.rmtree(base / "out")
         print(f"two workers, to the end: {whole(base, 'out', 2):.0f} s", flush=True)
         wanted, found = content(alone), content(base / "out")
         same = sum(found.get(name) == value for name, value in wanted.items())

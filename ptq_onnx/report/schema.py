@@ -133,7 +133,7 @@ def _tensor(place: dict[str, Schema]) -> Schema:
     }  # fmt: skip
     own = {name: COUNT for code in CODES for name in code.details}
     tensor = _object(spec)
-    tensor["properties"] |= own
+    tensor["properties"] |= own | {"order": _list(COUNT)}
     return tensor
 
 
