@@ -19,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ptq_onnx.numerics.codes.by_name import code_named
+from ptq_onnx.numerics.multiples import ROWS
 from ptq_onnx.report.attention_page import Sheet
 from ptq_onnx.report.page_text import number, size
 from ptq_onnx.report.reproduce import command, in_python, typed
@@ -162,6 +163,8 @@ def _tensor(entry: Entry) -> dict[str, Any]:
         channels = " ".join(f"{a}:{n}" for a, n in sorted(counts.items()))
     elif factor is not None:
         channels = f"factor {_spread(factor['values'])}"
+    elif entry.get("order") is not None:
+        channels = f"blocks of {ROWS} rows"
     fixed = code_named(entry.get("code", "uniform")).fixed
     return {
         **entry,

@@ -35,7 +35,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> SiteQuantizer:
     """Two blocks of the digits' model, not trained."""
     path = short_digits(tmp_path_factory.mktemp("two") / "two.onnx", BLOCKS)
-    return trained(quantized(path, images(), quantizer="lowbit", bits="3/3/3"), False)
+    return trained(quantized(path, images(), quantizer="lowbit", bits="2/4/4"), False)
 
 
 def trained(
