@@ -26,13 +26,13 @@ from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.config.selector import MoreBits, Selector
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.allocation import ERRORS, allocate, expected
+from ptq_onnx.numerics.multiples import WIDEST, beside_codes
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.quantizers.base import SiteQuantizer
 
 WIDTHS = tuple(ERRORS)
-STORED = np.array([4.5 if width <= 4 else 8 for width in WIDTHS])
-"""Bits of a weight in the file, at most: of its code, and of its block's factor and zero point and
-its row's place (``qdq/four_bits.py``)."""
+STORED = np.array([4 if width <= WIDEST else 8 for width in WIDTHS])
+"""Bits of a weight's code in the file."""
 PROBES = ("2/2/2", "3/3/3")
 """Widths under which what is mixed has other bits."""
 POINTS = (2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8)
@@ -112,6 +112,10 @@ class _Part:
         own = dict(zip(of, noise, strict=True))
         self.noise = expected(np.array([own[g] for g in groups]), [g.bits for g in groups], WIDTHS)
         self.elements = np.array([g.elements for g in groups], np.int64)
+        beside = np.array([8 * g.beside for g in groups], np.int64)
+        blocks = np.array(WIDTHS) <= WIDEST
+        self.stored = self.elements[:, None] * STORED + beside[:, None] * blocks
+        """Bits in the file, [G, W]."""
 
     def same(self) -> Choice:
         """As it is."""
@@ -132,14 +136,16 @@ class _Part:
 
     def growth(self, choice: Choice) -> float:
         """Million bytes that the file gets."""
-        bits = STORED[choice] - STORED[self.same()]
-        return float(bits @ self.elements) / 8e6
+        return (self.held(choice) - self.held(self.same())) / 8e6
+
+    def held(self, choice: Choice) -> int:
+        """Bits in the file."""
+        return int(self.stored[np.arange(len(choice)), choice].sum())
 
     def within_bytes(self, megabytes: float, size: float) -> Choice:
         """The least noise of weights in a file of so many million bytes, which has ``size`` as it
         is. Raises ConfigError."""
-        costs = np.asarray(np.ceil(self.elements[:, None] * STORED), np.int64)
-        now = int(STORED[self.same()] @ self.elements)
+        costs, now = self.stored, self.held(self.same())
         budget = now + int((megabytes - size) * 8e6)
         least = size + (int(costs.min(axis=1).sum()) - now) / 8e6
         if least > megabytes:
@@ -163,7 +169,10 @@ def groups_of(quantizer: SiteQuantizer) -> list[Group]:
         first = plan.sites[tensors[0]]
         elements = sum(_elements(plan.sites[tensor]) for tensor in tensors)
         bits = quantizer.rules[tensors[0]].bits
-        groups.append(Group(role, block, first.is_parameter, bits, frozenset(tensors), elements))
+        shapes = [plan.sites[t].shape for t in tensors if first.is_parameter]
+        beside = sum(beside_codes(shape) for shape in shapes if len(shape) == 2)
+        same = (role, block, first.is_parameter, bits, frozenset(tensors), elements)
+        groups.append(Group(*same, beside))
     return groups
 
 

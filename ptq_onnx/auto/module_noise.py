@@ -41,6 +41,8 @@ class Group:
     bits: int
     tensors: frozenset[str]
     elements: int
+    beside: int = 0
+    """Bytes in the file beside the codes of weights, where they lie in blocks of rows."""
 
     @property
     def name(self) -> str:

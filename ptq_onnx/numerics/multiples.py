@@ -16,6 +16,7 @@ here by the size of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,9 +144,9 @@ def blocks_of(codes: NDArray[np.int8], order: NDArray[np.int64], bits: int) -> B
     return Blocks(small.reshape(padded.shape), factor, zero)
 
 
-def beside_codes(shape: tuple[int, ...]) -> int:
+def beside_codes(shape: Sequence[int | str]) -> int:
     """Bytes that a file has for a weight [K, N] in blocks, beside its codes."""
-    rows, columns = shape
+    rows, columns = map(int, shape)
     blocks = -(-rows // ROWS)
     return blocks * columns + (blocks * ROWS - rows) * columns // 2 + 2 * rows + NAMES
 

@@ -97,13 +97,17 @@ def _plain(config: QuantizeConfig) -> dict[str, object]:
 
 
 def test_a_size_is_kept_with_weights_of_four_and_eight_bits() -> None:
-    """0.4 MB with 4 bits everywhere: 0.05 more are 100,000 weights of 8."""
+    """0.4 MB with 4 bits everywhere: 0.05 more are 100,000 weights of 8, and some for the factors
+    and zero points of blocks that they do not have."""
     config, found = mixed(target_size=0.45)
     weights = [m for m in found.modules if m.part == "weights"]
     assert {m.bits for m in weights} == {4, 8}
     wide = sum(m.elements for m in weights if m.bits == 8)
-    assert 80_000 < wide <= 100_000
-    assert found.megabytes == pytest.approx(0.4 + wide / 2e6)
+    beside = {g.name: g.beside for g in groups_of(base()) if g.weights}
+    without = sum(beside[m.module] for m in weights if m.bits == 8)
+    assert 0.43 < found.megabytes <= 0.45
+    assert found.megabytes == pytest.approx(0.4 + (wide / 2 - without) / 1e6)
+    assert wide > 100_000
     assert {m.bits for m in found.modules if m.part == "activations"} == {4}
     assert not any(text.startswith("gelu") and "=4" not in text for text in config.more_bits)
     with pytest.raises(ConfigError, match=r"^--target-size 0\.3: with weights of 4 bits[^\n]+ends"):
@@ -139,7 +143,7 @@ def test_what_ranks_a_weight_by_hand() -> None:
     expected = np.linalg.norm(weight, "nuc") * np.sum(lost**2)
     assert nuclear == pytest.approx(expected, rel=1e-4)
     (layer,) = module_noise("layer", quantizer.plan.model, quantizer.specs, [group], few)
-    assert 1e-4 < layer < 0.1
+    assert 1e-5 < layer < 0.1
     (output,) = module_noise("output", quantizer.plan.model, quantizer.specs, [group], few)
     assert 1e-6 < output < 0.1
 

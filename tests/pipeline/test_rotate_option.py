@@ -162,7 +162,9 @@ def test_a_rotation_that_does_not_fit(
     [
         ({"quantizer": "lowbit", "bits": "4/4/4"}, True),
         ({"quantizer": "lowbit", "bits": "6/6/6"}, True),
-        ({"quantizer": "lowbit", "bits": "4/8/8"}, True),
+        ({"quantizer": "lowbit", "bits": "4/8/8"}, False),
+        ({"quantizer": "lowbit", "bits": "4/8/8", "rotate": True}, True),
+        ({"quantizer": "lowbit", "bits": "8/7/8"}, True),
         ({"quantizer": "lowbit", "bits": "4/4/4", "rotate": False}, False),
         ({"quantizer": "deploy", "bits": "4/4/4"}, False),
         ({"quantizer": "fqvit"}, True),

@@ -52,24 +52,32 @@ def initializers(model: ir.Model | onnx.ModelProto) -> dict[str, NDArray[Any]]:
     return {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
 
 
+def assert_same(
+    plain: ir.Model, packed: ir.Model, x: NDArray[Any], coded: bool, folder: Path
+) -> list[Path]:
+    """Outputs to the bit, optimizations on and off, and the kernels; the files of both."""
+    assert_shapes(packed, x)
+    np.testing.assert_array_equal(run(packed, x)[0], run(plain, x)[0])
+    paths = []
+    for name, model in (("plain", plain), ("packed", packed)):
+        paths.append(folder / f"{name}.onnx")
+        graphs.save(graphs.to_standard(model), paths[-1])
+    expected, found = (run_optimised(path, x) for path in paths)
+    np.testing.assert_array_equal(found, expected)
+    before, after = map(optimised_histogram, paths)
+    assert after == before
+    assert ("MatMulIntegerToFloat" in after) == coded
+    assert not any("NBits" in op for op in after)
+    return paths
+
+
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("coded", [True, False])
 def test_outputs_and_kernels_stay(bits: int, coded: bool, tmp_path: Path) -> None:
     """To the bit, with optimizations on and off; the product's kernel is the one it was."""
     plain, packed = linear(bits, coded=coded), linear(bits, coded=coded)
     assert store_in_four_bits(packed) == 1
-    x, paths = sample(3, 6, K, seed=2), []
-    assert_shapes(packed, x)
-    np.testing.assert_array_equal(run(packed, x)[0], run(plain, x)[0])
-    for name, model in (("plain", plain), ("packed", packed)):
-        paths.append(tmp_path / f"{name}.onnx")
-        graphs.save(graphs.to_standard(model), paths[-1])
-    found, expected = (run_optimised(path, x) for path in reversed(paths))
-    np.testing.assert_array_equal(found, expected)
-    before, after = map(optimised_histogram, paths)
-    assert after == before
-    assert ("MatMulIntegerToFloat" in after) == coded
-    assert not any("NBits" in op for op in after)
+    paths = assert_same(plain, packed, sample(3, 6, K, seed=2), coded, tmp_path)
     held = initializers(onnx.load(paths[1]))["w_quantized_int4"]
     assert str(held.dtype) == "int4"
     assert paths[0].stat().st_size - paths[1].stat().st_size > K * N / 2 - 200
@@ -113,16 +121,7 @@ def test_blocks_of_rows(rows: int, coded: bool, tmp_path: Path) -> None:
     specs = {"w": spec, **({"relu0": activation("relu0")} if coded else {})}
     plain, packed = lower(model.clone(), specs), lower(model.clone(), specs)
     assert store_in_four_bits(packed) == 1
-    x, paths = sample(3, 6, rows, seed=2), []
-    assert_shapes(packed, x)
-    np.testing.assert_array_equal(run(packed, x)[0], run(plain, x)[0])
-    for name, one in (("plain", plain), ("packed", packed)):
-        paths.append(tmp_path / f"{name}.onnx")
-        graphs.save(graphs.to_standard(one), paths[-1])
-    np.testing.assert_array_equal(*(run_optimised(path, x) for path in paths))
-    before, after = map(optimised_histogram, paths)
-    assert after == before
-    assert ("MatMulIntegerToFloat" in after) == coded
+    paths = assert_same(plain, packed, sample(3, 6, rows, seed=2), coded, tmp_path)
     arrays = initializers(onnx.load(paths[1])).values()
     assert {str(a.dtype) for a in arrays if a.size > 200} == {"int4"}
     read = [n.inputs[0] for n in packed.graph if n.op_type == "DequantizeLinear"]
