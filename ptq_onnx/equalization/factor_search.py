@@ -11,9 +11,9 @@ per token, where k_c is the number of equal parts that channel c is split into (
 not; s = max_c r_c / (k_c f_c) then): x W = Σ_k (x / k) W, so that a channel far above the others
 stops stretching their step without a large row in the weight (outlier channel splitting, Zhao
 et al., arXiv 1901.09504). Of a weight in blocks of rows s_n is a block's. The variance stands for
-the second moment because the mean's part is corrected in the bias. Candidates are f = r^a / w^b, w_c the largest weight of row c:
-RepQ-ViT (arXiv 2212.08254) is a = 1, b = 0; SmoothQuant (arXiv 2211.10438) has a global a
-and b = 1 - a.
+the second moment because the mean's part is corrected in the bias. Candidates are
+f = r^a / w^b, w_c the largest weight of row c: RepQ-ViT (arXiv 2212.08254) is a = 1, b = 0;
+SmoothQuant (arXiv 2211.10438) has a global a and b = 1 - a.
 """
 
 from __future__ import annotations
