@@ -58,7 +58,7 @@ def store_in_four_bits(model: ir.Model) -> int:
 def _blocks(held: ir.Value) -> tuple[Blocks, NDArray[np.int64]] | None:
     """What makes codes in blocks, and the order of their rows; None where they are in none."""
     order = held.meta.get(ORDER)
-    if order is None or held.const_value is None or len(order) > 1 << 16:
+    if order is None or held.const_value is None:
         return None
     found = blocks_of(held.const_value.numpy(), order, 4)
     return None if found is None else (found, order)
@@ -77,12 +77,13 @@ def _multiplied(nodes: Nodes, held: ir.Value, blocks: Blocks, order: NDArray[np.
         return behind.cast(behind.constant(suffix, array), f"{suffix}_wide", whole)
 
     codes = (blocks.codes - MIDDLE).reshape(-1, ROWS, columns).astype(ml_dtypes.int4)
+    places = np.argsort(order).astype(np.min_scalar_type(len(order)))
     value = wide("int4", codes)
     for op, other, suffix in (
         ("Sub", wide("zeros", (blocks.zero - MIDDLE)[:, None].astype(ml_dtypes.int4)), "less"),
         ("Mul", wide("factors", blocks.factor[:, None].astype(ml_dtypes.uint4)), "times"),
         ("Reshape", behind.constant("shape", np.array([rows, columns])), "rows"),
-        ("Gather", wide("places", np.argsort(order).astype(np.uint16)), "ordered"),
+        ("Gather", wide("places", places), "ordered"),
     ):
         value = behind.op(op, [value, other], suffix, dtype=whole)
     made = behind.cast(value, "int8", np.dtype(np.int8))

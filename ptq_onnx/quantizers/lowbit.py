@@ -3,10 +3,12 @@
 What is quantized is what ``deploy`` quantizes. Other than there, every channel has a range of its
 own (``equalization/low_bits.py``); attention maps and what an activation function gives have
 logarithmic codes below 8 bits; weights are rounded on what the linear reads of the quantized model
-(``stream_weights.py``); patch embedding and head have 8 bits, unless ``--no-wide-ends``.
+(``stream_weights.py``), those of up to 4 bits in blocks of rows (``numerics/multiples.py``); patch
+embedding and head have 8 bits, unless ``--no-wide-ends``.
 
 Sources: RepQ-ViT (arXiv 2212.08254) for a range per channel that ends up in the weights, AdaLog
-(arXiv 2407.12951) for logarithms of free base, GPTQ (arXiv 2210.17323) for the rounding.
+(arXiv 2407.12951) for logarithms of free base, GPTQ (arXiv 2210.17323) for the rounding, QServe
+(arXiv 2405.04532) for steps that are whole multiples of others.
 """
 
 from __future__ import annotations
