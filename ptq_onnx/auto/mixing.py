@@ -171,8 +171,8 @@ def groups_of(quantizer: SiteQuantizer) -> list[Group]:
         bits = quantizer.rules[tensors[0]].bits
         shapes = [plan.sites[t].shape for t in tensors if first.is_parameter]
         beside = sum(beside_codes(shape) for shape in shapes if len(shape) == 2)
-        same = (role, block, first.is_parameter, bits, frozenset(tensors), elements)
-        groups.append(Group(*same, beside))
+        names = frozenset(tensors)
+        groups.append(Group(role, block, first.is_parameter, bits, names, elements, beside))
     return groups
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ptq_onnx.numerics.blockwise import block_errors, block_grid, in_blocks
 from ptq_onnx.numerics.codes.multiples import LARGEST, NARROW
-from ptq_onnx.numerics.rounding import Codes, descended, gptq, loss
+from ptq_onnx.numerics.rounding import Codes, best_of
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -81,16 +81,11 @@ def rounded_in_blocks(
     rows, columns = weight.shape
     factors, zeros = (np.repeat(v, ROWS, axis=0)[:rows] for v in (factor, zero))
     steps = (PARTS[:, None] * step).astype(np.float32)  # [P, N]
-    tried = np.concatenate([factors * one for one in steps], axis=1).astype(np.float32)
-    many, all_zeros = np.tile(ordered, (1, len(PARTS))), np.tile(zeros, (1, len(PARTS)))
-    codes = gptq(many, tried, seen, bits, all_zeros)
-    errors = loss(many, tried, seen, codes).reshape(len(PARTS), columns)
-    best, column = errors.argmin(axis=0), np.arange(columns)
-    chosen = best * columns + column
-    found = descended(ordered, tried[:, chosen], seen, bits, codes[:, chosen], zeros)
+    tried = (factors * steps[:, None]).astype(np.float32)
+    best, found = best_of(ordered, tried, seen, bits, zeros)
     whole = np.empty(weight.shape, np.int8)
     whole[order] = found * factors
-    return Multiples(whole, steps[best, column], order)
+    return Multiples(whole, steps[best, np.arange(columns)], order)
 
 
 def whole_grid(

@@ -106,13 +106,25 @@ def gptq_ranged(
     full = np.maximum((high.astype(np.float64) - low) / top, TINY)
     zero = np.clip(np.rint(-low / full), 0, top).astype(np.int32)
     tried = np.maximum(RANGES[:, None] * full, TINY).astype(np.float32)  # [R, N]
-    many, zeros = np.tile(weight, (1, len(tried))), np.tile(zero, len(tried))
-    codes = gptq(many, tried.ravel(), moments, bits, zeros)
-    best = loss(many, tried.ravel(), moments, codes).reshape(len(tried), width).argmin(axis=0)
-    columns = np.arange(width)
-    chosen = tried[best, columns]
-    start = codes[:, best * width + columns]
-    return chosen, zero, descended(weight, chosen, moments, bits, start, zero)
+    best, codes = best_of(weight, tried, moments, bits, zero)
+    return tried[best, np.arange(width)], zero, codes
+
+
+def best_of(
+    weight: Array, tried: Array, moments: Double, bits: int, zero: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], Codes]:
+    """Which of several scales [R, N] or [R, K, N] leaves each column the smallest loss once its
+    codes are found, [N]; and these codes, improved one by one (``descended``)."""
+    width = weight.shape[1]
+    many, scales, zeros = (
+        np.concatenate(parts, axis=-1)
+        for parts in ([weight] * len(tried), list(tried), [zero] * len(tried))
+    )
+    codes = gptq(many, scales, moments, bits, zeros)
+    best = loss(many, scales, moments, codes).reshape(len(tried), width).argmin(axis=0)
+    chosen = best * width + np.arange(width)
+    start = codes[:, chosen]
+    return best, descended(weight, scales[..., chosen], moments, bits, start, zero)
 
 
 def descended(

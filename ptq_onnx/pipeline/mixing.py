@@ -41,7 +41,7 @@ def with_mixed_widths(job: Job, plan: Plan, rewritten: Plan) -> tuple[Plan, Mixe
 
 def megabytes(quantizer: SiteQuantizer, specs: Mapping[str, TensorSpec]) -> float:
     """Million bytes of the file with these specs."""
-    from ptq_onnx.numerics.multiples import beside_codes
+    from ptq_onnx.numerics.multiples import WIDEST, beside_codes
     from ptq_onnx.preparation import sizes
     from ptq_onnx.preparation.model_files import serialize, to_standard
     from ptq_onnx.qdq.four_bits import store_in_four_bits
@@ -51,27 +51,11 @@ def megabytes(quantizer: SiteQuantizer, specs: Mapping[str, TensorSpec]) -> floa
     more = 0
     if quantizer.plan.config.runtime.widens_weights:
         store_in_four_bits(lowered)
-        more = sum(map(beside_codes, blocked_shapes(quantizer, specs)))
+        few = (quantizer.plan.sites[t] for t, s in specs.items() if s.rule.bits <= WIDEST)
+        more = sum(beside_codes(s.shape) for s in few if s.is_parameter and len(s.shape) == 2)
     constants = sizes.serialized_size(to_standard(lowered))
     held = constants if constants > sizes.EXTERNAL_LIMIT else len(serialize(lowered))
     return (held + more) / 1e6
-
-
-def blocked_shapes(
-    quantizer: SiteQuantizer, specs: Mapping[str, TensorSpec]
-) -> list[tuple[int, ...]]:
-    """[K, N] of the weights that will be rounded in blocks of rows."""
-    from ptq_onnx.blocks.walking import is_linear
-    from ptq_onnx.numerics.multiples import WIDEST
-
-    graph = quantizer.model.graph
-    names = {str(n.inputs[1].name) for n in graph if is_linear(n) and n.inputs[1] is not None}
-    held = {t: graph.initializers[t].const_value for t in names & specs.keys()}
-    return [
-        tuple(array.shape.numpy())
-        for t, array in held.items()
-        if array is not None and specs[t].rule.bits <= WIDEST
-    ]
 
 
 def told(mixed: Mixed) -> str:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.graph.codings import DEQUANTIZE
-from ptq_onnx.numerics.multiples import ROWS, Blocks, blocks_of
+from ptq_onnx.numerics.multiples import ROWS, WIDEST, Blocks, blocks_of
 from ptq_onnx.qdq.nodes import Behind, Nodes, remove_unused
 from ptq_onnx.qdq.weights import ORDER
 
@@ -60,7 +60,7 @@ def _blocks(held: ir.Value) -> tuple[Blocks, NDArray[np.int64]] | None:
     order = held.meta.get(ORDER)
     if order is None or held.const_value is None:
         return None
-    found = blocks_of(held.const_value.numpy(), order, 4)
+    found = blocks_of(held.const_value.numpy(), order, WIDEST)
     return None if found is None else (found, order)
 
 
