@@ -3,7 +3,8 @@
     python benchmarks/convolutions.py [--seconds 1]
 
 Four equal convolutions with Relu behind each, one thread, the float and the Q/DQ model in turns;
-nanoseconds per element of the output of one.
+nanoseconds per element of the output of one. Then what HardSwish takes in place of Relu behind an
+integer convolution, in floats between its codes, on codes, and on codes with factors per channel.
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ KINDS = {
 }
 
 
-def network(channels: int, side: int, kernel: int, groups: int, codes: bool) -> bytes:
-    """The chain as a file, with Q/DQ or without."""
+SWISHES = ("floats", "codes", "factors")
+
+
+def network(
+    channels: int, side: int, kernel: int, groups: int, codes: bool, swish: str = ""
+) -> bytes:
+    """The chain as a file, with Q/DQ or without, with Relu or one of ``SWISHES``."""
     rng = np.random.default_rng(0)
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
@@ -49,6 +55,19 @@ def network(channels: int, side: int, kernel: int, groups: int, codes: bool) -> 
         numbers = constant(np.float32(STEP)), constant(np.uint8(zero))
         return op("DequantizeLinear", op("QuantizeLinear", value, *numbers), *numbers)
 
+    def swished(value: str, form: str) -> str:
+        value = coded(value, 128)
+        if form == "floats":
+            return op("HardSwish", value)
+        read, two = value, constant(np.float32(2))
+        if form == "factors":
+            factors = coded(
+                constant(np.linspace(0.5, 2, channels, dtype=np.float32)[:, None, None]), 0
+            )
+            read = coded(op("Mul", value, factors), 128)
+        moved = op("Add", read, coded(two, 0))
+        return op("Mul", value, coded(op("Clip", moved, constant(np.float32(0)), two), 0))
+
     value = coded("x", 128) if codes else "x"
     for _ in range(COUNT):
         inside = channels // groups
@@ -62,7 +81,8 @@ def network(channels: int, side: int, kernel: int, groups: int, codes: bool) -> 
             held = op("DequantizeLinear", *numbers, axis=0)
         bias = constant(np.zeros(channels, np.float32))
         pads = [kernel // 2] * 4
-        value = op("Relu", op("Conv", value, held, bias, group=groups, pads=pads))
+        value = op("Conv", value, held, bias, group=groups, pads=pads)
+        value = swished(value, swish) if swish else op("Relu", value)
         value = coded(value, 0) if codes else value
     shape = [1, channels, side, side]
     image = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
@@ -97,6 +117,16 @@ def main() -> None:
                 f" {each[0]:.2f} ns, codes {each[1]:.2f} ns, {each[0] / each[1]:.2f}x",
                 flush=True,
             )
+    for channels, side, kernel, groups in KINDS["pointwise"]:
+        image = np.zeros((1, channels, side, side), np.float32)
+        files = [network(channels, side, kernel, groups, True, swish) for swish in ("", *SWISHES)]
+        times = interleave([runner(file, image) for file in files], seconds)
+        relu, *more = (float(np.median(np.concatenate([np.array(r) for r in t]))) for t in times)
+        each = [
+            f"{1e9 * (m - relu) / (COUNT * image.size):.2f} ns in {n}"
+            for n, m in zip(SWISHES, more, strict=True)
+        ]
+        print(f"HardSwish {channels} x {side} x {side}: {', '.join(each)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ CONVERT = 0.12
 """One of them without a Transpose."""
 NODE = 1500.0
 """Nanoseconds to start a node, whatever its size."""
-ARITHMETIC = {"HardSwish": 0.35, "Sigmoid": 0.7, "Add": 0.1, "Mul": 0.1}
+ARITHMETIC = {"HardSwish": 0.3, "Sigmoid": 0.7, "Add": 0.1, "Mul": 0.1}
 """Of floats behind an integer convolution; others as ``OTHER``."""
-CODES = {"HardSwish": 0.35, "Sigmoid": 0.9, "Add": 0.12, "Mul": 0.12}
+CODES = {"HardSwish": 0.95, "Sigmoid": 0.9, "Add": 0.14, "Mul": 0.23}
 OTHER = 0.1
 UNKNOWN = 32
 """What an axis of unknown size counts: both sides of a comparison have it."""
@@ -45,6 +45,26 @@ def terms(conv: ir.Node) -> tuple[int, int, int]:
     return numbers[1], math.prod(numbers[2:]), conv.attributes.get_int("group", 1)
 
 
+def has_one_output_per_group(conv: ir.Node) -> bool:
+    """True for a depthwise convolution whose kernel takes all channels at once; with several
+    outputs for a channel each group is a product of its own."""
+    weight = conv.inputs[1]
+    first = None if weight is None or weight.shape is None else weight.shape[0]
+    return first == terms(conv)[2]
+
+
+def channels_read(conv: ir.Node) -> int:
+    """Input channels of all groups."""
+    channels, _, groups = terms(conv)
+    return channels * groups
+
+
+def multiplications(conv: ir.Node) -> float:
+    """How many a convolution does for one image."""
+    channels, pixels, _ = terms(conv)
+    return float(max(channels * pixels * elements(conv.outputs[0]), 1))
+
+
 def float_time(conv: ir.Node) -> float:
     """Nanoseconds of a convolution of floats."""
     channels, pixels, groups = terms(conv)
@@ -58,7 +78,7 @@ def integer_time(conv: ir.Node) -> float:
     if groups == 1:
         gathered = channels < FEW and pixels > 1
         each = (0.7 + 0.0085 * channels * pixels) if gathered else 0.15 + 0.0053 * channels * pixels
-    elif channels == 1:
+    elif channels == 1 and has_one_output_per_group(conv):
         each = 0.25 + 0.033 * pixels
     else:
         each = 0.5 + 0.008 * channels * pixels if channels >= NARROW else math.inf

@@ -16,26 +16,32 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks import region_costs as costs
+from ptq_onnx.blocks.region_ops import (
+    KERNELS,
+    ON_CODES,
+    SMOOTH,
+    is_factor,
+    is_made_by_convolution,
+    is_one_pixel,
+    maker_of,
+    next_to,
+    per_channel,
+    reader_of,
+    result_of,
+    scales_hard_swish,
+)
 from ptq_onnx.blocks.walking import consumers, data_inputs, is_constant, name_of
-from ptq_onnx.graph.formula import constant, is_private, scalar
+from ptq_onnx.graph.formula import constant
 
-KERNELS = frozenset((
-    "Add", "Mul", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool", "MaxPool", "Concat",
-    "Resize",
-))  # fmt: skip
-"""Ops beside products with an integer kernel: QLinearAdd and the like (measured, ONNX Runtime
-1.31)."""
-ON_CODES = KERNELS | {"HardSwish"}
-"""Those, and what is written with them."""
-SMOOTH = frozenset(("Silu", "Gelu", "QuickGelu", "HardSwish"))
-"""Activation functions of floats between convolutions: in any layout, so that nothing is transposed
-for them (an integer sigmoid takes longer than both conversions: measured)."""
-MOVING = frozenset(("MaxPool", "Resize"))
-"""Those whose codes are those that they read."""
 GATE = 16
 """A factor or summand this much smaller than the result is made codes of its own."""
 TIE = 0.002
 """Of the time: below it integers are preferred, whose weights take a quarter of the memory."""
+MORE = 0.08
+"""Of the time: what more integers may cost in all beyond the fastest choice, where they are asked
+for, as long as they take less than floats."""
+DECIDED = "ptq_onnx.codes"
+"""Key of a convolution's ``meta``: whether it is on codes."""
 COSTS_MORE = "codes around it would cost more time than its integers save"
 ONE_PIXEL = "one number per channel and image: no time to save, and whole channels hang on it"
 NO_KERNEL = "its weight is no constant, or its image has no two sides"
@@ -72,23 +78,35 @@ class _Drawn:
     entering: frozenset[ir.Value]
 
 
-def find_regions(graph: ir.Graph, blocked: Collection[str] = ()) -> Regions:
-    """The regions that save time; ``blocked``: tensors that are to have no codes."""
-    return _Finder(graph, frozenset(blocked)).run()
+def find_regions(graph: ir.Graph, blocked: Collection[str] = (), spared: float = 0.0) -> Regions:
+    """The regions that save time; ``blocked``: tensors that are to have no codes. ``spared``: what
+    more integers may cost, of the time."""
+    return _Finder(graph, frozenset(blocked), spared).run()
+
+
+def decide(graph: ir.Graph, regions: Regions) -> None:
+    """Note in each convolution whether it is on codes, so that ops that are written around it since
+    change nothing about it."""
+    for node in graph:
+        if node.op_type == "Conv":
+            node.meta[DECIDED] = node in regions.convolutions
 
 
 class _Finder:
-    def __init__(self, graph: ir.Graph, blocked: frozenset[str]) -> None:
-        self.nodes, self.blocked = list(graph), blocked
+    def __init__(self, graph: ir.Graph, blocked: frozenset[str], spared: float = 0.0) -> None:
+        self.nodes, self.blocked, self.spared = list(graph), blocked, spared
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.inputs = [v for v in graph.inputs if not v.is_initializer()]
         self.floats: dict[str, str] = {}
-        self.able = [n for n in self.nodes if self._may(n)]
+        self.able = self.known = [n for n in self.nodes if self._may(n)]
 
     def run(self) -> Regions:
-        """Begin with all convolutions; leave out what costs more than it saves."""
-        wanted = {n for n in self.nodes if n.op_type == "Conv" and self._takes(n)}
-        wanted = self._pruned(wanted)
+        """The regions of what was decided, or of what pays."""
+        every_one = {n for n in self.nodes if n.op_type == "Conv" and self._takes(n)}
+        wanted = self._decided(every_one)
+        if wanted is None:
+            wanted = self._chosen(every_one)
+        self.floats.update((name_of(n), COSTS_MORE) for n in every_one - wanted)
         drawn = self.drawn(wanted)
         codes = drawn.made | drawn.entering
         every = [*self.inputs, *(v for node in self.nodes for v in node.outputs)]
@@ -105,6 +123,27 @@ class _Finder:
             self.floats,
         )
 
+    def _decided(self, every_one: set[ir.Node]) -> set[ir.Node] | None:
+        """What was decided before (``decide``), less what does not pay without the blocked; None
+        where nothing was. Activation functions that were to be on codes are written so by then."""
+        if not any(DECIDED in n.meta for n in every_one):
+            return None
+        self.able = [n for n in self.able if n.op_type in KERNELS]
+        wanted = {n for n in every_one if n.meta.get(DECIDED)}
+        return self._pruned(wanted) if self.blocked else wanted
+
+    def _chosen(self, every_one: set[ir.Node]) -> set[ir.Node]:
+        """All convolutions, less what costs more than it saves, with HardSwish on codes or in
+        floats between them."""
+        found: list[tuple[float, set[ir.Node], list[ir.Node]]] = []
+        able = self.able
+        for kinds in (ON_CODES, KERNELS):
+            self.able = [n for n in able if n.op_type in kinds]
+            fastest = self._pruned(every_one)
+            found.append((self.cost(fastest), fastest, self.able))
+        _, fastest, self.able = min(found, key=lambda one: one[0])
+        return self._filled(fastest, every_one - fastest)
+
     # --- candidates -----------------------------------------------------------------------
 
     def _takes(self, conv: ir.Node) -> bool:
@@ -113,7 +152,7 @@ class _Finder:
         why = ""
         if weight is None or weight.ndim != 4 or weight.dtype != np.float32:
             why = NO_KERNEL
-        elif _is_one_pixel(output):
+        elif is_one_pixel(output):
             why = ONE_PIXEL
         elif costs.integer_time(conv) == np.inf:
             why = SLOW_GROUPS
@@ -137,11 +176,11 @@ class _Finder:
             return False
         if node.op_type == "Concat" and node.attributes.get_int("axis", 0) not in (1, -3):
             return False
-        if node.op_type == "HardSwish" and not _is_made_by_convolution(node.inputs[0]):
+        if node.op_type == "HardSwish" and not is_made_by_convolution(node.inputs[0]):
             return False
         if node.op_type in ("Add", "Mul"):
             fixed = [v for v in node.inputs if is_constant(v)]
-            if any(not _per_channel(v) for v in fixed):
+            if any(not per_channel(v) for v in fixed):
                 return False
         return not any(self._is_blocked(v) for v in (*node.inputs, node.outputs[0], output))
 
@@ -200,7 +239,7 @@ class _Finder:
             if node.op_type == "Conv":
                 took = costs.integer_time if node in convolutions else costs.float_time
                 total += took(node)
-            elif node in self.able and node not in drawn.ops:
+            elif node in self.known and node not in drawn.ops:
                 behind = node.inputs[0] in drawn.made
                 fused = node.op_type == "HardSwish" and not behind
                 each = 0.05 if fused else costs.ARITHMETIC.get(node.op_type, costs.OTHER)
@@ -225,15 +264,15 @@ class _Finder:
     def _is_smooth(self, node: ir.Node | None, drawn: _Drawn) -> bool:
         """True for an activation function of floats from codes to codes, or a factor per channel
         in front of it or behind."""
-        if node is not None and _is_factor(node):
-            node = _next_to(node)
+        if node is not None and is_factor(node):
+            node = next_to(node)
         if node is None or node.op_type not in SMOOTH or node in drawn.ops:
             return False
         first, last = node.inputs[0], node.outputs[0]
-        before, behind = None if first is None else first.producer(), _reader(last)
-        if before is not None and _is_factor(before):
+        before, behind = None if first is None else first.producer(), reader_of(last)
+        if before is not None and is_factor(before):
             first = before.inputs[0]
-        if behind is not None and _is_factor(behind):
+        if behind is not None and is_factor(behind):
             last = behind.outputs[0]
         return first in drawn.made and last in drawn.entering
 
@@ -246,7 +285,21 @@ class _Finder:
                 fewer = self.cost(wanted - piece)
                 if fewer < cost:
                     wanted, cost = wanted - piece, fewer
-                    self.floats.update((name_of(n), COSTS_MORE) for n in piece)
+        return wanted
+
+    def _filled(self, fastest: set[ir.Node], left: set[ir.Node]) -> set[ir.Node]:
+        """With what was left out, the cheapest for a multiplication first, as long as time is
+        spared; but for convolutions of few channels, as at the image: they have few
+        multiplications, and all that follows has the noise of their codes."""
+        if not self.spared:
+            return fastest
+        cost = self.cost(fastest)
+        left = {n for n in left if costs.channels_read(n) > costs.FEW}
+        price = {n: (self.cost({*fastest, n}) - cost) / costs.multiplications(n) for n in left}
+        wanted, limit = fastest, min(cost * (1 + self.spared), self.cost(set()))
+        for node in sorted(left, key=lambda n: (price[n], self.order[n])):
+            if self.cost({*wanted, node}) <= limit:
+                wanted = {*wanted, node}
         return wanted
 
     def _beginnings(self, wanted: set[ir.Node]) -> list[set[ir.Node]]:
@@ -271,106 +324,10 @@ class _Finder:
                 continue
             mine = {node}
             for value in self._data(node):
-                maker = _maker(value)
+                maker = maker_of(value)
                 if maker in piece and value in drawn.made:
                     mine |= piece[maker]
             for one in mine:
                 piece[one] = mine
         distinct = {id(found): found for found in piece.values()}
         return [found & wanted for found in distinct.values() if found & wanted]
-
-
-def result_of(node: ir.Node) -> ir.Value:
-    """What a node makes, behind an activation of its own that only clips."""
-    value = node.outputs[0]
-    while not value.is_graph_output():
-        uses = list(consumers(value))
-        if len(uses) != 1 or not only_clips(uses[0][0]):
-            break
-        value = uses[0][0].outputs[0]
-    return value
-
-
-def scales_hard_swish(node: ir.Node) -> bool:
-    """True for a positive factor of a HardSwish, which its form on codes takes in."""
-    before = None if node.inputs[0] is None else node.inputs[0].producer()
-    if node.op_type != "Mul" or before is None or before.op_type != "HardSwish":
-        return False
-    return is_private(before.outputs[0]) and (scalar(node.inputs[1]) or 0.0) > 0
-
-
-def only_clips(node: ir.Node) -> bool:
-    """True for Relu, and for a Clip around or from 0: codes of that range hold no other numbers."""
-    if node.op_type == "Relu":
-        return True
-    if node.op_type != "Clip" or len(node.inputs) < 3:
-        return False
-    low, high = scalar(node.inputs[1]), scalar(node.inputs[2])
-    return low is not None and high is not None and low <= 0 < high
-
-
-def clipped_to(value: ir.Value) -> tuple[float, float] | None:
-    """The bounds of a tensor that Relu or a Clip makes; None for others."""
-    node = value.producer()
-    if node is None or not only_clips(node):
-        return None
-    if node.op_type == "Relu":
-        return 0.0, np.inf
-    return float(scalar(node.inputs[1]) or 0.0), float(scalar(node.inputs[2]) or 0.0)
-
-
-def _is_factor(node: ir.Node) -> bool:
-    """True for a Mul by constants, one number or one per channel."""
-    if node.op_type != "Mul" or is_constant(node.inputs[0]):
-        return False
-    return _per_channel(node.inputs[1])
-
-
-def _next_to(factor: ir.Node) -> ir.Node | None:
-    """The activation function in front of a factor, or else what alone reads its product."""
-    read = factor.inputs[0]
-    before = None if read is None else read.producer()
-    if before is not None and before.op_type in SMOOTH:
-        return before
-    return _reader(factor.outputs[0])
-
-
-def _reader(value: ir.Value) -> ir.Node | None:
-    """What alone reads the value."""
-    return next(consumers(value))[0] if is_private(value) else None
-
-
-def _is_made_by_convolution(value: ir.Value | None) -> bool:
-    """True for what one alone makes for one reader, with constants that can be scaled."""
-    node = None if value is None else value.producer()
-    return (
-        node is not None
-        and value is not None
-        and node.op_type == "Conv"
-        and is_private(value)
-        and all(map(is_constant, node.inputs[1:]))
-    )
-
-
-def _is_one_pixel(value: ir.Value) -> bool:
-    return value.shape is not None and list(value.shape)[2:] == [1, 1]
-
-
-def _per_channel(value: ir.Value | None) -> bool:
-    """True for a float constant with one number, or one per channel, all of one sign."""
-    held = constant(value)
-    if held is None or held.dtype != np.float32:
-        return False
-    array = np.asarray(held, np.float32)
-    sizes = (1,) * (4 - array.ndim) + array.shape
-    alike = bool((array > 0).all() or (array < 0).all())
-    alike = alike and bool(np.isfinite(array).all())
-    return len(sizes) == 4 and sizes[0] == sizes[2] == sizes[3] == 1 and alike
-
-
-def _maker(value: ir.Value) -> ir.Node | None:
-    """The op in front of activations that only clip."""
-    node = value.producer()
-    while node is not None and only_clips(node) and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node

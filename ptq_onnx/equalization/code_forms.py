@@ -12,7 +12,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from ptq_onnx.blocks.regions import Regions, find_regions, scales_hard_swish
+from ptq_onnx.blocks.region_ops import scales_hard_swish
+from ptq_onnx.blocks.regions import MORE, Regions, find_regions
 from ptq_onnx.blocks.roles import Blocks, Role
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import consumers, name_of
@@ -26,7 +27,8 @@ SHIFT, TOP = 3.0, 6.0
 
 def regions_of(model: ir.Model, config: QuantizeConfig) -> Regions:
     """What the quantizer puts on codes between products; nothing where it does not."""
-    return find_regions(model.graph) if config.regions else Regions()
+    spared = MORE if config.convolutions else 0.0
+    return find_regions(model.graph, spared=spared) if config.regions else Regions()
 
 
 def write_on_codes(

@@ -14,10 +14,10 @@ from ptq_onnx.blocks.roles import Role
 from ptq_onnx.calibration.methods import Statistics
 from ptq_onnx.equalization.factor_search import Choice, Product
 from ptq_onnx.equalization.foldings import new_nodes_as
-from ptq_onnx.equalization.gates import Gated, Source, choose_factors, in_steps, sources
+from ptq_onnx.equalization.gates import Gated, Leaving, Source, choose_factors, in_steps, sources
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.spec import Site
-from ptq_onnx.quantizers.code_regions import BEYOND
+from ptq_onnx.quantizers.code_regions import BEYOND, least
 
 Double = NDArray[np.float64]
 WORTH_A_MUL = 0.5
@@ -62,10 +62,11 @@ class ConvolutionSteps:
             shape = one.value.shape  # of some tensors the channels counted are on another axis
             if shape is None or any(len(low) != shape[1] for low, _ in bounds.values()):
                 continue
-            slope = 1.0
-            if isinstance(one, Gated):
+            slope = one.slope if isinstance(one, Gated) else 1.0
+            dead = self.dead_below(one)
+            if np.isfinite(dead):
                 low, high = bounds[site.tensor]
-                slope, low = one.slope, np.maximum(low, BEYOND * one.least)
+                low = np.maximum(low, dead)
                 bounds[site.tensor] = low, np.maximum(high, low)
             half = [self.unshifted(*pair, symmetric=False) for pair in bounds.values()]
             half[0] = slope * half[0]
@@ -77,9 +78,16 @@ class ConvolutionSteps:
                 continue
             self.divide(site, one, measured, choice)
 
+    def dead_below(self, one: Source) -> float:
+        """Below it what reads the tensor makes zero of it; −∞ where it does not."""
+        if isinstance(one, Gated):
+            return BEYOND * one.least
+        return least(one.value) if isinstance(one, Leaving) else -np.inf
+
     def divide(self, site: Site, one: Source, measured: list[str], choice: Choice) -> None:
         """Write the factor of one tensor between convolutions, and move the statistics."""
         before, factor = self.stats.channels[site.tensor], choice.factor
+        dead = self.dead_below(one)
         if isinstance(one, Gated):
             factor = in_steps(factor)
         with new_nodes_as(self.model.graph, Role(site.block, site.role), self.roles):
@@ -93,10 +101,9 @@ class ConvolutionSteps:
             self.move_statistics(tensor, zero, factor)
         if isinstance(one, Gated):
             self.stats.channels[one.whole] = before
+        if np.isfinite(dead):
             moved = self.stats.channels[site.tensor]
-            lowest = np.maximum(
-                moved.lowest, np.float32(BEYOND * one.least) / factor.astype(np.float32)
-            )
+            lowest = np.maximum(moved.lowest, np.float32(dead) / factor.astype(np.float32))
             self.stats.channels[site.tensor] = replace(moved, lowest=lowest)
         self.note(site, one.name, replace(choice, factor=factor))
 

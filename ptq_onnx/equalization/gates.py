@@ -19,7 +19,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_in_weight
-from ptq_onnx.blocks.regions import Regions, result_of
+from ptq_onnx.blocks.region_ops import result_of
+from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.walking import consumers, is_constant, is_layout
 from ptq_onnx.equalization.factor_search import (
     Choice,

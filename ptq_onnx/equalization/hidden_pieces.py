@@ -33,7 +33,7 @@ from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
 from ptq_onnx.numerics.spec import PER_TENSOR, Rule, Site
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.quantizers.deploy import DEAD
+from ptq_onnx.quantizers.code_regions import DEAD
 
 Double = NDArray[np.float64]
 Progress = Callable[[int], None]

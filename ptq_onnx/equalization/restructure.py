@@ -8,6 +8,7 @@ from dataclasses import replace
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from ptq_onnx.blocks.regions import decide
 from ptq_onnx.blocks.roles import Blocks, find_blocks
 from ptq_onnx.blocks.walking import name_of, through_layout
 from ptq_onnx.config.targets import Target
@@ -66,7 +67,10 @@ def in_form(plan: Plan) -> Plan:
 def on_codes(plan: Plan, model: ir.Model, blocks: Blocks) -> tuple[Blocks, dict[str, int]]:
     """The blocks once the activation functions between convolutions are written as ops on codes,
     in place, and how many of them there were."""
-    roles, counts = write_on_codes(model, blocks, regions_of(model, plan.config))
+    regions = regions_of(model, plan.config)
+    if plan.config.regions:
+        decide(model.graph, regions)
+    roles, counts = write_on_codes(model, blocks, regions)
     return replace(blocks, roles={**blocks.roles, **roles}), counts
 
 

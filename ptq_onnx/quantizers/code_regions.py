@@ -10,9 +10,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_in_weight
-from ptq_onnx.blocks.regions import MOVING, Regions, clipped_to, find_regions, only_clips, result_of
+from ptq_onnx.blocks.region_ops import MOVING, clipped_to, only_clips, result_of
+from ptq_onnx.blocks.regions import Regions, find_regions
 from ptq_onnx.blocks.walking import consumers, is_layout, keeps_range
-from ptq_onnx.graph.formula import constant, scalar
+from ptq_onnx.graph.formula import constant, is_private, scalar
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -21,6 +22,11 @@ BEYOND = 1.03
 """How far past the end of what counts codes reach: a zero point is a whole number of steps."""
 UNIT = frozenset(("Sigmoid", "HardSigmoid"))
 """Activation functions from 0 to 1."""
+DEAD = {
+    "Gelu": -4.5, "QuickGelu": -6.0, "Silu": -12.0, "Relu": 0.0, "HardSwish": -3 * BEYOND,
+}  # fmt: skip
+"""Below it an activation function gives zero, but for 1e-4: codes there would be wasted. Only where
+what it reads has codes of its own."""
 
 
 def regions_with(graph: ir.Graph, sites: Mapping[str, Site], kept: Collection[str]) -> Regions:
@@ -73,9 +79,13 @@ def _near(one: float, other: float) -> bool:
 
 
 def least(value: ir.Value) -> float:
-    """Below it u · clip(u + c, 0, 2c) is zero, where that alone reads u: −∞ else. A step further
-    counts as well, so that the codes reach it."""
+    """Below it what reads u makes zero: u · clip(u + c, 0, 2c), or an activation function, with or
+    without factors per channel in front of it; −∞ else. A step further counts as well, so that the
+    codes reach it."""
     readers = [node for node, _ in consumers(value)]
+    dead = -np.inf if value.is_graph_output() else min(map(_dead_below, readers), default=-np.inf)
+    if np.isfinite(dead):
+        return dead
     gates = [node for node in readers if any(constant(v) is not None for v in node.inputs)]
     if len(readers) != 2 or len(gates) != 1:
         return -np.inf
@@ -86,6 +96,20 @@ def least(value: ir.Value) -> float:
             return -np.inf
         factor, shift = float(numbers.min()), _shift_behind(clip[0].outputs[0])
     return -np.inf if shift is None else -shift * BEYOND / factor
+
+
+def _dead_below(node: ir.Node) -> float:
+    """Where an activation function, or one behind positive factors per channel, begins to make
+    something of what the node reads, in the channel where it does so first; −∞ for other ops."""
+    smallest = 1.0
+    if node.op_type == "Mul":
+        factors = constant(node.inputs[1])
+        if factors is None or not is_private(node.outputs[0]):
+            return -np.inf
+        smallest, node = float(factors.min()), next(consumers(node.outputs[0]))[0]
+        if smallest <= 0:
+            return -np.inf
+    return DEAD.get(node.op_type, -np.inf) / smallest
 
 
 def number_spec(site: Site, rule: Rule, numbers: Array) -> TensorSpec:

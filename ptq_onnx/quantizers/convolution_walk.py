@@ -3,16 +3,16 @@
 Bias correction from the weight's error alone (``correction.py``) knows nothing of what the codes in
 front have lost: values that are clipped, constants that are rounded, noise that a curved activation
 function turns into a shift. Between convolutions one of these comes behind the other, and a shift
-is alike in all pixels. So the network is run on a few images as its file computes it, op by op: a
-convolution's weight is rounded for what it reads there, the mean of what it makes is compared with
-the float model's, and what its bias takes out, no later op reads. Source of the idea: Nagel et al.,
-"Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721),
-appendix D.
+is alike in all pixels. So the network is run on a few images as its file computes it, op by op,
+beside the float one: a convolution's weight is fitted to what it reads there and rounded, the mean
+of what it makes is compared with the float model's, and what its bias takes out, no later op
+reads. Source of the idea: Nagel et al., "Data-Free Quantization Through Weight Equalization and
+Bias Correction" (arXiv 1906.04721), appendix D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +24,14 @@ from ptq_onnx.blocks.channels import is_convolution
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.spans import spans_of
 from ptq_onnx.blocks.walking import name_of
-from ptq_onnx.calibration.tapped_runs import add_outputs, taken_in_order
 from ptq_onnx.config import stages
 from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.spec import TensorSpec
-from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.quantizers.convolution_weights import rounded_weight
+from ptq_onnx.quantizers.convolution_weights import may_round, refitted, rounded_weight
 from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_span
 from ptq_onnx.quantizers.stream_weights import Some, own_bias
 from ptq_onnx.runtime.packed import unpack
@@ -48,44 +46,66 @@ def corrected_convolutions(
     plan: Plan, model: ir.Model, specs: Mapping[str, TensorSpec], batches: Iterable[Any]
 ) -> dict[str, Array]:
     """New weights and biases [N] of convolutions with a quantized weight and a bias of their own,
-    by name. ``model``: the plan's graph, with constants that were changed before; the means that
-    are to be kept are those of the plan's own."""
+    by name. ``model``: the plan's graph, with constants that were changed before; what is to be
+    kept is what the plan's own makes."""
     images, copy, threads = Some(batches, IMAGES), model.clone(), plan.config.threads
     advance = (plan.progress or untold)(stages.SHIFTS)
     ours = [n for n in copy.graph if _is_ours(n, specs)]
-    wanted = float_means(plan.model, ours, images, threads)
     stream = as_inputs(copy.graph, images)
-    walk = _Walk(copy, specs, NodeKernels(copy, specs, threads), stream, wanted)
+    floats = NodeKernels(plan.model, {}, threads)
+    kernels = NodeKernels(copy, specs, threads)
+    walk = _Walk(specs, kernels, stream, floats, dict(stream), {name_of(n) for n in ours})
     for span in spans_of(copy.graph, Blocks({}, 0)):
-        run_span(span, walk.kernels, stream, walk.active)
+        if walk.waiting:
+            run_span(span, kernels, stream, walk.active, walk.forget)
     advance(images.count)
     return walk.found
 
 
 @dataclass
 class _Walk:
-    """A walk through a model, whose constants are changed."""
+    """A walk through a model, whose constants are changed, beside the float one."""
 
-    model: ir.Model
     specs: Mapping[str, TensorSpec]
     kernels: NodeKernels
     stream: Stream
-    wanted: Mapping[str, Double]
+    floats: NodeKernels
+    exact: Stream
+    """What the float model makes."""
+    waiting: set[str]
+    """Convolutions to come, by name."""
     found: dict[str, Array] = field(default_factory=dict)
 
     def active(self, node: ir.Node) -> frozenset[str]:
         """The tensors that the node quantizes, once it has its new constants."""
-        around = quantized_around(node, self.specs, self.kernels)
-        if node.outputs[0].name in self.wanted:
+        around, name = quantized_around(node, self.specs, self.kernels), name_of(node)
+        made = [self.floats.run(name, frozenset(), run) for run in self.runs(node, self.exact)]
+        for index, value in enumerate(v for v in node.outputs if v.name):
+            self.exact[str(value.name)] = [batch[index] for batch in made]
+        if name in self.waiting:
+            self.waiting.remove(name)
             self.round(node, around)
             self.shift(node, around)
         return around
 
+    def forget(self, tensor: str) -> None:
+        """Let go of what is not read any more."""
+        self.exact.pop(tensor, None)
+
+    def runs(self, node: ir.Node, stream: Stream) -> list[dict[str, Array]]:
+        """What the node reads, batch by batch."""
+        names = self.kernels.inputs(name_of(node))
+        rows = zip(*(stream[n] for n in names), strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
     def round(self, conv: ir.Node, around: frozenset[str]) -> None:
-        """Give the convolution its rounded weight, where nothing else reads that."""
+        """Give the convolution a weight that fits what it reads in integers, in steps, where
+        nothing else reads it."""
         read, weight = conv.inputs[0], conv.inputs[1]
         value = constant(weight)
         if read is None or weight is None or value is None or len(weight.uses()) != 1:
+            return
+        if not may_round(conv):
             return
         name, spec = str(read.name), None
         if name in around:
@@ -93,21 +113,18 @@ class _Walk:
             spec = self.specs.get(name) if carried is None else carried[1]
         batches = self.stream[name]
         given = batches if spec is None else [fake_quantize(batch, spec) for batch in batches]
-        exact = np.asarray(value, np.float32)
-        new = rounded_weight(conv, exact, self.specs[str(weight.name)], given)
-        if new is not None:
-            self.replace(weight, new)
+        fitted = refitted(conv, np.asarray(value, np.float32), self.exact[name], given)
+        self.replace(weight, rounded_weight(conv, fitted, self.specs[str(weight.name)], given))
 
     def shift(self, conv: ir.Node, around: frozenset[str]) -> None:
         """Give the convolution a bias that keeps the mean of what it makes."""
         bias, name, made = own_bias(conv), name_of(conv), str(conv.outputs[0].name)
         assert bias is not None
-        names = self.kernels.inputs(name)
-        rows = zip(*(self.stream[n] for n in names), strict=True)
-        runs = (dict(zip(names, row, strict=True)) for row in rows)
+        runs = self.runs(conv, self.stream)
         means = [mean_of(self.kernels.run(name, around - {made}, run)[0]) for run in runs]
-        shift = self.wanted[made] - np.mean(means, axis=0)
-        self.replace(bias, np.asarray(constant(bias) + shift, np.float32))
+        wanted = [mean_of(batch) for batch in self.exact[made]]
+        change = np.mean(wanted, axis=0) - np.mean(means, axis=0)
+        self.replace(bias, np.asarray(constant(bias) + change, np.float32))
 
     def replace(self, value: ir.Value, array: Array) -> None:
         """Give a constant its new numbers."""
@@ -123,20 +140,6 @@ def as_inputs(graph: ir.Graph, batches: Iterable[Array]) -> Stream:
     return {
         str(v.name): [np.asarray(row[i], types[i]) for row in rows] for i, v in enumerate(inputs)
     }
-
-
-def float_means(
-    model: ir.Model, convolutions: Sequence[ir.Node], batches: Iterable[Any], threads: int
-) -> dict[str, Double]:
-    """The mean of each channel of what they make, [N], by its name, in the float model."""
-    standard = graphs.to_standard(model.clone())
-    names = add_outputs(standard, [str(node.outputs[0].name) for node in convolutions])
-
-    def take(_: Array, values: dict[str, Any]) -> list[Double]:
-        return [mean_of(values[name]) for name in names]
-
-    taken = [means for _, means in taken_in_order(standard, names, batches, take, threads=threads)]
-    return {name: np.mean(rows, axis=0) for name, *rows in zip(names, *taken, strict=True)}
 
 
 def mean_of(made: Array) -> Double:

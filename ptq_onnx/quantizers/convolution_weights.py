@@ -1,4 +1,5 @@
-"""Weights of convolutions, rounded by what they do to the outputs on what is read in integers."""
+"""Weights of convolutions, fitted to what is read in integers, and rounded by what they do to the
+outputs on it."""
 
 from __future__ import annotations
 
@@ -20,16 +21,47 @@ ROWS = 1 << 15
 """Pixels that second moments are taken of, about."""
 
 
+DAMPING = 0.1
+"""Of the mean power of what is read: how firmly a refitted weight is held."""
+
+
+def may_round(conv: ir.Node) -> bool:
+    """True for a convolution of one group (with more, the few weights of each leave nothing to make
+    up with), with at most ``WIDEST`` numbers under its kernel and no gaps there."""
+    weight = conv.inputs[1]
+    sizes = [] if weight is None or weight.shape is None else weight.shape.numpy()
+    if np.prod(sizes[1:]) > WIDEST or conv.attributes.get_int("group", 1) != 1:
+        return False
+    named = conv.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+    return named and all(d == 1 for d in conv.attributes.get_ints("dilations", [1]))
+
+
+def refitted(conv: ir.Node, weight: Array, exact: Sequence[Array], given: Sequence[Array]) -> Array:
+    """The weight [N, C, h, w] that makes of what the convolution reads in integers, x̂
+    (``given``), most nearly what W makes of x (``exact``, both [B, C, H, W] each):
+    W + W·E[(x − x̂)x̂ᵀ]·(E[x̂x̂ᵀ] + λI)⁻¹. It takes out errors that neighbouring pixels share, as
+    over paper or sky, which no sum of them averages. Source: Zhong et al., "ERQ" (arXiv
+    2407.06794), whose ridge regression is of linears.
+    """
+    width = int(np.prod(weight.shape[1:]))
+    power, shared = np.zeros((2, width, width))
+    pairs = (patches(conv, weight.shape, of, _pixels(of)) for of in (exact, given))
+    for pair in zip(*pairs, strict=True):
+        x, read = (of.reshape(-1, width) for of in pair)
+        power += read.T @ read
+        shared += (x - read).T @ read
+    level = DAMPING * np.trace(power) / width + np.finfo(np.float32).tiny
+    rows = weight.reshape(-1, width).astype(np.float64)
+    change = np.linalg.solve(power + level * np.eye(width), (rows @ shared).T).T
+    return np.asarray(rows + change, np.float32).reshape(weight.shape)
+
+
 def rounded_weight(
     conv: ir.Node, weight: Array, spec: TensorSpec, batches: Sequence[Array]
-) -> Array | None:
+) -> Array:
     """The weight [N, C, h, w] in steps of its spec, by ``gptq`` on what the convolution reads
-    ([B, C, H, W] each); None where it has groups, whose few weights leave nothing to make up with,
-    or more than ``WIDEST`` numbers under its kernel."""
-    width = int(np.prod(weight.shape[1:]))
-    if width > WIDEST or conv.attributes.get_int("group", 1) != 1 or not _has_plain_window(conv):
-        return None
-    flat = weight.reshape(len(weight), width).T  # [K, N]
+    ([B, C, H, W] each)."""
+    flat = weight.reshape(len(weight), -1).T  # [K, N]
     scale = np.broadcast_to(np.asarray(spec.scale, np.float32).ravel(), flat.shape[1:])
     moments, rows = moments_of(conv, weight.shape, batches)
     codes = gptq(flat, scale, shrunk(moments, rows), spec.rule.bits)
@@ -39,9 +71,9 @@ def rounded_weight(
 def moments_of(conv: ir.Node, shape: Sequence[int], batches: Sequence[Array]) -> tuple[Double, int]:
     """E[xᵀx] of what lies under the kernel, [K, K], and of how many pixels. With the mean: where
     the image is padded, the bias does not take it out."""
-    width, images = int(np.prod(shape[1:])), sum(map(len, batches))
+    width = int(np.prod(shape[1:]))
     total, rows = np.zeros((width, width)), 0
-    for x in patches(conv, shape, batches, max(ROWS // max(images, 1), 1)):
+    for x in patches(conv, shape, batches, _pixels(batches)):
         flat = x.reshape(-1, width)
         total += (flat.T @ flat).astype(np.float64)
         rows += len(flat)
@@ -66,6 +98,6 @@ def patches(
         yield np.moveaxis(picked, 2, 1).reshape(-1, x.shape[1], *shape[2:])
 
 
-def _has_plain_window(conv: ir.Node) -> bool:
-    named = conv.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-    return named and all(d == 1 for d in conv.attributes.get_ints("dilations", [1]))
+def _pixels(batches: Sequence[Array]) -> int:
+    """Of how many pixels of an image second moments are taken."""
+    return max(ROWS // max(sum(map(len, batches)), 1), 1)

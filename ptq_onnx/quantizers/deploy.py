@@ -22,7 +22,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_of
-from ptq_onnx.blocks.regions import Regions, clipped_to
+from ptq_onnx.blocks.region_ops import clipped_to
+from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.roles import RESIDUALS
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
@@ -40,6 +41,7 @@ from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 from ptq_onnx.progress import Advance
 from ptq_onnx.quantizers.base import Array, Plan, SiteQuantizer
 from ptq_onnx.quantizers.code_regions import (
+    DEAD,
     known_range,
     least,
     number_spec,
@@ -58,9 +60,6 @@ from ptq_onnx.quantizers.solved_specs import tensor_spec
 PRODUCTS = ("Linear", "MatMul")
 STREAM = (*RESIDUALS, "residual", "embed", "patch_embed", None)
 """What makes the residual stream; None: it is the model's input."""
-DEAD = {"Gelu": -4.5, "QuickGelu": -6.0, "Silu": -12.0, "Relu": 0.0}
-"""Below it an activation function gives zero, but for 1e-4: codes there would be wasted. Only where
-what it reads has codes of its own."""
 SHARES = frozenset(("Softmax", "Sigmoid", "HardSigmoid"))
 """Ops that make nothing below 0 or above 1, however far the tail of what was seen may reach."""
 SEARCHED = "pearson"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from small_graph import SmallGraph, run, sample
 
 import ptq_onnx
-from ptq_onnx.blocks.regions import find_regions
+from ptq_onnx.blocks import region_costs
+from ptq_onnx.blocks.regions import MORE, _Finder, decide, find_regions
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import name_of
@@ -29,6 +31,7 @@ from ptq_onnx.preparation.model_files import save, serialize
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers.base import Plan, SiteQuantizer
 from ptq_onnx.quantizers.by_name import make_quantizer
+from ptq_onnx.quantizers.code_regions import least
 from ptq_onnx.quantizers.solved_specs import LARGEST_BIAS
 from ptq_onnx.targets.checking.check import check
 from ptq_onnx.targets.checking.optimised import optimised_histogram
@@ -102,6 +105,13 @@ def network() -> ir.Model:
     return fused([mobile(g)], g)
 
 
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of HardSwish that take no time, so that it is on codes wherever that is possible."""
+    monkeypatch.setitem(region_costs.CODES, "HardSwish", 0.0)
+
+
+@pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("equalize", [True, False])
 def test_a_chain_stays_on_codes(network: ir.Model, equalize: bool) -> None:
     made = quantized(network, equalize=equalize)
@@ -153,6 +163,7 @@ def test_the_simulation_has_the_codes_of_the_file(network: ir.Model) -> None:
         np.testing.assert_allclose(codes, np.rint(codes), atol=2e-3)
 
 
+@pytest.mark.usefixtures("cheap")
 def test_what_is_kept_in_float_is_decided_without(network: ir.Model) -> None:
     regions = find_regions(network.graph)
     last = next(n for n in reversed(list(network.graph)) if n.op_type == "Conv")
@@ -171,6 +182,84 @@ def test_a_lone_depthwise_convolution_stays_float() -> None:
     made = quantized(model)
     assert made.specs == {}
     assert list(made.float_nodes.values()) == [f"stays float: {reason}"]
+
+
+def test_hard_swish_is_on_codes_where_that_takes_less_time(
+    network: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for time in (0.0, 10.0):
+        monkeypatch.setitem(region_costs.CODES, "HardSwish", time)
+        found[time] = Counter(n.op_type for n in find_regions(network.graph).ops)["HardSwish"]
+    assert found == {0.0: 3, 10.0: 0}
+
+
+def test_more_integers_cost_little_time_in_all() -> None:
+    """Of two depthwise convolutions between pointwise ones whose codes cost a little more time the
+    first stays float where both together would cost more than is spared."""
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    y = conv(g, "x", 1)
+    for seed in (2, 4):
+        y = conv(g, conv(g, y, seed, groups=WIDE, kernel=5), seed + 1)
+    finder = _Finder(fused([y], g).graph, frozenset(), MORE)
+    every_one = {n for n in finder.nodes if n.op_type == "Conv"}
+    deep = [n for n in finder.nodes if n.attributes.get_int("group", 1) > 1]
+    fastest = every_one - set(deep)
+    for part, floats, left in ((0.4, 200, 0), (0.6, 200, 1), (1.1, 200, 2), (0.4, 100, 2)):
+
+        def cost(kept: set[ir.Node], part: float = part, floats: float = floats) -> float:
+            return 100 + 100 * MORE * part * len(kept - fastest) if kept else floats
+
+        finder.cost = cost  # type: ignore[assignment, method-assign]
+        assert finder._filled(fastest, set(deep)) == every_one - set(deep[2 - left :])
+
+
+def test_what_was_decided_stays_whatever_is_written_around_it(
+    network: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ops of equalisation cost time of their own; without the decision they would change it."""
+    model = network.clone()
+    before = find_regions(model.graph)
+    decide(model.graph, before)
+    monkeypatch.setattr(region_costs, "NODE", 1e9)
+    assert not find_regions(network.graph).convolutions
+    names = {n.name for n in find_regions(model.clone().graph).convolutions}
+    assert names == {n.name for n in before.convolutions} != set()
+
+
+def test_a_channel_of_several_outputs_stays_float() -> None:
+    """Its groups are products of their own to the integer kernel: 30 times as slow."""
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    weight = sample(2 * WIDE, 1, 3, 3, seed=1)
+    y = g("Conv", conv(g, "x", 2), weight, pads=[1] * 4, group=WIDE)
+    model = fused([g("Conv", y, sample(WIDE, 2 * WIDE, 1, 1, seed=3))], g)
+    floats = find_regions(model.graph).floats
+    deep = next(n for n in model.graph if n.attributes.get_int("group", 1) > 1)
+    assert "groups have few channels" in floats[name_of(deep)]
+
+
+@pytest.mark.parametrize(
+    ("op", "factor", "expected"),
+    [
+        ("HardSwish", None, -3.09), ("HardSwish", 2.0, -1.545), ("HardSwish", -2.0, -np.inf),
+        ("Silu", None, -12.0), ("Gelu", 0.5, -9.0), ("Tanh", None, -np.inf),
+    ],
+)  # fmt: skip
+def test_codes_end_where_an_activation_function_makes_zero(
+    op: str, factor: float | None, expected: float
+) -> None:
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    u = conv(g, "x", 1)
+    x = u if factor is None else g("Mul", u, factor * np.ones((WIDE, 1, 1), np.float32))
+    parts = {"Silu": lambda: g("Mul", x, g("Sigmoid", x)), "Gelu": lambda: g("Gelu", x)}
+    y = conv(g, parts.get(op, lambda: g(op, x))(), 2)
+    made = fused if factor is None else (lambda outputs, g: g.model(*outputs))  # else it is folded
+    alone = made([y], g)
+    maker = next(n for n in alone.graph if n.op_type == "Conv")
+    assert least(maker.outputs[0]) == pytest.approx(expected)
+    read_too = made([y, u], g)  # all of it counts where it is an output of the model
+    maker = next(n for n in read_too.graph if n.op_type == "Conv")
+    assert least(maker.outputs[0]) == -np.inf
 
 
 def test_narrow_groups_and_single_pixels_stay_float() -> None:

@@ -16,7 +16,13 @@ from ptq_onnx.numerics.spec import Rule, TensorSpec
 from ptq_onnx.qdq.lowering import lower
 from ptq_onnx.quantizers import convolution_weights
 from ptq_onnx.quantizers.convolution_walk import as_inputs
-from ptq_onnx.quantizers.convolution_weights import moments_of, rounded_weight
+from ptq_onnx.quantizers.convolution_weights import (
+    DAMPING,
+    may_round,
+    moments_of,
+    refitted,
+    rounded_weight,
+)
 from ptq_onnx.runtime.packed import pack
 
 
@@ -102,12 +108,38 @@ def test_weights_are_rounded_for_what_is_read() -> None:
     assert loss(flat, steps, moments, codes).sum() < before / 10
 
 
+def test_a_weight_fits_what_is_read_in_integers() -> None:
+    """Against the least squares of the stacked rows, in float64: an error that all pixels share is
+    taken out, and one that each has for itself leaves the weight (all but) alone."""
+    node, weight, _ = convolution()
+    x = sample(4, 16, 12, 12, seed=7) + sample(1, 16, 1, 1, seed=8)
+    alike = x + 0.1 * sample(1, 16, 1, 1, seed=9)
+    new = refitted(node, weight, [x[:2], x[2:]], [alike[:2], alike[2:]])
+    rows, read = (
+        np.moveaxis(np.lib.stride_tricks.sliding_window_view(
+            np.pad(of, ((0, 0), (0, 0), (2, 2), (2, 2))), (3, 3), axis=(2, 3)), 1, 3,
+        ).reshape(-1, 16 * 9).astype(np.float64)
+        for of in (x, alike)
+    )  # fmt: skip
+    flat = weight.reshape(len(weight), -1).T.astype(np.float64)
+    held = np.sqrt(DAMPING * np.square(read).sum() / read.shape[1]) * np.eye(read.shape[1])
+    expected, *_ = np.linalg.lstsq(
+        np.concatenate([read, held]), np.concatenate([rows @ flat, held @ flat]), rcond=None
+    )
+    np.testing.assert_allclose(new.reshape(len(new), -1).T, expected, rtol=1e-3, atol=1e-4)
+    noise = [np.square(rows @ flat - read @ w).sum() for w in (flat, new.reshape(len(new), -1).T)]
+    assert noise[1] < 0.1 * noise[0]
+    single = x + 0.01 * sample(*x.shape, seed=10)
+    change = refitted(node, weight, [x], [single]) - weight
+    assert np.linalg.norm(change) < 0.01 * np.linalg.norm(weight)
+
+
 @pytest.mark.parametrize("near", [{"group": 16}, {"group": 2}, {"dilations": [2, 2]}, "wide"])
 def test_others_keep_the_nearest(near: object, monkeypatch: pytest.MonkeyPatch) -> None:
     if near == "wide":
         monkeypatch.setattr(convolution_weights, "WIDEST", 16 * 9 - 1)
-    node, weight, spec = convolution(**(near if isinstance(near, dict) else {}))
-    assert rounded_weight(node, weight, spec, [sample(1, 16, 6, 6, seed=7)]) is None
+    node, *_ = convolution(**(near if isinstance(near, dict) else {}))
+    assert not may_round(node)
 
 
 @pytest.mark.parametrize(("more", "left"), [(0.5 * TIE, 1), (2 * TIE, 2)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from ptq_onnx.blocks.regions import KERNELS
+from ptq_onnx.blocks.region_ops import KERNELS
 from ptq_onnx.blocks.walking import consumers, name_of, through_layout
 from ptq_onnx.targets.checking import common
 from ptq_onnx.targets.checking.coding import (
