@@ -1,11 +1,12 @@
 """`deploy` beside onnxruntime's own recipe on a text recogniser: strings, SQNR, share and speed.
 
-    python benchmarks/ocr.py MODEL.onnx [--lines 400] [--seconds 4] [--keep FOLDER]
+    python benchmarks/ocr.py MODEL.onnx [--lines 400] [--further 1400] [--seconds 4] [--keep FOLDER]
 
 MODEL is PP-OCRv4's recognition, `ch_PP-OCRv4_rec_infer.onnx` of the wheel rapidocr-onnxruntime
 1.4.4, or any other that reads lines of 48 × 320 pixels and ends in a CTC softmax. The lines are
 drawn here: words, numbers and codes, in every font that is found, of several sizes, inks, slants,
-blurs and noises; the even ones calibrate, the odd ones measure. A string counts where all of its
+blurs and noises; the even ones calibrate, the odd ones measure, and so do ``--further`` ones.
+`deploy` is measured twice, by itself and with ``--convolutions``. A string counts where all of its
 characters are those that the float model reads; spaces at the ends, which depend on how closely
 a line is cut out, are also left aside. The peer is `quantize_static`, U8S8 per channel,
 min-max, once with every op that it knows and once with products alone.
@@ -198,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--lines", type=int, default=400)
+    parser.add_argument("--further", type=int, default=1400)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=4)
@@ -207,21 +209,26 @@ def main() -> None:
     rng, files = np.random.default_rng(0), fonts()
     drawn = np.stack([line(rng, files) for _ in range(given.lines)])
     calib, test = drawn[0::2], drawn[1::2]
+    rng = np.random.default_rng(77)
+    test = np.concatenate([test, *(line(rng, files)[None] for _ in range(given.further))])
     print(f"{len(files)} fonts, {len(calib)} lines to calibrate on, {len(test)} to measure")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         np.save(work / "calib.npy", calib)
-        config = QuantizeConfig(
-            images=given.images, size=(HEIGHT, WIDTH), report=False, check_preprocess=False,
-            threads=given.threads,
-        )  # fmt: skip
-        made = quantize(given.model, config=config, output=work / "out", calib=work / "calib.npy")
-        print("quantized", flush=True)
-        print("\n".join(str(note) for note in made.report["notes"]))
-        print(made.report["coverage"]["line"], *made.report["coverage"]["reasons"], sep="\n")
-        found = {"FP32": given.model, "deploy": work / "out/quantized.onnx"}
-        if given.keep:
-            shutil.copytree(work / "out", given.keep, dirs_exist_ok=True)
+        found = {"FP32": given.model}
+        for name, convolutions in (("deploy", None), ("deploy --convolutions", True)):
+            config = QuantizeConfig(
+                images=given.images, size=(HEIGHT, WIDTH), report=False, check_preprocess=False,
+                threads=given.threads, convolutions=convolutions,
+            )  # fmt: skip
+            output = work / name
+            made = quantize(given.model, config=config, output=output, calib=work / "calib.npy")
+            print(f"{name}: quantized", *made.report["notes"], sep="\n")
+            coverage = made.report["coverage"]
+            print(coverage["line"], *coverage["reasons"], sep="\n", flush=True)
+            found[name] = output / "quantized.onnx"
+            if given.keep:
+                shutil.copytree(output, given.keep / name, dirs_exist_ok=True)
         if not given.no_peer:
             few = calib[: given.images]
             products = ["Conv", "MatMul", "Gemm"]

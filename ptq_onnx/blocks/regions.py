@@ -288,11 +288,10 @@ class _Finder:
         return wanted
 
     def _filled(self, fastest: set[ir.Node], left: set[ir.Node]) -> set[ir.Node]:
-        """With what was left out, the cheapest for a multiplication first, as long as time is
-        spared; but for convolutions of few channels, as at the image: they have few
-        multiplications, and all that follows has the noise of their codes."""
-        if not self.spared:
-            return fastest
+        """With what costs nothing now that others are left out, and then for the time that is
+        spared, the cheapest for a multiplication first; but for convolutions of few channels, as at
+        the image: they have few multiplications, and all that follows has the noise of their
+        codes."""
         cost = self.cost(fastest)
         left = {n for n in left if costs.channels_read(n) > costs.FEW}
         price = {n: (self.cost({*fastest, n}) - cost) / costs.multiplications(n) for n in left}

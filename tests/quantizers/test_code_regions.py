@@ -329,7 +329,8 @@ def test_they_stay_in_float_where_the_outputs_do_not_bear_them(
     assert [note for note in fallen["notes"] if told in note] != []
     assert fallen["config"]["convolutions"] is False
     reported("off", convolutions=False)
-    reported("on", convolutions=True)
+    more = reported("on", convolutions=True)
     assert file("fallen") == file("off")
-    assert file("on") == file("borne")
+    shares = [found["coverage"]["percent"] for found in (fallen, borne, more)]
+    assert shares[0] < shares[1] <= shares[2]
     assert file("on") != file("off")
