@@ -21,6 +21,7 @@ NODE = 1500.0
 ARITHMETIC = {"HardSwish": 0.3, "Sigmoid": 0.7, "Add": 0.1, "Mul": 0.1}
 """Of floats behind an integer convolution; others as ``OTHER``."""
 CODES = {"HardSwish": 0.95, "Sigmoid": 0.9, "Add": 0.14, "Mul": 0.23}
+"""Of codes; HardSwish with factors per channel."""
 OTHER = 0.1
 UNKNOWN = 32
 """What an axis of unknown size counts: both sides of a comparison have it."""

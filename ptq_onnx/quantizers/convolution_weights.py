@@ -21,7 +21,7 @@ ROWS = 1 << 15
 """Pixels that second moments are taken of, about."""
 
 
-DAMPING = 0.1
+DAMPING = 1.0
 """Of the mean power of what is read: how firmly a refitted weight is held."""
 
 
