@@ -100,6 +100,13 @@ def runner(file: bytes, image: np.ndarray) -> Callable[[], None]:
     return lambda: session.run(None, {"x": image})  # type: ignore[func-returns-value]
 
 
+def nanoseconds(files: list[bytes], image: np.ndarray, seconds: float) -> list[float]:
+    """The median of each file, in turns, for an element of the output of one convolution."""
+    times = interleave([runner(file, image) for file in files], seconds)
+    medians = [np.median(np.concatenate([np.array(r) for r in t])) for t in times]
+    return [1e9 * float(m) / (COUNT * image.size) for m in medians]
+
+
 def main() -> None:
     """Print a row for each kind and size."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -109,9 +116,7 @@ def main() -> None:
         for channels, side, kernel, groups in sizes:
             image = np.zeros((1, channels, side, side), np.float32)
             files = [network(channels, side, kernel, groups, codes) for codes in (False, True)]
-            times = interleave([runner(file, image) for file in files], seconds)
-            medians = [float(np.median(np.concatenate([np.array(r) for r in t]))) for t in times]
-            each = [1e9 * m / (COUNT * image.size) for m in medians]
+            each = nanoseconds(files, image, seconds)
             print(
                 f"{kind} {channels} x {side} x {side}, kernel {kernel}, {groups} groups: float"
                 f" {each[0]:.2f} ns, codes {each[1]:.2f} ns, {each[0] / each[1]:.2f}x",
@@ -120,13 +125,9 @@ def main() -> None:
     for channels, side, kernel, groups in KINDS["pointwise"]:
         image = np.zeros((1, channels, side, side), np.float32)
         files = [network(channels, side, kernel, groups, True, swish) for swish in ("", *SWISHES)]
-        times = interleave([runner(file, image) for file in files], seconds)
-        relu, *more = (float(np.median(np.concatenate([np.array(r) for r in t]))) for t in times)
-        each = [
-            f"{1e9 * (m - relu) / (COUNT * image.size):.2f} ns in {n}"
-            for n, m in zip(SWISHES, more, strict=True)
-        ]
-        print(f"HardSwish {channels} x {side} x {side}: {', '.join(each)}", flush=True)
+        relu, *more = nanoseconds(files, image, seconds)
+        parts = [f"{m - relu:.2f} ns in {name}" for name, m in zip(SWISHES, more, strict=True)]
+        print(f"HardSwish {channels} x {side} x {side}: {', '.join(parts)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -136,9 +136,9 @@ class _Finder:
         """All convolutions, less what costs more than it saves, with HardSwish on codes or in
         floats between them."""
         found: list[tuple[float, set[ir.Node], list[ir.Node]]] = []
-        able = self.able
-        for kinds in (ON_CODES, KERNELS):
-            self.able = [n for n in able if n.op_type in kinds]
+        without = [n for n in self.able if n.op_type in KERNELS]
+        for able in [self.able, without] if len(without) < len(self.able) else [self.able]:
+            self.able = able
             fastest = self._pruned(every_one)
             found.append((self.cost(fastest), fastest, self.able))
         _, fastest, self.able = min(found, key=lambda one: one[0])

@@ -17,7 +17,7 @@ from ptq_onnx.equalization.foldings import new_nodes_as
 from ptq_onnx.equalization.gates import Gated, Leaving, Source, choose_factors, in_steps, sources
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.spec import Site
-from ptq_onnx.quantizers.code_regions import BEYOND, least
+from ptq_onnx.quantizers.code_regions import least
 
 Double = NDArray[np.float64]
 WORTH_A_MUL = 0.5
@@ -63,7 +63,7 @@ class ConvolutionSteps:
             if shape is None or any(len(low) != shape[1] for low, _ in bounds.values()):
                 continue
             slope = one.slope if isinstance(one, Gated) else 1.0
-            dead = self.dead_below(one)
+            dead = least(one.value) if isinstance(one, (Gated, Leaving)) else -np.inf
             if np.isfinite(dead):
                 low, high = bounds[site.tensor]
                 low = np.maximum(low, dead)
@@ -76,18 +76,14 @@ class ConvolutionSteps:
             choice = choose_factors(half[0], half[1:], variance, weights, self.levels)
             if one.costs and choice.gain_db < WORTH_A_MUL:
                 continue
-            self.divide(site, one, measured, choice)
+            self.divide(site, one, measured, choice, dead)
 
-    def dead_below(self, one: Source) -> float:
-        """Below it what reads the tensor makes zero of it; −∞ where it does not."""
-        if isinstance(one, Gated):
-            return BEYOND * one.least
-        return least(one.value) if isinstance(one, Leaving) else -np.inf
-
-    def divide(self, site: Site, one: Source, measured: list[str], choice: Choice) -> None:
-        """Write the factor of one tensor between convolutions, and move the statistics."""
+    def divide(
+        self, site: Site, one: Source, measured: list[str], choice: Choice, dead: float
+    ) -> None:
+        """Write the factor of one tensor between convolutions, and move the statistics. Below
+        ``dead`` what reads the tensor makes zero."""
         before, factor = self.stats.channels[site.tensor], choice.factor
-        dead = self.dead_below(one)
         if isinstance(one, Gated):
             factor = in_steps(factor)
         with new_nodes_as(self.model.graph, Role(site.block, site.role), self.roles):

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.channels import rows_in_weight
-from ptq_onnx.blocks.region_ops import MOVING, clipped_to, only_clips, result_of
+from ptq_onnx.blocks.region_ops import MOVING, clipped_to, only_clips, reader_of, result_of
 from ptq_onnx.blocks.regions import Regions, find_regions
 from ptq_onnx.blocks.walking import consumers, is_layout, keeps_range
-from ptq_onnx.graph.formula import constant, is_private, scalar
+from ptq_onnx.graph.formula import constant, scalar
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -103,12 +103,11 @@ def _dead_below(node: ir.Node) -> float:
     something of what the node reads, in the channel where it does so first; −∞ for other ops."""
     smallest = 1.0
     if node.op_type == "Mul":
-        factors = constant(node.inputs[1])
-        if factors is None or not is_private(node.outputs[0]):
+        factors, behind = constant(node.inputs[1]), reader_of(node.outputs[0])
+        smallest = 0.0 if factors is None else float(factors.min())
+        if behind is None or smallest <= 0:
             return -np.inf
-        smallest, node = float(factors.min()), next(consumers(node.outputs[0]))[0]
-        if smallest <= 0:
-            return -np.inf
+        node = behind
     return DEAD.get(node.op_type, -np.inf) / smallest
 
 

@@ -32,7 +32,7 @@ from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.convolution_weights import may_round, refitted, rounded_weight
-from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_span
+from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_node, run_span
 from ptq_onnx.quantizers.stream_weights import Some, own_bias
 from ptq_onnx.runtime.packed import unpack
 
@@ -79,7 +79,7 @@ class _Walk:
     def active(self, node: ir.Node) -> frozenset[str]:
         """The tensors that the node quantizes, once it has its new constants."""
         around, name = quantized_around(node, self.specs, self.kernels), name_of(node)
-        made = [self.floats.run(name, frozenset(), run) for run in self.runs(node, self.exact)]
+        made = run_node(node, self.floats, self.exact, frozenset())
         for index, value in enumerate(v for v in node.outputs if v.name):
             self.exact[str(value.name)] = [batch[index] for batch in made]
         if name in self.waiting:
@@ -91,12 +91,6 @@ class _Walk:
     def forget(self, tensor: str) -> None:
         """Let go of what is not read any more."""
         self.exact.pop(tensor, None)
-
-    def runs(self, node: ir.Node, stream: Stream) -> list[dict[str, Array]]:
-        """What the node reads, batch by batch."""
-        names = self.kernels.inputs(name_of(node))
-        rows = zip(*(stream[n] for n in names), strict=True)
-        return [dict(zip(names, row, strict=True)) for row in rows]
 
     def round(self, conv: ir.Node, around: frozenset[str]) -> None:
         """Give the convolution a weight that fits what it reads in integers, in steps, where
@@ -118,10 +112,10 @@ class _Walk:
 
     def shift(self, conv: ir.Node, around: frozenset[str]) -> None:
         """Give the convolution a bias that keeps the mean of what it makes."""
-        bias, name, made = own_bias(conv), name_of(conv), str(conv.outputs[0].name)
+        bias, made = own_bias(conv), str(conv.outputs[0].name)
         assert bias is not None
-        runs = self.runs(conv, self.stream)
-        means = [mean_of(self.kernels.run(name, around - {made}, run)[0]) for run in runs]
+        runs = run_node(conv, self.kernels, self.stream, around - {made})
+        means = [mean_of(run[0]) for run in runs]
         wanted = [mean_of(batch) for batch in self.exact[made]]
         change = np.mean(wanted, axis=0) - np.mean(means, axis=0)
         self.replace(bias, np.asarray(constant(bias) + change, np.float32))

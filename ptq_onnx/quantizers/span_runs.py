@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -32,21 +32,25 @@ def run_span(
     left = Counter(n for node in span.nodes for n in kernels.inputs(name_of(node)))
     left.update([*span.inputs, *span.outputs])
     for place, node in enumerate(span.nodes, 1):
-        quantized, name = active(node), name_of(node)
-        names = kernels.inputs(name)
-        made = [
-            kernels.run(name, quantized, dict(zip(names, values, strict=True)))
-            for values in zip(*(stream[n] for n in names), strict=True)
-        ]
+        made = run_node(node, kernels, stream, active(node))
         for index, value in enumerate(v for v in node.outputs if v.name):
             if left[str(value.name)]:
                 stream[str(value.name)] = [batch[index] for batch in made]
-        for read in names:
+        for read in kernels.inputs(name_of(node)):
             left[read] -= 1
             if not left[read]:
                 del stream[read]
                 gone(read)
         advance(place / len(span.nodes))
+
+
+def run_node(
+    node: ir.Node, kernels: NodeKernels, stream: Stream, quantized: frozenset[str]
+) -> list[Sequence[NDArray[Any]]]:
+    """What a node makes of what it reads in ``stream``, batch by batch."""
+    name, names = name_of(node), kernels.inputs(name_of(node))
+    rows = zip(*(stream[n] for n in names), strict=True)
+    return [kernels.run(name, quantized, dict(zip(names, row, strict=True))) for row in rows]
 
 
 def quantized_around(
