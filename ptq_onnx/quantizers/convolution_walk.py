@@ -31,7 +31,12 @@ from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Plan
-from ptq_onnx.quantizers.convolution_weights import may_round, refitted, rounded_weight
+from ptq_onnx.quantizers.convolution_weights import (
+    may_round,
+    moments_of,
+    refitted,
+    rounded_weight,
+)
 from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_node, run_span
 from ptq_onnx.quantizers.stream_weights import Some, own_bias
 from ptq_onnx.runtime.packed import unpack
@@ -107,8 +112,10 @@ class _Walk:
             spec = self.specs.get(name) if carried is None else carried[1]
         batches = self.stream[name]
         given = batches if spec is None else [fake_quantize(batch, spec) for batch in batches]
-        fitted = refitted(conv, np.asarray(value, np.float32), self.exact[name], given)
-        self.replace(weight, rounded_weight(conv, fitted, self.specs[str(weight.name)], given))
+        new = np.asarray(value, np.float32)
+        moments, rows = moments_of(conv, new.shape, given)
+        new = refitted(conv, new, self.exact[name], given, moments)
+        self.replace(weight, rounded_weight(new, self.specs[str(weight.name)], moments, rows))
 
     def shift(self, conv: ir.Node, around: frozenset[str]) -> None:
         """Give the convolution a bias that keeps the mean of what it makes."""

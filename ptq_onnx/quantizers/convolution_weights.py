@@ -36,34 +36,37 @@ def may_round(conv: ir.Node) -> bool:
     return named and all(d == 1 for d in conv.attributes.get_ints("dilations", [1]))
 
 
-def refitted(conv: ir.Node, weight: Array, exact: Sequence[Array], given: Sequence[Array]) -> Array:
+def refitted(
+    conv: ir.Node,
+    weight: Array,
+    exact: Sequence[Array],
+    given: Sequence[Array],
+    moments: Double,
+) -> Array:
     """The weight [N, C, h, w] that makes of what the convolution reads in integers, x̂
     (``given``), most nearly what W makes of x (``exact``, both [B, C, H, W] each):
-    W + W·E[(x − x̂)x̂ᵀ]·(E[x̂x̂ᵀ] + λI)⁻¹. It takes out errors that neighbouring pixels share, as
-    over paper or sky, which no sum of them averages. Source: Zhong et al., "ERQ" (arXiv
-    2407.06794), whose ridge regression is of linears.
+    W + W·E[(x − x̂)x̂ᵀ]·(E[x̂x̂ᵀ] + λI)⁻¹, E[x̂x̂ᵀ] being ``moments``. It takes out errors that
+    neighbouring pixels share, as over paper or sky, which no sum of them averages. Source: Zhong et
+    al., "ERQ" (arXiv 2407.06794), whose ridge regression is of linears.
     """
-    width = int(np.prod(weight.shape[1:]))
-    power, shared = np.zeros((2, width, width))
+    width, rows = len(moments), 0
+    shared = np.zeros((width, width))
     pairs = (patches(conv, weight.shape, of, _pixels(of)) for of in (exact, given))
     for pair in zip(*pairs, strict=True):
         x, read = (of.reshape(-1, width) for of in pair)
-        power += read.T @ read
         shared += (x - read).T @ read
-    level = DAMPING * np.trace(power) / width + np.finfo(np.float32).tiny
-    rows = weight.reshape(-1, width).astype(np.float64)
-    change = np.linalg.solve(power + level * np.eye(width), (rows @ shared).T).T
-    return np.asarray(rows + change, np.float32).reshape(weight.shape)
+        rows += len(read)
+    level = DAMPING * np.trace(moments) / width + np.finfo(np.float32).tiny
+    flat = weight.reshape(-1, width).astype(np.float64)
+    change = np.linalg.solve(moments + level * np.eye(width), (flat @ shared).T / max(rows, 1)).T
+    return np.asarray(flat + change, np.float32).reshape(weight.shape)
 
 
-def rounded_weight(
-    conv: ir.Node, weight: Array, spec: TensorSpec, batches: Sequence[Array]
-) -> Array:
-    """The weight [N, C, h, w] in steps of its spec, by ``gptq`` on what the convolution reads
-    ([B, C, H, W] each)."""
+def rounded_weight(weight: Array, spec: TensorSpec, moments: Double, rows: int) -> Array:
+    """The weight [N, C, h, w] in steps of its spec, by ``gptq`` for the second moments of so many
+    pixels."""
     flat = weight.reshape(len(weight), -1).T  # [K, N]
     scale = np.broadcast_to(np.asarray(spec.scale, np.float32).ravel(), flat.shape[1:])
-    moments, rows = moments_of(conv, weight.shape, batches)
     codes = gptq(flat, scale, shrunk(moments, rows), spec.rule.bits)
     return dequantize(codes.T.reshape(weight.shape).astype(np.int32), spec)
 

@@ -101,11 +101,11 @@ def test_weights_are_rounded_for_what_is_read() -> None:
     """Channels that are alike: their errors can cancel."""
     node, weight, spec = convolution()
     alike = sample(4, 1, 6, 6, seed=5) + 0.05 * sample(4, 16, 6, 6, seed=6) + 1
-    new = rounded_weight(node, weight, spec, [alike])
+    moments, pixels = moments_of(node, weight.shape, [alike])
+    new = rounded_weight(weight, spec, moments, pixels)
     assert new is not None
     scale = np.asarray(spec.scale).reshape(-1, 1, 1, 1)
     np.testing.assert_allclose(new / scale, np.rint(new / scale), atol=1e-4)
-    moments, _ = moments_of(node, weight.shape, [alike])
     flat, steps = weight.reshape(16, -1).T, np.asarray(spec.scale)
     codes = np.rint(new / scale).astype(np.int8).reshape(16, -1).T
     before = loss(flat, steps, moments, nearest(flat, steps, 8)).sum()
@@ -118,7 +118,8 @@ def test_a_weight_fits_what_is_read_in_integers() -> None:
     node, weight, _ = convolution()
     x = sample(4, 16, 12, 12, seed=7) + sample(1, 16, 1, 1, seed=8)
     alike = x + 0.1 * sample(1, 16, 1, 1, seed=9)
-    new = refitted(node, weight, [x[:2], x[2:]], [alike[:2], alike[2:]])
+    moments, _ = moments_of(node, weight.shape, [alike])
+    new = refitted(node, weight, [x[:2], x[2:]], [alike[:2], alike[2:]], moments)
     rows, read = (
         np.moveaxis(np.lib.stride_tricks.sliding_window_view(
             np.pad(of, ((0, 0), (0, 0), (2, 2), (2, 2))), (3, 3), axis=(2, 3)), 1, 3,
@@ -134,7 +135,8 @@ def test_a_weight_fits_what_is_read_in_integers() -> None:
     noise = [np.square(rows @ flat - read @ w).sum() for w in (flat, new.reshape(len(new), -1).T)]
     assert noise[1] < 0.1 * noise[0]
     single = x + 0.01 * sample(*x.shape, seed=10)
-    change = refitted(node, weight, [x], [single]) - weight
+    moments, _ = moments_of(node, weight.shape, [single])
+    change = refitted(node, weight, [x], [single], moments) - weight
     assert np.linalg.norm(change) < 0.01 * np.linalg.norm(weight)
 
 
