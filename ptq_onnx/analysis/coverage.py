@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_linear, is_product
 from ptq_onnx.config.targets import TARGETS
+from ptq_onnx.graph.known_sizes import Sizes, known_sizes
 from ptq_onnx.targets.checking.coding import constant
 from ptq_onnx.targets.checking.optimised import optimise
 from ptq_onnx.targets.checking.product import Operand, Product
@@ -54,10 +55,12 @@ class Left:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Products of a file that its runtime computes in integers. ``percent``: of the MACs of one
-    image, an axis whose size is known at run time only counting once; attention products are those
-    of two activations. ``left``: why the others do not. ``basis``: what was counted, the graph that
-    the runtime makes of the file, or the Q/DQ in it."""
+    """Products of a file that its runtime computes in integers.
+
+    ``percent``: of the MACs of one image, which has the size of the file's preprocessing where the
+    file takes any; of another axis whose size is known at run time only one. Attention products are
+    those of two activations. ``left``: why the others do not. ``basis``: what was counted, the
+    graph that the runtime makes of the file, or the Q/DQ in it."""
 
     linears: Share
     convolutions: Share
@@ -118,12 +121,13 @@ def measure_coverage(path: Path, target: str, reasons: Mapping[str, str] | None 
     asked = target == "onnxruntime" and _bytes(path) <= LARGEST
     floats = _floats_in_runtime(model) if asked else frozenset[str]()
     found: list[tuple[Kind, int, str]] = []
+    known = known_sizes(model.model)
     for product in model.products:
         kind = _kind(product)
         codes = product.coded if TARGETS[target].all_codes else product.quantized
         integer = codes and product.name not in floats
         why = "" if integer else _why(product, kind, reasons or {}, target)
-        found.append((kind, _macs(product, model), why))
+        found.append((kind, _macs(product, model, known), why))
     return _summed(found, "optimised graph" if asked else "Q/DQ")
 
 
@@ -230,18 +234,17 @@ def _floats_in_runtime(model: QuantizedModel) -> frozenset[str]:
     return frozenset(p.name for p in found if p is not None)
 
 
-def _macs(product: Product, model: QuantizedModel) -> int:
+def _macs(product: Product, model: QuantizedModel, known: Sizes) -> int:
     """Multiplications of one image."""
+
+    def dims(value: ir.Value) -> list[int]:
+        return [_size(d) for d in known.get(value) or model.shape(value) or ()]
+
     node, (first, second) = product.node, product.operands
-    out = [_size(d) for d in model.shape(node.outputs[0]) or ()]
-    if node.op_type == "Conv":
-        inner = [_size(d) for d in model.shape(second.value) or ()][1:]
-    elif node.op_type == "ConvTranspose":
-        out = [_size(d) for d in model.shape(first.value) or ()]
-        inner = [_size(d) for d in model.shape(second.value) or ()][1:]
-    else:
-        inner = [_size(d) for d in model.shape(first.value) or ()][-1:]
-    return math.prod(out) * math.prod(inner)
+    if node.op_type == "ConvTranspose":
+        return math.prod(dims(first.value)) * math.prod(dims(second.value)[1:])
+    inner = dims(second.value)[1:] if node.op_type == "Conv" else dims(first.value)[-1:]
+    return math.prod(dims(node.outputs[0])) * math.prod(inner)
 
 
 def _size(dim: int | ir.SymbolicDim) -> int:

@@ -12,6 +12,8 @@ import math
 
 import onnx_ir as ir
 
+from ptq_onnx.graph.known_sizes import ELEMENTS
+
 ENTER = LEAVE = 0.4
 """QuantizeLinear or DequantizeLinear, and a Transpose."""
 CONVERT = 0.12
@@ -32,7 +34,9 @@ NARROW = 32
 
 
 def elements(value: ir.Value | None) -> int:
-    """How many a tensor has for one image."""
+    """How many a tensor has for one image; as noted, of a graph for images of any size."""
+    if value is not None and ELEMENTS in value.meta:
+        return int(value.meta[ELEMENTS])
     if value is None or value.shape is None:
         return 0
     return math.prod(d if isinstance(d, int) else UNKNOWN for d in list(value.shape)[1:])

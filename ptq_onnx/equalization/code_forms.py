@@ -20,6 +20,7 @@ from ptq_onnx.blocks.walking import consumers, name_of
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.writer import Writer
 from ptq_onnx.graph.formula import constant, new_constant, scalar
+from ptq_onnx.graph.known_sizes import note_elements
 from ptq_onnx.numerics.spec import Site
 
 SHIFT, TOP = 3.0, 6.0
@@ -28,7 +29,10 @@ SHIFT, TOP = 3.0, 6.0
 def regions_of(model: ir.Model, config: QuantizeConfig) -> Regions:
     """What the quantizer puts on codes between products; nothing where it does not."""
     spared = MORE if config.convolutions else 0.0
-    return find_regions(model.graph, spared=spared) if config.regions else Regions()
+    if not config.regions:
+        return Regions()
+    note_elements(model)
+    return find_regions(model.graph, spared=spared)
 
 
 def write_on_codes(

@@ -10,7 +10,7 @@ constant, whatever the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ SAME = frozenset((
     "Floor", "BatchNormalization", "Sin", "Cos", "Abs", "HardSigmoid", "LeakyRelu", "Elu", "Not",
     "Ceil", "Swish", "Mish", "Softplus", "LogSoftmax", "InstanceNormalization",
     "GroupNormalization", "CumSum", "Round", "Sign", "IsNaN", "IsInf", "QuickGelu",
-    "LpNormalization", "Trilu", "Silu", "L2Normalization",
+    "LpNormalization", "Trilu", "Silu", "L2Normalization", "QuantizeLinear", "DequantizeLinear",
 ))  # fmt: skip
 """Ops whose first output has the shape of their first input."""
 
@@ -46,16 +46,28 @@ REDUCE = frozenset((
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
+Dims = Sequence[int | ir.SymbolicDim]
+
+
 class Symbolic:
     """Shapes and integer contents of the values of one graph.
 
     ``trust``: take what shape inference has said where no rule here tells a shape. Files hold
     shapes of the example they were traced with, which are not to be trusted. ``keep``: where a
     dynamic size meets a fixed one go on with the dynamic one, so that all ties are found.
+    ``given``: dimensions of inputs, in place of those that the graph says.
     """
 
-    def __init__(self, graph: ir.Graph, *, trust: bool = True, keep: bool = False) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        *,
+        trust: bool = True,
+        keep: bool = False,
+        given: Mapping[ir.Value, Dims] | None = None,
+    ) -> None:
         self.graph, self.trust, self.keep = graph, trust, keep
+        self.given = given or {}
         self.shapes: dict[ir.Value, Shape] = {}
         self.data: dict[ir.Value, Data] = {}
         self.names: dict[str, Dim] = {}
@@ -64,8 +76,9 @@ class Symbolic:
     def run(self) -> Symbolic:
         """Walk the graph once, in order."""
         for value in self.graph.inputs:
-            if value.shape is not None:
-                dims = [self.named(d) for d in value.shape]
+            shape = self.given.get(value, value.shape)
+            if shape is not None:
+                dims = [self.named(d) for d in shape]
                 if None not in dims:
                     self.shapes[value] = tuple(dims)
         for node in self.graph:

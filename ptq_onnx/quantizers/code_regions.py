@@ -14,6 +14,7 @@ from ptq_onnx.blocks.region_ops import MOVING, clipped_to, only_clips, reader_of
 from ptq_onnx.blocks.regions import Regions, find_regions
 from ptq_onnx.blocks.walking import consumers, is_layout, keeps_range
 from ptq_onnx.graph.formula import constant, scalar
+from ptq_onnx.graph.known_sizes import note_elements
 from ptq_onnx.numerics.spec import Rule, Site, TensorSpec
 
 Array = NDArray[np.float32]
@@ -29,11 +30,12 @@ DEAD = {
 what it reads has codes of its own."""
 
 
-def regions_with(graph: ir.Graph, sites: Mapping[str, Site], kept: Collection[str]) -> Regions:
+def regions_with(model: ir.Model, sites: Mapping[str, Site], kept: Collection[str]) -> Regions:
     """The regions without tensors that are kept in float, or are no sites."""
     blocked = set(kept)
+    note_elements(model)
     while True:
-        found = find_regions(graph, blocked)
+        found = find_regions(model.graph, blocked)
         missing = {t for t in found.tensors if t not in sites} - blocked
         if not missing:
             return found

@@ -151,7 +151,7 @@ class Deploy(SiteQuantizer):
         kept = [Selector.parse(text) for text in self.plan.config.keep_float]
         sites = self.plan.sites
         floats = {s.tensor for s in sites.values() if any(self._concerns(k, s) for k in kept)}
-        self.regions = regions_with(self.plan.model.graph, sites, floats)
+        self.regions = regions_with(self.plan.model, sites, floats)
         weights = {str(n.inputs[1].name) for n in self.regions.convolutions if n.inputs[1]}
         self._numbers = frozenset(str(v.name) for v in self.regions.constants)
         self._on_codes = self.regions.tensors | weights | self._numbers

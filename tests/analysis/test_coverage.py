@@ -11,6 +11,7 @@ from small_graph import SmallGraph, sample
 from ptq_onnx.analysis.coverage import Coverage, Left, Share, float_reasons, measure_coverage
 from ptq_onnx.cli.console import show
 from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.images.preprocess import METADATA_KEY, Preprocess
 from ptq_onnx.pipeline.quantize import quantize
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.preparation.prepare import prepare
@@ -138,3 +139,19 @@ def test_windows_count_as_often_as_they_are(tmp_path: Path) -> None:
     found = measure_coverage(path, "tensorrt", {"/matmul1": "kept in float by request"})
     assert found.linears == Share(0, 2)
     assert sorted(one.percent for one in found.left) == [50.0, 50.0]
+
+
+def test_open_sides_count_as_those_of_the_images(tmp_path: Path) -> None:
+    """Behind a mean over the picture are products that do not grow with it: of 4 × 3 · 9 · 64
+    multiplications at 8 × 8 pixels and 16 behind them only the latter are linears."""
+    g = SmallGraph(("batch", 3, "height", "width"))
+    seen = g("Conv", "x", sample(4, 3, 3, 3), pads=[1, 1, 1, 1])
+    mean = g("Flatten", g("GlobalAveragePool", seen))
+    path = g.save(tmp_path / "open.onnx", g("MatMul", mean, sample(4, 4, seed=1)))
+    model = graphs.load(path)
+    whole = 4 * 3 * 9 * 8 * 8
+    model.metadata_props[METADATA_KEY] = Preprocess((0.5,) * 3, (0.5,) * 3, (8, 8)).to_json()
+    graphs.save(model, path)
+    found = measure_coverage(path, "tensorrt")
+    percent = {one.kind: one.percent for one in found.left}
+    assert percent["convolutions"] == pytest.approx(100 * whole / (whole + 16))
