@@ -95,6 +95,7 @@ INGREDIENTS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "proj's input with one range": ((attention_steps.AttentionSteps, "product", _nothing),),
     "uniform maps": ((LowBit, "map_code", Uniform()),),
     "uniform behind GELU": ((LowBit, "hidden_code", Uniform()),),
+    "the stream turned as drawn": ((QuantizeConfig, "learns_turns", property(lambda self: False)),),
     "the stream not turned": ((Fields, "rotates", property(lambda self: False)),),
     "a step for each column of a weight": COLUMNS,
     "… to the nearest": (*COLUMNS, (stream_weights, "gptq_ranged", _nearest)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.config.checks import check_together, check_values
 from ptq_onnx.config.fields import SEVERAL, Fields
 from ptq_onnx.config.metric_options import is_own, refuse_own
@@ -49,6 +50,11 @@ class QuantizeConfig(Fields):
         if self.analysis_images is not None:
             return self.analysis_images
         return 32 if self.report or self.sensitivity or self.auto else 8
+
+    @property
+    def learns_turns(self) -> bool:
+        """True where the matrices that turn residual streams are learned."""
+        return self.quantizer == "lowbit" and self.widths.activations < BYTE and self.rotates
 
     def to_yaml(self) -> str:
         """YAML that :meth:`load` reads back to an equal config, but for a metric of one's own."""

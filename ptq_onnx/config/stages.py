@@ -17,6 +17,7 @@ CHECKING = "Checking the preprocessing"
 CHANNELS = "Measuring channel ranges"
 SPLITTING = "Finding massive hidden channels"
 TOKENS = "Looking for massive tokens"
+LEARNING = "Learning how to turn the stream"
 TURNING = "Turning the residual stream"
 MIXING = "Mixing widths"
 POSITIONS = "Finding where errors count"
@@ -61,6 +62,7 @@ def planned(config: QuantizeConfig, tested: int, made: int = 0) -> list[Planned]
         plan.append(Planned(CHANNELS, images))
     if config.rotates:
         plan.append(Planned(TOKENS, 32))
+        plan.append(Planned(LEARNING, 5 * 128 if config.learns_turns else 0))
         plan.append(Planned(TURNING, 2 * images))
     if config.splits_hidden:
         plan.append(Planned(SPLITTING, 2 * images))

@@ -61,8 +61,8 @@ def output_weights(
     power: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
     uneven: set[str] = set()
-    for slopes in _slopes(form, feed, names, outputs, batches):
-        for name, slope in slopes.items():
+    for _, found in slopes(form, feed, names, outputs, batches):
+        for name, slope in found.items():
             if slope.ndim < 2:
                 continue
             _add(power, uneven, name, (slope**2).sum(dim=(0, -1)))
@@ -83,8 +83,8 @@ def position_weights(
     depends on, or whose shape is not always the same."""
     power: dict[str, Tensor] = {}
     uneven: set[str] = set()
-    for slopes in _slopes(form, feed, list(axes), outputs, batches):
-        for name, slope in slopes.items():
+    for _, gradients in slopes(form, feed, list(axes), outputs, batches):
+        for name, slope in gradients.items():
             _add(power, uneven, name, (slope**2).sum(dim=(0, *axes[name])))
     found = {n: p.cpu().numpy().astype(np.float64) for n, p in power.items() if n not in uneven}
     return {n: p / p.mean() for n, p in found.items() if p.mean() > 0}
@@ -98,37 +98,42 @@ def _add(power: dict[str, Tensor], uneven: set[str], name: str, more: Tensor) ->
         power[name] = power.get(name, torch.zeros_like(more)) + more
 
 
-def _slopes(
+def slopes(
     form: TorchForm,
     feed: str,
     names: Sequence[str],
     outputs: Sequence[str],
     batches: Iterable[Tensor],
-) -> Iterator[dict[str, Tensor]]:
-    """g of the named tensors, batch by batch; nothing for an input of whole numbers."""
+    softness: float = 1.0,
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The named tensors and g of them, batch by batch; nothing for an input of whole numbers.
+
+    ``softness``: the temperature of p. At 1 a few images that the model is unsure of have nearly
+    all of E[g gᵀ]; from some images it is told better at a higher one (FIMA-Q takes 20).
+    """
     for batch in batches:
         if not batch.is_floating_point():
             return
         found = form.run({feed: batch.clone().requires_grad_()}, [*names, *outputs])
-        drawn = [_drawn(found[n], form.random) for n in outputs if found[n].requires_grad]
+        drawn = [_drawn(found[n], form.random, softness) for n in outputs if found[n].requires_grad]
         inner = {n: found[n] for n in names if found[n].requires_grad}
         if not drawn or not inner:
             return
         total = torch.stack(drawn).sum()
-        slopes = torch.autograd.grad(total, list(inner.values()), allow_unused=True)
-        yield {n: s for n, s in zip(inner, slopes, strict=True) if s is not None}
+        gradients = torch.autograd.grad(total, list(inner.values()), allow_unused=True)
+        yield found, {n: s for n, s in zip(inner, gradients, strict=True) if s is not None}
 
 
-def _drawn(output: Tensor, random: torch.Generator) -> Tensor:
-    """log p of a class drawn for each image; where there are none, a random sum of the elements
-    over their norm."""
+def _drawn(output: Tensor, random: torch.Generator, softness: float) -> Tensor:
+    """log p of a class drawn for each image, p at a temperature; where there are none, a random sum
+    of the elements over their norm."""
     if output.ndim != 2:
         signs = torch.empty_like(output).uniform_(-1, 1, generator=random).sign()
         total: Tensor = (signs * output).sum() / output.detach().norm().clamp_min(1e-12)
         return total
-    shares = F.softmax(output.detach(), dim=-1)
+    shares = F.softmax(output.detach() / softness, dim=-1)
     drawn = torch.multinomial(shares, 1, generator=random)
-    return F.log_softmax(output, dim=-1).gather(1, drawn).sum()
+    return F.log_softmax(output / softness, dim=-1).gather(1, drawn).sum() * softness
 
 
 def _weights(power: Tensor, outer: Tensor) -> Weights:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.calibration.product_samples import RowSample
+from ptq_onnx.equalization.learned_turns import NOTHING, Learned
 from ptq_onnx.equalization.rotation import turn
 from ptq_onnx.equalization.stream_parts import Stream
 from ptq_onnx.equalization.stream_rows import Rows, collect_rows, read_by_norms, sensitivities
@@ -41,11 +42,12 @@ CLIPS = np.linspace(1.0, 0.3, 15)
 """Parts of the range seen that are tried."""
 WORTH_PRODUCTS = 0.8
 """Part of the expected error that may be left where products are added."""
-How = Literal["none", "spread", "spread, then flattened", "none: factors per channel"]
+How = Literal["none", "spread", "spread, then flattened", "learned", "none: factors per channel"]
 """How a matrix is made, or what holds a stream that has none."""
 PLAIN: Final = "none"
 SPREAD: Final = "spread"
 FLATTENED: Final = "spread, then flattened"
+LEARNED: Final = "learned"
 FACTORS: Final = "none: factors per channel"
 
 
@@ -75,11 +77,13 @@ class Turned:
     """What the outputs lose less since the steps were chosen by that."""
     direction: tuple[float, ...] = field(default=(), repr=False)
     """[D], what was flattened; empty where nothing was."""
+    loss_db: float = 0.0
+    """What a learned matrix saves of the expected loss on images held apart."""
 
     @property
     def matrix(self) -> Double | None:
-        """R [D, D]; None where the stream stays as it is."""
-        if self.by in (PLAIN, FACTORS):
+        """R [D, D]; None where the stream stays, and of a learned one, which no seed gives."""
+        if self.by in (PLAIN, FACTORS, LEARNED):
             return None
         spread = spreading(self.width, self.seed)
         return spread if self.by == SPREAD else flattened(spread, np.array(self.direction))
@@ -138,11 +142,13 @@ def turn_streams(
     batches: Iterable[Any],
     codes: Codes,
     *,
+    learned: Learned = NOTHING,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Turns:
     """Turn every stream of the model, in place, where it lowers the expected error of one scale per
-    tensor. ``batches`` [B, C, H, W] are run once, a few of them again for factors."""
+    tensor, or as it was ``learned``. ``batches`` [B, C, H, W] are run once, a few of them again for
+    factors."""
     streams, refused = find_streams(model.graph)
     if not streams:
         return Turns((), tuple(refused), {}, ())
@@ -152,7 +158,7 @@ def turn_streams(
     matrices: list[Double | None] = []
     added: list[str] = []
     factors: dict[str, Factors] = {}
-    trial = _Trial(model.clone(), batches, codes, threads)
+    trial = _Trial(model.clone(), batches, codes, threads, learned)
     for number, stream in enumerate(streams):
         found, best = _choose(number, stream, rows, trial)
         turned.append(found)
@@ -174,7 +180,7 @@ def turn_as(model: ir.Model, turned: Sequence[Turned]) -> Turns | None:
         return None
     for one in turned:
         whole = one.by != FLATTENED or len(one.direction) == one.width
-        if not whole or one.seed < 0 or not np.isfinite(one.direction).all():
+        if one.by == LEARNED or not whole or one.seed < 0 or not np.isfinite(one.direction).all():
             return None
     matrices = tuple(one.matrix for one in turned)
     added: list[str] = []
@@ -239,7 +245,10 @@ def _choose(
 
     direction = _massive(rows)
     best = plain = tried(PLAIN, 0, None)
-    for seed in range(SEEDS):
+    own = trial.learned.matrices.get(number)
+    if own is not None:
+        best = tried(LEARNED, 0, own)
+    for seed in range(SEEDS if own is None else 0):
         spread = spreading(stream.width, seed)
         found = tried(SPREAD, seed, spread), tried(FLATTENED, seed, flattened(spread, direction))
         best = min(best, *found, key=lambda one: one.score)
@@ -261,6 +270,7 @@ def _choose(
         added=0.0 if best.matrix is None else stream.added,
         refined_db=best.refined,
         direction=tuple(direction.tolist()) if best.how == FLATTENED else (),
+        loss_db=trial.learned.saved.get(number, 0.0),
     )
     return turned, best
 
@@ -296,6 +306,7 @@ class _Trial:
     batches: Iterable[Any]
     codes: Codes
     threads: int
+    learned: Learned = NOTHING
     original: Outputs = field(default_factory=list)
 
     def best(self, number: int, rows: list[Rows], plain: _Tried, best: _Tried) -> _Tried:

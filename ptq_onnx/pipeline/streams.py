@@ -65,16 +65,24 @@ def turn(job: Job, plan: Plan, before: Rewrites | None) -> Turns:
     """Turn the residual streams of the plan's model, in place, where that lowers the expected
     error (see ``equalization/rotation_choice.py``), or as the run ``before`` did. Raises
     ConfigError."""
+    from ptq_onnx.equalization.learned_turns import IMAGES, NOTHING, REST, learn_turns
     from ptq_onnx.equalization.rotation_choice import turn_streams
     from ptq_onnx.quantizers.by_name import make_quantizer
 
     if before is not None:
         turns = before.turned_in(plan.model)
     else:
+        learned = NOTHING
+        if plan.config.learns_turns:
+            steps = min(IMAGES, len(job.inputs.images)) + REST
+            told = job.stage(stages.LEARNING, steps)
+            learned = learn_turns(plan.model, job.batches(), told)
+            job.notes.extend([] if learned.note is None else [learned.note])
         turns = turn_streams(
             plan.model,
             job.batches(),
             codes_of(plan, make_quantizer(plan).rules),
+            learned=learned,
             threads=plan.config.threads,
             progress=job.stage(stages.TURNING),
         )

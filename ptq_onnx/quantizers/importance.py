@@ -26,6 +26,8 @@ Double = NDArray[np.float64]
 
 IMAGES = 16
 """Images that go through the model and back."""
+RARE = (LookupError, RuntimeError, TypeError, ValueError)
+"""What torch raises at a rare form of an op."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,34 @@ def find_importance(
     """Importance of the positions of the named tensors of a float model, from the first ``IMAGES``
     images of batches [B, C, H, W]; ``axes``: of each tensor's channels. ``advance`` is told the
     number of images done."""
+    form, reason = differentiable(model)
+    found: dict[str, Double] = {}
+    if reason is None:
+        outputs = [str(v.name) for v in model.graph.outputs]
+        images = first_images(batches, IMAGES, advance)
+        try:
+            found = position_weights(form, form.inputs[0], axes, outputs, images)
+        except RARE as error:
+            reason = in_words(error)
+    if reason is not None:
+        return Importance(note=f"The output is taken to depend on all positions alike; {reason}.")
+    return Importance({name: EVENLY + (1 - EVENLY) * p for name, p in found.items()})
+
+
+def differentiable(model: ir.Model) -> tuple[TorchForm, str | None]:
+    """A float model in torch, and why gradients of it are not to be had, or None."""
     form = TorchForm(model.graph, {})
     reason = form.missing()
     if reason is None and len(form.inputs) != 1:
         reason = "the model has several inputs"
     if reason is None and model.graph.inputs[0].dtype not in (None, ir.DataType.FLOAT):
         reason = "the model's input has whole numbers"
-    found: dict[str, Double] = {}
-    if reason is None:
-        outputs = [str(v.name) for v in model.graph.outputs]
-        try:
-            found = position_weights(form, form.inputs[0], axes, outputs, _few(batches, advance))
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # an op's rare form
-            reason = f"torch: {str(error).partition(chr(10))[0].rstrip('.')}"
-    if reason is not None:
-        return Importance(note=f"The output is taken to depend on all positions alike; {reason}.")
-    return Importance({name: EVENLY + (1 - EVENLY) * p for name, p in found.items()})
+    return form, reason
+
+
+def in_words(error: Exception) -> str:
+    """Why torch could not run an op."""
+    return f"torch: {str(error).partition(chr(10))[0].rstrip('.')}"
 
 
 def read_by_linears(graph: ir.Graph) -> dict[str, list[ir.Node]]:
@@ -109,9 +123,9 @@ def importance_of_inputs(
     return replace(found, positions=positions)
 
 
-def _few(batches: Iterable[Any], advance: Advance) -> Iterator[Tensor]:
+def first_images(batches: Iterable[Any], count: int, advance: Advance) -> Iterator[Tensor]:
     """The first images, one at a time: what is found depends on no batch size."""
-    copies, left = copies_in(batches), IMAGES
+    copies, left = copies_in(batches), count
     for batch in batches:
         for image in batch[: min(len(batch) // copies, left)]:
             left -= 1
