@@ -11,6 +11,8 @@ LEAST = 2
 """The fewest bits of anything."""
 BYTE = 8
 """The most bits of a weight, and of what integer kernels multiply."""
+HALF = 4
+"""The most bits of weights in blocks of rows."""
 WIDEST = 16
 """The most bits of an activation."""
 MOST = {"weights": BYTE, "activations": WIDEST, "attention": WIDEST}

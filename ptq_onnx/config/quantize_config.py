@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ptq_onnx.config.bits import BYTE
+from ptq_onnx.config.bits import BYTE, HALF
 from ptq_onnx.config.checks import check_together, check_values
 from ptq_onnx.config.fields import SEVERAL, Fields
 from ptq_onnx.config.metric_options import is_own, refuse_own
@@ -55,6 +55,13 @@ class QuantizeConfig(Fields):
     def learns_turns(self) -> bool:
         """True where the matrices that turn residual streams are learned."""
         return self.quantizer == "lowbit" and self.widths.activations < BYTE and self.rotates
+
+    @property
+    def rounds_by_output(self) -> bool:
+        """True where weights are rounded by what their errors cost the model's output: beside
+        activations of fewer bits, which lose more, it gains nothing."""
+        few = self.widths.weights <= HALF and self.widths.activations >= BYTE
+        return self.quantizer == "lowbit" and few
 
     def to_yaml(self) -> str:
         """YAML that :meth:`load` reads back to an equal config, but for a metric of one's own."""

@@ -29,6 +29,7 @@ CALIBRATING = "Calibrating ranges"
 HISTOGRAMS = "Calibrating histograms"
 SCALES = "Searching scales"
 ROUNDING = "Rounding weights"
+COSTS = "Finding what errors cost"
 SHIFTS = "Measuring shifts"
 RECONSTRUCTING = "Training blocks"
 WRITING = "Writing the quantized model"
@@ -86,6 +87,7 @@ def planned(config: QuantizeConfig, tested: int, made: int = 0) -> list[Planned]
         Planned(HISTOGRAMS, images),
         Planned(SCALES, 8 * images),
         weighs,
+        Planned(COSTS, 5 * images if config.rounds_by_output else 0),
         Planned(ROUNDING, 8 * images if config.rounds_weights and not config.reconstruct else 0),
         Planned(SHIFTS, 4 * 32 if config.regions and config.bias_correction else 0),
         Planned(RECONSTRUCTING, 100 * images if config.reconstruct else 0),

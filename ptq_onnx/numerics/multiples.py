@@ -17,14 +17,16 @@ here by the size of the weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_onnx.config.bits import HALF
 from ptq_onnx.numerics.blockwise import block_errors, block_grid, in_blocks
 from ptq_onnx.numerics.codes.multiples import LARGEST, NARROW
 from ptq_onnx.numerics.rounding import Codes, best_of
+from ptq_onnx.numerics.two_sided import two_sided
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -34,7 +36,7 @@ ROWS = 32
 """Rows of a block; the last may have fewer."""
 MOST = 15
 """The largest factor: it is held in 4 bits."""
-WIDEST = 4
+WIDEST = HALF
 """The most bits that are held so: above them a factor has no room in 8."""
 NAMES = 1100
 """Bytes of the nodes and names that make a weight of its blocks."""
@@ -86,6 +88,21 @@ def rounded_in_blocks(
     whole = np.empty(weight.shape, np.int8)
     whole[order] = found * factors
     return Multiples(whole, steps[best, np.arange(columns)], order)
+
+
+def improved_in_blocks(
+    weight: Array, found: Multiples, moments: Double, costs: Double, bits: int
+) -> Multiples:
+    """The same steps, factors and zero points with codes by what errors cost the model's output
+    (``numerics/two_sided.py``); ``costs`` [N, N]."""
+    parts = steps_of(found.codes, found.order, bits)
+    if parts is None:
+        return found
+    factor, *ends = parts
+    small = (found.codes // factor).astype(np.int8)
+    scale = np.asarray(factor * found.step, np.float64)
+    codes = two_sided(weight, scale, moments, costs, small, (ends[0], ends[1]))
+    return replace(found, codes=np.asarray(codes * factor, np.int8))
 
 
 def whole_grid(

@@ -30,7 +30,7 @@ from ptq_onnx.engine.node_sessions import NodeKernels
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.multiples import LARGEST, NARROW, MultipleCodes
 from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
-from ptq_onnx.numerics.multiples import WIDEST, rounded_in_blocks
+from ptq_onnx.numerics.multiples import WIDEST, improved_in_blocks, rounded_in_blocks
 from ptq_onnx.numerics.rounding import gptq, gptq_ranged
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.numerics.weights import SEARCHED_BELOW, weight_scale
@@ -38,6 +38,7 @@ from ptq_onnx.progress import Advance, untold
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.importance import Importance, importance_of_inputs, read_by_linears
 from ptq_onnx.quantizers.learning import Learning, Trained
+from ptq_onnx.quantizers.output_costs import OutputCosts, find_output_costs
 from ptq_onnx.quantizers.reconstruction import Reconstruction, with_steps
 from ptq_onnx.quantizers.span_runs import Stream, quantized_around, run_span
 
@@ -68,6 +69,8 @@ class _Walk:
     threads: int = 0
     largest: int = LARGEST
     """Of a weight's codes."""
+    costs: Mapping[str, Double] = field(default_factory=dict)
+    """Of what linears make, by tensor, where weights are rounded by them."""
 
     def run(
         self, spans: Sequence[Span], advance: Callable[[float], None], train: Reconstruction | None
@@ -134,6 +137,9 @@ class _Walk:
         bits = spec.rule.bits
         if bits <= WIDEST and spec.axis is not None:
             found = rounded_in_blocks(exact, moments, bits, self.largest)
+            costs = self.costs.get(str(node.outputs[0].name))
+            if costs is not None:
+                found = improved_in_blocks(exact, found, moments, costs, bits)
             codes, zeros = found.codes, np.zeros(len(found.step), np.int32)
             rule = replace(spec.rule, code=MultipleCodes(), symmetric=True)
             spec = replace(spec, rule=rule, scale=found.step, zero_point=zeros, order=found.order)
@@ -216,6 +222,9 @@ def rounded_on_stream(
     report = plan.progress or untold
     importance = importance_of_inputs(plan.model, images, images.count, report(stages.POSITIONS))
     read = read_by_linears(plan.model.graph)
+    costs = OutputCosts()
+    if plan.config.rounds_by_output:
+        costs = find_output_costs(plan.model, images, report(stages.COSTS))
     walk = _Walk(
         model,
         dict(specs),
@@ -225,6 +234,7 @@ def rounded_on_stream(
         importance=importance,
         threads=threads,
         largest=NARROW if plan.config.cpu == OLDER else LARGEST,
+        costs=costs.matrices,
     )
     trains = plan.config.reconstruct
     stage = stages.RECONSTRUCTING if trains else stages.ROUNDING
@@ -232,7 +242,7 @@ def rounded_on_stream(
     train = Reconstruction(plan, images.batches) if trains else None
     spans = spans_of(model.graph, plan.blocks if trains else Blocks({}, 0))
     walk.run(spans, _Parts(advance, images.count), train)
-    notes = [] if importance.note is None else [importance.note]
+    notes = [note for note in (importance.note, costs.note) if note is not None]
     if train is not None:
         notes += train.told()
     trained = () if train is None else tuple(train.trained)
