@@ -50,8 +50,9 @@ def _by_ppq(kind: str) -> Handler:
 
 
 PPQ_OPS = (
-    "AveragePool", "BatchNormalization", "Clip", "Conv", "Exp", "GlobalAveragePool", "Greater",
-    "HardSigmoid", "HardSwish", "MaxPool", "Not", "Pad", "Sigmoid", "Sqrt", "Tanh", "Where",
+    "Abs", "AveragePool", "BatchNormalization", "Clip", "Conv", "Cos", "Exp", "GlobalAveragePool",
+    "Greater", "HardSigmoid", "HardSwish", "MaxPool", "Neg", "Not", "Pad",
+    "Sigmoid", "Sin", "Sqrt", "Tanh", "Where",
 )  # fmt: skip
 """Those whose functions in PPQ give what ONNX Runtime gives."""
 OPS: dict[str, Handler] = {

@@ -187,9 +187,42 @@ def _relu(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
     return torch.relu(values[0])
 
 
+TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+def _conv_transpose(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    """All that it makes, less the pads, which PPQ takes off the wrong sides."""
+    x, weight, *bias = values
+    sides = x.ndim - 2
+    stride = tuple(attributes.get("strides") or [1] * sides)
+    made: Tensor = TRANSPOSED[x.ndim](
+        x,
+        weight,
+        bias[0] if bias else None,
+        stride=stride,
+        output_padding=tuple(attributes.get("output_padding") or [0] * sides),
+        groups=int(attributes.get("group", 1)),
+        dilation=tuple(attributes.get("dilations") or [1] * sides),
+    )
+    pads = list(attributes.get("pads") or [0] * (2 * sides))
+    auto, wanted = attributes.get("auto_pad", "NOTSET"), attributes.get("output_shape")
+    if wanted is None and auto in ("SAME_UPPER", "SAME_LOWER"):
+        wanted = [size * step for size, step in zip(x.shape[2:], stride, strict=True)]
+    if wanted is not None:  # of an odd number the larger part at the end, or at the start
+        total = [size - int(w) for size, w in zip(made.shape[2:], wanted[-sides:], strict=True)]
+        less = [t // 2 for t in total]
+        more = [t - half for t, half in zip(total, less, strict=True)]
+        pads = [*less, *more] if auto == "SAME_UPPER" else [*more, *less]
+    for side in range(sides):
+        begin, end = pads[side], pads[side + sides]
+        made = made.narrow(side + 2, begin, made.shape[side + 2] - begin - end)
+    return made
+
+
 HANDLERS: dict[str, Handler] = {
     "Cast": _cast,
     "Concat": _concat,
+    "ConvTranspose": _conv_transpose,
     "Expand": _expand,
     "Gather": _gather,
     "Gelu": _gelu,

@@ -111,6 +111,14 @@ OPS_ALONE: dict[str, tuple[list[Any], dict[str, Any]]] = {
         [sample(8, 2, 3, 3), sample(8)],
         {"group": 2, "pads": [1, 0, 0, 1], "strides": [2, 1], "dilations": [1, 2]},
     ),
+    "Abs": ([], {}),
+    "ConvTranspose": (
+        [sample(4, 3, 3, 2), sample(6)],
+        {"group": 2, "pads": [1, 0, 1, 0], "strides": [2, 1], "output_padding": [1, 0]},
+    ),
+    "Cos": ([], {}),
+    "Neg": ([], {}),
+    "Sin": ([], {}),
     "Einsum": ([sample(6, 5)], {"equation": "bchw,wn->bnch"}),
     "Exp": ([], {}),
     "GlobalAveragePool": ([], {}),
@@ -130,6 +138,21 @@ def test_ops_are_those_of_onnxruntime(kind: str) -> None:
     more, attributes = OPS_ALONE[kind]
     g = SmallGraph(IMAGE)
     agrees(g, g(kind, "x", *more, **attributes))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"pads": [0, 1, 1, 0], "strides": [2, 2]},
+        {"pads": [2, 0, 0, 1], "dilations": [2, 1]},
+        {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
+        {"strides": [2, 2], "auto_pad": "SAME_LOWER"},
+        {"strides": [2, 2], "output_shape": [12, 12]},
+    ],
+)
+def test_pads_of_a_transposed_convolution(attributes: dict[str, Any]) -> None:
+    g = SmallGraph(IMAGE)
+    agrees(g, g("ConvTranspose", "x", sample(4, 5, 3, 3), **attributes))
 
 
 def test_masks_are_those_of_onnxruntime() -> None:
