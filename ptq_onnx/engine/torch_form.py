@@ -26,7 +26,7 @@ from ptq_onnx.engine.ppq_import import (
     Variable,
 )
 from ptq_onnx.engine.straight_through import Rounding, ends_of, knows, round_clip
-from ptq_onnx.engine.torch_ops import HANDLERS, Handler
+from ptq_onnx.engine.torch_ops import HANDLERS, Handler, knows_resize, resize
 from ptq_onnx.graph.bounded import BOUND
 from ptq_onnx.numerics.spec import TensorSpec
 
@@ -64,6 +64,7 @@ OPS: dict[str, Handler] = {
     "Identity": lambda _, values: values[0],
     "Linear": _linear,
     "Mul": lambda _, values: values[0] * values[1],
+    "Resize": resize,
     "Sub": lambda _, values: values[0] - values[1],
     "Tile": lambda _, values: values[0].repeat(*values[1].tolist()),
 }
@@ -132,6 +133,8 @@ class TorchForm:
         for node in self.nodes:
             if node.op_type not in OPS:
                 return f"{name_of(node)}: no {node.op_type} in torch"
+            if node.op_type == "Resize" and not knows_resize(self._attributes[name_of(node)]):
+                return f"{name_of(node)}: no Resize of this form in torch"
             for place, value in enumerate((*node.inputs, *node.outputs)):
                 spec = None if value is None else self.specs.get(str(value.name))
                 if spec is not None and is_constant(value) and not (is_linear(node) and place == 1):

@@ -219,6 +219,49 @@ def _conv_transpose(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> 
     return made
 
 
+INTERPOLATIONS = {
+    ("nearest", "asymmetric"): ("nearest", None),
+    ("linear", "half_pixel"): ("bilinear", False),
+    ("linear", "pytorch_half_pixel"): ("bilinear", False),
+    ("linear", "align_corners"): ("bilinear", True),
+    ("cubic", "half_pixel"): ("bicubic", False),
+    ("cubic", "pytorch_half_pixel"): ("bicubic", False),
+    ("cubic", "align_corners"): ("bicubic", True),
+}
+"""Torch's mode, and whether corners are aligned, by Resize's mode and coordinates."""
+CUBIC = -0.75
+"""Torch's coefficient."""
+
+
+def _kind(attributes: Mapping[str, Any]) -> tuple[str, str]:
+    """Mode and coordinates of a Resize."""
+    where = attributes.get("coordinate_transformation_mode", "half_pixel")
+    return str(attributes.get("mode", "nearest")), str(where)
+
+
+def knows_resize(attributes: Mapping[str, Any]) -> bool:
+    """True for a form of Resize that torch has."""
+    kind = _kind(attributes)
+    plain = not attributes.get("antialias", 0) and not attributes.get("exclude_outside", 0)
+    floor = attributes.get("nearest_mode", "round_prefer_floor") == "floor"
+    cubic = abs(float(attributes.get("cubic_coeff_a", CUBIC)) - CUBIC) < 1e-6
+    fits = floor if kind[0] == "nearest" else cubic or kind[0] != "cubic"
+    return plain and fits and kind in INTERPOLATIONS
+
+
+def resize(attributes: Mapping[str, Any], values: Sequence[Tensor]) -> Tensor:
+    """Of height and width, in a form that ``knows_resize``."""
+    mode, corners = INTERPOLATIONS[_kind(attributes)]
+    scales = values[2] if len(values) > 2 and values[2] is not None else None
+    size, factor = None, None
+    if scales is not None and scales.numel():
+        factor = tuple(float(s) for s in scales.tolist()[-2:])
+    else:
+        size = tuple(int(s) for s in values[3].tolist()[-2:])
+    made: Tensor = F.interpolate(values[0], size, factor, mode, corners)
+    return made
+
+
 HANDLERS: dict[str, Handler] = {
     "Cast": _cast,
     "Concat": _concat,

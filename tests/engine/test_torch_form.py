@@ -155,6 +155,49 @@ def test_pads_of_a_transposed_convolution(attributes: dict[str, Any]) -> None:
     agrees(g, g("ConvTranspose", "x", sample(4, 5, 3, 3), **attributes))
 
 
+RESIZES: list[tuple[dict[str, Any], list[float] | None, list[int] | None]] = [
+    ({"mode": "linear"}, [1, 1, 2.5, 1.5], None),
+    ({"mode": "linear"}, None, [2, 4, 9, 13]),
+    (
+        {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
+        None,
+        [2, 4, 11, 9],
+    ),
+    ({"mode": "cubic", "cubic_coeff_a": -0.75}, None, [2, 4, 15, 8]),
+    (
+        {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+        [1, 1, 2, 3],
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("attributes", "scales", "shape"), RESIZES)
+def test_resizes_are_those_of_onnxruntime(
+    attributes: dict[str, Any], scales: list[float] | None, shape: list[int] | None
+) -> None:
+    g = SmallGraph(IMAGE)
+    told = [np.array(scales, np.float32)] if scales else ["", np.array(shape)]
+    agrees(g, g("Resize", "x", "", *told, **attributes))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"mode": "nearest"},
+        {"mode": "linear", "antialias": 1},
+        {"mode": "cubic", "cubic_coeff_a": -0.5},
+        {"mode": "linear", "coordinate_transformation_mode": "asymmetric"},
+    ],
+)
+def test_other_resizes_are_named(attributes: dict[str, Any]) -> None:
+    g = SmallGraph(IMAGE)
+    model = g.model(g("Resize", "x", "", "", np.array([2, 4, 12, 12]), **attributes))
+    reason = TorchForm(model.graph, {}).missing()
+    assert reason is not None
+    assert reason.endswith("no Resize of this form in torch")
+
+
 def test_masks_are_those_of_onnxruntime() -> None:
     g = SmallGraph(IMAGE)
     above = g("Not", g("Greater", "x", np.array(0.3)))
