@@ -13,11 +13,8 @@ def notes_on(turns: Turns) -> list[str]:
     from ptq_onnx.equalization.rotation_choice import FACTORS
 
     notes = [
-        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned ({t.by}"
-        f"{learned_by(t)});"
-        f" its largest value fell from {t.largest_before:.3g} to {t.largest_after:.3g}, the noise"
-        f" expected of one scale per tensor by {t.stream_db:.1f} dB, behind norms by"
-        f" {t.norm_db:.1f} dB{added_to(t)}{refined_by(t)}."
+        f"Rotation: the residual stream at '{t.stream}', {t.tensors} tensors, was turned"
+        f" {_gain(t)}{added_to(t)}{refined_by(t)}."
         for t, matrix in zip(turns.turned, turns.matrices, strict=True)
         if matrix is not None
     ]
@@ -39,11 +36,20 @@ def notes_on(turns: Turns) -> list[str]:
     return notes
 
 
-def learned_by(turned: Turned) -> str:
-    """What learning won, in words; nothing of a matrix that is not learned."""
-    if not turned.loss_db:
-        return ""
-    return f": {turned.loss_db:.1f} dB less expected of the outputs' loss, on images held apart"
+def _gain(turned: Turned) -> str:
+    """By what a stream was turned, and what that is expected to win."""
+    from ptq_onnx.equalization.rotation_choice import LEARNED
+
+    if turned.by == LEARNED:
+        return (
+            "by a matrix learned from gradients of the output: what rounding behind norms costs it"
+            f" is expected to fall by {turned.loss_db:.1f} dB, on images held apart"
+        )
+    return (
+        f"({turned.by}); its largest value fell from {turned.largest_before:.3g} to"
+        f" {turned.largest_after:.3g}, the noise expected of one scale per tensor by"
+        f" {turned.stream_db:.1f} dB, behind norms by {turned.norm_db:.1f} dB"
+    )
 
 
 def added_to(turned: Turned) -> str:

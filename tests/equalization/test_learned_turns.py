@@ -15,6 +15,7 @@ from ptq_onnx.equalization.learned_turns import IMAGES, REST, Learned, learn_tur
 from ptq_onnx.equalization.rotation_choice import LEARNED, Codes, turn_as, turn_streams
 from ptq_onnx.equalization.streams import find_streams
 from ptq_onnx.fusion.rules import fuse
+from ptq_onnx.pipeline.rotation_notes import notes_on
 
 D, SIDE = 16, 8
 BATCHES = [sample(8, 3, SIDE, SIDE, seed=s) for s in range(17)]
@@ -114,3 +115,14 @@ def test_a_model_without_a_stream_has_nothing_to_learn() -> None:
 )
 def test_for_ranges_of_channels_alone(options: dict[str, object], expected: bool) -> None:
     assert QuantizeConfig(**options).learns_turns is expected  # type: ignore[arg-type]
+
+
+def test_the_note_says_what_was_learned() -> None:
+    model = network()
+    learned = learn_turns(model, BATCHES)
+    (note,) = notes_on(turn_streams(model, BATCHES, CODES, learned=learned, threads=1))
+    assert note.endswith(
+        "2 tensors, was turned by a matrix learned from gradients of the output: what rounding"
+        f" behind norms costs it is expected to fall by {learned.saved[0]:.1f} dB, on images held"
+        " apart."
+    )
