@@ -12,6 +12,7 @@ from ptq_onnx.blocks.role_map import TOKEN_FACTOR, Role
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import NORMS, name_of
 from ptq_onnx.config import stages
+from ptq_onnx.images.synthetic import is_drawn
 from ptq_onnx.numerics.grain import PowersOfTwo
 from ptq_onnx.pipeline.job import Job
 from ptq_onnx.pipeline.rotation_notes import notes_on
@@ -73,7 +74,8 @@ def turn(job: Job, plan: Plan, before: Rewrites | None) -> Turns:
         turns = before.turned_in(plan.model)
     else:
         learned = NOTHING
-        if plan.config.learns_turns:
+        # From made pictures it learns what photographs do not have (docs/rotation.md).
+        if plan.config.learns_turns and not is_drawn(job.request.calib):
             steps = min(IMAGES, len(job.inputs.images)) + REST
             told = job.stage(stages.LEARNING, steps)
             learned = learn_turns(plan.model, job.batches(), told)

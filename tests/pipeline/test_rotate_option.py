@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMAGES = ROOT / "models/digits_vit.onnx", ROOT / "img/digits/calib"
 
 
-def quantized(folder: Path, **options: object) -> dict[str, object]:
+def quantized(folder: Path, calib: object = IMAGES, **options: object) -> dict[str, object]:
     ptq_onnx.quantize(
-        MODEL, calib=IMAGES, images=32, report=False, threads=1, output=folder, **options
+        MODEL, calib=calib, images=32, report=False, threads=1, output=folder, **options
     )
     return json.loads((folder / "report.json").read_text())
 
@@ -46,6 +46,17 @@ def test_one_scale_for_each_tensor_of_a_turned_stream(tmp_path: Path) -> None:
     stream = [t for t in report["tensors"] if t["role"] in ("embed", "residual1", "residual2")]
     assert len(stream) == 13
     assert {t["granularity"] for t in stream} == {"tensor"}
+
+
+@pytest.mark.parametrize(("calib", "learns"), [(IMAGES, True), ("noise", False)])
+def test_few_bits_learn_the_turn_from_pictures_that_a_camera_took(
+    calib: object, learns: bool, tmp_path: Path
+) -> None:
+    report = quantized(tmp_path, calib, quantizer="lowbit", bits="4/4/4")
+    (turned,) = report["rotation"]["turned"]
+    assert (turned["by"] == "learned") is learns
+    assert (turned["loss_db"] > 0.5) is learns
+    assert report["parity"]["rewritten"] < 1e-4
 
 
 def test_factors_searched_where_they_hold_a_stream_better(tmp_path: Path) -> None:
