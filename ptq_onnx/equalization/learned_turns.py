@@ -1,7 +1,7 @@
 """Matrices for residual streams that are learned from gradients of the output.
 
 Rows of what norms make, without γ and β, and E[g gᵀ] of them are taken from some images; every
-fourth is held apart, and tells whether a learned matrix is better than none
+eighth is held apart, and tells whether a learned matrix is better than none
 (``numerics/learned_rotation.py``). Only for tensors with a range for each channel: with one scale
 for a tensor of the stream, what is learned from some images is worse on others (docs/rotation.md).
 """

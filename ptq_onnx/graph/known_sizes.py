@@ -25,7 +25,7 @@ Sizes = Mapping[ir.Value, tuple[int, ...]]
 def known_sizes(model: ir.Model) -> Sizes:
     """Shapes by tensor where the image's height or width is open, at the size that the model's
     images have and an open batch of one; nothing where none is open or no metadata say the size."""
-    image = next((v for v in model.graph.inputs if not v.is_initializer()), None)
+    image = _image(model)
     if image is None or image.shape is None or len(image.shape) != 4:
         return {}
     shape, size = list(image.shape), _size(model)
@@ -41,10 +41,15 @@ def known_sizes(model: ir.Model) -> Sizes:
 
 def note_elements(model: ir.Model) -> None:
     """Note in the ``meta`` of these tensors how many elements they have for one image."""
-    found = known_sizes(model)
+    found, image = known_sizes(model), _image(model)
     for value, shape in found.items():
-        batch = found[model.graph.inputs[0]][0]
+        batch = 1 if image is None else found[image][0]
         value.meta[ELEMENTS] = math.prod(shape) // batch
+
+
+def _image(model: ir.Model) -> ir.Value | None:
+    """The first input that is no initializer."""
+    return next((v for v in model.graph.inputs if not v.is_initializer()), None)
 
 
 def _size(model: ir.Model) -> tuple[int, int] | None:

@@ -29,6 +29,7 @@ from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.block_training import BlockTraining, Course
 from ptq_onnx.quantizers.finished_blocks import FinishedBlocks, fingerprint
+from ptq_onnx.quantizers.importance import RARE, in_words
 from ptq_onnx.quantizers.learning import Learning, Trained
 from ptq_onnx.quantizers.span_runs import Stream, run_span
 
@@ -87,12 +88,16 @@ class Reconstruction:
         reason = form.missing()
         if reason is None and form.inputs != [feed]:
             reason = "the model has several inputs"
-        if reason is not None:
-            self.notes.append(f"--reconstruct: errors count the same everywhere; {reason}.")
-            return {}
-        names = [n for s in self._spans.values() if s.blocks for n in s.outputs]
-        batches = (self._tensor(self.stream[feed][i]) for i in self.used)
-        return output_weights(form, feed, names, [str(v.name) for v in graph.outputs], batches)
+        if reason is None:
+            names = [n for s in self._spans.values() if s.blocks for n in s.outputs]
+            outputs = [str(v.name) for v in graph.outputs]
+            batches = (self._tensor(self.stream[feed][i]) for i in self.used)
+            try:
+                return output_weights(form, feed, names, outputs, batches)
+            except RARE as error:
+                reason = in_words(error)
+        self.notes.append(f"--reconstruct: errors count the same everywhere; {reason}.")
+        return {}
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -70,3 +70,11 @@ def test_nothing_without_a_size_or_an_open_side() -> None:
     note_elements(unreadable)
     first = unreadable.graph[0].outputs[0]
     assert region_costs.elements(first) == 4 * region_costs.UNKNOWN**2
+
+
+def test_an_initializer_among_the_inputs_is_no_image() -> None:
+    model = network(OPEN)
+    weight = next(v for name, v in model.graph.initializers.items() if name == "c0")
+    model.graph.inputs.insert(0, weight)
+    note_elements(model)
+    assert region_costs.elements(model.graph[0].outputs[0]) == 4 * 24 * 160

@@ -198,6 +198,18 @@ def test_a_gpu_that_torch_does_not_have_is_told(
     assert found.notes == ["--device cuda: torch has no CUDA here; blocks are trained on the CPU."]
 
 
+def test_an_op_that_torch_cannot_run_is_told(
+    plain: SiteQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise NotImplementedError("no such form\nof it")
+
+    monkeypatch.setattr(reconstruction, "output_weights", fails)
+    found = reconstruction.Reconstruction(plain.plan, [images()[:2], images()[2:4]])
+    assert found.weights == {}
+    assert found.notes == ["--reconstruct: errors count the same everywhere; torch: no such form."]
+
+
 def test_one_batch_is_too_few(plain: SiteQuantizer) -> None:
     with pytest.raises(ConfigError, match=r"^--reconstruct: [^\n]+ a smaller --batch\.$"):
         reconstruction.Reconstruction(plain.plan, [images()])
