@@ -20,6 +20,8 @@ from ptq_onnx.engine.torch_form import Tensor, TorchForm
 
 Double = NDArray[np.float64]
 
+SOFTNESS = 4.0
+"""Temperature of the classes' distribution, for matrices over channels from some hundred images."""
 EVENLY = 0.2
 """Part of the weight that all positions share."""
 DAMPING = 0.1

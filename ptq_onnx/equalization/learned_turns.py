@@ -8,7 +8,6 @@ for a tensor of the stream, what is learned from some images is worse on others 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +17,14 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from ptq_onnx.engine.output_weights import slopes
+from ptq_onnx.engine.output_weights import SOFTNESS, slopes
+from ptq_onnx.engine.torch_form import TorchForm
 from ptq_onnx.equalization.rotation import affine_of
 from ptq_onnx.equalization.stream_parts import Stream
 from ptq_onnx.equalization.streams import find_streams
-from ptq_onnx.numerics.learned_rotation import expected_loss, learned_matrix, steps_for
+from ptq_onnx.numerics.learned_rotation import expected_loss, learned_matrix
 from ptq_onnx.progress import Advance, silent
-from ptq_onnx.quantizers.importance import RARE, differentiable, first_images, in_words
+from ptq_onnx.quantizers.importance import first_images, run_in_torch
 
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -39,8 +39,6 @@ ROWS = 60
 """Rows that are taken of an image …"""
 MOST = 1 << 26
 """… and numbers of all rows of a stream, at most."""
-SOFTNESS = 4.0
-"""Temperature of the classes' distribution (``output_weights.slopes``)."""
 ENOUGH = 0.98
 """Part of the expected loss that a learned matrix may leave at most."""
 
@@ -65,19 +63,17 @@ def learn_turns(model: ir.Model, batches: Iterable[Any], advance: Advance = sile
     streams = {i: s for i, s in enumerate(find_streams(model.graph)[0]) if not s.products}
     if not streams:
         return Learned()
-    form, reason = differentiable(model)
     read = {i: _Read(stream) for i, stream in streams.items()}
-    if reason is None:
+
+    def measure(form: TorchForm) -> None:
         names = [name for one in read.values() for pair in one.made.items() for name in pair]
         outputs = [str(v.name) for v in model.graph.outputs]
         images = first_images(batches, IMAGES, advance)
-        feed = form.inputs[0]
-        try:
-            for found, slope in slopes(form, feed, names, outputs, images, SOFTNESS):
-                for one in read.values():
-                    one.add(found, slope)
-        except RARE as error:
-            reason = in_words(error)
+        for found, slope in slopes(form, form.inputs[0], names, outputs, images, SOFTNESS):
+            for one in read.values():
+                one.add(found, slope)
+
+    reason = run_in_torch(model, measure)
     if reason is not None:
         return Learned(note=f"Rotation: the matrix is drawn, not learned; {reason}.")
     matrices: dict[int, Double] = {}
@@ -110,7 +106,8 @@ class _Read:
         self.scale = {str(n.outputs[0].name): affine_of(n)[0] for n in norms}
         self.whole = all(len(scale) == stream.width for scale in self.scale.values())
         self.rows: tuple[list[Array], list[Array]] = ([], [])
-        self.costs: tuple[list[Array], list[Array]] = ([], [])
+        size = (2, len(norms), stream.width, stream.width)
+        self.costs: Array = np.zeros(size, np.float32)
         self.count = int(np.clip(MOST / (len(norms) * stream.width * IMAGES), 1, ROWS))
         self.random = torch.Generator().manual_seed(0)
         self.seen = 0
@@ -134,7 +131,7 @@ class _Read:
             steps = slope[made].reshape(-1, slope[made].shape[-1]) * scale
             costs.append((steps.T @ steps).numpy())
         self.rows[apart].append(np.stack(rows))
-        _add(self.costs[apart], np.stack(costs))
+        self.costs[int(apart)] += np.stack(costs)
         self.seen += 1
 
     def learned(self, tell: Callable[[float], None]) -> tuple[Double, float] | None:
@@ -142,23 +139,11 @@ class _Read:
         ``tell`` is told the part that is done."""
         if not self.whole or not all(self.rows):
             return None
-        (rows, others), (costs, tested) = (
-            [np.concatenate(r, axis=1) for r in self.rows],
-            [c[0] for c in self.costs],
-        )
-        done = itertools.count(1)
-        steps = steps_for(*costs.shape[:2])
-        matrix = learned_matrix(rows, costs, advance=lambda: tell(next(done) / steps))
+        rows, others = (np.concatenate(r, axis=1) for r in self.rows)
+        costs, tested = self.costs
+        matrix = learned_matrix(rows, costs, tell=tell)
         before = expected_loss(others, tested, np.eye(len(matrix), dtype=np.float32))
         after = expected_loss(others, tested, matrix.astype(np.float32))
         if not after < ENOUGH * before:
             return None
         return matrix, float(10 * np.log10(before / after))
-
-
-def _add(total: list[Array], more: Array) -> None:
-    """Add to the one array of a list."""
-    if total:
-        total[0] += more
-    else:
-        total.append(more)

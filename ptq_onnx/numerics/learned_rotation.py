@@ -52,10 +52,10 @@ def steps_for(tensors: int, width: int) -> int:
 
 
 def learned_matrix(
-    rows: Array, costs: Array, seed: int = 0, advance: Callable[[], None] = lambda: None
+    rows: Array, costs: Array, seed: int = 0, tell: Callable[[float], None] = lambda _: None
 ) -> Double:
-    """R [D, D], orthogonal with R·1 = 1, from rows [T, N, D] and costs [T, D, D]; ``advance`` is
-    called once a step."""
+    """R [D, D], orthogonal with R·1 = 1, from rows [T, N, D] and costs [T, D, D]; ``tell`` is told
+    the part that is done, at each step."""
     random = np.random.default_rng(seed)
     steps = steps_for(len(rows), rows.shape[-1])
     rows, costs = _centred(rows), costs.astype(np.float32)
@@ -63,7 +63,6 @@ def learned_matrix(
     one = np.eye(width)
     matrix, mean, power = one.copy(), np.zeros((width, width)), 0.0
     for step in range(steps):
-        advance()
         drawn = rows[:, random.permutation(rows.shape[1])[:BATCH]]
         loss, slope = _loss(drawn, costs, matrix.astype(np.float32))
         turn = matrix.T @ (slope.astype(np.float64) / max(loss, TINY))
@@ -73,6 +72,7 @@ def learned_matrix(
         size = np.sqrt(power / (1 - DECAY ** (step + 1))) * (1 - MOMENTUM ** (step + 1))
         half = mean * (-RATE / 2 * (1 - step / steps) / max(float(size), TINY))
         matrix = matrix @ np.linalg.solve(one - half, one + half)
+        tell((step + 1) / steps)
     return matrix
 
 

@@ -7,7 +7,7 @@ Ranges, the rounding of weights and the means that biases restore are worth most
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,29 +56,33 @@ def find_importance(
     """Importance of the positions of the named tensors of a float model, from the first ``IMAGES``
     images of batches [B, C, H, W]; ``axes``: of each tensor's channels. ``advance`` is told the
     number of images done."""
-    form, reason = differentiable(model)
     found: dict[str, Double] = {}
-    if reason is None:
+
+    def measure(form: TorchForm) -> None:
         outputs = [str(v.name) for v in model.graph.outputs]
         images = first_images(batches, IMAGES, advance)
-        try:
-            found = position_weights(form, form.inputs[0], axes, outputs, images)
-        except RARE as error:
-            reason = in_words(error)
+        found.update(position_weights(form, form.inputs[0], axes, outputs, images))
+
+    reason = run_in_torch(model, measure)
     if reason is not None:
         return Importance(note=f"The output is taken to depend on all positions alike; {reason}.")
     return Importance({name: EVENLY + (1 - EVENLY) * p for name, p in found.items()})
 
 
-def differentiable(model: ir.Model) -> tuple[TorchForm, str | None]:
-    """A float model in torch, and why gradients of it are not to be had, or None."""
+def run_in_torch(model: ir.Model, run: Callable[[TorchForm], None]) -> str | None:
+    """Let ``run`` have a float model in torch; why gradients of it are not to be had, or None."""
     form = TorchForm(model.graph, {})
     reason = form.missing()
     if reason is None and len(form.inputs) != 1:
         reason = "the model has several inputs"
     if reason is None and model.graph.inputs[0].dtype not in (None, ir.DataType.FLOAT):
         reason = "the model's input has whole numbers"
-    return form, reason
+    if reason is None:
+        try:
+            run(form)
+        except RARE as error:
+            reason = in_words(error)
+    return reason
 
 
 def in_words(error: Exception) -> str:

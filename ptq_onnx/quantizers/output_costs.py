@@ -11,18 +11,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.blocks.walking import is_linear
-from ptq_onnx.engine.output_weights import slopes
+from ptq_onnx.engine.output_weights import SOFTNESS, slopes
+from ptq_onnx.engine.torch_form import TorchForm
 from ptq_onnx.graph.formula import sizes
 from ptq_onnx.numerics.two_sided import steadied
 from ptq_onnx.progress import Advance, silent
-from ptq_onnx.quantizers.importance import RARE, differentiable, first_images, in_words
+from ptq_onnx.quantizers.importance import first_images, run_in_torch
 
 Double = NDArray[np.float64]
 
 IMAGES = 128
 """Images that go through the model and back, at most."""
-SOFTNESS = 4.0
-"""Temperature of the classes' distribution (``output_weights.slopes``)."""
 BYTES = 1 << 30
 """That all matrices may take; the widest are left out first."""
 
@@ -40,21 +39,20 @@ def find_output_costs(
 ) -> OutputCosts:
     """Those of a float model's linears, but for its outputs, from the first ``IMAGES`` images of
     batches [B, C, H, W]. ``advance`` is told the number of images done."""
-    form, reason = differentiable(model)
     outputs = [str(v.name) for v in model.graph.outputs]
     widths = {str(n.outputs[0].name): _width(n) for n in model.graph if is_linear(n)}
     names = sorted((n for n, w in widths.items() if w and n not in outputs), key=widths.__getitem__)
     room = np.cumsum([8 * widths[name] ** 2 for name in names])
     known = names[: int(np.searchsorted(room, BYTES, side="right"))]
     found = {name: _Sums() for name in known}
-    if reason is None:
+
+    def measure(form: TorchForm) -> None:
         images = first_images(batches, IMAGES, advance)
-        try:
-            for _, slope in slopes(form, form.inputs[0], known, outputs, images, SOFTNESS):
-                for name, one in slope.items():
-                    found[name].add(one.numpy())
-        except RARE as error:
-            reason = in_words(error)
+        for _, slope in slopes(form, form.inputs[0], known, outputs, images, SOFTNESS):
+            for name, one in slope.items():
+                found[name].add(one.numpy())
+
+    reason = run_in_torch(model, measure)
     if reason is not None:
         return OutputCosts(note=f"Weights are rounded by their linears' outputs alone; {reason}.")
     left = len(names) - len(known)

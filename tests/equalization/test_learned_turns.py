@@ -75,7 +75,7 @@ def test_costs_are_those_of_what_the_norm_makes_without_its_factors() -> None:
     found = {name: torch.randn(1, 16, D) for pair in read.made.items() for name in pair}
     read.add(found, dict.fromkeys(read.made, ones))
     expected = 16 * np.outer(read.scale[last], read.scale[last])
-    np.testing.assert_allclose(read.costs[0][0][-1], expected, rtol=1e-6)
+    np.testing.assert_allclose(read.costs[0][-1], expected, rtol=1e-6)
     rows = read.rows[0][0]
     assert rows.shape == (2, learned_turns.ROWS, D)
     np.testing.assert_allclose(rows.mean(axis=-1), 0, atol=1e-6)

@@ -78,6 +78,7 @@ def test_the_seed_alone_decides() -> None:
 def test_wide_streams_make_fewer_steps() -> None:
     """ViT-L 95, ViT-g 20, ViT-B all; the caller is told of each."""
     assert [steps_for(49, 1024), steps_for(81, 1536), steps_for(25, 768)] == [95, 20, 100]
-    told: list[int] = []
-    learned_matrix(*drawn(), advance=lambda: told.append(1))
+    told: list[float] = []
+    learned_matrix(*drawn(), tell=told.append)
+    assert told[-1] == 1
     assert len(told) == steps_for(TENSORS, D) == 100
