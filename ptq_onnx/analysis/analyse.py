@@ -157,7 +157,7 @@ def _switched(subject: Subject, way: _Way, batch: int, held_apart: bool) -> Sens
         left_in_float=partial(left_in_float, quantizer=subject.quantizer),
         threads=way.threads,
         workers=way.workers,
-        progress=way.begin(stages.MODULES, run_count(modules)),
+        progress=way.begin(stages.MODULES, run_count(modules, len(way.source))),
     )
 
 

@@ -98,7 +98,8 @@ class Switched:
 
     ``module`` names it: ``blocks.5.fc2`` (scope ``op``), ``fc2`` (``kind``: all of them),
     ``blocks.5`` (``block``) or ``model``; ``part``: its activations, its weights, or both;
-    ``tensors``: how many of those are switched. ``features_snr``, ``features_db``: those of the
+    ``tensors``: how many of those are switched; ``images``: how many it was measured on.
+    ``features_snr``, ``features_db``: those of the
     last norm's output, all tokens; the ratio is None for a model without one. ``gain_db``,
     ``features_gain_db`` (leave-one-out): what logits and features gain in dB over the model with
     everything quantized; None in layerwise results, and where the gain is infinite: nothing is
@@ -112,6 +113,7 @@ class Switched:
     block: int | None
     part: Part
     tensors: int
+    images: int
     error: Error
     features_db: Decibels | None = None
     gain_db: float | None = None
@@ -123,7 +125,9 @@ class Switched:
 class Sensitivity:
     """Layerwise and leave-one-out analysis, both measured at the logits.
 
-    ``baseline``: everything quantized. ``layerwise``: one module quantized, the rest float.
+    Every module is measured on ``few_images``, spread evenly over all, and those that cost most on
+    all ``images``; its gain is that over the same images' baseline.
+    ``baseline``: everything quantized, on all images. ``layerwise``: one module quantized, the rest float.
     ``leave_one_out``: everything quantized but what ``--keep-float`` would leave in float for the
     module (part ``all``; the partner of an attention product with it), or its weights or
     activations alone. The other tensors keep the numbers of this run; ``--keep-float`` equalises
@@ -131,6 +135,7 @@ class Sensitivity:
     """
 
     images: int
+    few_images: int
     held_apart: bool
     baseline: Error
     baseline_features_db: Decibels | None

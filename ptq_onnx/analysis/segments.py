@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import onnx_ir as ir
@@ -77,9 +78,20 @@ def _is_cut(value: ir.Value, node: ir.Node) -> bool:
     return joins or len(value.uses()) > 1
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What a run of segments gives: ``value``, the output of the last of them [N, …]; behind the
+    graph's last one all outputs too, and the features where these were asked for."""
+
+    value: Array
+    outputs: tuple[Array, ...] = ()
+    features: Array | None = None
+
+
 class Segments:
     """ONNX Runtime sessions of runs of segments, lowered with any set of specs.
 
+    Runs may be made from several threads; each of them takes one.
     ``keep`` sessions stay open, those used last; memory is that of the weights in them.
     ``features``: a tensor of the last segment that runs to the end give beside the outputs.
     ``rounded``: the same graph with weights rounded and biases corrected; a product has those
@@ -90,7 +102,7 @@ class Segments:
         self,
         model: ir.Model,
         output: str | Sequence[str],
-        threads: int = 0,
+        threads: int = 1,
         keep: int = 3,
         features: str | None = None,
         rounded: ir.Model | None = None,
@@ -101,12 +113,9 @@ class Segments:
         self.parts = find_segments(model, *self._outputs, features=features)
         self._threads, self._keep = threads, keep
         self._changed = {} if rounded is None else changed_constants(model, rounded)
-        self.seen: Array | None = None
-        """The features of the last run; None where it did not reach them."""
-        self.ends: tuple[Array, ...] = ()
-        """All outputs of the last run; none where it did not reach them."""
         self._open: OrderedDict[tuple[int, int, str], ort.InferenceSession] = OrderedDict()
         self._cut: dict[tuple[int, int], ir.Model] = {}
+        self._lock, self._cutting = Lock(), Lock()
 
     def places(self) -> dict[str, int]:
         """The segment that makes each tensor; of a constant, the first that reads it."""
@@ -121,33 +130,37 @@ class Segments:
 
     def run(
         self, value: Array, first: int, last: int, specs: Specs, batch: int, name: str = ""
-    ) -> Array:
-        """The output of segment ``last`` from the input of segment ``first`` [N, …].
+    ) -> Passed:
+        """What segment ``last`` makes of the input of segment ``first`` [N, …].
 
         The tensors in ``specs`` are quantized on the way. ``name``: keep the session open under
         this name; a name stands for one set of specs.
         """
-        key = (first, last, name)
-        session = self._open.get(key) if name else None
-        if session is None:
-            session = self._build(first, last, specs)
-            if name:
-                self._open[key] = session
         if name:
-            self._open.move_to_end(key)
-        while len(self._open) > self._keep:
-            self._open.popitem(last=False)
+            session = self._kept(first, last, specs, name)
+        else:
+            session = self._build(first, last, specs)
         feed = session.get_inputs()[0].name
         parts = [
             session.run(None, {feed: np.ascontiguousarray(value[i : i + batch])})
             for i in range(0, len(value), batch)
         ]
         whole = [np.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
-        final = last == len(self.parts) - 1
-        self.ends = tuple(whole[: len(self._outputs)]) if final else ()
-        rest = whole[len(self.ends or whole[:1]) :]
-        self.seen = rest[0] if rest else None
-        return whole[0]
+        if last < len(self.parts) - 1:
+            return Passed(whole[0])
+        ends, rest = whole[: len(self._outputs)], whole[len(self._outputs) :]
+        return Passed(whole[0], tuple(ends), rest[0] if rest else None)
+
+    def _kept(self, first: int, last: int, specs: Specs, name: str) -> ort.InferenceSession:
+        """The session of that name, opened by one thread while the others wait for it."""
+        key = (first, last, name)
+        with self._lock:
+            if key not in self._open:
+                self._open[key] = self._build(first, last, specs)
+            self._open.move_to_end(key)
+            while len(self._open) > self._keep:
+                self._open.popitem(last=False)
+            return self._open[key]
 
     def _build(self, first: int, last: int, specs: Specs) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -174,9 +187,10 @@ class Segments:
 
     def model_of(self, first: int, last: int) -> ir.Model:
         """Segments ``first`` to ``last`` as a model of their own, made once: not to be changed."""
-        if (first, last) not in self._cut:
-            self._cut[first, last] = self._cut_out(first, last)
-        return self._cut[first, last]
+        with self._cutting:
+            if (first, last) not in self._cut:
+                self._cut[first, last] = self._cut_out(first, last)
+            return self._cut[first, last]
 
     def _cut_out(self, first: int, last: int) -> ir.Model:
         copy = self._model.clone()

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.costliest import (
+    Costs,
+    costliest,
+    count_of_costliest,
+    images_of_first_run,
+)
 from ptq_onnx.analysis.decibels import decibels, difference
 from ptq_onnx.analysis.errors import Sums, outputs_error
 from ptq_onnx.analysis.modules import Module, find_modules
@@ -62,7 +68,10 @@ def sensitivity(
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Sensitivity:
-    """Both analyses of the float ``model`` with its ``specs``, on all ``images``.
+    """Both analyses of the float ``model`` with its ``specs``.
+
+    All modules are measured on few of the images, spread evenly, and those that cost most on all
+    of them (see costliest.py).
 
     ``reference``: the float model that ``model`` came from, where that is another: its weights
     not yet rounded, its biases not yet corrected. Its logits are compared with, and a linear
@@ -76,33 +85,64 @@ def sensitivity(
         raise ModelError("There are no images to analyse the quantized model on.")
     started = time.perf_counter()
     modules = [m for m in find_modules(model, blocks, sites, specs) if apart or m.part == "all"]
-    features = _last_norm(model, blocks)
-    way = Way(
-        reference or model, features, None if reference is None else model, images, threads, workers
-    )
-    first = way.runs()
-    first.segments.run(images.values, 0, first.last, {}, images.batch)
-    truth = first.measured(images)
-    answers = bool(set(class_outputs(model)) - set(feature_outputs(model)))
-    judge = partial(_judged, truth, answers=answers)
-    alone = {m: {t: specs[t] for t in m.tensors} for m in modules}
-    taken = [m for m in modules if m.part == "all" or m.scope in APART]
+    given = {m: m for m in modules if m.part == "all" or m.scope in APART}
     if left_in_float is not None:
-        taken = [replace(m, tensors=left_in_float(m)) if m.part == "all" else m for m in taken]
-    but = {m: {t: spec for t, spec in specs.items() if t not in m.tensors} for m in taken}
-    with Shards(way, judge) as shards:
-        layerwise, _ = shards.each({}, alone, progress)
-        left, baseline = shards.each(specs, but, progress)
+        given |= {m: replace(m, tensors=left_in_float(m)) for m in given if m.part == "all"}
+    features = _last_norm(model, blocks)
+    rounded = None if reference is None else model
+    answers = bool(set(class_outputs(model)) - set(feature_outputs(model)))
+
+    def measured(on: Images, chosen: Sequence[Module]) -> _Found:
+        """Both analyses of some of the modules."""
+        way = Way(reference or model, features, rounded, on, threads, workers)
+        judge = partial(_judged, way.runs().whole({}, on), answers=answers)
+        alone = {m: {t: specs[t] for t in m.tensors} for m in chosen}
+        taken = [m for m in chosen if m in given]
+        but = {m: {t: s for t, s in specs.items() if t not in given[m].tensors} for m in taken}
+        with Shards(way, judge) as shards:
+            layerwise, _ = shards.each({}, alone, progress)
+            left, baseline = shards.each(specs, but, progress)
+        return _Found(layerwise, left, baseline, on.real)
+
+    few = images_of_first_run(images.real)
+    last = measured(images if few == images.real else images.spread(few), modules)
+    found = dict.fromkeys(modules, last)
+    if few < images.real:
+        worst = costliest({m: last.costs(m) for m in modules if m.part == "all"})
+        last = measured(images, worst)
+        found |= dict.fromkeys(worst, last)
+    error, ratio = last.baseline
     return Sensitivity(
         images=images.real,
+        few_images=few,
         held_apart=held_apart,
-        baseline=baseline[0],
-        baseline_features_db=None if baseline[1] is None else decibels(baseline[1]),
-        baseline_features_snr=baseline[1],
-        layerwise=tuple(_switched(m, layerwise[m], None) for m in alone),
-        leave_one_out=tuple(_switched(m, left[m], baseline) for m in but),
+        baseline=error,
+        baseline_features_db=None if ratio is None else decibels(ratio),
+        baseline_features_snr=ratio,
+        layerwise=tuple(_switched(m, found[m].images, found[m].layerwise[m]) for m in modules),
+        leave_one_out=tuple(
+            _switched(taken, found[m].images, found[m].left[m], found[m].baseline)
+            for m, taken in given.items()
+        ),
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What both analyses say of modules, and of the model with everything quantized, on so many
+    images."""
+
+    layerwise: Mapping[Module, Judged]
+    left: Mapping[Module, Judged]
+    baseline: Judged
+    images: int
+
+    def costs(self, module: Module) -> Costs:
+        """By which the costliest are found."""
+        error, features = self.left[module]
+        ratio = error.snr if features is None else features
+        return self.layerwise[module][0].snr, ratio, error.snr
 
 
 def layerwise_errors(
@@ -133,11 +173,7 @@ def errors_of(
 ) -> tuple[Error, float | None]:
     """The error of the logits with all ``specs``, and the SNR of the features in dB."""
     runs = Runs(model, threads, _last_norm(model, blocks))
-    segments, values = runs.segments, images.values
-    segments.run(values, 0, runs.last, {}, images.batch)
-    truth = runs.measured(images)
-    segments.run(values, 0, runs.last, specs, images.batch)
-    error, features = _judged(truth, runs.measured(images))
+    error, features = _judged(runs.whole({}, images), runs.whole(specs, images))
     return error, None if features is None else decibels(features)
 
 
@@ -166,12 +202,16 @@ def _outputs(found: Outcome) -> tuple[Array, ...]:
     return found[0]
 
 
-def run_count(modules: Sequence[Module]) -> int:
+def run_count(modules: Sequence[Module], images: int) -> int:
     """The number of runs that both analyses take."""
-    return len(modules) + sum(m.part == "all" or m.scope in APART for m in modules)
+    both = sum(m.part == "all" or m.scope in APART for m in modules)
+    again = 2 * count_of_costliest(modules) if images_of_first_run(images) < images else 0
+    return len(modules) + both + again
 
 
-def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switched:
+def _switched(
+    module: Module, images: int, found: Judged, baseline: Judged | None = None
+) -> Switched:
     error, ratio = found
     before, ratio_before = (None, None) if baseline is None else baseline
     features = None if ratio is None else decibels(ratio)
@@ -183,6 +223,7 @@ def _switched(module: Module, found: Judged, baseline: Judged | None) -> Switche
         block=module.block,
         part=module.part,
         tensors=len(module.tensors),
+        images=images,
         error=error,
         features_db=features,
         gain_db=None if before is None else difference(error.snr_db, before.snr_db),

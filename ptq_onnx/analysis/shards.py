@@ -78,17 +78,19 @@ class Shards(Generic[T]):
         self, background: Specs, variants: Variants, progress: Callable[[int], None] | None
     ) -> tuple[dict[Module, T], T]:
         """Of every variant, and of the background itself."""
-        tell = progress or (lambda _: None)
-        if self._processes is None:
-            all_of_it = 0, background, variants, True
-            return _each(self._way, self._way.runs(), self._judge, all_of_it, tell)
         found: dict[Module, T] = {}
         baseline: T | None = None
-        parts = self._parts(background, variants)
-        for (*_, part, _), (judged, last) in self._processes.beside((p, p) for p in parts):
-            found |= judged
-            baseline = last
-            tell(len(part))
+        if self._processes is None:
+            way = self._way
+            found, baseline = way.runs().each(
+                background, variants, way.images, self._judge, progress
+            )
+        else:
+            tell, parts = progress or (lambda _: None), self._parts(background, variants)
+            for (*_, part, _), (judged, last) in self._processes.beside((p, p) for p in parts):
+                found |= judged
+                baseline = last
+                tell(len(part))
         assert baseline is not None
         return found, baseline
 
@@ -123,23 +125,13 @@ def open_runs(
     opened: dict[int, Runs] = {}
 
     def run(part: Part) -> tuple[dict[Module, T], T | None]:
-        if part[0] not in opened:
+        number, background, variants, whole = part
+        if number not in opened:
             opened.clear()
-            opened[part[0]] = way.runs()
-        found, baseline = _each(way, opened[part[0]], judge, part, lambda _: None)
-        return found, baseline if part[3] else None
+            opened[number] = way.runs()
+        return opened[number].each(background, variants, images, judge, None, whole=whole)
 
     return run
-
-
-def _each(
-    way: Way, runs: Runs, judge: Callable[[Outcome], T], part: Part, tell: Callable[[int], None]
-) -> tuple[dict[Module, T], T]:
-    _, background, variants, whole = part
-    made = runs.each(background, variants, way.images, tell, whole=whole)
-    found = {module: judge(outcome) for module, outcome in made}
-    baseline: Any = judge(runs.baseline) if whole else None
-    return found, baseline
 
 
 def _models(way: Way) -> dict[str, ir.Model]:

@@ -1,26 +1,34 @@
 """Runs of one model in which what is quantized differs in a few tensors.
 
 A run starts at the graph segment that holds those tensors, from activations that all runs share,
-and ends in a session that all runs share (see segments.py). Memory holds the images, one activation
-per image, and the weights of a few sessions.
+and ends in a session that all runs share (see segments.py). ``LANES`` runs go on beside each other:
+opening a session, most of it Python's work, is as long as a run of a few images. Memory holds the
+images, one activation per image, and the weights of a few sessions for each lane.
 """
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.modules import Module
-from ptq_onnx.analysis.segments import Segments, Specs
+from ptq_onnx.analysis.segments import Passed, Segments, Specs
 from ptq_onnx.calibration.class_output import float_outputs
 from ptq_onnx.errors import ModelError
 
 Array = NDArray[np.float32]
+T = TypeVar("T")
+LANES = 2
+"""Runs beside each other, at most: each may hold a session of the whole model."""
 Outcome = tuple[tuple[Array, ...], Array | None]
 """Outputs, as logits [N, classes], and features [N, …] where the model has them."""
 
@@ -41,6 +49,13 @@ class Images:
     def real(self) -> int:
         """The number of images."""
         return self.count or len(self.values)
+
+    def spread(self, count: int) -> Images:
+        """``count`` of the images, spread evenly over all; filled up as these are."""
+        chosen = np.linspace(0, self.real - 1, count).round().astype(int)
+        if self.count:
+            chosen = np.concatenate([chosen, np.repeat(chosen[-1:], -count % self.batch)])
+        return Images(self.values[chosen], self.batch, count)
 
 
 @dataclass(frozen=True)
@@ -65,53 +80,74 @@ class Runs:
         self.outputs = float_outputs(model)
         if not self.outputs:
             raise ModelError("The model has no output of floats to measure modules at.")
-        self.segments = Segments(model, self.outputs, threads, features=features, rounded=rounded)
+        threads = threads or os.cpu_count() or 1
+        self._lanes = min(LANES, threads)
+        each = threads // self._lanes
+        self.segments = Segments(model, self.outputs, each, features=features, rounded=rounded)
         self.last = len(self.segments.parts) - 1
-        self.baseline: Outcome = (), None
-        self._at: tuple[int, Array] | None = None
+        self._at: tuple[int, Passed] | None = None
         """How far the background was run, and what the next segment reads."""
 
-    def measured(self, images: Images) -> Outcome:
-        """Outputs and features of the run just made, without what only fills up a batch."""
-        seen, count = self.segments.seen, len(images.values)
-        ends = tuple(e[: images.real] if len(e) == count else e for e in self.segments.ends)
-        return ends, None if seen is None else seen[: images.real]
+    def whole(self, specs: Specs, images: Images) -> Outcome:
+        """Outputs and features of the whole model with those specs."""
+        return _measured(self.segments.run(images.values, 0, self.last, specs, images.batch), images)
 
     def each(
         self,
         background: Specs,
         variants: Mapping[Module, Specs],
         images: Images,
+        judge: Callable[[Outcome], T],
         progress: Callable[[int], None] | None,
         *,
         whole: bool = True,
-    ) -> Iterator[tuple[Module, Outcome]]:
-        """The outcome of every variant; ``baseline`` afterwards: that of the background, where the
-        ``whole`` of it is run, and not only what the variants need. Called again, it goes on where
-        it was: with the same background, and variants that begin no earlier."""
+    ) -> tuple[dict[Module, T], T | None]:
+        """What ``judge`` says of every variant, and of the background, where the ``whole`` of it
+        is run and not only what the variants need. Called again, it goes on where it was: with
+        the same background, and variants that begin no earlier."""
         groups = self.groups(variants)
         waiting: dict[int, list[Group]] = defaultdict(list)
         for group in groups:
             waiting[group.start].append(group)
-        first, value = self._at or (0, images.values)
+        first, passed = self._at or (0, Passed(images.values))
         stop = self.last if whole else max((g.start for g in groups), default=first)
-        for number in range(first, stop + 1):
-            for group in waiting[number]:
-                end, specs = group.end, variants[group.modules[0]]
-                found = self.segments.run(value, number, end, specs, images.batch)
-                if end < self.last:
-                    found = self.segments.run(
-                        found, end + 1, self.last, background, images.batch, "rest"
-                    )
-                if progress is not None:
-                    progress(len(group.modules))
-                outcome = self.measured(images)
-                yield from ((module, outcome) for module in group.modules)
-            if whole or number < stop:
-                value = self.segments.run(value, number, number, background, images.batch)
-        self._at = stop, value
-        if whole:
-            self.baseline = self.measured(images)
+        found: dict[Module, T] = {}
+        pool = ThreadPoolExecutor(self._lanes, "runs")
+        try:
+            for number in range(first, stop + 1):
+                value, beside = passed.value, None
+                if whole or number < stop:
+                    go_on = value, number, number, background, images.batch
+                    beside = pool.submit(self.segments.run, *go_on)
+                one = partial(self._judged, judge, value, background, variants, images)
+                for group, judged in zip(
+                    waiting[number], pool.map(one, waiting[number]), strict=True
+                ):
+                    found |= dict.fromkeys(group.modules, judged)
+                    if progress is not None:
+                        progress(len(group.modules))
+                passed = passed if beside is None else beside.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self._at = stop, passed
+        return found, judge(_measured(passed, images)) if whole else None
+
+    def _judged(
+        self,
+        judge: Callable[[Outcome], T],
+        value: Array,
+        background: Specs,
+        variants: Mapping[Module, Specs],
+        images: Images,
+        group: Group,
+    ) -> T:
+        """A run that starts at the group's first segment from ``value``."""
+        run, specs = self.segments.run, variants[group.modules[0]]
+        passed = run(value, group.start, group.end, specs, images.batch)
+        if group.end < self.last:
+            behind = group.end + 1, self.last
+            passed = run(passed.value, *behind, background, images.batch, "rest")
+        return judge(_measured(passed, images))
 
     def groups(self, modules: Iterable[Module]) -> list[Group]:
         """Modules of the same tensors, which are one run, in the order of the runs."""
@@ -124,3 +160,10 @@ class Runs:
             touched = [places.get(t, 0) for t in tensors]
             found.append(Group(tuple(group), min(touched), max(touched)))
         return sorted(found, key=lambda g: (g.start, g.end))
+
+
+def _measured(passed: Passed, images: Images) -> Outcome:
+    """Outputs and features, without what only fills up a batch."""
+    count = len(images.values)
+    ends = tuple(e[: images.real] if len(e) == count else e for e in passed.outputs)
+    return ends, None if passed.features is None else passed.features[: images.real]

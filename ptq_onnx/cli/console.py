@@ -189,8 +189,10 @@ def worst_ops(analysis: Mapping[str, Any], count: int = WORST) -> Table:
 
 
 def costliest(sensitivity: Mapping[str, Any], count: int = WORST) -> Table:
-    """The modules that cost the logits most: quantized alone, and what is gained without them."""
-    alone = [m for m in sensitivity["layerwise"] if (m["scope"], m["part"]) == ("op", "all")]
+    """The modules that cost the logits most, of those measured on all images: quantized alone, and
+    what is gained without them."""
+    whole = "op", "all", sensitivity["images"]
+    alone = [m for m in sensitivity["layerwise"] if (m["scope"], m["part"], m["images"]) == whole]
     alone = sorted(alone, key=lambda m: m["error"]["snr"], reverse=True)[:count]
     left = {m["module"]: m for m in sensitivity["leave_one_out"] if m["part"] == "all"}
     rows = []

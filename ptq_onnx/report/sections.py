@@ -91,6 +91,7 @@ def _sensitivity(found: Entry | None, blocks: int) -> dict[str, Any] | None:
     ]
     return {
         **found,
+        "on_all": sum(m["images"] == found["images"] for m in found["layerwise"]),
         "rows": rows,
         "heat": Markup(heat_map(cells, roles, blocks, "Layerwise dB", HEAT_RANGE)),
         "gains": Markup(

@@ -12,8 +12,10 @@ import pytest
 from prepared_models import images, prepared, quantized, subject, uncalibrated
 from short_digits import short_digits
 
+import ptq_onnx.analysis.costliest as costliest_module
+from ptq_onnx.analysis.costliest import costliest, count_of_costliest
 from ptq_onnx.analysis.errors import logits_error
-from ptq_onnx.analysis.modules import find_modules
+from ptq_onnx.analysis.modules import Module, find_modules
 from ptq_onnx.analysis.results import Sensitivity
 from ptq_onnx.analysis.segments import Segments, changed_constants, find_segments
 from ptq_onnx.analysis.sensitivity import run_count, sensitivity
@@ -97,7 +99,7 @@ def test_segments_one_by_one_give_the_whole(path: Path) -> None:
     segments = Segments(p.model, str(p.model.graph.outputs[0].name), threads=1)
     value = images()[:COUNT]
     for number in range(len(segments.parts)):
-        value = segments.run(value, number, number, {}, 3)
+        value = segments.run(value, number, number, {}, 3).value
     np.testing.assert_allclose(value, whole({}, p.model), rtol=1e-4, atol=1e-4)
 
 
@@ -254,9 +256,73 @@ def test_progress_counts_every_run_and_no_images_are_refused(
         p.model, few, p.blocks, p.sites, Images(images()[:1]), held_apart=False, threads=1,
         progress=done.append,
     )  # fmt: skip
-    assert sum(done) == run_count(find_modules(p.model, p.blocks, p.sites, few))
+    assert sum(done) == run_count(find_modules(p.model, p.blocks, p.sites, few), 1)
     with pytest.raises(ModelError, match="no images"):
         sensitivity(p.model, few, p.blocks, p.sites, Images(images()[:0]), held_apart=False)
+
+
+def test_the_costliest_are_measured_on_all_images(
+    quantizer: SiteQuantizer, found: Sensitivity, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others on few; what a row says is what it says with those images alone."""
+    p = prepared(path)
+    monkeypatch.setattr(costliest_module, "FEW", 2)
+    monkeypatch.setattr(costliest_module, "PLACES", {"op": (3, 2, 1), "block": (1, 0, 0)})
+    done: list[int] = []
+    two = sensitivity(
+        p.model, quantizer.specs, p.blocks, p.sites, Images(images()[:COUNT]), held_apart=False,
+        threads=2, progress=done.append,
+    )  # fmt: skip
+    modules = find_modules(p.model, p.blocks, p.sites, quantizer.specs)
+    assert sum(done) == run_count(modules, COUNT) == run_count(modules, 2) + 2 * 7
+    few = sensitivity(
+        p.model, quantizer.specs, p.blocks, p.sites, Images(images()[:COUNT]).spread(2),
+        held_apart=False, threads=1,
+    )  # fmt: skip
+    assert (two.images, two.few_images, few.few_images) == (COUNT, 2, 2)
+    assert two.baseline == found.baseline != few.baseline
+    for name in ("layerwise", "leave_one_out"):
+        rows = tuple(zip(*(getattr(one, name) for one in (two, found, few)), strict=True))
+        chosen = [one for one, _, _ in rows if one.images == COUNT]
+        assert sorted(one.scope for one in chosen) == ["block"] + 6 * ["op"]
+        for one, all_of_them, some in rows:
+            assert one == (all_of_them if one.images == COUNT else some)
+    noise = {m.module: m.error.snr for m in few.layerwise if (m.scope, m.part) == ("op", "all")}
+    worst = sorted(noise, key=lambda m: noise[m])[-3:]
+    assert set(worst) <= {m.module for m in two.layerwise if m.images == COUNT}
+
+
+def test_few_images_are_spread_and_filled_up() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(12, 1)
+    assert Images(values).spread(4).values[:, 0].tolist() == [0, 4, 7, 11]
+    filled = Images(values, 4, 10).spread(3)
+    assert filled.values[:, 0].tolist() == [0, 4, 9, 9]
+    assert filled.real == 3
+
+
+def test_costliest_are_the_worst_by_each_measure_and_no_module_twice() -> None:
+    def module(name: str) -> Module:
+        return Module(name, "op", "fc2", None, "all", frozenset())
+
+    def of(places: tuple[int, int, int]) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(costliest_module, "PLACES", {"op": places})
+            chosen = [m.name for m in costliest(costs)]
+            assert len(chosen) == count_of_costliest(costs)
+        return chosen
+
+    # The noise of the module alone; what is left without it, in features and in logits.
+    costs = {
+        module("a"): (0.9, 0.5, 0.1),
+        module("b"): (0.1, 0.2, 0.5),
+        module("c"): (0.8, 0.1, 0.4),
+        module("d"): (0.2, 0.4, 0.2),
+    }
+    assert of((1, 0, 0)) == ["a"]
+    assert of((1, 1, 0)) == ["a", "c"]
+    assert of((2, 1, 0)) == ["a", "b", "c"]
+    assert of((0, 1, 1)) == ["a", "c"]
+    assert of((3, 3, 3)) == ["a", "b", "c", "d"]
 
 
 def test_specs_of_other_tensors_change_nothing(quantizer: SiteQuantizer, path: Path) -> None:
@@ -264,7 +330,7 @@ def test_specs_of_other_tensors_change_nothing(quantizer: SiteQuantizer, path: P
     p = prepared(path)
     segments = Segments(p.model, str(p.model.graph.outputs[0].name), threads=1)
     start = segments.parts[3].input
-    value = segments.run(images()[:2], 0, 2, {}, 2)
+    value = segments.run(images()[:2], 0, 2, {}, 2).value
     coarse = replace(quantizer.specs[start], scale=np.array(100, np.float32), factor=None)
-    one = segments.run(value, 3, 3, {start: coarse}, 2)
-    np.testing.assert_array_equal(one, segments.run(value, 3, 3, {}, 2))
+    one, two = (segments.run(value, 3, 3, specs, 2).value for specs in ({start: coarse}, {}))
+    np.testing.assert_array_equal(one, two)

@@ -145,10 +145,10 @@ def test_advice_names_blocks_ratio_and_options(quantizer: SiteQuantizer, found: 
     )
     error = Error(0.1, 10.0, 0.1, 0.9, 1.0, 50.0)
     gains = tuple(
-        Switched(name, "kind", name, None, "all", 6, replace(error, snr_db=10 + gain), None, gain)
+        Switched(name, "kind", name, None, "all", 6, 4, replace(error, snr_db=10 + gain), None, gain)
         for name, gain in (("fc2", 4.2), ("gelu", 0.3))
     )
-    run = Sensitivity(4, True, error, None, (), gains, 1.0)
+    run = Sensitivity(4, 4, True, error, None, (), gains, 1.0)
     token = Outlier("token", tensor_of("residual2", 3), "residual2", 3, 41, 7, -560.0, 123.4)
     made = replace(found, tensors=tensors, outliers=(token,))
     texts = advise(p.sites, quantizer.specs, made, run, None)
