@@ -18,9 +18,9 @@ Costs = tuple[float, float, float]
 """The noise-to-signal ratio of the logits with a module alone quantized; that of the features with
 the module alone in float; and that of the logits."""
 PLACES: Mapping[Scope, tuple[int, int, int]] = {
-    "op": (20, 8, 4),
-    "kind": (2, 1, 1),
-    "block": (2, 1, 1),
+    "op": (15, 6, 3),
+    "kind": (2, 1, 0),
+    "block": (2, 1, 0),
     "model": (1, 0, 0),
 }
 """Modules that are measured on all images: the worst by each of the costs, no module twice."""

@@ -126,12 +126,12 @@ class Sensitivity:
     """Layerwise and leave-one-out analysis, both measured at the logits.
 
     Every module is measured on ``few_images``, spread evenly over all, and those that cost most on
-    all ``images``; its gain is that over the same images' baseline.
-    ``baseline``: everything quantized, on all images. ``layerwise``: one module quantized, the rest float.
-    ``leave_one_out``: everything quantized but what ``--keep-float`` would leave in float for the
-    module (part ``all``; the partner of an attention product with it), or its weights or
-    activations alone. The other tensors keep the numbers of this run; ``--keep-float`` equalises
-    and calibrates anew.
+    all ``images``; a gain is that over the baseline of the same images.
+    ``baseline``: everything quantized, on all images. ``layerwise``: one module quantized, the
+    rest float. ``leave_one_out``: everything quantized but what ``--keep-float`` would leave in
+    float for the module (part ``all``; the partner of an attention product with it), or its
+    weights or activations alone. The other tensors keep the numbers of this run; ``--keep-float``
+    equalises and calibrates anew.
     """
 
     images: int

@@ -9,9 +9,9 @@ images, one activation per image, and the weights of a few sessions for each lan
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -90,7 +90,9 @@ class Runs:
 
     def whole(self, specs: Specs, images: Images) -> Outcome:
         """Outputs and features of the whole model with those specs."""
-        return _measured(self.segments.run(images.values, 0, self.last, specs, images.batch), images)
+        return _measured(
+            self.segments.run(images.values, 0, self.last, specs, images.batch), images
+        )
 
     def each(
         self,
@@ -112,21 +114,29 @@ class Runs:
         first, passed = self._at or (0, Passed(images.values))
         stop = self.last if whole else max((g.start for g in groups), default=first)
         found: dict[Module, T] = {}
+        begun: deque[tuple[Group, Future[T]]] = deque()
+
+        def wait_for(so_many: int) -> None:
+            """Until no more than these are left of the runs that were begun."""
+            while len(begun) > so_many:
+                group, future = begun.popleft()
+                found.update(dict.fromkeys(group.modules, future.result()))
+                if progress is not None:
+                    progress(len(group.modules))
+
+        one = partial(self._judged, judge, background, variants, images)
         pool = ThreadPoolExecutor(self._lanes, "runs")
         try:
             for number in range(first, stop + 1):
-                value, beside = passed.value, None
+                value, ahead = passed.value, None
                 if whole or number < stop:
                     go_on = value, number, number, background, images.batch
-                    beside = pool.submit(self.segments.run, *go_on)
-                one = partial(self._judged, judge, value, background, variants, images)
-                for group, judged in zip(
-                    waiting[number], pool.map(one, waiting[number]), strict=True
-                ):
-                    found |= dict.fromkeys(group.modules, judged)
-                    if progress is not None:
-                        progress(len(group.modules))
-                passed = passed if beside is None else beside.result()
+                    ahead = pool.submit(self.segments.run, *go_on)
+                for group in waiting[number]:
+                    begun.append((group, pool.submit(one, value, group)))
+                    wait_for(2 * self._lanes)
+                passed = passed if ahead is None else ahead.result()
+            wait_for(0)
         finally:
             pool.shutdown(cancel_futures=True)
         self._at = stop, passed
@@ -135,10 +145,10 @@ class Runs:
     def _judged(
         self,
         judge: Callable[[Outcome], T],
-        value: Array,
         background: Specs,
         variants: Mapping[Module, Specs],
         images: Images,
+        value: Array,
         group: Group,
     ) -> T:
         """A run that starts at the group's first segment from ``value``."""

@@ -285,7 +285,7 @@ class _Held:
     now: Mapping[str, str]
     """The name in the trial of each tensor of the stream."""
 
-    def refined(self, lost: float | None = None, won: float | None = None) -> _Tried:
+    def refined(self, lost: list[float] | None = None, won: float | None = None) -> _Tried:
         """The ranges or factors times what :func:`refined` finds; ``lost``: by the outputs before,
         where that is known."""
         better = refined(self.trial, self.steps, lost)
@@ -323,9 +323,9 @@ class _Trial:
             return turned.refined()
         held = self.by_factors(number, rows, plain)
         lost = held.trial.lost(held.steps), turned.trial.lost(turned.steps)
-        if lost[0] > lost[1]:
+        if lost[0][-1] > lost[1][-1]:
             return best if best.matrix is None else turned.refined(lost[1])
-        return held.refined(lost[0], _decibels(lost[1], lost[0]))
+        return held.refined(lost[0], _decibels(lost[1][-1], lost[0][-1]))
 
     def by_factors(self, number: int, rows: list[Rows], plain: _Tried) -> _Held:
         """The stream as it is, with searched factors per channel."""

@@ -40,6 +40,8 @@ OF_ONE = 2.0 ** (np.array([-1, 1, 2]) / 4)
 """Factors of one tensor's steps."""
 ENOUGH = 0.98
 """Part of the loss that one tensor's steps may leave, to be taken."""
+HOPELESS = 1.03
+"""Times the best loss on the same first batches, above which the others are not tried."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,16 @@ class StreamTrial:
         """The model's outputs on each batch, every tensor rounded by its steps."""
         return list(self._runs(steps))
 
-    def lost(self, steps: Mapping[str, Steps], enough: float = np.inf) -> float:
-        """What the outputs lose, Σ error² / Σ signal²; where that is ``enough`` or more, any number
-        from ``enough`` on, as the last batches need not be run."""
-        return loss(self._runs(steps), self._original, enough)
+    def lost(self, steps: Mapping[str, Steps], best: Sequence[float] = ()) -> list[float]:
+        """What the outputs lose by one batch, two, … and all of them, Σ error² / Σ signal².
+        ``best``: such a list to fall below; without hope of that the last batches are not run, and
+        the last number is infinite."""
+        found: list[float] = []
+        for total in losses(self._runs(steps), self._original):
+            found.append(total)
+            if best and (total >= best[-1] or total > HOPELESS * best[len(found) - 1]):
+                return [*found[:-1], np.inf]
+        return found
 
     def start_at(self, tensor: str, steps: Mapping[str, Steps]) -> None:
         """Begin every run at the tensor from here on, where that can be: all that does not depend
@@ -168,11 +176,13 @@ class Refined:
     factors: Mapping[str, float]
 
 
-def refined(trial: StreamTrial, steps: Mapping[str, Steps], before: float | None = None) -> Refined:
+def refined(
+    trial: StreamTrial, steps: Mapping[str, Steps], before: list[float] | None = None
+) -> Refined:
     """Factors of the steps that leave less of the outputs' loss: one for all tensors, then of one
     tensor after the other, the last ones, whose rounding is the coarsest, first. A tensor without
     whose rounding the outputs lose no less is passed over. ``before``: the loss with the steps as
-    they are, where it is known."""
+    they are (see :meth:`StreamTrial.lost`), where it is known."""
 
     def held(factors: Mapping[str, float]) -> dict[str, Steps]:
         return {name: one.times(factors[name]) for name, one in steps.items()}
@@ -182,20 +192,21 @@ def refined(trial: StreamTrial, steps: Mapping[str, Steps], before: float | None
     for factor in FACTORS:
         tried = dict.fromkeys(steps, float(factor))
         now = trial.lost(held(tried), least)
-        if now < least:
+        if now[-1] < least[-1]:
             found, least = tried, now
     for name in reversed(list(steps)):
         trial.start_at(name, held(found))
-        if trial.lost(held(found) | {name: Steps.unrounded()}, least) >= least:
+        if trial.lost(held(found) | {name: Steps.unrounded()}, least)[-1] == np.inf:
             continue
-        each = [{**found, name: found[name] * float(factor)} for factor in OF_ONE]
-        losses: list[float] = []
-        for tried in each:
-            losses.append(trial.lost(held(tried), min([ENOUGH * least, *losses])))
-        if min(losses) < ENOUGH * least:
-            least = min(losses)
-            found = each[losses.index(least)]
-    return Refined(before, least, found)
+        best, better = [ENOUGH * total for total in least], found
+        for factor in OF_ONE:
+            tried = {**found, name: found[name] * float(factor)}
+            now = trial.lost(held(tried), best)
+            if now[-1] < best[-1]:
+                best = least = now
+                better = tried
+        found = better
+    return Refined(before[-1], least[-1], found)
 
 
 def some_of(batches: Iterable[Any]) -> list[Any]:
@@ -216,12 +227,10 @@ def outputs_of(model: ir.Model, batches: Iterable[Any], threads: int) -> Outputs
     return StreamTrial(model, (), batches, threads).outputs({})
 
 
-def loss(
-    rounded: Iterable[Sequence[NDArray[Any]]], original: Outputs, enough: float = np.inf
-) -> float:
-    """Σ (q - f)² / Σ f² of each output of floats over all batches, added up; no more batches are
-    taken once it is ``enough``: it only grows."""
-    total, errors = 0.0, defaultdict[int, list[float]](list)
+def losses(rounded: Iterable[Sequence[NDArray[Any]]], original: Outputs) -> Iterator[float]:
+    """Σ (q - f)² / Σ f² of each output of floats, added up: Σ (q - f)² over the first batch, the
+    first two, … all of them, Σ f² over all."""
+    errors = defaultdict[int, list[float]](list)
     columns = enumerate(zip(*original, strict=True))
     floats = {number: fs for number, fs in columns if fs[0].dtype.kind == "f"}
     signals = {
@@ -232,10 +241,7 @@ def loss(
         for number, fs in floats.items():
             error = found[number].astype(np.float64) - fs[batch].astype(np.float64)
             errors[number].append(float((error**2).sum()))
-        total = sum(sum(errors[number]) / signal for number, signal in signals.items())
-        if total >= enough:
-            break
-    return total
+        yield sum(sum(errors[number]) / signal for number, signal in signals.items())
 
 
 def _round(graph: ir.Graph, value: ir.Value) -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ptq_onnx.quantizers.base import SiteQuantizer
     from ptq_onnx.report.attention_page import Sheet
 
+BESIDE_IMAGES = 8
+"""Images that the quantizer whose attention is drawn beside is calibrated on, at most."""
+
 
 @dataclass(frozen=True)
 class Analysed:
@@ -146,7 +149,7 @@ def vanilla_beside(job: Job, made: Rewritten) -> Simulator:
     plain = QuantizeConfig(quantizer="vanilla", bits=config.bits, threads=config.threads)
     whole = made.original or made.prepared
     vanilla = make_quantizer(Plan(whole.model, whole.blocks, whole.sites, plain))
-    job.calibrate(vanilla, job.inputs.images.reopened(min(32, config.images)))
+    job.calibrate(vanilla, job.inputs.images.reopened(min(BESIDE_IMAGES, config.images)))
     return Simulator(whole.model, vanilla, threads=config.threads)
 
 

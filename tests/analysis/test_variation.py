@@ -145,7 +145,9 @@ def test_advice_names_blocks_ratio_and_options(quantizer: SiteQuantizer, found: 
     )
     error = Error(0.1, 10.0, 0.1, 0.9, 1.0, 50.0)
     gains = tuple(
-        Switched(name, "kind", name, None, "all", 6, 4, replace(error, snr_db=10 + gain), None, gain)
+        Switched(
+            name, "kind", name, None, "all", 6, 4, replace(error, snr_db=10 + gain), None, gain
+        )
         for name, gain in (("fc2", 4.2), ("gelu", 0.3))
     )
     run = Sensitivity(4, 4, True, error, None, (), gains, 1.0)

@@ -1,6 +1,6 @@
 """Factors per channel against a matrix: by what the outputs lose."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from ptq_onnx.equalization.stream_trial import (
     PARTS,
     Steps,
     StreamTrial,
-    loss,
+    losses,
     outputs_of,
     refined,
     some_of,
@@ -75,7 +75,7 @@ def test_outputs_are_those_of_the_rounded_tensor() -> None:
     found = trial.outputs({name: steps})
     np.testing.assert_allclose(found[0][0], expected, atol=1e-4 * np.abs(expected).max())
     lost = np.sum((expected - output) ** 2) / np.sum(output**2)
-    assert trial.lost({name: steps}) == pytest.approx(lost, rel=1e-3)
+    assert trial.lost({name: steps}) == pytest.approx([lost], rel=1e-3)
     wider = trial.outputs({name: steps.times(2.0)})
     rounded = np.clip(np.rint(stream / steps.step / 2), -8, 7) * steps.step * 2
     centred = rounded - rounded.mean(-1, keepdims=True)
@@ -92,16 +92,33 @@ def test_steps_are_refined_by_what_the_outputs_lose() -> None:
     trial = StreamTrial(model, [name], images, 1, outputs_of(model, images, 1))
     steps = {name: Steps(np.full(D, 0.5, np.float32), -4096, 4095)}
     found = refined(trial, steps)
-    assert found.before == trial.lost(steps)
-    assert found.after == trial.lost({name: steps[name].times(found.factors[name])})
+    assert found.before == trial.lost(steps)[-1]
+    assert found.after == trial.lost({name: steps[name].times(found.factors[name])})[-1]
     assert found.after < 0.6 * found.before
     eighths = 2.0 ** (np.arange(-4, 8) / 8)
-    losses = {k: trial.lost({name: steps[name].times(k)}) for k in eighths}
-    best = min(losses, key=lambda k: losses[k])
+    lost = {k: trial.lost({name: steps[name].times(k)})[-1] for k in eighths}
+    best = min(lost, key=lambda k: lost[k])
     for k in best * 2.0 ** (np.array([-1, 1, 2]) / 4):
-        losses[k] = trial.lost({name: steps[name].times(k)})
-    assert losses[found.factors[name]] == found.after
-    assert found.after <= min(losses.values()) / 0.98
+        lost[k] = trial.lost({name: steps[name].times(k)})[-1]
+    assert lost[found.factors[name]] == found.after
+    assert found.after <= min(lost.values()) / 0.98
+
+
+def test_steps_without_hope_are_given_up() -> None:
+    """What loses 3 % more on the first batches, or already as much as the best on all."""
+    model = network(1.0)
+    name = stream_of(model)
+    images = batches()
+    trial = StreamTrial(model, [name], images, 1, outputs_of(model, images, 1))
+    steps = {name: Steps(np.full(D, 0.5, np.float32), -4096, 4095)}
+    found = trial.lost(steps)
+    assert found == sorted(found)
+    assert len(found) == 4
+    assert trial.lost(steps, [*found[:-1], found[-1] * 1.001]) == found
+    assert trial.lost(steps, found) == [*found[:-1], np.inf]
+    assert trial.lost(steps, [*found[:2], found[2] / 1.04, np.inf]) == [*found[:2], np.inf]
+    assert trial.lost(steps, [*found[:2], found[2] / 1.02, np.inf]) == found
+    assert trial.lost(steps, [1.0, 1.0, 1.0, found[0] / 2]) == [np.inf]
 
 
 class Counted:
@@ -114,10 +131,11 @@ class Counted:
     def start_at(self, tensor: str, steps: Mapping[str, Steps]) -> None:
         assert tensor in steps
 
-    def lost(self, steps: Mapping[str, Steps], enough: float = np.inf) -> float:
+    def lost(self, steps: Mapping[str, Steps], best: Sequence[float] = ()) -> list[float]:
         fine = [name for name, one in steps.items() if one.step[0] == 2.0**-20]
         self.tried += fine
-        return 4 + float(steps["a"].step[0]) ** 2 * ("a" not in fine) + ("c" in fine)
+        found = 4 + float(steps["a"].step[0]) ** 2 * ("a" not in fine) + ("c" in fine)
+        return [found if not best or found < best[-1] else np.inf]
 
 
 def test_what_costs_nothing_is_passed_over() -> None:
@@ -139,11 +157,11 @@ class Wanted:
     def start_at(self, tensor: str, steps: Mapping[str, Steps]) -> None:
         assert tensor in steps
 
-    def lost(self, steps: Mapping[str, Steps], enough: float = np.inf) -> float:
+    def lost(self, steps: Mapping[str, Steps], best: Sequence[float] = ()) -> list[float]:
         found = {name: float(one.step[0]) for name, one in steps.items()}
         if 2.0**-20 in found.values():
-            return float(found["b"] == 2.0**-20)
-        return 1 - 0.5 * all(abs(found[n] / v - 1) < 1e-5 for n, v in self.wanted.items())
+            return [np.inf if found["b"] == 2.0**-20 else 0.0]
+        return [1 - 0.5 * all(abs(found[n] / v - 1) < 1e-5 for n, v in self.wanted.items())]
 
 
 @pytest.mark.parametrize("eighths", range(-5, 9))
@@ -169,7 +187,7 @@ def test_unrounded_steps_lose_nothing() -> None:
     name = stream_of(model)
     images = batches()[:1]
     trial = StreamTrial(model, [name], images, 1, outputs_of(model, images, 1))
-    assert trial.lost({name: Steps.unrounded()}) < 1e-11
+    assert trial.lost({name: Steps.unrounded()})[-1] < 1e-11
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 16, 31, 100])
@@ -185,9 +203,9 @@ def test_a_trial_takes_batches_from_everywhere(count: int) -> None:
 def test_the_loss_of_several_outputs_is_added() -> None:
     original = [[np.ones((2, 3), np.float32), np.full((2, 2), 2.0, np.float32)]] * 2
     rounded = [[np.full((2, 3), 1.5, np.float32), np.full((2, 2), 3.0, np.float32)]] * 2
-    assert loss(rounded, original) == pytest.approx(0.25 + 0.25)
+    assert list(losses(rounded, original)) == pytest.approx([0.125 + 0.125, 0.25 + 0.25])
     classes = [[np.array([1, 2])]]
-    assert loss(classes, classes) == 0
+    assert list(losses(classes, classes)) == [0]
 
 
 def test_codes_of_a_range_and_of_factors() -> None:
@@ -294,7 +312,7 @@ def test_steps_are_refined_alike_from_each_tensor_on(
     found = refined(trial_of(model, steps), steps)
     assert len(set(found.factors.values())) > 1
     assert found.after < found.before
-    assert refined(trial_of(model, steps), steps, found.before) == found
+    assert refined(trial_of(model, steps), steps, trial_of(model, steps).lost(steps)) == found
     monkeypatch.setattr(StreamTrial, "start_at", lambda *_: None)
     assert refined(trial_of(model, steps), steps) == found
 
@@ -323,7 +341,7 @@ def test_a_part_that_cannot_be_run_by_itself_is_not_cut_out() -> None:
     assert [v.name for v in found.graph.inputs] == [b, c]
 
 
-def test_a_loss_that_is_enough_takes_no_more_batches() -> None:
+def test_a_loss_takes_no_more_batches_than_it_is_asked_for() -> None:
     original = [[np.ones((1, 2), np.float32)]] * 4
     taken: list[int] = []
 
@@ -332,11 +350,10 @@ def test_a_loss_that_is_enough_takes_no_more_batches() -> None:
             taken.append(number)
             yield [np.full((1, 2), 2.0, np.float32)]
 
-    assert loss(runs(), original) == 1.0
-    assert taken == [0, 1, 2, 3]
+    assert list(losses(runs(), original)) == [0.25, 0.5, 0.75, 1.0]
     taken.clear()
-    assert loss(runs(), original, 0.4) == 0.5
-    assert taken == [0, 1]
+    assert next(losses(runs(), original)) == 0.25
+    assert taken == [0]
 
 
 @pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.0, 2.0), (-4.0, 0.0), (0.0, 0.0)])
