@@ -201,7 +201,9 @@ def costliest(sensitivity: Mapping[str, Any], count: int = WORST) -> Table:
         found = decibels(_measured(one["error"]["snr_db"]))
         rows.append((one["module"], found, "-" if gain is None else f"{gain:+.2f} dB"))
     table = simple_table(("module", "SQNR, it alone quantized", "gain, it alone in float"), rows)
-    table.title = f"Modules that cost most, on {sensitivity['images']} images"
+    few, all_of_them = sensitivity["few_images"], sensitivity["images"]
+    others = f" (the others: {few})" if few < all_of_them else ""
+    table.title = f"Modules that cost most, on {all_of_them} images{others}"
     table.title_justify = "left"
     return table
 
