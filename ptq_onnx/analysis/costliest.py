@@ -7,6 +7,7 @@ Modules differ by tens of dB, figures of 8 and of 32 images by 0.8 dB (layerwise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 from ptq_onnx.analysis.modules import Module
@@ -42,9 +43,9 @@ def costliest(costs: Mapping[Module, Costs]) -> list[Module]:
     left; in the order of ``costs``."""
     chosen: set[Module] = set()
     orders: list[Callable[[Module], float]] = [
-        lambda m: -costs[m][0],
-        lambda m: costs[m][1],
-        lambda m: costs[m][2],
+        lambda m: -_or_infinite(costs[m][0]),
+        lambda m: _or_infinite(costs[m][1]),
+        lambda m: _or_infinite(costs[m][2]),
     ]
     for scope, places in PLACES.items():
         whole = [m for m in costs if (m.scope, m.part) == (scope, "all")]
@@ -52,3 +53,8 @@ def costliest(costs: Mapping[Module, Costs]) -> list[Module]:
             left = sorted((m for m in whole if m not in chosen), key=order)
             chosen.update(left[:count])
     return [m for m in costs if m in chosen]
+
+
+def _or_infinite(ratio: float) -> float:
+    """Of outputs that are no numbers."""
+    return math.inf if math.isnan(ratio) else ratio

@@ -99,12 +99,12 @@ class Switched:
     ``module`` names it: ``blocks.5.fc2`` (scope ``op``), ``fc2`` (``kind``: all of them),
     ``blocks.5`` (``block``) or ``model``; ``part``: its activations, its weights, or both;
     ``tensors``: how many of those are switched; ``images``: how many it was measured on.
-    ``features_snr``, ``features_db``: those of the
-    last norm's output, all tokens; the ratio is None for a model without one. ``gain_db``,
-    ``features_gain_db`` (leave-one-out): what logits and features gain in dB over the model with
-    everything quantized; None in layerwise results, and where the gain is infinite: nothing is
-    left of the error. The logits of one class token are few numbers: where quantization has
-    destroyed them, only the features still tell the modules apart.
+    ``features_snr``, ``features_db``: those of the last norm's output, all tokens; the ratio is
+    None for a model without one. ``gain_db``, ``features_gain_db`` (leave-one-out): what logits and
+    features gain in dB over the model with everything quantized; None in layerwise results, and
+    where the gain is infinite: nothing is left of the error. The logits of one class token are few
+    numbers: where quantization has destroyed them, only the features still tell the modules
+    apart.
     """
 
     module: str

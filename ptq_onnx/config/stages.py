@@ -98,7 +98,7 @@ def planned(config: QuantizeConfig, tested: int, made: int = 0) -> list[Planned]
             Planned(EVERY_OP, 8 * apart),
             Planned(VARIATION, 160),
             Planned(ATTENTION, 16),
-            Planned(MODULES, 150 * apart if config.sensitivity else 0),
+            Planned(MODULES, 300 * min(apart, 8) + 32 * apart if config.sensitivity else 0),
             Planned(DRAWING, 120 if config.pictures else 0),
         ]
     plan += [Planned(MEASURING, 2 * (tested or apart)), Planned(REPORTING, 10)]

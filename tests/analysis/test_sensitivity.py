@@ -323,6 +323,8 @@ def test_costliest_are_the_worst_by_each_measure_and_no_module_twice() -> None:
     assert of((2, 1, 0)) == ["a", "b", "c"]
     assert of((0, 1, 1)) == ["a", "c"]
     assert of((3, 3, 3)) == ["a", "b", "c", "d"]
+    costs[module("e")] = (float("nan"),) * 3  # no numbers any more: it costs most
+    assert of((1, 1, 1)) == ["a", "c", "e"]
 
 
 def test_specs_of_other_tensors_change_nothing(quantizer: SiteQuantizer, path: Path) -> None:
