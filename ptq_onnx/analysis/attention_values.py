@@ -22,7 +22,7 @@ from ptq_onnx.analysis.attention_results import (
     Rollout,
 )
 from ptq_onnx.analysis.decibels import decibels
-from ptq_onnx.analysis.errors import Sums
+from ptq_onnx.analysis.errors import Sums, dot
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of
@@ -281,8 +281,8 @@ def _plain(values: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
 
 def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     a, b = one.ravel() - one.mean(), other.ravel() - other.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return 1.0 if scale == 0 else float(a @ b) / scale
+    scale = float(np.sqrt(dot(a, a) * dot(b, b)))
+    return 1.0 if scale == 0 else dot(a, b) / scale
 
 
 def _some_rows(maps: Array, every: int = 1) -> Array:

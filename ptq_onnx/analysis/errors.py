@@ -35,10 +35,10 @@ class Sums:
         f = reference.ravel().astype(np.float64)
         q = value.ravel().astype(np.float64)
         error = q - f
-        self.signal += _dot(f, f)
-        self.noise += _dot(error, error)
-        self.power += _dot(q, q)
-        self.dot += _dot(f, q)
+        self.signal += dot(f, f)
+        self.noise += dot(error, error)
+        self.power += dot(q, q)
+        self.dot += dot(f, q)
         self.count += f.size
         self.largest = max(self.largest, float(np.abs(error).max(initial=0)))
 
@@ -56,8 +56,9 @@ class Sums:
         return 1.0 if scale == 0 else self.dot / scale
 
 
-def _dot(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Not by BLAS: its threads would wait for more of it, on the cores that the model runs on."""
+def dot(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Σ a b of [N] and [N]. Not by BLAS: its threads would wait for more of it, on the cores that
+    the model runs on (63.8 in place of 51.1 s for the analysis of modules on two)."""
     return float(np.einsum("i,i->", a, b))
 
 

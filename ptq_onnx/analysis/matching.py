@@ -16,6 +16,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ptq_onnx.analysis.errors import dot
 from ptq_onnx.errors import ModelError
 from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.numerics.fake_quantize import dequantize
@@ -235,5 +236,5 @@ def _cosine(one: Array, other: Array) -> float:
     if one.shape != other.shape:
         return 0.0
     a, b = one.ravel().astype(np.float64), other.ravel().astype(np.float64)
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return 0.0 if scale == 0 else float(a @ b) / scale
+    scale = float(np.sqrt(dot(a, a) * dot(b, b)))
+    return 0.0 if scale == 0 else dot(a, b) / scale

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.decibels import decibels
-from ptq_onnx.analysis.errors import Sums
+from ptq_onnx.analysis.errors import Sums, dot
 from ptq_onnx.analysis.tokens import Tokens
 from ptq_onnx.analysis.variation_results import Outlier, TensorHistogram, TensorVariation
 from ptq_onnx.calibration.statistics import ChannelStatistics
@@ -80,7 +80,7 @@ class Rounding:
         outside = clipped(value, self.spec)
         self.clipped += int(np.count_nonzero(outside))
         error = rounded[outside].astype(np.float64) - value[outside]
-        self.clip_noise += float(error @ error)
+        self.clip_noise += dot(error, error)
 
     @property
     def of(self) -> ClipOf:
@@ -112,7 +112,7 @@ class Seen:
         """Fold in one batch."""
         flat = value.ravel().astype(np.float64)
         square = flat * flat
-        self.powers += (flat.sum(), square.sum(), square @ flat, square @ square)
+        self.powers += (flat.sum(), square.sum(), dot(square, flat), dot(square, square))
         self.count += flat.size
         shared = tuple(a for a in range(value.ndim) if a not in self.site.channel_axes)
         self.absolute += np.abs(value).sum(axis=shared, dtype=np.float64).ravel()

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from ptq_onnx.analysis.errors import dot
 from ptq_onnx.analysis.tensor_sums import (
     Array,
     Double,
@@ -130,7 +131,7 @@ def _weight(
     value = np.asarray(constant.numpy(), np.float32)
     flat = value.ravel().astype(np.float64)
     square = flat * flat
-    powers = np.array([flat.sum(), square.sum(), square @ flat, square @ square])
+    powers = np.array([flat.sum(), square.sum(), dot(square, flat), dot(square, square)])
     others = tuple(a for a in range(value.ndim) if a not in site.channel_axes)
     means = np.abs(value).mean(axis=others, dtype=np.float64).ravel()
     extremes = np.abs(value).max(axis=others, initial=0).ravel()
