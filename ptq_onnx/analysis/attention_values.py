@@ -22,7 +22,7 @@ from ptq_onnx.analysis.attention_results import (
     Rollout,
 )
 from ptq_onnx.analysis.decibels import decibels
-from ptq_onnx.analysis.errors import Sums, dot
+from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.tokens import Tokens, find_tokens, first_images
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of
@@ -32,6 +32,7 @@ from ptq_onnx.numerics.codes.by_name import CodeName
 from ptq_onnx.numerics.codes.code import Code
 from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.dot import dot
 from ptq_onnx.numerics.fake_quantize import dequantize, fake_quantize
 from ptq_onnx.numerics.spec import Rule, TensorSpec
 

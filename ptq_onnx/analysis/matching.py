@@ -16,9 +16,9 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ptq_onnx.analysis.errors import dot
 from ptq_onnx.errors import ModelError
 from ptq_onnx.evaluation.network import open_with_fp8
+from ptq_onnx.numerics.dot import dot
 from ptq_onnx.numerics.fake_quantize import dequantize
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation.signature import feeds

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -137,8 +136,8 @@ class Segments:
         The tensors in ``specs`` are quantized on the way. ``name``: keep the session open under
         this name; a name stands for one set of specs.
         """
-        open_ = partial(self._kept, name) if name else self._build
-        session = open_(first, last, specs)
+        where = first, last, specs
+        session = self._kept(*where, name) if name else self._build(*where)
         feed = session.get_inputs()[0].name
         parts = [
             session.run(None, {feed: np.ascontiguousarray(value[i : i + batch])})
@@ -150,7 +149,7 @@ class Segments:
         ends, rest = whole[: len(self._outputs)], whole[len(self._outputs) :]
         return Passed(whole[0], tuple(ends), rest[0] if rest else None)
 
-    def _kept(self, name: str, first: int, last: int, specs: Specs) -> ort.InferenceSession:
+    def _kept(self, first: int, last: int, specs: Specs, name: str) -> ort.InferenceSession:
         """The session of that name, opened by one thread while the others wait for it."""
         key = (first, last, name)
         with self._lock:

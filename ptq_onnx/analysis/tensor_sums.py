@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.analysis.decibels import decibels
-from ptq_onnx.analysis.errors import Sums, dot
+from ptq_onnx.analysis.errors import Sums
 from ptq_onnx.analysis.tokens import Tokens
 from ptq_onnx.analysis.variation_results import Outlier, TensorHistogram, TensorVariation
 from ptq_onnx.calibration.statistics import ChannelStatistics
 from ptq_onnx.numerics.around.around import ClipOf
+from ptq_onnx.numerics.dot import dot
 from ptq_onnx.numerics.fake_quantize import clipped, fake_quantize, reach
 from ptq_onnx.numerics.spec import Site, TensorSpec
 

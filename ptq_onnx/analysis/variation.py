@@ -18,7 +18,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from ptq_onnx.analysis.errors import dot
 from ptq_onnx.analysis.tensor_sums import (
     Array,
     Double,
@@ -41,6 +40,7 @@ from ptq_onnx.blocks.element_map import channel_map
 from ptq_onnx.blocks.roles import Blocks
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.calibration.statistics import collect
+from ptq_onnx.numerics.dot import dot
 from ptq_onnx.numerics.fake_quantize import fake_quantize
 from ptq_onnx.numerics.spec import Site, TensorSpec
 from ptq_onnx.preparation import model_files as graphs

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_onnx.errors import ImageError
+from ptq_onnx.numerics.dot import dot
 
 Values = NDArray[Any]
 MOST_DB = 200.0
@@ -87,11 +88,11 @@ class Tally:
             self._not_finite += int((~good).sum())
             self._broken += int((np.isfinite(f) & ~good).sum())
             f, q = f[good], q[good]
-        self._signal += float(f @ f)
-        self._power += float(q @ q)
-        self._dot += float(f @ q)
+        self._signal += dot(f, f)
+        self._power += dot(q, q)
+        self._dot += dot(f, q)
         f -= q
-        self._noise += float(f @ f)
+        self._noise += dot(f, f)
         if self.width:
             self._images += len(value)
             self._same += int((top_classes(reference) == top_classes(value)).sum())
