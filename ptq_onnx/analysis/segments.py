@@ -22,6 +22,7 @@ from ptq_onnx.evaluation.network import open_with_fp8
 from ptq_onnx.numerics.spec import TensorSpec
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.qdq.lowering import lower
+from ptq_onnx.runtime.sessions import share_arena
 
 Array = NDArray[np.float32]
 Specs = Mapping[str, TensorSpec]
@@ -165,6 +166,7 @@ class Segments:
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        share_arena(options)
         model = self._rounded(self.model_of(first, last), specs)
         data = graphs.serialize_own(lower(model, specs_within(self, specs, first)))
         return open_with_fp8(data, options, ["CPUExecutionProvider"])

@@ -33,6 +33,7 @@ from ptq_onnx.cli.sweep import sweep
 from ptq_onnx.cli.terminal import stdout
 from ptq_onnx.files.output_paths import OUTPUT, Output
 from ptq_onnx.pipeline.model_path import find_model
+from ptq_onnx.runtime.garbage import search_seldom
 from ptq_onnx.version import __version__
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ app.command(cls=cli_help.Command, short_help="Quantize a matrix of models and re
 
 def main() -> NoReturn:
     """Run the command line. Bad input: one line on stderr and exit code 2."""
+    search_seldom()
     with one_line_errors():
         try:
             code = app(prog_name="ptq-onnx", standalone_mode=False)

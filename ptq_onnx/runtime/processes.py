@@ -21,6 +21,7 @@ from typing import Any, Self, TypeVar
 
 from ptq_onnx.errors import ConfigError, PtqError
 from ptq_onnx.runtime.devices import chosen, take_device
+from ptq_onnx.runtime.garbage import search_seldom
 
 T = TypeVar("T")
 SECONDS = 5.0
@@ -204,6 +205,7 @@ class Processes:
 
 def _work(end: Connection) -> None:
     """What a process does: open, then answer item by item, until the pipe ends."""
+    search_seldom()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent ends this one
     run: Callable[[Any], Any] | None = None
     with suppress(EOFError, OSError):
