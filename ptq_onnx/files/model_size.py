@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from ptq_onnx.errors import ModelError
+from ptq_onnx.files.unchanged import kept_while_unchanged
 
 
 def model_bytes(path: str | Path) -> int:
@@ -21,10 +22,10 @@ def model_bytes(path: str | Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def data_files(path: str | Path) -> list[Path]:
+@kept_while_unchanged
+def data_files(path: Path) -> tuple[Path, ...]:
     """The files that hold external data of a model, as it names them (``location``), in the order
     of their first tensor. Raises ModelError."""
-    path = Path(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
@@ -38,7 +39,7 @@ def data_files(path: str | Path) -> list[Path]:
         for entry in tensor.external_data
         if entry.key == "location"
     )
-    return [path.parent / name for name in names]
+    return tuple(path.parent / name for name in names)
 
 
 def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

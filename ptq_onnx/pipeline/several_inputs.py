@@ -54,7 +54,7 @@ class Taken:
 
 def taken_by(model: str | Path) -> Taken:
     """What a file takes. Raises ModelError."""
-    free = tuple(graphs.inputs(model))
+    free = graphs.inputs(model)
     return Taken(free, next((v for v in free if is_image(v)), None))
 
 

@@ -17,6 +17,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from ptq_onnx.errors import ModelError, one_line
 from ptq_onnx.files.held_folder import held_folder
+from ptq_onnx.files.unchanged import kept_while_unchanged
 from ptq_onnx.graph.expansions import standardise, to_standard
 from ptq_onnx.graph.onnxruntime_ops import refile
 from ptq_onnx.graph.ordering import sort_nodes
@@ -97,12 +98,12 @@ def outline(path: str | Path) -> ir.Model:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
 
 
-def inputs(path: str | Path) -> list[ir.Value]:
+@kept_while_unchanged
+def inputs(path: Path) -> tuple[ir.Value, ...]:
     """What an ONNX file takes, in order, without its weights; nothing else of it is looked at.
 
     Raises :class:`ModelError`.
     """
-    path = Path(path)
     proto = _parse(path).graph
     weights = {tensor.name for tensor in proto.initializer}
     try:
@@ -114,7 +115,7 @@ def inputs(path: str | Path) -> list[ir.Value]:
     except Exception as error:
         raise ModelError(f"Model {path} cannot be read: {one_line(error)}.") from error
     _free_axes(found)
-    return found
+    return tuple(found)
 
 
 def save(model: ir.Model, path: str | Path, *, check: bool = True) -> None:
@@ -341,7 +342,7 @@ def _check(proto: onnx.ModelProto, model: ir.Model, path: Path) -> None:
     """onnx's own checker; large weights, and those of other files, do not go through it."""
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
     try:
-        if external or proto.ByteSize() > min(sizes.SHARED_LIMIT, sizes.EXTERNAL_LIMIT):
+        if external or sizes.serialized_size(model) > min(sizes.SHARED_LIMIT, sizes.EXTERNAL_LIMIT):
             onnx.checker.check_model(skeleton(model))
         else:
             onnx.checker.check_model(proto)

@@ -98,6 +98,9 @@ def test_segments_one_by_one_give_the_whole(path: Path) -> None:
     p = prepared(path)
     segments = Segments(p.model, str(p.model.graph.outputs[0].name), threads=1)
     value = images()[:COUNT]
+    opened = segments._build(0, 0, {})
+    entry = "session.use_env_allocators"
+    assert opened.get_session_options().get_session_config_entry(entry) == "1"
     for number in range(len(segments.parts)):
         value = segments.run(value, number, number, {}, 3).value
     np.testing.assert_allclose(value, whole({}, p.model), rtol=1e-4, atol=1e-4)

@@ -60,7 +60,7 @@ def test_foreign_files_do_not_count(tmp_path: Path) -> None:
     path = save(tmp_path / "m.onnx")
     for name in ("m.onnx.bak", "m.onnx.data", "m.onnx.json"):
         (tmp_path / name).write_bytes(bytes(1000))
-    assert data_files(path) == []
+    assert data_files(path) == ()
     assert model_bytes(path) == path.stat().st_size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -42,3 +43,7 @@ def waits(path: str) -> Callable[[int], int]:
 
 def tells_device() -> Callable[[int], str]:
     return lambda _: chosen()
+
+
+def tells_thresholds() -> Callable[[int], tuple[int, ...]]:
+    return lambda _: gc.get_threshold()
