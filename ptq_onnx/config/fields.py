@@ -176,7 +176,7 @@ class Fields:
         None, NUMBERS, None,
         "Hold hidden channels far above the rest as sums of several, so that one scale serves them"
         " all, where one is expected to lose less then.",
-        shown="on for fqvit and for qnn",
+        shown="on for fqvit, for qnn, and for lowbit below 8 bits of activations",
     )
     bias_correction: bool = option(
         True, NUMBERS, None,
@@ -364,10 +364,14 @@ class Fields:
         )
 
     @property
+    def few_bits(self) -> bool:
+        """True for lowbit below 8 bits of activations."""
+        return self.quantizer == "lowbit" and self.widths.activations < BYTE
+
+    @property
     def rotates(self) -> bool:
         """True where residual streams are turned if that lowers the expected error."""
-        few = self.quantizer == "lowbit" and self.widths.activations < BYTE
-        unset = few or self.quantizer == "fqvit" or self.runtime.all_codes
+        unset = self.few_bits or self.quantizer == "fqvit" or self.runtime.all_codes
         unset = unset or (self.quantize_residual and self.precision != "fp8")
         return unset if self.rotate is None else self.rotate
 
@@ -379,7 +383,7 @@ class Fields:
     @property
     def splits_hidden(self) -> bool:
         """True where massive hidden channels are held in pieces if that is expected to pay."""
-        unset = self.quantizer == "fqvit" or self.runtime.all_codes
+        unset = self.few_bits or self.quantizer == "fqvit" or self.runtime.all_codes
         return unset if self.split_hidden is None else self.split_hidden
 
     @property
@@ -393,8 +397,3 @@ class Fields:
         """True where lowbit chooses the bits of each module."""
         bound = self.target_bits is not None or self.target_size is not None
         return self.quantizer == "lowbit" and (bool(self.mixed) or bound)
-
-    @property
-    def effective_method(self) -> str:
-        """The calibration method in force."""
-        return self.method or ("percentile" if self.quantizer == "vanilla" else "robust")

@@ -52,9 +52,14 @@ class QuantizeConfig(Fields):
         return 32 if self.report or self.sensitivity or self.auto else 8
 
     @property
+    def effective_method(self) -> str:
+        """The calibration method in force."""
+        return self.method or ("percentile" if self.quantizer == "vanilla" else "robust")
+
+    @property
     def learns_turns(self) -> bool:
         """True where the matrices that turn residual streams are learned."""
-        return self.quantizer == "lowbit" and self.widths.activations < BYTE and self.rotates
+        return self.few_bits and self.rotates
 
     @property
     def rounds_by_output(self) -> bool:

@@ -138,7 +138,7 @@ class Steps:
 
     def activated(self, site: Site) -> None:
         """M, τ and zero point of what an activation function gives, weighted by the rows of the
-        weights that read it."""
+        weights that read it; where channels are in pieces the largest code is their bound."""
         rows = self.samples[site.tensor]
         nodes = {name_of(n): n for n in self.graph}
         power = power_of_rows((nodes[name] for name in site.consumers), rows.shape[1])
@@ -149,6 +149,7 @@ class Steps:
             picked.ravel(),
             np.broadcast_to(power, picked.shape).ravel(),
             self.rules[site.tensor].bits,
+            self.form.fixed.get(site.tensor, (0.0, None))[1],
         )
         self.solved[site.tensor] = found
 

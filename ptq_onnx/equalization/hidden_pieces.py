@@ -30,7 +30,9 @@ from ptq_onnx.equalization.foldings import Hidden, hidden_channels, readers_behi
 from ptq_onnx.equalization.linear_weights import power_of_rows
 from ptq_onnx.graph.bounded import set_bound
 from ptq_onnx.graph.formula import constant
-from ptq_onnx.numerics.codes.by_name import code_named
+from ptq_onnx.numerics.codes.code import Code
+from ptq_onnx.numerics.codes.logarithmic import Logarithmic
+from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import PER_TENSOR, Rule, Site
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.code_regions import DEAD
@@ -40,6 +42,8 @@ Progress = Callable[[int], None]
 
 LINEAR_FROM = {"Gelu": 6.0, "QuickGelu": 9.0, "Silu": 16.0, "Relu": 1e-3}
 """From here on f(x) = x, but for 1e-5."""
+CODES: tuple[Code, ...] = (Uniform(), Logarithmic())
+"""Those whose largest is the bound, whatever their other numbers."""
 MOST_ADDED = 1 / 8
 """Channels that may be added, of those there are."""
 WORTH = 6.0
@@ -141,7 +145,7 @@ def _candidates(plan: Plan, rules: Mapping[str, Rule]) -> Iterable[tuple[str, Hi
         rule, value = rules.get(name), values.get(name)
         if rule is None or value is None or site.is_parameter or len(site.channel_axes) != 1:
             continue
-        if rule.grain != PER_TENSOR or rule.code != code_named("uniform") or rule.around:
+        if rule.grain != PER_TENSOR or rule.code not in CODES or rule.around:
             continue
         linears = readers_behind(value)
         hidden = None if linears is None else hidden_channels(value, linears)

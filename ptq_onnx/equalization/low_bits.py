@@ -84,7 +84,9 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
     wanted = [
         s
         for s in form.read_by_products
-        if s.tensor in rules and s.role not in ("softmax", "input") and s.tensor not in form.fixed
+        if s.tensor in rules
+        and s.role not in ("softmax", "input")
+        and (s.tensor not in form.fixed or rules[s.tensor].code == LOGARITHMIC)
     ]
     pairs = _map_products(form.model.graph, rules)
     # Both read the model as it is: nothing is moved before.

@@ -6,7 +6,7 @@ costs more than clipping them, and each end of a channel has an extreme of its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -73,17 +73,18 @@ def _error(
     return buffer.square_().sum(dim=1)
 
 
-def logarithmic_range(x: Array, weight: Double, bits: int) -> Solved:
+def logarithmic_range(x: Array, weight: Double, bits: int, highest: float | None = None) -> Solved:
     """M, τ and zero point of logarithmic codes for values ``x`` [N] that count ``weight`` [N].
 
     Every pair of τ and largest value is tried with zero points that reach at least half way to the
-    least value.
+    least value. ``highest``: what the largest value must be, where it is known.
     """
     order = np.argsort(x, kind="stable")
     x, weight = x[order].astype(np.float64), weight[order]
     sums = [np.concatenate([[0.0], np.cumsum(weight * x**p)]) for p in range(3)]
-    least, best = np.inf, (max(float(x[-1]), TINY), (1 << bits) - 1, rates(bits)[0])
-    for scale, zero, eighths in _candidates(float(-x[0]), float(x[-1]), bits):
+    ends = [highest] if highest else [max(float(x[-1]) * part, TINY) for part in LARGEST]
+    least, best = np.inf, (ends[0], (1 << bits) - 1, rates(bits)[0])
+    for scale, zero, eighths in _candidates(float(-x[0]), ends, bits):
         top = (1 << bits) - 1
         values = level(np.arange(top + 1), top, eighths) - level(np.array(zero), top, eighths)
         values = np.sort(values * scale)
@@ -104,17 +105,17 @@ def rates(bits: int) -> list[int]:
     return sorted({int(np.clip(eighths, LEAST, MOST)) for eighths in grown})
 
 
-def _candidates(depth: float, largest: float, bits: int) -> Iterator[tuple[float, int, int]]:
-    """M, zero point and τ (in eighths); ``depth``: how far the values go below zero."""
+def _candidates(depth: float, ends: Iterable[float], bits: int) -> Iterator[tuple[float, int, int]]:
+    """M, zero point and τ (in eighths) of codes that end there; ``depth``: how far the values go
+    below zero."""
     top = (1 << bits) - 1
     for eighths in rates(bits):
         units = level(np.arange(top + 1), top, eighths)
-        for part in LARGEST:
-            high = max(largest * part, TINY)
+        for high in ends:
             with np.errstate(divide="ignore", invalid="ignore"):
                 below = units * high / (1 - units)  # where each zero point would put the least
             near = (below >= 0.5 * depth) & (units > 0) & (units < 1)
-            zeros = np.flatnonzero(near) if depth > 1e-3 * largest * part else np.array([top])
+            zeros = np.flatnonzero(near) if depth > 1e-3 * high else np.array([top])
             for zero in zeros[:: max(1, len(zeros) // 16)]:
                 yield high / (1 - float(units[zero])), int(zero), eighths
 

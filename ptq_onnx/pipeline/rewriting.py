@@ -152,7 +152,7 @@ def _split(job: Job, found: _Attempt, reference: Reference, before: Rewrites | N
     from ptq_onnx.quantizers.by_name import make_quantizer
 
     plan = found.plan
-    if plan.config.products_only and not plan.config.runtime.all_codes:
+    if plan.config.quantizer == "deploy" and not plan.config.runtime.all_codes:
         job.notes.append("--split-hidden: deploy gives these channels factors of their own.")
         return found
     rules = make_quantizer(plan).rules

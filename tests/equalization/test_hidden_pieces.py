@@ -28,8 +28,11 @@ from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.expansions import EXPANSIONS
 from ptq_onnx.graph.formula import DOMAIN
 from ptq_onnx.numerics.around.row_maximum import RowMaximum
+from ptq_onnx.numerics.codes.code import Numbers
 from ptq_onnx.numerics.codes.log2 import Log2
+from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.grain import PerChannel
+from ptq_onnx.numerics.range_search import logarithmic_range
 from ptq_onnx.preparation.model_sessions import open_plain
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
@@ -169,6 +172,51 @@ def test_only_one_uniform_scale_is_helped() -> None:
         assert list(held_in_one(plan, changed, [x])) == []
     del rules[one.site.tensor]
     assert list(held_in_one(plan, rules, [x])) == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "code"), [("3/3/3", "logarithmic"), ("6/6/6", "logarithmic"), ("6/8/8", "uniform")]
+)
+def test_lowbit_s_codes_end_at_the_bound(
+    massive: Path, tmp_path: Path, bits: str, code: str
+) -> None:
+    """The sum of pieces that end before it would not be the channel."""
+    options: dict[str, Any] = {"quantizer": "lowbit", "bits": bits, "rotate": False}
+    few = code == "logarithmic"
+    report = quantized(massive, tmp_path, **options, split_hidden=None if few else True)
+    (piece,) = report["pieces"]
+    (spec,) = (t for t in report["tensors"] if t["tensor"] == piece["tensor"])
+    assert spec["code"] == code
+    assert spec["clip"][1] == pytest.approx(piece["bound"], rel=1e-6)
+    assert "Min" not in {n.op_type for n in onnx.load(tmp_path / "quantized.onnx").graph.node}
+
+
+def test_lowbit_splits_where_it_has_few_bits() -> None:
+    for bits, found in {"4/4/4": True, "8/4/8": True, "4/8/8": False}.items():
+        assert QuantizeConfig(quantizer="lowbit", bits=bits).splits_hidden is found
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(4, 5), (6, 14)])
+def test_a_rare_massive_value_costs_the_others_their_logarithmic_codes(
+    bits: int, gain: float
+) -> None:
+    """Where it is nearly all of what is read, as in block 7 of ViT-Ti: dB of the others alone."""
+    random = np.random.default_rng(bits)
+    rows = gelu(random.normal(scale=1.5, size=(2000, 64)) - 1)
+    rows[::40, CHANNEL] = random.uniform(150, 200, 50)
+    bound, code = 10.0, Logarithmic()
+    parts = [rows[:, CHANNEL] - i * bound for i in range(20)]
+    pieces = np.stack([np.minimum(gelu(part), bound) for part in parts], axis=1)
+    others = np.delete(rows, CHANNEL, axis=1).astype(np.float32)
+    noise = []
+    for own, highest in ((rows[:, [CHANNEL]], None), (pieces, bound)):
+        whole = np.concatenate([own, others], axis=1).astype(np.float32).ravel()
+        found = logarithmic_range(whole, np.ones(whole.size), bits, highest)
+        numbers = Numbers(bits, False, found.scale, found.zero_point, found.details)
+        held = code.values(code.codes(others, numbers), numbers)
+        noise.append(float(np.sum((held - others) ** 2, dtype=np.float64)))
+        assert highest is None or code.reach(numbers)[1] == pytest.approx(highest, rel=1e-6)
+    assert 10 * np.log10(noise[0] / noise[1]) > gain
 
 
 def test_nothing_massive_nothing_split(tmp_path: Path) -> None:
