@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.roles import Role
 from ptq_onnx.blocks.walking import name_of
 from ptq_onnx.config.bits import BYTE
+from ptq_onnx.equalization.convolution_steps import WORTH_A_MUL
 from ptq_onnx.equalization.factor_search import Product, choose_factor, normalized
 from ptq_onnx.equalization.foldings import (
+    hidden_channels,
     insert_affine,
     new_nodes_as,
     norm_before,
     readers_of,
 )
 from ptq_onnx.equalization.form import Form
+from ptq_onnx.equalization.hidden_factors import choose_hidden_factor, with_copies
 from ptq_onnx.equalization.linear_weights import move_rows, power_of_rows
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import TINY, Solved
@@ -46,6 +49,8 @@ class Steps:
     moves: list[Move] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
     solved: dict[str, Solved] = field(default_factory=dict)
+    ranges: dict[str, tuple[Double, Double]] = field(default_factory=dict)
+    """What channels reach in all images, where that is known beside a sample."""
 
     def __post_init__(self) -> None:
         self.graph = self.form.model.graph
@@ -135,6 +140,29 @@ class Steps:
             for linear in linears:
                 move_rows(self.graph, linear, factor, shift)
             self.settle(site, str(made.name), solved)
+
+    def hidden(self, site: Site) -> None:
+        """What an activation function gives in 8 bits or more: factors by what channels reach in
+        all images, as rare values that no sample has are most of the range of some."""
+        value, bounds = self.values[site.tensor], self.ranges[site.tensor]
+        linears = readers_of(value)
+        if linears is None or len(site.channel_axes) != 1:
+            return
+        layer = hidden_channels(value, linears)
+        variance = self.samples[site.tensor].var(axis=0, dtype=np.float64)
+        products = self.products(linears)
+        choice = choose_hidden_factor(layer, bounds, variance, products, self.levels(site))
+        if choice.gain_db < WORTH_A_MUL:
+            return
+        factor, _ = with_copies(self.graph, layer, choice)
+        shift = np.zeros(len(factor))
+        self.behind(site, value, shift, factor)
+        for linear in linears:
+            move_rows(self.graph, linear, factor, shift)
+        ratio = float(choice.factor.max() / choice.factor.min())
+        more = len(factor) - len(choice.factor)
+        moved = Move(site.tensor, site.role, site.block, "Mul", choice.gain_db, ratio, more)
+        self.moves.append(moved)
 
     def activated(self, site: Site) -> None:
         """M, τ and zero point of what an activation function gives, weighted by the rows of the

@@ -55,21 +55,17 @@ from ptq_onnx.equalization.foldings import (
     value_path,
 )
 from ptq_onnx.equalization.form import take_form
+from ptq_onnx.equalization.hidden_factors import choose_hidden_factor, unshifted, with_copies
 from ptq_onnx.equalization.linear_weights import move_rows
 from ptq_onnx.equalization.signed_range import signed_range
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.by_name import code_named
-from ptq_onnx.numerics.ptf import least_steps
 from ptq_onnx.numerics.spec import Site
 from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Move, Plan
 
 Double = NDArray[np.float64]
 
-COPIES = (16, 32, 64)
-"""Numbers of channels that splitting may add to the hidden ones of an MLP …"""
-MOST_COPIES = 1 / 8
-"""… up to this part of them."""
 BYTE_STEPS = 255
 """γ has 8-bit codes where it has codes at all; factors are chosen so that these hold it exactly."""
 AVERAGED = 0.2
@@ -145,9 +141,7 @@ class _Equalizer(ConvolutionSteps):
 
     def unshifted(self, low: Double, high: Double, symmetric: bool) -> Double:
         """Half of the range that a channel takes up where all share one zero point."""
-        limits = (-(self.levels // 2), self.levels // 2 - 1) if symmetric else (0, self.levels - 1)
-        _, step = least_steps(low, high, limits, symmetric)
-        return step * (self.levels - 1) / 2
+        return unshifted(low, high, self.levels, symmetric=symmetric)
 
     # --- sites --------------------------------------------------------------------------
 
@@ -177,20 +171,18 @@ class _Equalizer(ConvolutionSteps):
         linears = readers_of(value)
         if linears is None or len(site.channel_axes) != 1 or len(low) < 2:
             return
-        half = self.unshifted(low, high, symmetric=False)
         hidden = hidden_channels(value, linears)
-        numbers = tuple(n for n in COPIES if n <= len(low) * MOST_COPIES)
-        choice = choose_factor(
-            half,
+        choice = choose_hidden_factor(
+            hidden,
+            (low, high),
             variance,
             self.products(linears),
             self.levels,
-            extra=() if hidden is None else numbers,
-            records=self.records(site.tensor),
+            self.records(site.tensor),
         )
         if self.target.symmetric:
             halves = self.unshifted(low, high, symmetric=True)
-            ones = np.ones(len(half))
+            ones = np.ones(len(halves))
             plain = output_noise(ones, halves, variance, self.products(linears), self.levels)
             choice = replace(choice, plain=plain)
         if choice.gain_db >= WORTH_A_MUL and not self.target.all_codes:
@@ -208,14 +200,10 @@ class _Equalizer(ConvolutionSteps):
 
         Where codes have a sign, the range is put around zero and kept (``signed_range.py``).
         """
-        factor = choice.factor
+        factor, index = with_copies(self.model.graph, hidden, choice)
         stats = self.stats.channels[site.tensor]
-        if hidden is not None and choice.copies is not None:
-            hidden.repeat(self.model.graph, choice.copies)
-            index = np.repeat(np.arange(len(factor)), choice.copies)
+        if len(index) != len(choice.factor):
             stats = self.stats.channels[site.tensor] = stats.take(index)
-            # Each copy holds the whole value: its part is taken with the factor.
-            factor = (factor * choice.copies)[index]
         shift, fixed = np.zeros(len(factor)), None
         if self.target.symmetric:
             moved = stats.moved(shift, factor)

@@ -12,7 +12,8 @@ each drawn as often as its position counts (``quantizers/importance.py``).
   out (in late blocks of ViT-Ti the channels that stand out in q do so in k too, and a factor from
   one to the other helps neither); each head with a scale of its own, the product of both a Mul on
   QKᵀ; and k without the mean of its channels, which no softmax sees;
-* what an activation function gives, and attention maps: only the numbers of their codes are found.
+* what an activation function gives, and attention maps: only the numbers of their codes are found;
+  of 8 bits and more the former has a Mul → fc2, by the ranges of all images.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ptq_onnx.blocks.sites import find_sites
-from ptq_onnx.blocks.walking import is_product, name_of
+from ptq_onnx.blocks.walking import ACTIVATIONS, is_product, name_of
+from ptq_onnx.calibration.methods import collect
 from ptq_onnx.calibration.product_samples import Wanted, collect_samples
+from ptq_onnx.calibration.robust import robust_range
 from ptq_onnx.calibration.row_samples import collect_rows
 from ptq_onnx.config import stages
+from ptq_onnx.config.bits import BYTE
 from ptq_onnx.equalization.attention_steps import AttentionSteps
 from ptq_onnx.equalization.channel_steps import Array
 from ptq_onnx.equalization.form import take_form
 from ptq_onnx.numerics.codes.logarithmic import Logarithmic
-from ptq_onnx.numerics.spec import Rule
+from ptq_onnx.numerics.spec import Rule, Site
 from ptq_onnx.progress import untold
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.by_name import make_quantizer
@@ -51,6 +56,8 @@ class _LowBits(AttentionSteps):
             site = self.form.sites[tensor]
             if self.rules[tensor].code == LOGARITHMIC:
                 self.activated(site)
+            elif tensor in self.ranges:
+                self.hidden(site)
             elif site.role == "q":
                 self.queries(site, self.places.get(("k", site.block)))
             elif site.role == "v":
@@ -59,6 +66,13 @@ class _LowBits(AttentionSteps):
                 self.product(site)
             elif site.role != "k":
                 self.linear_input(site)
+
+
+def _wide_hidden(sites: Iterable[Site], rules: Mapping[str, Rule], graph: ir.Graph) -> list[Site]:
+    """What activation functions give, in 8 bits or more."""
+    ops = {name_of(node): node.op_type for node in graph}
+    wide = [s for s in sites if rules[s.tensor].bits >= BYTE and s.producer is not None]
+    return [s for s in wide if ops[str(s.producer)] in ACTIVATIONS]
 
 
 def _map_products(graph: ir.Graph, rules: Mapping[str, Rule]) -> dict[str, tuple[str, str]]:
@@ -96,6 +110,12 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
             float_model, Wanted({}, pairs), batches, threads=threads, progress=report(stages.SCALES)
         )
         state.maps(found)
+    wide = _wide_hidden(wanted, rules, form.model.graph)
+    if wide:
+        channels = collect(float_model, wide, batches, threads=threads).channels
+        for site in wide:
+            low, high = robust_range(channels[site.tensor])
+            state.ranges[site.tensor] = low.astype(np.float64), high.astype(np.float64)
     axes = {s.tensor: s.channel_axes for s in wanted}
     importance = find_importance(float_model, axes, batches, report(stages.POSITIONS))
     for samples in collect_rows(

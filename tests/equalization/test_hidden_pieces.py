@@ -21,8 +21,10 @@ import ptq_onnx
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.blocks.walking import is_linear
+from ptq_onnx.calibration.row_samples import EvenSample
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine.simulator import Simulator
+from ptq_onnx.equalization import low_bits
 from ptq_onnx.equalization.hidden_pieces import LINEAR_FROM, held_in_one, on_grid, split_hidden
 from ptq_onnx.errors import ConfigError
 from ptq_onnx.graph.expansions import EXPANSIONS
@@ -217,6 +219,24 @@ def test_a_rare_massive_value_costs_the_others_their_logarithmic_codes(
         noise.append(float(np.sum((held - others) ** 2, dtype=np.float64)))
         assert highest is None or code.reach(numbers)[1] == pytest.approx(highest, rel=1e-6)
     assert 10 * np.log10(noise[0] / noise[1]) > gain
+
+
+def test_eight_bits_have_factors_by_what_no_sample_has(
+    massive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of 16 rows shows less of the massive channel than all rows do."""
+    monkeypatch.setattr(EvenSample.__init__, "__defaults__", (16,))
+    options: dict[str, Any] = {"quantizer": "lowbit", "bits": "8/8/8", "images": 16}
+    report = quantized(massive, tmp_path / "all", **options)
+    moved = [
+        m for m in report["equalization"]["moves"] if (m["role"], m["into"]) == ("gelu", "Mul")
+    ]
+    assert {m["block"] for m in moved} >= {2}
+    assert max(m["largest"] for m in moved) > 10
+    monkeypatch.setattr(low_bits, "_wide_hidden", lambda *_: [])
+    quantized(massive, tmp_path / "sample", **options)
+    found = [sqnr(massive, tmp_path / name / "quantized.onnx") for name in ("all", "sample")]
+    assert found[0] > found[1] + 1
 
 
 def test_nothing_massive_nothing_split(tmp_path: Path) -> None:
