@@ -71,6 +71,8 @@ def planned(config: QuantizeConfig, tested: int, made: int = 0) -> list[Planned]
         plan.append(Planned(MIXING, 150 * 16))
     weighs = Planned(POSITIONS, 5 * 16 if config.rounds_weights else 0)
     if config.equalizes:
+        whole = config.quantizer == "lowbit" and not config.few_bits
+        plan.append(Planned(CHANNELS, images if whole else 0))
         plan += [weighs, Planned(EQUALISING, 2 * images)]
     if config.auto:
         measured = tested or apart

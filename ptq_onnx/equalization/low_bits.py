@@ -112,9 +112,10 @@ def step_in_place(plan: Plan, batches: Iterable[Any]) -> Plan:
         state.maps(found)
     wide = _wide_hidden(wanted, rules, form.model.graph)
     if wide:
-        channels = collect(float_model, wide, batches, threads=threads).channels
+        advance = report(stages.CHANNELS)
+        stats = collect(float_model, wide, batches, threads=threads, progress=advance)
         for site in wide:
-            low, high = robust_range(channels[site.tensor])
+            low, high = robust_range(stats.channels[site.tensor])
             state.ranges[site.tensor] = low.astype(np.float64), high.astype(np.float64)
     axes = {s.tensor: s.channel_axes for s in wanted}
     importance = find_importance(float_model, axes, batches, report(stages.POSITIONS))
