@@ -26,28 +26,35 @@ from numpy.typing import NDArray
 from ptq_onnx.blocks.sites import find_sites
 from ptq_onnx.calibration.methods import collect
 from ptq_onnx.calibration.robust import robust_range
+from ptq_onnx.calibration.row_samples import collect_rows
 from ptq_onnx.equalization.foldings import Hidden, hidden_channels, readers_behind
 from ptq_onnx.equalization.linear_weights import power_of_rows
 from ptq_onnx.graph.bounded import set_bound
 from ptq_onnx.graph.formula import constant
-from ptq_onnx.numerics.codes.code import Code
+from ptq_onnx.numerics.codes.code import TINY, Code, Numbers
 from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.codes.uniform import Uniform
+from ptq_onnx.numerics.range_search import logarithmic_range
 from ptq_onnx.numerics.spec import PER_TENSOR, Rule, Site
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.code_regions import DEAD
 
+Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 Progress = Callable[[int], None]
 
 LINEAR_FROM = {"Gelu": 6.0, "QuickGelu": 9.0, "Silu": 16.0, "Relu": 1e-3}
 """From here on f(x) = x, but for 1e-5."""
-CODES: tuple[Code, ...] = (Uniform(), Logarithmic())
+LOGARITHMIC = Logarithmic()
+CODES: tuple[Code, ...] = (Uniform(), LOGARITHMIC)
 """Those whose largest is the bound, whatever their other numbers."""
 MOST_ADDED = 1 / 8
 """Channels that may be added, of those there are."""
 WORTH = 6.0
-"""dB of expected noise that pieces must save: a clip range that is searched saves some as well."""
+"""dB of expected noise that pieces must save: a clip range that is searched saves some as well. Of
+logarithmic codes, which reach far by themselves, the noise on a sample counts."""
+ROWS = 512
+"""Rows of that sample."""
 BOUNDS = 40
 """Values of M tried between where f is linear and the largest value."""
 
@@ -87,7 +94,9 @@ class Held:
     power: Double
     """Σ W² of what reads each channel, [C]."""
     linear_from: float
-    levels: int
+    bits: int
+    rows: Array | None = None
+    """A sample [R, C], where the codes are logarithmic."""
 
 
 def held_in_one(
@@ -103,13 +112,17 @@ def held_in_one(
         return []
     sites, threads = [plan.sites[name] for name in wanted], plan.config.threads
     stats = collect(plan.model, sites, batches, threads=threads, progress=progress)
+    sampled = [s for s in sites if rules[s.tensor].code == LOGARITHMIC]
+    rows: dict[str, Array] = {}
+    for group in collect_rows(plan.model, sampled, batches, threads=threads) if sampled else ():
+        rows |= {name: found[:: max(1, len(found) // ROWS)] for name, found in group.items()}
     found = []
     for site, (name, hidden) in zip(sites, wanted.items(), strict=True):
         low, high = robust_range(stats.channels[name])
         highs = np.maximum(high.astype(np.float64), 0)
         power = power_of_rows(hidden.after, len(highs))
-        first, levels = LINEAR_FROM[hidden.activation.op_type], 1 << rules[name].bits
-        found.append(Held(site, float(low.min()), highs, power, first, levels))
+        first, bits = LINEAR_FROM[hidden.activation.op_type], rules[name].bits
+        found.append(Held(site, float(low.min()), highs, power, first, bits, rows.get(name)))
     return found
 
 
@@ -168,10 +181,12 @@ def _pieces(held: Held, least: float) -> Pieces | None:
     allowed = (counts - 1).sum(axis=1) <= MOST_ADDED * len(highs)
     best = int(np.argmin(np.where(allowed, noise, np.inf)))
     gain = 10 * float(np.log10(noise[-1] / noise[best]))
+    chosen = counts[best].astype(np.int64)
+    low, bound = on_grid(held.low, float(np.float32(bounds[best])), 1 << held.bits)
+    if held.rows is not None and gain >= WORTH:
+        gain = _logarithmic_gain(held.rows, held.power, held.bits, chosen, bound)
     if gain < WORTH:
         return None
-    chosen = counts[best].astype(np.int64)
-    low, bound = on_grid(held.low, float(np.float32(bounds[best])), held.levels)
     return Pieces(
         tensor=held.site.tensor,
         block=held.site.block,
@@ -184,6 +199,28 @@ def _pieces(held: Held, least: float) -> Pieces | None:
         gain_db=gain,
         counts=tuple(int(n) for n in chosen),
     )
+
+
+def _logarithmic_gain(
+    rows: Array, power: Double, bits: int, counts: NDArray[np.int64], bound: float
+) -> float:
+    """By how many dB pieces lower the noise of the best logarithmic codes for rows [R, C]."""
+    first = np.cumsum(counts) - counts
+    place = np.arange(int(counts.sum())) - np.repeat(first, counts)
+    wide = np.repeat(rows, counts, axis=1) - np.float32(bound) * place.astype(np.float32)
+    pieces = np.minimum(np.where(place > 0, np.maximum(wide, 0), wide), np.float32(bound))
+    held = _held(pieces, np.repeat(power, counts), bits, bound)
+    noise = [np.add.reduceat(held - pieces, first, axis=1), _held(rows, power, bits, None) - rows]
+    after, before = (float(np.sum(one.astype(np.float64) ** 2 @ power)) for one in noise)
+    return 10 * float(np.log10(max(before, TINY) / max(after, TINY)))
+
+
+def _held(rows: Array, power: Double, bits: int, highest: float | None) -> Array:
+    """What the best logarithmic codes make of rows [R, C]."""
+    weight = np.broadcast_to(power, rows.shape).ravel()
+    found = logarithmic_range(rows.ravel(), weight, bits, highest)
+    numbers = Numbers(bits, False, found.scale, found.zero_point, found.details)
+    return LOGARITHMIC.values(LOGARITHMIC.codes(rows, numbers), numbers)
 
 
 def in_pieces(plan: Plan, found: Iterable[Pieces]) -> Plan:

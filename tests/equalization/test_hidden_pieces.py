@@ -46,23 +46,36 @@ PLAIN = {"quantizer": "fqvit", "ptf": False, "lis": False, "rotate": False}
 """One scale for each activation."""
 
 
-@pytest.fixture(scope="module")
-def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model with a hidden channel of block 2 that is 60 times as large, and counts a
-    sixtieth behind."""
+def with_large_channel(path: Path, behind: float, lower: float = 0.0) -> Path:
+    """The embedded model with a hidden channel of block 2 that is 60 times as large, and counts
+    ``behind`` of what it did; before that it is lower by so much."""
     model = onnx.load(MODEL)
     arrays = {t.name: t for t in model.graph.initializer}
     linears = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in arrays]
-    up = [n.input[1] for n in linears if tuple(arrays[n.input[1]].dims) == (64, HIDDEN)][2]
-    down = [n.input[1] for n in linears if tuple(arrays[n.input[1]].dims) == (HIDDEN, 64)][2]
-    first, second = (numpy_helper.to_array(arrays[name]).copy() for name in (up, down))
+    up = [n for n in linears if tuple(arrays[n.input[1]].dims) == (64, HIDDEN)][2]
+    down = [n for n in linears if tuple(arrays[n.input[1]].dims) == (HIDDEN, 64)][2]
+    add = next(n for n in model.graph.node if up.output[0] in n.input)
+    names = up.input[1], down.input[1], next(name for name in add.input if name in arrays)
+    first, second, bias = (numpy_helper.to_array(arrays[name]).copy() for name in names)
     first[:, CHANNEL] *= TIMES
-    second[CHANNEL] /= TIMES
-    arrays[up].CopyFrom(numpy_helper.from_array(first, up))
-    arrays[down].CopyFrom(numpy_helper.from_array(second, down))
-    path = tmp_path_factory.mktemp("massive") / "massive.onnx"
+    second[CHANNEL] *= behind
+    bias[CHANNEL] = TIMES * (bias[CHANNEL] - lower) if lower else bias[CHANNEL]
+    for name, array in zip(names, (first, second, bias), strict=True):
+        arrays[name].CopyFrom(numpy_helper.from_array(array, name))
     onnx.save(model, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A channel that is large, and does what it did."""
+    return with_large_channel(tmp_path_factory.mktemp("massive") / "massive.onnx", 1 / TIMES)
+
+
+@pytest.fixture(scope="module")
+def rare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A channel that is large on few tokens, and does sixty times what it did."""
+    return with_large_channel(tmp_path_factory.mktemp("rare") / "rare.onnx", 1.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -176,21 +189,27 @@ def test_only_one_uniform_scale_is_helped() -> None:
     assert list(held_in_one(plan, rules, [x])) == []
 
 
-@pytest.mark.parametrize(
-    ("bits", "code"), [("3/3/3", "logarithmic"), ("6/6/6", "logarithmic"), ("6/8/8", "uniform")]
-)
-def test_lowbit_s_codes_end_at_the_bound(
-    massive: Path, tmp_path: Path, bits: str, code: str
-) -> None:
+@pytest.mark.parametrize("bits", ["3/3/3", "6/6/6", "6/8/8"])
+def test_lowbit_s_codes_end_at_the_bound(rare: Path, tmp_path: Path, bits: str) -> None:
     """The sum of pieces that end before it would not be the channel."""
     options: dict[str, Any] = {"quantizer": "lowbit", "bits": bits, "rotate": False}
-    few = code == "logarithmic"
-    report = quantized(massive, tmp_path, **options, split_hidden=None if few else True)
+    few = bits != "6/8/8"
+    report = quantized(rare, tmp_path, **options, split_hidden=None if few else True)
     (piece,) = report["pieces"]
     (spec,) = (t for t in report["tensors"] if t["tensor"] == piece["tensor"])
-    assert spec["code"] == code
+    assert piece["counts"][CHANNEL] == max(piece["counts"]) > 20
+    assert piece["gain_db"] > 10
+    assert spec["code"] == ("logarithmic" if few else "uniform")
     assert spec["clip"][1] == pytest.approx(piece["bound"], rel=1e-6)
     assert "Min" not in {n.op_type for n in onnx.load(tmp_path / "quantized.onnx").graph.node}
+
+
+def test_logarithmic_codes_reach_a_channel_that_counts_little(
+    massive: Path, tmp_path: Path
+) -> None:
+    """Where one scale would not, and pieces would save it 6 dB and more."""
+    report = quantized(massive, tmp_path, quantizer="lowbit", bits="6/6/6", rotate=False)
+    assert report["pieces"] == []
 
 
 def test_lowbit_splits_where_it_has_few_bits() -> None:
@@ -326,7 +345,7 @@ def test_bounds_are_the_best_of_forty(many: int) -> None:
         highs[random.choice(width, many, replace=False)] *= 10 ** random.uniform(0, 2, many)
         power, levels = random.uniform(0.1, 2, width), int(random.choice([16, 256]))
         low, least = -float(random.uniform(0, 0.3)), float(random.choice([1.0, 2.0]))
-        one = replace(held, highs=highs, power=power, low=low, levels=levels)
+        one = replace(held, highs=highs, power=power, low=low, bits=round(math.log2(levels)))
         _, pieces = split_hidden(plan, [one], least)
         wanted = slow_pieces(highs, low, power, least * 6, levels)
         assert len(pieces) == (wanted is not None)
