@@ -27,7 +27,7 @@ from ptq_onnx.equalization.linear_weights import move_rows, power_of_rows
 from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import TINY, Solved
 from ptq_onnx.numerics.multiples import ROWS, WIDEST
-from ptq_onnx.numerics.range_search import channel_bounds, logarithmic_range
+from ptq_onnx.numerics.range_search import channel_bounds, logarithmic_range_of_rows
 from ptq_onnx.numerics.spec import Rule, Site
 from ptq_onnx.quantizers.base import Move
 
@@ -36,8 +36,6 @@ Double = NDArray[np.float64]
 
 INTO = {"q": "k", "k": "q", "v": "proj", "av": "Mul, Add"}
 """Where the factors of a role go, in reports."""
-SEARCHED_ROWS = 512
-"""Rows whose values a logarithmic range is searched on."""
 
 
 @dataclass
@@ -172,14 +170,9 @@ class Steps:
         power = power_of_rows((nodes[name] for name in site.consumers), rows.shape[1])
         if not power.any():
             power += 1
-        picked = rows[:: max(1, len(rows) // SEARCHED_ROWS)]
-        found = logarithmic_range(
-            picked.ravel(),
-            np.broadcast_to(power, picked.shape).ravel(),
-            self.rules[site.tensor].bits,
-            self.form.fixed.get(site.tensor, (0.0, None))[1],
-        )
-        self.solved[site.tensor] = found
+        highest = self.form.fixed.get(site.tensor, (0.0, None))[1]
+        bits = self.rules[site.tensor].bits
+        self.solved[site.tensor] = logarithmic_range_of_rows(rows, power, bits, highest)
 
 
 def numbers(scale: float, zero: int, details: Mapping[str, int] | None = None) -> Solved:

@@ -34,7 +34,7 @@ from ptq_onnx.graph.formula import constant
 from ptq_onnx.numerics.codes.code import TINY, Code, Numbers
 from ptq_onnx.numerics.codes.logarithmic import Logarithmic
 from ptq_onnx.numerics.codes.uniform import Uniform
-from ptq_onnx.numerics.range_search import logarithmic_range
+from ptq_onnx.numerics.range_search import few_rows, logarithmic_range_of_rows
 from ptq_onnx.numerics.spec import PER_TENSOR, Rule, Site
 from ptq_onnx.quantizers.base import Plan
 from ptq_onnx.quantizers.code_regions import DEAD
@@ -53,8 +53,6 @@ MOST_ADDED = 1 / 8
 WORTH = 6.0
 """dB of expected noise that pieces must save: a clip range that is searched saves some as well. Of
 logarithmic codes, which reach far by themselves, the noise on a sample counts."""
-ROWS = 512
-"""Rows of that sample."""
 BOUNDS = 40
 """Values of M tried between where f is linear and the largest value."""
 
@@ -105,25 +103,34 @@ def held_in_one(
     batches: Iterable[Any],
     progress: Progress | None = None,
 ) -> list[Held]:
-    """The activations that ``rules`` hold in one scale, from one run of batches [B, C, H, W]; none
-    are run where there are none."""
+    """The activations that ``rules`` hold in one scale, from one run of batches [B, C, H, W], and
+    another for those of logarithmic codes that pieces may help; none are run where there are none.
+    """
     wanted = dict(_candidates(plan, rules))
     if not wanted:
         return []
     sites, threads = [plan.sites[name] for name in wanted], plan.config.threads
     stats = collect(plan.model, sites, batches, threads=threads, progress=progress)
-    sampled = [s for s in sites if rules[s.tensor].code == LOGARITHMIC]
-    rows: dict[str, Array] = {}
-    for group in collect_rows(plan.model, sampled, batches, threads=threads) if sampled else ():
-        rows |= {name: found[:: max(1, len(found) // ROWS)] for name, found in group.items()}
     found = []
     for site, (name, hidden) in zip(sites, wanted.items(), strict=True):
         low, high = robust_range(stats.channels[name])
         highs = np.maximum(high.astype(np.float64), 0)
         power = power_of_rows(hidden.after, len(highs))
         first, bits = LINEAR_FROM[hidden.activation.op_type], rules[name].bits
-        found.append(Held(site, float(low.min()), highs, power, first, bits, rows.get(name)))
-    return found
+        found.append(Held(site, float(low.min()), highs, power, first, bits))
+    logarithmic = {name for name in wanted if rules[name].code == LOGARITHMIC}
+    found = [h for h in found if h.site.tensor not in logarithmic or _pieces(h, 1.0) is not None]
+    sampled = [h.site for h in found if h.site.tensor in logarithmic]
+    rows = _samples(plan, sampled, batches)
+    return [replace(h, rows=rows.get(h.site.tensor)) for h in found]
+
+
+def _samples(plan: Plan, sites: list[Site], batches: Iterable[Any]) -> dict[str, Array]:
+    """A few rows [R, C] of each."""
+    threads, rows = plan.config.threads, dict[str, Array]()
+    for group in collect_rows(plan.model, sites, batches, threads=threads) if sites else ():
+        rows |= {name: few_rows(found) for name, found in group.items()}
+    return rows
 
 
 def split_hidden(
@@ -134,7 +141,7 @@ def split_hidden(
     Bounds are at least ``least`` times where the function is linear. The plan itself where none
     gains.
     """
-    found = tuple(one for one in (_pieces(of, least) for of in held) if one is not None)
+    found = tuple(one for one in (_worth_it(of, least) for of in held) if one is not None)
     return (in_pieces(plan, found) if found else plan), found
 
 
@@ -168,6 +175,15 @@ def _candidates(plan: Plan, rules: Mapping[str, Rule]) -> Iterable[tuple[str, Hi
             yield name, hidden
 
 
+def _worth_it(held: Held, least: float) -> Pieces | None:
+    """The pieces, where they also lower the noise of the sample's codes by ``WORTH``."""
+    found = _pieces(held, least)
+    if found is None or held.rows is None:
+        return found
+    gain = _logarithmic_gain(held, held.rows, np.array(found.counts), found.bound)
+    return replace(found, gain_db=gain) if gain >= WORTH else None
+
+
 def _pieces(held: Held, least: float) -> Pieces | None:
     """The bound with the least expected noise: (M - low)² Σ k_c p_c, p_c being the power of what
     reads channel c. None where it gains less than ``WORTH``."""
@@ -181,12 +197,10 @@ def _pieces(held: Held, least: float) -> Pieces | None:
     allowed = (counts - 1).sum(axis=1) <= MOST_ADDED * len(highs)
     best = int(np.argmin(np.where(allowed, noise, np.inf)))
     gain = 10 * float(np.log10(noise[-1] / noise[best]))
-    chosen = counts[best].astype(np.int64)
-    low, bound = on_grid(held.low, float(np.float32(bounds[best])), 1 << held.bits)
-    if held.rows is not None and gain >= WORTH:
-        gain = _logarithmic_gain(held.rows, held.power, held.bits, chosen, bound)
     if gain < WORTH:
         return None
+    chosen = counts[best].astype(np.int64)
+    low, bound = on_grid(held.low, float(np.float32(bounds[best])), 1 << held.bits)
     return Pieces(
         tensor=held.site.tensor,
         block=held.site.block,
@@ -201,24 +215,22 @@ def _pieces(held: Held, least: float) -> Pieces | None:
     )
 
 
-def _logarithmic_gain(
-    rows: Array, power: Double, bits: int, counts: NDArray[np.int64], bound: float
-) -> float:
+def _logarithmic_gain(held: Held, rows: Array, counts: NDArray[np.int64], bound: float) -> float:
     """By how many dB pieces lower the noise of the best logarithmic codes for rows [R, C]."""
     first = np.cumsum(counts) - counts
     place = np.arange(int(counts.sum())) - np.repeat(first, counts)
     wide = np.repeat(rows, counts, axis=1) - np.float32(bound) * place.astype(np.float32)
     pieces = np.minimum(np.where(place > 0, np.maximum(wide, 0), wide), np.float32(bound))
-    held = _held(pieces, np.repeat(power, counts), bits, bound)
-    noise = [np.add.reduceat(held - pieces, first, axis=1), _held(rows, power, bits, None) - rows]
-    after, before = (float(np.sum(one.astype(np.float64) ** 2 @ power)) for one in noise)
+    made = _decoded(pieces, np.repeat(held.power, counts), held.bits, bound)
+    whole = _decoded(rows, held.power, held.bits)
+    noise = np.add.reduceat(made - pieces, first, axis=1), whole - rows
+    after, before = (float(np.sum(one.astype(np.float64) ** 2 @ held.power)) for one in noise)
     return 10 * float(np.log10(max(before, TINY) / max(after, TINY)))
 
 
-def _held(rows: Array, power: Double, bits: int, highest: float | None) -> Array:
+def _decoded(rows: Array, power: Double, bits: int, highest: float | None = None) -> Array:
     """What the best logarithmic codes make of rows [R, C]."""
-    weight = np.broadcast_to(power, rows.shape).ravel()
-    found = logarithmic_range(rows.ravel(), weight, bits, highest)
+    found = logarithmic_range_of_rows(rows, power, bits, highest)
     numbers = Numbers(bits, False, found.scale, found.zero_point, found.details)
     return LOGARITHMIC.values(LOGARITHMIC.codes(rows, numbers), numbers)
 

@@ -28,6 +28,9 @@ RATES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 LARGEST = tuple(float(f) for f in np.geomspace(1.0, 0.1, 20))
 """Parts of the largest value that a logarithmic range may end at."""
 
+SEARCHED_ROWS = 512
+"""Rows whose values a logarithmic range is searched on."""
+
 
 def channel_bounds(rows: Array, levels: int) -> tuple[Double, Double]:
     """Lowest and highest of ``levels`` levels per channel, [C], for a sample [R, C].
@@ -97,6 +100,21 @@ def logarithmic_range(x: Array, weight: Double, bits: int, highest: float | None
     scale, zero, eighths = best
     numbers = np.array([scale], np.float32), np.array([zero], np.int32)
     return Solved(*numbers, {"eighths": eighths})
+
+
+def few_rows(rows: Array) -> Array:
+    """About ``SEARCHED_ROWS`` of the rows [R, C], evenly."""
+    return rows[:: max(1, len(rows) // SEARCHED_ROWS)]
+
+
+def logarithmic_range_of_rows(
+    rows: Array, power: Double, bits: int, highest: float | None = None
+) -> Solved:
+    """As :func:`logarithmic_range`, for :func:`few_rows` of rows [R, C] whose channels count
+    ``power`` [C]."""
+    rows = few_rows(rows)
+    weight = np.broadcast_to(power, rows.shape)
+    return logarithmic_range(rows.ravel(), weight.ravel(), bits, highest)
 
 
 def rates(bits: int) -> list[int]:
