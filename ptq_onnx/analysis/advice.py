@@ -1,14 +1,19 @@
-"""What the measurements say should be done, in words."""
+"""What the measurements say should be done, in words; only options that the run's own allow."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ptq_onnx.analysis.attention_results import AttentionAnalysis
 from ptq_onnx.analysis.results import Sensitivity, Switched
 from ptq_onnx.analysis.variation_results import Outlier, TensorVariation, Variation
+from ptq_onnx.config.bits import BYTE
+from ptq_onnx.config.quantize_config import QuantizeConfig
+from ptq_onnx.errors import ConfigError
 from ptq_onnx.numerics.codes.log2 import Log2
 from ptq_onnx.numerics.codes.uniform import Uniform
 from ptq_onnx.numerics.spec import Site, TensorSpec
@@ -26,28 +31,73 @@ LOST = 3.0
 """Below that many dB the logits no longer tell modules apart."""
 
 
+WITHOUT_FACTORS = ("vanilla", "channelwise", "ptq4vit")
+"""Quantizers whose channels have no factors, so that fqvit's help."""
+
+
+@dataclass(frozen=True)
+class _Open:
+    """What may still be tried beside a run's own options."""
+
+    config: QuantizeConfig
+
+    def takes(self, **changes: Any) -> bool:
+        """Whether a run may have them, too."""
+        try:
+            replace(self.config, **changes)
+        except ConfigError:
+            return False
+        return True
+
+    @property
+    def factors(self) -> bool:
+        """Whether fqvit is another quantizer, and one that helps."""
+        return self.config.quantizer in WITHOUT_FACTORS and self.takes(quantizer="fqvit")
+
+    @property
+    def wider(self) -> bool:
+        """Whether ranges that lose nothing may be asked for, and are not searched anyway."""
+        return self.config.quantizer != "lowbit" and self.takes(method="robust")
+
+    def per_channel(self, selector: str) -> bool:
+        return self.takes(per_channel=(*self.config.per_channel, selector))
+
+    def more(self, selector: str) -> list[str]:
+        """More bits for what has few, or none: how to say so, where either may be asked for."""
+        few = self.config.widths.activations < BYTE
+        bits, text = (BYTE, selector) if few else (2 * BYTE, f"{selector}={2 * BYTE}")
+        if not few and self.takes(keep_float=(*self.config.keep_float, selector)):
+            return [f"in float (--keep-float {selector})"]
+        if self.takes(more_bits=(*self.config.more_bits, text)):
+            return [f"{bits} bits (--more-bits {text})"]
+        return []
+
+
 def advise(
+    config: QuantizeConfig,
     sites: Mapping[str, Site],
     specs: Mapping[str, TensorSpec],
     variation: Variation | None,
     sensitivity: Sensitivity | None,
     attention: AttentionAnalysis | None,
 ) -> tuple[str, ...]:
-    """Sentences, the most urgent first; none where nothing stands out."""
+    """Sentences, the most urgent first; none where nothing stands out, or nothing is left to try
+    beside the options of ``config``."""
     found: list[str] = []
+    left = _Open(config)
     if sensitivity is not None:
-        found += _gains(sensitivity)
+        found += _gains(sensitivity, left)
     if variation is not None:
-        found += _channels(variation, sites, specs)
-        found += _clipping(variation)
-        found += _weights(variation, specs)
-        found += _massive(variation.outliers, specs)
+        found += _channels(variation, sites, specs, left)
+        found += _clipping(variation) if left.wider else []
+        found += _weights(variation, specs, left)
+        found += _massive(variation.outliers, specs, left)
     if attention is not None:
-        found += _attention(attention, sites, specs)
+        found += _attention(attention, sites, specs) if left.takes(quantizer="fqvit") else []
     return tuple(found)
 
 
-def _gains(sensitivity: Sensitivity) -> list[str]:
+def _gains(sensitivity: Sensitivity, left: _Open) -> list[str]:
     """The kinds and ops that give back most when they stay in float.
 
     Judged by the features where the logits are lost.
@@ -55,12 +105,13 @@ def _gains(sensitivity: Sensitivity) -> list[str]:
     lost = sensitivity.baseline.snr_db < LOST and sensitivity.baseline_features_db is not None
     before = sensitivity.baseline_features_db if lost else sensitivity.baseline.snr_db
     where = "last norm's output" if lost else "logits"
+    option = " (--keep-float)" if left.takes(keep_float=("fc2",)) else ""
 
     def gain(one: Switched) -> float:
         return (one.features_gain_db if lost else one.gain_db) or 0.0
 
     out = []
-    for scope, option in (("kind", "of all blocks"), ("op", "alone")):
+    for scope, which in (("kind", "of all blocks"), ("op", "alone")):
         best = sorted(
             (s for s in sensitivity.leave_one_out if s.scope == scope and s.part == "all"),
             key=lambda s: -gain(s),
@@ -72,14 +123,17 @@ def _gains(sensitivity: Sensitivity) -> list[str]:
                 for s in named
             )
             out.append(
-                f"Left in float {option}, these give back most at the {where}"
-                f" ({before:.1f} dB with everything quantized): {parts} (--keep-float)."
+                f"Left in float {which}, these give back most at the {where}"
+                f" ({before:.1f} dB with everything quantized): {parts}{option}."
             )
     return out
 
 
 def _channels(
-    variation: Variation, sites: Mapping[str, Site], specs: Mapping[str, TensorSpec]
+    variation: Variation,
+    sites: Mapping[str, Site],
+    specs: Mapping[str, TensorSpec],
+    left: _Open,
 ) -> list[str]:
     """Tensors with one scale whose channels differ too much for it."""
     groups: dict[str, list[TensorVariation]] = defaultdict(list)
@@ -92,11 +146,11 @@ def _channels(
     for role, group in sorted(groups.items(), key=lambda g: -_widest(g[1])):
         where = _where(role, group)
         many = f"{_widest(group):.0f}× the median"
-        read = _reader(group[0], sites)
-        out.append(
-            f"{where}: one channel {many} → per channel (--per-channel {_selector(read, group)})"
-            " or power-of-two factors (--quantizer fqvit)."
-        )
+        selector = _selector(_reader(group[0], sites), group)
+        tried = [f"per channel (--per-channel {selector})"] if left.per_channel(selector) else []
+        tried += ["power-of-two factors (--quantizer fqvit)"] if left.factors else []
+        tried = tried or left.more(selector)
+        out += [f"{where}: one channel {many} → {' or '.join(tried)}."] if tried else []
     return out
 
 
@@ -131,7 +185,7 @@ def _clipping(variation: Variation) -> list[str]:
     return out
 
 
-def _weights(variation: Variation, specs: Mapping[str, TensorSpec]) -> list[str]:
+def _weights(variation: Variation, specs: Mapping[str, TensorSpec], left: _Open) -> list[str]:
     groups: dict[str, list[TensorVariation]] = defaultdict(list)
     for one in variation.tensors:
         spec = specs.get(one.tensor)
@@ -142,13 +196,16 @@ def _weights(variation: Variation, specs: Mapping[str, TensorSpec]) -> list[str]
         f"{_where(role, group)}: one output channel {_widest(group):.0f}× the median → weights per"
         f" channel (--per-channel {_selector(role, group)})."
         for role, group in sorted(groups.items(), key=lambda g: -_widest(g[1]))
+        if left.per_channel(_selector(role, group))
     ]
 
 
-def _massive(outliers: Sequence[Outlier], specs: Mapping[str, TensorSpec]) -> list[str]:
+def _massive(
+    outliers: Sequence[Outlier], specs: Mapping[str, TensorSpec], left: _Open
+) -> list[str]:
     """The one token that stands out most, and where it appears; of tensors that are quantized
     with a range or a scale that could suit it better."""
-    tokens = [o for o in outliers if o.kind == "token" and _remedies(specs.get(o.tensor))]
+    tokens = [o for o in outliers if o.kind == "token" and _remedies(specs.get(o.tensor), left)]
     if not tokens:
         return []
     worst = max(tokens, key=lambda o: o.ratio)
@@ -157,18 +214,18 @@ def _massive(outliers: Sequence[Outlier], specs: Mapping[str, TensorSpec]) -> li
     return [
         f"Massive tokens{since}: up to {worst.value:.4g} in {_label(worst.role, worst.block)},"
         f" token {worst.token}, channel {worst.channel}, {worst.ratio:.0f}× the median token"
-        f" → {', or '.join(_remedies(specs.get(worst.tensor)))}."
+        f" → {', or '.join(_remedies(specs.get(worst.tensor), left))}."
     ]
 
 
-def _remedies(spec: TensorSpec | None) -> list[str]:
+def _remedies(spec: TensorSpec | None, left: _Open) -> list[str]:
     """What is left to try for a massive token; nothing where the tensor stays in float."""
     if spec is None:
         return []
     found = []
-    if spec.rule.method not in ("robust", "minmax"):
+    if spec.rule.method not in ("robust", "minmax") and left.wider:
         found.append("calibrate on many images and do not clip (--method robust)")
-    if spec.rule.per_tensor:
+    if spec.rule.per_tensor and left.factors:
         found.append("give the channel a scale of its own (--quantizer fqvit)")
     return found
 

@@ -93,7 +93,8 @@ def analyse_quantized(
     switched = None
     if full and float_outputs(subject.model):
         switched = _switched(subject, way, batch, held_apart)
-    advice = advise(subject.sites, specs, varied, switched, looked)
+    config = subject.quantizer.plan.config
+    advice = advise(config, subject.sites, specs, varied, switched, looked)
     return Analysis(ops, switched, varied, looked, advice)
 
 

@@ -79,6 +79,12 @@ class LowBit(Deploy):
         self.set_constants(found.constants)
         self.trained = found.trained
         self.notes += found.notes
+        config = self.plan.config
+        if config.method is not None and config.few_bits:
+            self.notes.append(
+                f"--method {config.method} counts for what has 8 bits; the ranges of fewer are"
+                " searched on a sample (lowbit)."
+            )
         return found.specs
 
     def reuse(self, specs: dict[str, TensorSpec], where: str) -> None:

@@ -339,7 +339,7 @@ def test_advice_gives_the_figures_of_the_bits_in_use() -> None:
         Simulator(quantizer.model, quantizer, threads=1), [(["a"] * COUNT, X)], quantizer.specs,
     )  # fmt: skip
     assert attention is not None
-    (text,) = advise(plan.sites, quantizer.specs, None, None, attention)
+    (text,) = advise(plan.config, plan.sites, quantizer.specs, None, None, attention)
     own = np.mean([b.own.rank for b in attention.blocks if b.own is not None])
     log2 = np.mean([c.rank for b in attention.blocks for c in b.codes
                     if (c.code, c.bits) == ("log2", 3)])  # fmt: skip

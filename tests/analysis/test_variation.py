@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from ptq_onnx.analysis.results import Error, Sensitivity, Switched
 from ptq_onnx.analysis.tensor_sums import BINS, kurtosis, ratio_to_median, sdam
 from ptq_onnx.analysis.variation import variation
 from ptq_onnx.analysis.variation_results import Outlier, TensorVariation, Variation
+from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.numerics.fake_quantize import dequantize, quantize
 from ptq_onnx.preparation import model_files as graphs
 from ptq_onnx.quantizers.base import SiteQuantizer
@@ -137,8 +139,9 @@ def test_outliers_are_found_where_they_are_put(found: Variation) -> None:
         assert one.token == token, image
 
 
-def test_advice_names_blocks_ratio_and_options(quantizer: SiteQuantizer, found: Variation) -> None:
-    p = prepared(DIGITS)
+@pytest.fixture(scope="module")
+def loud(found: Variation) -> tuple[Variation, Sensitivity]:
+    """Wide channels behind GELU, a massive token and a kind that costs much, as measured."""
     wide = {tensor_of("gelu", b): 40.0 + b for b in (2, 3)}
     tensors = tuple(
         replace(t, channel_ratio=wide.get(t.tensor, 2.0), clip_noise=0.0) for t in found.tensors
@@ -152,8 +155,14 @@ def test_advice_names_blocks_ratio_and_options(quantizer: SiteQuantizer, found: 
     )
     run = Sensitivity(4, 4, True, error, None, (), gains, 1.0)
     token = Outlier("token", tensor_of("residual2", 3), "residual2", 3, 41, 7, -560.0, 123.4)
-    made = replace(found, tensors=tensors, outliers=(token,))
-    texts = advise(p.sites, quantizer.specs, made, run, None)
+    return replace(found, tensors=tensors, outliers=(token,)), run
+
+
+def test_advice_names_blocks_ratio_and_options(
+    quantizer: SiteQuantizer, loud: tuple[Variation, Sensitivity]
+) -> None:
+    p, (made, run) = prepared(DIGITS), loud
+    texts = advise(quantizer.plan.config, p.sites, quantizer.specs, made, run, None)
     assert len(texts) == 3
     assert "10.0 dB with everything quantized): fc2 +4.2 dB (--keep-float)" in texts[0]
     assert texts[1].startswith("gelu (read by fc2) of blocks 2, 3: one channel 43× the median")
@@ -163,7 +172,43 @@ def test_advice_names_blocks_ratio_and_options(quantizer: SiteQuantizer, found: 
                              " (--quantizer fqvit).")  # fmt: skip
     others = quantized(quantizer="fqvit"), quantized(quantizer="deploy")
     for other in others:  # factors per channel and no clipping; in float
-        assert len(advise(p.sites, other.specs, made, None, None)) == 0, other.name
+        config = other.plan.config
+        assert len(advise(config, p.sites, other.specs, made, None, None)) == 0, other.name
+
+
+@pytest.mark.parametrize(
+    ("options", "fc2"),
+    [
+        ({"quantizer": "lowbit", "bits": "4/4/4"}, "8 bits (--more-bits fc2@2,3)"),
+        ({"quantizer": "lowbit"}, "in float (--keep-float fc2@2,3)"),
+        ({"target": "qnn"}, "16 bits (--more-bits fc2@2,3=16)"),
+        ({"target": "integer"}, "16 bits (--more-bits fc2@2,3=16)"),
+        ({"target": "openvino"}, "per channel (--per-channel fc2@2,3)"),
+        ({"target": "tensorrt", "precision": "fp8"}, "in float (--keep-float fc2@2,3)"),
+        ({"activations": "dynamic"}, "in float (--keep-float fc2@2,3)"),
+        ({"quantizer": "fqvit"}, "per channel (--per-channel fc2@2,3)"),
+    ],
+    ids=str,
+)
+def test_advice_names_only_what_a_run_may_have(
+    quantizer: SiteQuantizer,
+    loud: tuple[Variation, Sensitivity],
+    options: dict[str, str],
+    fc2: str,
+) -> None:
+    config, (made, run) = QuantizeConfig(**options), loud
+    texts = advise(config, prepared(DIGITS).sites, quantizer.specs, made, run, None)
+    assert [t for t in texts if "fc2@2,3" in t] == [
+        f"gelu (read by fc2) of blocks 2, 3: one channel 43× the median → {fc2}."
+    ]
+    named = re.findall(r"--([a-z-]+)(?: ([^ ),]+(?:,[0-9][^ )]*)?))?", " ".join(texts))
+    assert named
+    for option, value in named:
+        name, one = option.replace("-", "_"), value or "fc2"
+        several = name in ("per_channel", "keep_float", "more_bits")
+        replace(
+            config, **{name: (one,) if several else one}
+        )  # raises where they do not go together
 
 
 def test_advice_on_clipping_and_weights(quantizer: SiteQuantizer, found: Variation) -> None:
@@ -181,7 +226,7 @@ def test_advice_on_clipping_and_weights(quantizer: SiteQuantizer, found: Variati
         return calm
 
     made = replace(found, tensors=tuple(map(changed, found.tensors)), outliers=())
-    texts = advise(p.sites, quantizer.specs, made, None, None)
+    texts = advise(quantizer.plan.config, p.sites, quantizer.specs, made, None, None)
     assert texts == (
         "residual1 of block 4: 94 % of the error is clipping (values -569…30, range -12…11.9,"
         " 0.1 % outside) → a wider range (--method robust or minmax).",

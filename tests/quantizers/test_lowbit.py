@@ -105,6 +105,24 @@ def test_every_activation_was_solved_on_the_sample() -> None:
     assert {s.role for s in left if s.tensor in wide} == {"input", "norm"}
 
 
+def test_a_method_that_counts_for_eight_bits_alone_is_said_to() -> None:
+    other, quantizer = quantized(quantizer="lowbit", bits="4/4/4", method="minmax"), made()
+    assert {r.method for r in other.rules.values() if r.bits == 8} == {"minmax"}
+    sites = quantizer.plan.sites
+    few = [t for t, rule in quantizer.rules.items() if rule.bits < 8]
+    ranges = [t for t in few if not sites[t].is_parameter]
+    assert len(ranges) > 40
+    for tensor in ranges:  # found on the sample, whatever the method
+        spec, same = quantizer.specs[tensor], other.specs[tensor]
+        np.testing.assert_array_equal(same.scale, spec.scale, err_msg=tensor)
+    (said,) = (n for n in other.notes if n.startswith("--method"))
+    assert said == (
+        "--method minmax counts for what has 8 bits; the ranges of fewer are searched on a sample"
+        " (lowbit)."
+    )
+    assert not any(n.startswith("--method") for n in quantizer.notes)
+
+
 def test_weights_are_codes_of_their_scales() -> None:
     """Rounded weights are on their grid, at most 16 levels to a column of 32 rows."""
     quantizer = made()
