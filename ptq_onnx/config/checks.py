@@ -101,7 +101,10 @@ def _check_npu(config: Fields) -> None:
         ("--mixed", bool(config.mixed), target.all_codes or config.quantizer == "lowbit"),
     ):
         if used and not taken:
-            raise ConfigError(f"{option} with --target {config.target}: it is for --target qnn.")
+            other = ", and for --quantizer lowbit" if option == "--mixed" else ""
+            raise ConfigError(
+                f"{option} with --target {config.target}: it is for --target qnn{other}."
+            )
     if (
         config.mixed
         and target.all_codes
@@ -204,6 +207,11 @@ def _check_owners(config: Fields) -> None:
     ):
         if used and config.quantizer != owner:
             raise ConfigError(f"{option} belongs to the quantizer {owner}, not {config.quantizer}.")
+    if config.convolutions and not config.regions:
+        raise ConfigError(
+            "--convolutions: deploy alone has them on codes of its choice, for the target"
+            " onnxruntime, with calibrated activations of 8 bits; leave it out."
+        )
     if config.gelu != "table" and config.arithmetic != INTEGER:
         raise ConfigError(
             f"--gelu {config.gelu} belongs to integer arithmetic: add --target integer."

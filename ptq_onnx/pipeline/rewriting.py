@@ -168,7 +168,13 @@ def _split(job: Job, found: _Attempt, reference: Reference, before: Rewrites | N
         if reference.accepts(off):
             job.notes.extend(describe(one) for one in pieces)
             return replace(found, plan=split, pieces=pieces, off=off)
-    return found if off is None else _undone(job, found, PIECES, off, reference)
+    if off is not None:
+        return _undone(job, found, PIECES, off, reference)
+    if job.config.split_hidden:
+        job.notes.append(
+            "--split-hidden: no hidden channel is so far above the rest that pieces pay."
+        )
+    return found
 
 
 def _split_as(

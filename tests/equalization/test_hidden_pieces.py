@@ -262,6 +262,10 @@ def test_nothing_massive_nothing_split(tmp_path: Path) -> None:
     report = quantized(MODEL, tmp_path / "a", **PLAIN)
     assert report["pieces"] == []
     assert not any("ieces" in note for note in report["notes"])
+    asked = quantized(MODEL, tmp_path / "b", **PLAIN, split_hidden=True)
+    told = "--split-hidden: no hidden channel is so far above the rest that pieces pay."
+    assert asked["pieces"] == []
+    assert told in asked["notes"]
 
 
 def test_factors_of_channels_need_no_pieces(massive: Path, tmp_path: Path) -> None:
