@@ -29,8 +29,6 @@ GAIN = 1.0
 NAMED = 3
 LOST = 3.0
 """Below that many dB the logits no longer tell modules apart."""
-
-
 WITHOUT_FACTORS = ("vanilla", "channelwise", "ptq4vit")
 """Quantizers whose channels have no factors, so that fqvit's help."""
 
@@ -62,9 +60,9 @@ class _Open:
     def per_channel(self, selector: str) -> bool:
         return self.takes(per_channel=(*self.config.per_channel, selector))
 
-    def more(self, selector: str) -> list[str]:
-        """More bits for what has few, or none: how to say so, where either may be asked for."""
-        few = self.config.widths.activations < BYTE
+    def more(self, selector: str, has: int) -> list[str]:
+        """8 bits for what has fewer, else float, or 16: how to ask, where that may be."""
+        few = has < BYTE
         bits, text = (BYTE, selector) if few else (2 * BYTE, f"{selector}={2 * BYTE}")
         if not few and self.takes(keep_float=(*self.config.keep_float, selector)):
             return [f"in float (--keep-float {selector})"]
@@ -149,7 +147,7 @@ def _channels(
         selector = _selector(_reader(group[0], sites), group)
         tried = [f"per channel (--per-channel {selector})"] if left.per_channel(selector) else []
         tried += ["power-of-two factors (--quantizer fqvit)"] if left.factors else []
-        tried = tried or left.more(selector)
+        tried = tried or left.more(selector, min(specs[t.tensor].rule.bits for t in group))
         out += [f"{where}: one channel {many} → {' or '.join(tried)}."] if tried else []
     return out
 

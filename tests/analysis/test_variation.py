@@ -197,7 +197,9 @@ def test_advice_names_only_what_a_run_may_have(
     fc2: str,
 ) -> None:
     config, (made, run) = QuantizeConfig(**options), loud
-    texts = advise(config, prepared(DIGITS).sites, quantizer.specs, made, run, None)
+    bits = config.widths.activations
+    specs = {t: replace(s, rule=replace(s.rule, bits=bits)) for t, s in quantizer.specs.items()}
+    texts = advise(config, prepared(DIGITS).sites, specs, made, run, None)
     assert [t for t in texts if "fc2@2,3" in t] == [
         f"gelu (read by fc2) of blocks 2, 3: one channel 43× the median → {fc2}."
     ]
