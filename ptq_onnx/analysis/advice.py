@@ -58,6 +58,7 @@ class _Open:
         return self.config.quantizer != "lowbit" and self.takes(method="robust")
 
     def per_channel(self, selector: str) -> bool:
+        """Whether what is selected may have a scale for each channel."""
         return self.takes(per_channel=(*self.config.per_channel, selector))
 
     def more(self, selector: str, has: int) -> list[str]:
