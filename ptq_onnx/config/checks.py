@@ -96,15 +96,13 @@ def _check_widths(config: Fields) -> None:
 def _check_npu(config: Fields) -> None:
     """Options of files that hold one batch size, all of it codes."""
     target = config.runtime
-    for option, used, taken in (
-        ("--batch-size", config.batch_size != 1, target.fixed_batch),
-        ("--mixed", bool(config.mixed), target.all_codes or config.quantizer == "lowbit"),
-    ):
+    for option, used, taken, owners in (
+        ("--batch-size", config.batch_size != 1, target.fixed_batch, "--target qnn"),
+        ("--mixed", bool(config.mixed), target.all_codes or config.quantizer == "lowbit",
+         "--target qnn, and for --quantizer lowbit"),
+    ):  # fmt: skip
         if used and not taken:
-            other = ", and for --quantizer lowbit" if option == "--mixed" else ""
-            raise ConfigError(
-                f"{option} with --target {config.target}: it is for --target qnn{other}."
-            )
+            raise ConfigError(f"{option} with --target {config.target}: it is for {owners}.")
     if (
         config.mixed
         and target.all_codes

@@ -208,9 +208,8 @@ def test_advice_names_only_what_a_run_may_have(
     for option, value in named:
         name, one = option.replace("-", "_"), value or "fc2"
         several = name in ("per_channel", "keep_float", "more_bits")
-        replace(
-            config, **{name: (one,) if several else one}
-        )  # raises where they do not go together
+        change = {name: (one,) if several else one}
+        replace(config, **change)  # raises where they do not go together
 
 
 def test_advice_on_clipping_and_weights(quantizer: SiteQuantizer, found: Variation) -> None:
