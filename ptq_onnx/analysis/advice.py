@@ -29,6 +29,8 @@ GAIN = 1.0
 NAMED = 3
 LOST = 3.0
 """Below that many dB the logits no longer tell modules apart."""
+NO_OPTION = "; no option of this run changes that"
+"""What is found is told all the same: the page says that nothing stands out where no one is."""
 WITHOUT_FACTORS = ("vanilla", "channelwise", "ptq4vit")
 """Quantizers whose channels have no factors, so that fqvit's help."""
 
@@ -80,15 +82,15 @@ def advise(
     sensitivity: Sensitivity | None,
     attention: AttentionAnalysis | None,
 ) -> tuple[str, ...]:
-    """Sentences, the most urgent first; none where nothing stands out, or nothing is left to try
-    beside the options of ``config``."""
+    """Sentences, the most urgent first; none where nothing stands out. Options are named
+    that may be had beside those of ``config``."""
     found: list[str] = []
     left = _Open(config)
     if sensitivity is not None:
         found += _gains(sensitivity, left)
     if variation is not None:
         found += _channels(variation, sites, specs, left)
-        found += _clipping(variation) if left.wider else []
+        found += _clipping(variation, left)
         found += _weights(variation, specs, left)
         found += _massive(variation.outliers, specs, left)
     if attention is not None:
@@ -149,7 +151,8 @@ def _channels(
         tried = [f"per channel (--per-channel {selector})"] if left.per_channel(selector) else []
         tried += ["power-of-two factors (--quantizer fqvit)"] if left.factors else []
         tried = tried or left.more(selector, min(specs[t.tensor].rule.bits for t in group))
-        out += [f"{where}: one channel {many} → {' or '.join(tried)}."] if tried else []
+        what = f" → {' or '.join(tried)}" if tried else NO_OPTION
+        out.append(f"{where}: one channel {many}{what}.")
     return out
 
 
@@ -162,7 +165,7 @@ def _reader(one: TensorVariation, sites: Mapping[str, Site]) -> str:
     return "fc2" if one.role == "gelu" else sites[one.tensor].role
 
 
-def _clipping(variation: Variation) -> list[str]:
+def _clipping(variation: Variation, left: _Open) -> list[str]:
     """Tensors whose error is mostly clipped values."""
     groups: dict[str, list[TensorVariation]] = defaultdict(list)
     for one in variation.tensors:
@@ -178,8 +181,8 @@ def _clipping(variation: Variation) -> list[str]:
             f"{_where(role, group)}: {100 * (worst.clip_noise or 0):.0f} % of the error is"
             f" clipping (values {worst.low:.3g}…{worst.high:.3g}, range"
             f" {clip[0]:.3g}…{clip[1]:.3g}{around},"
-            f" {100 * (worst.clipped or 0):.2g} % outside) → a wider"
-            " range (--method robust or minmax)."
+            f" {100 * (worst.clipped or 0):.2g} % outside)"
+            f"{' → a wider range (--method robust or minmax)' if left.wider else NO_OPTION}."
         )
     return out
 
@@ -192,10 +195,15 @@ def _weights(variation: Variation, specs: Mapping[str, TensorSpec], left: _Open)
         if one.parameter and wide and spec is not None and spec.rule.per_tensor:
             groups[one.role].append(one)
     return [
-        f"{_where(role, group)}: one output channel {_widest(group):.0f}× the median → weights per"
-        f" channel (--per-channel {_selector(role, group)})."
+        f"{_where(role, group)}: one output channel {_widest(group):.0f}× the median"
+        + (
+            f" → weights per channel (--per-channel {name})"
+            if left.per_channel(name)
+            else NO_OPTION
+        )
+        + "."
         for role, group in sorted(groups.items(), key=lambda g: -_widest(g[1]))
-        if left.per_channel(_selector(role, group))
+        for name in (_selector(role, group),)
     ]
 
 

@@ -234,3 +234,11 @@ def test_advice_on_clipping_and_weights(quantizer: SiteQuantizer, found: Variati
         "fc1.weight of block 1: one output channel 16× the median → weights per channel"
         " (--per-channel fc1.weight@1).",
     )
+    lowbit = QuantizeConfig(quantizer="lowbit")  # takes neither: told all the same
+    texts = advise(lowbit, p.sites, quantizer.specs, made, None, None)
+    assert texts == (
+        "residual1 of block 4: 94 % of the error is clipping (values -569…30, range -12…11.9,"
+        " 0.1 % outside); no option of this run changes that.",
+        "fc1.weight of block 1: one output channel 16× the median; no option of this run changes"
+        " that.",
+    )
