@@ -72,6 +72,9 @@ class Target:
     kernel_forms: bool = False
     """Its files have the forms that ONNX Runtime's kernels are fastest with
     (``qdq/kernel_forms.py``)."""
+    turned_codes: bool = False
+    """It swaps the last axes of a product's second factor for nothing behind its codes
+    (``qdq/turned_codes.py``)."""
 
     def refusal(self, quantizer: str) -> str | None:
         """Why a quantizer is refused; None for one that works."""
@@ -141,6 +144,7 @@ OPENVINO = Target(
     convolutions=True,
     patches_as_linear=False,
     keep_rank=False,
+    turned_codes=True,
 )
 INTEGER = Target(
     "integer",

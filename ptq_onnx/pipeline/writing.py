@@ -34,6 +34,7 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
     from ptq_onnx.qdq.half import to_float16
     from ptq_onnx.qdq.kernel_forms import suit_kernels
     from ptq_onnx.qdq.lowering import lower
+    from ptq_onnx.qdq.turned_codes import turn_behind_codes
     from ptq_onnx.qdq.units import complete
 
     config = made.plan.config
@@ -42,6 +43,8 @@ def quantized_model(job: Job, made: Rewritten, quantizer: SiteQuantizer) -> ir.M
     lowered = lower(quantizer.model, quantizer.specs)
     if config.runtime.kernel_forms:
         suit_kernels(lowered, signed=config.cpu == VNNI)
+    if config.runtime.turned_codes:
+        turn_behind_codes(lowered)
     if config.runtime.widens_weights:
         store_in_four_bits(lowered)
     if config.runtime.fixed_batch:

@@ -44,17 +44,15 @@ def suit_kernels(model: ir.Model, *, signed: bool = True) -> ir.Model:
 
 def _sign_second_factor(graph: ir.Graph, product: ir.Node) -> None:
     """int8 for the uint8 codes of a product's second factor that ops only move."""
-    pair = _own_pair(product)
+    pair = own_pair(product)
     if pair is None:
         return
     quantize, dequantize = pair
-    moves = _moves_before(quantize)
-    if not moves:
+    zero, moves = constant(quantize.inputs[2]), _moves_before(quantize)
+    if zero is None or zero.dtype != np.uint8 or not moves:
         return
     start, last, codes = moves[0].inputs[0], moves[-1].outputs[0], quantize.outputs[0]
-    zero = constant(quantize.inputs[2])
     assert start is not None
-    assert zero is not None
     point = np.asarray(zero.astype(np.int32) - LOWER, np.int8)
     signed = new_constant(graph, f"{codes.name}_zero_point", point)
     early = ir.node(
@@ -75,9 +73,8 @@ def _sign_second_factor(graph: ir.Graph, product: ir.Node) -> None:
     last.name = name
 
 
-def _own_pair(product: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-    """Q, of uint8 codes with one scale, and DQ of a product's second factor, which second factors
-    alone read."""
+def own_pair(product: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """Q, with one scale, and DQ of a product's second factor, which second factors alone read."""
     dequantize = _maker(product.inputs[1], DEQUANTIZE)
     quantize = None if dequantize is None else _maker(dequantize.inputs[0], QUANTIZE)
     if dequantize is None or quantize is None or len(quantize.inputs) < 3:
@@ -88,7 +85,7 @@ def _own_pair(product: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     if not all(is_product(node) and index == 1 for node, index in consumers(values)):
         return None
     scale, zero = (constant(quantize.inputs[i]) for i in (1, 2))
-    if scale is None or zero is None or scale.size != 1 or zero.dtype != np.uint8:
+    if scale is None or zero is None or scale.size != 1:
         return None
     same = all(quantize.inputs[i] is dequantize.inputs[i] for i in (1, 2))
     return (quantize, dequantize) if same else None
