@@ -4,7 +4,8 @@ Each float tensor that a compute op makes or reads is one site, once:
 
 * a tensor read by products only, through layout ops (q, k, v out of a packed linear, the
   class token out of the last norm), is quantized where each product reads it, so that the
-  product gets its integers directly and each part its own range;
+  product gets its integers directly and each part its own range; where one reads all of what
+  another reads a part of (the class token of a class attention), once, where all of it is read;
 * of a tensor that is cut into parts, one of which products alone read (v beside q and k that have
   norms of their own), each part is a tensor of its own;
 * what a product reads through a copy (``equalization/reads.py``) is quantized behind it, for that
@@ -123,7 +124,7 @@ def _places(value: ir.Value) -> list[ir.Value]:
         and not made_by_product
         and all(is_product(n) or (is_linear(n) and i == 0) for n, i in leaves)
     ):
-        return _reads(value)
+        return _outermost(_reads(value))
     concat = _last_concat(value)
     return [value if concat is None else concat]
 
@@ -137,6 +138,12 @@ def _part_places(part: ir.Value) -> list[ir.Value]:
 def _reads(value: ir.Value) -> list[ir.Value]:
     """The tensors that compute nodes read of a value, through layout ops."""
     return _distinct(v for n, i in through_layout(value) if (v := n.inputs[i]) is not None)
+
+
+def _outermost(reads: list[ir.Value]) -> list[ir.Value]:
+    """Those of the tensors that are not made of another one by layout ops."""
+    inner = {id(v) for read in reads for v in _reads(read) if v is not read}
+    return [v for v in reads if id(v) not in inner]
 
 
 def _only_products(value: ir.Value) -> bool:

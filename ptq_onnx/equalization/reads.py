@@ -61,7 +61,8 @@ def own_reads(
     """Put copies in front of products whose input has other readers; returns their roles.
 
     A product that reads the tensor joined to others by a Concat reads those codes, one that reads
-    it by itself has its own; ``whole``: all of the graph is on codes, and a Concat has one set.
+    it by itself has its own, and so has one that reads a part of what another reads; ``whole``: all
+    of the graph is on codes, and there is one set for all.
     ``at_run_time``: also behind layout ops, over which ONNX Runtime does not move codes whose scale
     it finds itself, and where the vectors are those that the product sums over.
     """
@@ -77,6 +78,7 @@ def own_reads(
             alone = len(wanted) == len(leaves) and not _is_output(place)
             if not whole:
                 alone = alone and len({_is_joined(place, *leaf) for leaf in leaves}) == 1
+                alone = alone and len({node.inputs[i] is place for node, i in leaves}) == 1
             for reader, index in wanted:
                 if alone and not (at_run_time and reader.inputs[index] is not place):
                     continue

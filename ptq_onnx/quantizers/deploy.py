@@ -25,6 +25,7 @@ from ptq_onnx.blocks.channels import rows_of
 from ptq_onnx.blocks.region_ops import clipped_to
 from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.roles import RESIDUALS
+from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.calibration.mean_centred import SUFFIX, collect_centred, takes_centring
 from ptq_onnx.calibration.methods import FROM_HISTOGRAM, ChannelStatistics, Statistics
 from ptq_onnx.calibration.robust import shared_range
@@ -70,6 +71,7 @@ BETWEEN = "mse"
 over ``robust``)."""
 ALONE = "stays float: another input of the product that reads it does"
 WITH_ITS_OP = "gets codes of the type that the op which reads it computes in (see qdq/units.py)"
+MIXED = "stays float: its heads are mixed before a product reads it, and its rows have no one scale"
 FLOAT = "stays float: the runtime computes it in float, only products take integers"
 
 
@@ -106,6 +108,8 @@ class Deploy(SiteQuantizer):
         method = self.plan.config.effective_method
         target = self.plan.config.runtime
         if site.role == "softmax":
+            if target.rows and not all(is_product(self.nodes[name]) for name in site.consumers):
+                return MIXED
             sign = target.signed_attention
             rows = (RowMaximum(),) if target.rows else ()
             stored = target.stored(sign)

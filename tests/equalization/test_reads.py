@@ -46,7 +46,9 @@ def packed(g: SmallGraph, x: str) -> list[str]:
     return [g("Gather", turned, np.array(i), axis=0) for i in range(3)]
 
 
-def attend(g: SmallGraph, q: str, k: str, v: str, bias: str = "", beside: str = "") -> str:
+def attend(
+    g: SmallGraph, q: str, k: str, v: str, bias: str = "", beside: str = "", tokens: int = TOKENS
+) -> str:
     logits = g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2]))
     logits = g("Mul", logits, 0.5)
     if bias:
@@ -55,7 +57,7 @@ def attend(g: SmallGraph, q: str, k: str, v: str, bias: str = "", beside: str = 
     if beside:
         result = g("Add", result, beside)
     joined = g("Transpose", result, perm=[0, 2, 1, 3])
-    return linear(g, g("Reshape", joined, np.array([0, TOKENS, WIDTH])), WIDTH, WIDTH, 3)
+    return linear(g, g("Reshape", joined, np.array([0, tokens, WIDTH])), WIDTH, WIDTH, 3)
 
 
 def mlp(g: SmallGraph, x: str) -> str:
@@ -122,6 +124,45 @@ def joined_to_others() -> ir.Model:
     return finish(g, g("Add", "x", attend(g, *packed(g, norm(g, both)))))
 
 
+def class_attention() -> ir.Model:
+    """q is of the class token alone, k and v of all tokens (CaiT), which the stream behind has."""
+    g = SmallGraph(("batch", TOKENS, WIDTH))
+    read = norm(g, "x")
+    token = g("Unsqueeze", g("Gather", read, np.array(0), axis=1), np.array([1]))
+    q = heads(g, linear(g, token, WIDTH, WIDTH, 10), 1)
+    k, v = (heads(g, linear(g, read, WIDTH, WIDTH, seed), TOKENS) for seed in (11, 12))
+    return finish(g, g("Add", "x", attend(g, q, k, v, tokens=1)))
+
+
+def coarse_queries() -> ir.Model:
+    """q is of every second token of the stream itself, k and v of all (LeViT, between stages)."""
+    g = SmallGraph(("batch", TOKENS, WIDTH))
+    x = g("Tanh", "x")
+    few = g("Slice", x, np.array([0]), np.array([TOKENS]), np.array([1]), np.array([2]))
+    count = -(-TOKENS // 2)
+    q = heads(g, linear(g, few, WIDTH, WIDTH, 10), count)
+    k, v = (heads(g, linear(g, x, WIDTH, WIDTH, seed), TOKENS) for seed in (11, 12))
+    return finish(g, attend(g, q, k, v, tokens=count))
+
+
+def heads(g: SmallGraph, made: str, tokens: int) -> str:
+    """[batch, heads, tokens, width] of what a linear makes."""
+    split = g("Reshape", made, np.array([0, tokens, HEADS, EACH]))
+    return g("Transpose", split, perm=[0, 2, 1, 3])
+
+
+def mixed_heads() -> ir.Model:
+    """The heads of the map are mixed by a linear before A·V (talking heads)."""
+    g = SmallGraph(("batch", TOKENS, WIDTH))
+    q, k, v = packed(g, norm(g, "x"))
+    shares = g("Softmax", g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    turned = g("Transpose", shares, perm=[0, 2, 3, 1])
+    mixed = g("Transpose", linear(g, turned, HEADS, HEADS, 13), perm=[0, 3, 1, 2])
+    joined = g("Transpose", g("MatMul", mixed, v), perm=[0, 2, 1, 3])
+    made = linear(g, g("Reshape", joined, np.array([0, TOKENS, WIDTH])), WIDTH, WIDTH, 3)
+    return finish(g, g("Add", "x", made))
+
+
 KINDS: dict[str, Callable[[], ir.Model]] = {
     f.__name__: f
     for f in (
@@ -131,6 +172,8 @@ KINDS: dict[str, Callable[[], ir.Model]] = {
         norms_behind,
         features_out,
         joined_to_others,
+        class_attention,
+        coarse_queries,
     )
 }
 
@@ -178,6 +221,55 @@ def test_simulation_is_the_file(kind: str) -> None:
     simulated = Simulator(quantizer.model, quantizer, threads=1).run(BATCHES[1])
     logits = str(file.graph.outputs[0].name)
     assert decibels(run(file, BATCHES[1])[0], simulated[logits]) >= 33
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "openvino"])
+def test_a_map_whose_heads_are_mixed_has_no_codes_that_nothing_reads(target: str) -> None:
+    """Where rows have scales of their own, the linear that mixes them would read floats."""
+    quantizer = quantized(mixed_heads(), target=target)
+    file = to_standard(lower(quantizer.model, quantizer.specs))
+    found = check(file, target)
+    assert not found.errors
+    assert "stray-pair" not in {v.rule for v in found.violations}
+    assert (found.quantized_products, found.products) == (2, 2)
+    rows = target != "tensorrt"
+    assert found.linears - found.quantized_linears == rows
+    reasons = {quantizer.plan.sites[t].role: why for t, why in quantizer.floats.items()}
+    assert ("heads are mixed" in reasons.get("softmax", "")) == rows
+    assert decibels(run(mixed_heads(), BATCHES[0])[0], run(file, BATCHES[0])[0]) >= 22
+
+
+@pytest.mark.parametrize("quantizer", ["vanilla", "channelwise", "fqvit"])
+def test_what_is_read_whole_and_in_part_has_codes_once(quantizer: str) -> None:
+    """A part of codes is not coded again."""
+    model = class_attention()
+    sites = find_sites(model, find_blocks(model)).values()
+    (read,) = [s for s in sites if s.role == "norm1"]
+    assert len(read.consumers) == 3
+    found = quantized(model, quantizer=quantizer)
+    file = to_standard(lower(found.model, found.specs))
+    node = next(n for n in file.graph if n.op_type == "Gather")
+    way = [n.op_type for n in (*made_of(node), *read_by(node))]
+    assert way.count("QuantizeLinear") == way.count("DequantizeLinear") == 1
+
+
+def made_of(node: ir.Node) -> list[ir.Node]:
+    """What a node's first input is made by, back to a norm."""
+    found = [node]
+    while found[-1].op_type != "LayerNormalization" and found[-1].inputs[0] is not None:
+        maker = found[-1].inputs[0].producer()
+        if maker is None:
+            break
+        found.append(maker)
+    return found[1:]
+
+
+def read_by(node: ir.Node) -> list[ir.Node]:
+    """What reads a node's output by itself, on to a product."""
+    found = [node]
+    while found[-1].op_type != "MatMul" and len(found[-1].outputs[0].uses()) == 1:
+        found.append(next(iter(found[-1].outputs[0].uses())).node)
+    return found[1:]
 
 
 def test_other_readers_keep_floats() -> None:
