@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ptq_onnx.config.bits import BYTE, WIDEST, Bits
 from ptq_onnx.config.fields import Fields
 from ptq_onnx.config.metric_options import check_metric
-from ptq_onnx.config.names import INTEGER, MINUTES, OLDER, WEIGHTS
+from ptq_onnx.config.names import INTEGER, MINUTES, MULTIPLIER_BITS, OLDER, WEIGHTS
 from ptq_onnx.config.option_types import no_such
 from ptq_onnx.config.selector import AUTO, MoreBits, Selector
 from ptq_onnx.errors import ConfigError
@@ -161,6 +161,11 @@ def _check_mixed(config: Fields) -> None:
                 f" {MoreBits.parse(narrow[0]).selector}={WIDEST}; fewer are for --quantizer lowbit."
             )
         return
+    if config.mixed_by != "output" and not config.mixes_widths:
+        raise ConfigError(
+            f"--mixed-by {config.mixed_by} says by what widths are mixed: add --mixed,"
+            " --target-bits or --target-size."
+        )
     if len(given) > 1:
         raise ConfigError("--target-bits and --target-size exclude each other: leave one out.")
     if given and config.mixed is False:
@@ -201,7 +206,7 @@ def _check_owners(config: Fields) -> None:
         ("--reconstruct", config.reconstruct, "lowbit"),
         ("--lis" if config.lis else "--no-lis", config.lis is not None, "fqvit"),
         ("--arithmetic integer", config.arithmetic == INTEGER, "fqvit"),
-        ("--multiplier-bits", config.multiplier_bits != 31, "fqvit"),
+        ("--multiplier-bits", config.multiplier_bits != MULTIPLIER_BITS, "fqvit"),
     ):
         if used and config.quantizer != owner:
             raise ConfigError(f"{option} belongs to the quantizer {owner}, not {config.quantizer}.")
@@ -210,10 +215,12 @@ def _check_owners(config: Fields) -> None:
             "--convolutions: deploy alone has them on codes of its choice, for the target"
             " onnxruntime, with calibrated activations of 8 bits; leave it out."
         )
-    if config.gelu != "table" and config.arithmetic != INTEGER:
-        raise ConfigError(
-            f"--gelu {config.gelu} belongs to integer arithmetic: add --target integer."
-        )
+    for option, used in (
+        (f"--gelu {config.gelu}", config.gelu != "table"),
+        (f"--multiplier-bits {config.multiplier_bits}", config.multiplier_bits != MULTIPLIER_BITS),
+    ):
+        if used and config.arithmetic != INTEGER:
+            raise ConfigError(f"{option} belongs to integer arithmetic: add --target integer.")
     if config.rotates and config.precision == "fp8":
         raise ConfigError(
             "--rotate with --precision fp8: its steps grow with the values, so that massive"

@@ -19,6 +19,7 @@ from ptq_onnx.config.names import (
     MIN_SQNR,
     MINUTES,
     MIXED_BY_NAMES,
+    MULTIPLIER_BITS,
     OPSETS,
     PRECISION_NAMES,
     QUANTIZER_NAMES,
@@ -219,7 +220,7 @@ class Fields:
         choices=ARITHMETIC_NAMES,
     )
     multiplier_bits: int = option(
-        31, TARGET, "N", "Integer arithmetic: width of the fixed-point multipliers, 4 to 31.",
+        MULTIPLIER_BITS, TARGET, "N", "Integer arithmetic: bits of its multipliers, 4 to 31.",
         bounds=(4, 31),
     )
     gelu: str = option(

@@ -27,5 +27,7 @@ MIN_SQNR = 20.0
 """Bounds of ``auto`` where none is given: points of top-1 with labels, dB without."""
 MINUTES = 15.0
 """That training blocks may take."""
+MULTIPLIER_BITS = 31
+"""Of fixed-point multipliers, where none are asked for."""
 SHARES_FROM = 7
 """Bits of attention from which fqvit holds uniform shares of a row's largest value."""

@@ -263,8 +263,10 @@ def calibrated(job: Job, plan: Plan) -> SiteQuantizer:
     """The quantizer of the plan, its numbers from the images or from an earlier run's report."""
     from ptq_onnx.equalization.experts import left_in_float
     from ptq_onnx.quantizers.by_name import make_quantizer
+    from ptq_onnx.quantizers.idle_options import idle_options
 
     quantizer, scales = make_quantizer(plan), job.request.scales
+    job.notes.extend(idle_options(job.request.config, quantizer))
     if scales is not None:
         quantizer.reuse(read_scales(scales), str(scales))
     images = job.inputs.images

@@ -176,6 +176,11 @@ def test_what_selectors_match() -> None:
         ({"multiplier_bits": 3}, "--multiplier-bits 3: must be from 4 to 31"),
         ({"multiplier_bits": True}, "--multiplier-bits True"),
         ({"quantizer": "vanilla", "multiplier_bits": 16}, "--multiplier-bits belongs to"),
+        (
+            {"quantizer": "fqvit", "multiplier_bits": 16},
+            "--multiplier-bits 16 belongs to integer arithmetic",
+        ),
+        ({"quantizer": "lowbit", "mixed_by": "layer"}, "by what widths are mixed: add --mixed"),
         ({"gelu": "polynomial"}, "--gelu polynomial belongs to integer arithmetic"),
         ({"target": "integer", "gelu": "sigmoid"}, "no gelu 'sigmoid'; choose one of table"),
         ({"target": "integer", "keep_float": ("fc2",)}, "--keep-float would leave tensors"),
@@ -310,9 +315,11 @@ def test_bounds_and_names_are_the_fields_own() -> None:
 def test_both_ends_of_the_bounds_are_allowed_and_nothing_beyond(name: str) -> None:
     assert BOUNDED[name].bounds is not None
     low, high = map(int, BOUNDED[name].bounds)
-    belongs: dict[str, Any] = {"auto": True} if name in ("max_drop", "min_sqnr") else {}
-    if not belongs:
-        belongs = {"quantizer": "fqvit"}
+    owners: dict[str, dict[str, Any]] = {
+        "ptf_k": {"quantizer": "fqvit"},
+        "multiplier_bits": {"target": "integer"},
+    }
+    belongs = owners.get(name, {"auto": True})
     for value in (low, high):
         assert getattr(QuantizeConfig(**belongs, **{name: value}), name) == value
     for value in (low - 1, high + 1):

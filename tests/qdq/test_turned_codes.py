@@ -1,4 +1,4 @@
-"""Second factors turned behind their codes, as OpenVINO likes them: what changes, and what stays."""
+"""Second factors turned behind their codes, as OpenVINO likes it: what changes, and what stays."""
 
 from pathlib import Path
 from typing import Any
