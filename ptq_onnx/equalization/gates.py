@@ -11,6 +11,7 @@ Correction" (arXiv 1906.04721), section 4.1, whose activations need no gate.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -156,9 +157,9 @@ class Entering(Source):
 
     def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
         """In a Mul of its own."""
-        first = self.carried.readers[0]
-        made = _multiply(graph, first, 0, 1 / factor)
-        for node in self.carried.readers[1:]:
+        readers = [node for node, _ in consumers(self.value)]
+        made = _multiplied(graph, _first(graph, readers), self.value, 1 / factor, "equalized")
+        for node in readers:
             node.replace_input_with(0, made)
         return {str(made.name): str(self.value.name)}
 
@@ -175,7 +176,8 @@ class Leaving(Source):
         """In its weight and bias; a Mul gives those that read it the tensor as it was."""
         uses = list(consumers(self.value))
         _divide_outputs(graph, self.convolution, factor)
-        made = _multiplied(graph, uses[0][0], self.value, factor, "whole")
+        first = _first(graph, [node for node, _ in uses])
+        made = _multiplied(graph, first, self.value, factor, "whole")
         for node, index in uses:
             node.replace_input_with(index, made)
         return {}
@@ -292,6 +294,12 @@ def _multiplied(
     number = new_constant(graph, f"{value.name}_factor", _single(factor.reshape(-1, 1, 1)))
     sizes = [] if value.shape is None else list(value.shape)
     return Writer(graph, node).node("Mul", [value, number], sizes, value, name)
+
+
+def _first(graph: ir.Graph, nodes: Iterable[ir.Node]) -> ir.Node:
+    """The one of the nodes that runs first: those that read a tensor are in no order."""
+    wanted = set(nodes)
+    return next(node for node in graph if node in wanted)
 
 
 def _closes(gate: ir.Node, product: ir.Node) -> bool:

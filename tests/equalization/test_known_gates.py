@@ -13,6 +13,7 @@ from small_graph import SmallGraph, run, sample
 from ptq_onnx.blocks.regions import find_regions
 from ptq_onnx.blocks.roles import find_blocks
 from ptq_onnx.blocks.sites import find_sites
+from ptq_onnx.blocks.walking import consumers
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.equalization.by_quantizer import rewritten
 from ptq_onnx.equalization.gates import (
@@ -242,4 +243,28 @@ def test_what_floats_make_and_read_is_divided_in_a_mul() -> None:
             one.carried.take_in(model.graph, factor)
     muls = [n for n in model.graph if n.op_type == "Mul"]
     assert len(muls) == 2
+    np.testing.assert_allclose(run(to_standard(model), X)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_mul_stands_in_front_of_all_that_read_it() -> None:
+    """The readers of a tensor are in no order: here the last that runs is the first of them."""
+    g = SmallGraph(("batch", WIDE, SIDE, SIDE))
+    x = conv(g, conv(g, "x", 1), 2)
+    y = g("Add", g("Gelu", x), g("Erf", x))
+    model = g.model(g("Add", conv(g, conv(g, y, 3), 4), conv(g, conv(g, y, 5), 6)))
+    fuse(model)
+    expected = run(to_standard(model), X)[0]
+    found = [
+        one
+        for one in sources(find_regions(model.graph))
+        if one.name.startswith("Mul") and len(list(consumers(one.value))) == 2
+    ]
+    assert {type(one).__name__ for one in found} == {"Leaving", "Entering"}
+    for one in found:
+        first = next(n for n in model.graph if n in {node for node, _ in consumers(one.value)})
+        first.replace_input_with(0, model.graph.inputs[0])
+        first.replace_input_with(0, one.value)
+        assert next(iter(consumers(one.value)))[0] is not first
+        one.divide(model.graph, FACTOR)
+        one.carried.take_in(model.graph, FACTOR)
     np.testing.assert_allclose(run(to_standard(model), X)[0], expected, rtol=1e-3, atol=1e-4)
