@@ -26,7 +26,8 @@ def idle_options(asked: QuantizeConfig, quantizer: SiteQuantizer) -> list[str]:
             others = tuple(t for t in given if t != text)
             if len(others) == len(given):
                 continue  # replaced by what it stands for
-            if dict(quantizer.rules_under(replace(config, **{option: others}))) == rules:
+            without = replace(config, **{option: others})  # type: ignore[arg-type]
+            if dict(quantizer.rules_under(without)) == rules:
                 idle.append(str(text))
         if idle:
             verb = "changes" if len(idle) == 1 else "change"

@@ -153,15 +153,30 @@ def wrong_weight_axes(model: QuantizedModel) -> Iterator[Finding]:
             )
 
 
-def half_quantized(product: Product) -> str:
-    """Says of a product which factor is quantized and which is not."""
+def half_quantized(
+    model: QuantizedModel, product: Product, on_codes: Container[str] = ()
+) -> Finding:
+    """Says of a product which factor is quantized and which is not: an error, but where its weight
+    alone is float and other ops compute on the codes that it reads the values of."""
     bare = next(o for o in product.operands if o.dequantize is None)
-    other = 1 - bare.index
+    other = product.operands[1 - bare.index]
     kind = "weight" if bare.weight else "activation"
-    return (
-        f"expected Q/DQ on both inputs, found it on input {other} only: input {bare.index} "
+    text = (
+        f"expected Q/DQ on both inputs, found it on input {other.index} only: input {bare.index} "
         f"('{bare.value.name}') is a float {kind}; quantize it, or take Q/DQ from the other."
     )
+    if not bare.weight or other.dequantize is None:
+        return Finding(product.name, text)
+    integer = {one.node for one in model.products if one.quantized}
+    readers = {node for node, _ in through_layout(other.dequantize.node.outputs[0])}
+    if any(n in integer or _stays_on_codes(n, on_codes) for n in readers - {product.node}):
+        text = (
+            f"this linear ({product.node.op_type}) has a float weight ('{bare.value.name}') and"
+            " runs in float on codes that others read too; quantize it, unless it is kept in float"
+            " on purpose."
+        )
+        return Finding(product.name, text, "warning")
+    return Finding(product.name, text)
 
 
 def quantized_biases(model: QuantizedModel) -> Iterator[Coding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from ptq_onnx.blocks.region_ops import KERNELS
 from ptq_onnx.blocks.walking import consumers, name_of, through_layout
@@ -146,9 +147,9 @@ def inputs_quantized(model: QuantizedModel) -> Iterator[Finding]:
             continue
         if product.table or (product.weight_only and product.four_bits):
             continue
+        found = common.half_quantized(model, product, KERNELS)
         only_weight = product.weight_only and product.name in narrow
-        text = common.half_quantized(product)
-        yield Finding(product.name, text, "warning" if only_weight else "error")
+        yield replace(found, severity="warning") if only_weight else found
 
 
 def table_codes(model: QuantizedModel) -> Iterator[Finding]:
@@ -279,7 +280,7 @@ def loads(model: QuantizedModel) -> Iterator[Finding]:
 def products_in_integers(model: QuantizedModel) -> Iterator[Finding]:
     """After optimisation no product that has Q/DQ in the file multiplies floats (the optimised
     graph of this very file)."""
-    explained = _explained(model)
+    explained = _explained(model) | {found.node for found in inputs_quantized(model)}
     for left in model.derived(optimise).float_products:
         product = product_of(left, model)
         found = f"{left.op_type} on floats in the optimised graph"

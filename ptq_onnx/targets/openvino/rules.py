@@ -144,7 +144,7 @@ def inputs_quantized(model: QuantizedModel) -> Iterator[Finding]:
     for product in model.products:
         bare = any(o.dequantize is None for o in product.operands)
         if product.touched and bare and not (product.weight_only and product.four_bits):
-            yield Finding(product.name, common.half_quantized(product))
+            yield common.half_quantized(model, product)
 
 
 def stray_pair(model: QuantizedModel) -> Iterator[Finding]:

@@ -251,6 +251,12 @@ def float_weight(block: Block) -> None:
     block.nodes.remove(block.node("fc2_w_dq"))
 
 
+def float_weight_beside(block: Block) -> None:
+    """Of q, which reads the values of codes that k and v compute with."""
+    block.set("q", 1, block.const("q_float", np.ones((WIDTH, WIDTH), np.float32)))
+    block.nodes.remove(block.node("q_w_dq"))
+
+
 def float_value(block: Block) -> None:
     """The value of attention, in float."""
     block.set("av", 1, "v_bias")
