@@ -15,6 +15,9 @@ from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.graph.formula import is_private, unique_name
 from ptq_onnx.qdq.kernel_forms import own_pair
 
+CODES = "_quantized"
+"""Behind a tensor's name: its codes. Those of its rows, here, are ``…_rows_quantized``."""
+
 
 def turn_behind_codes(model: ir.Model) -> ir.Model:
     """The lowered model itself, changed in place."""
@@ -55,7 +58,9 @@ def _turn_second_factor(graph: ir.Graph, product: ir.Node) -> None:
         turn.attributes["perm"] = ir.AttrInt64s("perm", rows)
         turned.name = unique_name(graph, f"{turned.name}_rows")
         _swap_shape(turned)
-    for value in (quantize.outputs[0], values):
+    codes = quantize.outputs[0]
+    codes.name = unique_name(graph, f"{str(codes.name).removesuffix(CODES)}_rows{CODES}")
+    for value in (codes, values):
         _swap_shape(value)
 
 

@@ -1,7 +1,8 @@
 """Cuts a quantized file at its codes: each part is given codes of ours and computes its own.
 
 In the file the codes of a tensor T are called ``T_quantized``; where A·V is to be divided by row
-sums, multiplied by rows or given back its mean first, ``T_renormalized_quantized`` and so on. All
+sums, multiplied by rows or given back its mean first, ``T_renormalized_quantized`` and so on; where
+its last axes are swapped behind the codes, ``T_rows_quantized``. All
 readers of such codes get an input of the graph in their
 place, and the codes become an output. One run then compares every part, with the same inputs for
 both sides: errors cannot add up, and one code that is off by a last bit upsets nothing else.
@@ -24,7 +25,8 @@ from .formats import Coded, Format, e4m3
 from .reference import open_session
 
 Array = NDArray[Any]
-RESTORED = "(_renormalized|_row_rescaled|_mean_restored|_vector_rescaled|_biased)*"
+ROWS = "_rows_quantized"
+RESTORED = "(_rows|_renormalized|_row_rescaled|_mean_restored|_vector_rescaled|_biased)*"
 FED = "{}/fed"
 HIGHER = {"uint8": 128, "uint16": 32768}
 """Signed codes that are stored without a sign are stored this much higher, and unsigned ones with
@@ -85,12 +87,17 @@ class CutFile:
     def _stored(self, codes: Array, found: Format) -> Array:
         if found.code == "e4m3":
             return (codes * found.scale).astype(np.float32)
-        return (codes + _shift(found)).astype(found.stored)
+        return self._turned((codes + _shift(found)).astype(found.stored), found)
 
     def _read(self, stored: Array, found: Format) -> Array:
         if found.code == "e4m3":
             return e4m3(stored / found.scale)
-        return stored.astype(np.float64) - _shift(found)
+        return self._turned(stored, found).astype(np.float64) - _shift(found)
+
+    def _turned(self, codes: Array, found: Format) -> Array:
+        """Codes of T as those of its rows, and back."""
+        turned = self.codes[found.name].endswith(ROWS)
+        return np.swapaxes(codes, -1, -2) if turned else codes
 
 
 def _shift(found: Format) -> int:

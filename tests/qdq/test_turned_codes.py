@@ -77,6 +77,9 @@ def test_the_last_axes_are_swapped_behind_the_codes(
     assert second_factor(after)[: len(expected)] == expected
     x = sample(2, 4, 8, seed=3)
     np.testing.assert_array_equal(run(after, x)[0], run(before, x)[0])
+    (codes,) = [n.outputs[0].name for n in after.graph if n.op_type == "QuantizeLinear"][1:]
+    tensor = next(n for n in before.graph if is_product(n)).inputs[1].name  # type: ignore[union-attr]
+    assert codes == str(tensor).replace("_dequantized", "_rows_quantized")
     sizes = {v.name: list(v.shape) for n in after.graph for v in n.outputs if v.shape is not None}
     product = next(n for n in after.graph if is_product(n))
     rows = [n for n in after.graph if n.op_type == "DequantizeLinear"][-1].outputs[0].name
