@@ -13,6 +13,7 @@ import torch
 from prepared_models import DIGITS, ROOT, decibels, images, quantized
 from short_digits import short_digits
 
+from ptq_onnx.config.bits import Bits
 from ptq_onnx.config.quantize_config import QuantizeConfig
 from ptq_onnx.engine import learned
 from ptq_onnx.engine.simulator import Simulator
@@ -28,6 +29,7 @@ FEW, BLOCKS, BATCH = 50, 2, 8
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruction, "STEPS", {"cpu": FEW, "cuda": 100})
+    monkeypatch.setattr(reconstruction, "LONGER", 1)
     monkeypatch.setattr(reconstruction, "IMAGES", BATCH)
 
 
@@ -53,6 +55,7 @@ def trained(
 def once(plain: SiteQuantizer) -> LowBit:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruction, "STEPS", {"cpu": FEW, "cuda": 100})
+        patch.setattr(reconstruction, "LONGER", 1)
         patch.setattr(reconstruction, "IMAGES", BATCH)
         return trained(plain)
 
@@ -169,6 +172,24 @@ def test_the_minutes_are_kept(plain: SiteQuantizer, monkeypatch: pytest.MonkeyPa
     assert all(0 < one.steps < FEW for one in found.trained)
     (note,) = [n for n in found.notes if n.startswith("--minutes 0.3: blocks.0, ")]
     assert note.endswith(f"had fewer than {FEW} steps; another run may differ.")
+
+
+@pytest.mark.parametrize(
+    ("bits", "device", "steps"),
+    [
+        ("4/4/4", "cpu", 80),
+        ("4/8/8", "cpu", 80),
+        ("8/8/3", "cpu", 80),
+        ("3/8/8", "cpu", 240),
+        ("4/3/4", "cpu", 240),
+        ("3/3/3", "cuda", 2000),
+    ],
+)
+def test_few_bits_have_more_steps(
+    bits: str, device: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert reconstruction.steps_for(Bits.parse(bits), device) == steps
 
 
 def test_without_time_nothing_is_trained(
