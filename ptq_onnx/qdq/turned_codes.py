@@ -43,8 +43,9 @@ def _turn_second_factor(graph: ir.Graph, product: ir.Node) -> None:
     if len(axes) < 2 or rows[-1] != len(axes) - 1:
         return
     swap = [*range(len(axes) - 2), len(axes) - 1, len(axes) - 2]
-    last = ir.node("Transpose", [values], {"perm": swap}, name=f"{turn.name}_last", num_outputs=1)
-    made, name = last.outputs[0], values.name
+    name = values.name
+    last = ir.node("Transpose", [values], {"perm": swap}, name=f"{name}_turned", num_outputs=1)
+    made = last.outputs[0]
     made.shape, made.type = values.shape, values.type
     values.replace_all_uses_with(made)
     last.replace_input_with(0, values)
