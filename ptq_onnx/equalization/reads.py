@@ -8,13 +8,13 @@ Copies (Identity) are not in the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import onnx_ir as ir
 
 from ptq_onnx.blocks.regions import Regions
 from ptq_onnx.blocks.roles import RESIDUALS, Blocks, Role
-from ptq_onnx.blocks.sites import places, readers
+from ptq_onnx.blocks.sites import CUTS, places, readers
 from ptq_onnx.blocks.walking import (
     consumers,
     is_constant,
@@ -77,8 +77,8 @@ def own_reads(
             wanted = [leaf for leaf in leaves if takes(*leaf)]
             alone = len(wanted) == len(leaves) and not _is_output(place)
             if not whole:
-                alone = alone and len({_is_joined(place, *leaf) for leaf in leaves}) == 1
-                alone = alone and len({node.inputs[i] is place for node, i in leaves}) == 1
+                for kinds in (("Concat",), CUTS):
+                    alone = alone and len({_is_behind(kinds, place, *leaf) for leaf in leaves}) == 1
             for reader, index in wanted:
                 if alone and not (at_run_time and reader.inputs[index] is not place):
                     continue
@@ -88,12 +88,13 @@ def own_reads(
     return roles
 
 
-def _is_joined(place: ir.Value, reader: ir.Node, index: int) -> bool:
-    """True where a reader, behind layout ops, reads the tensor with others in a Concat."""
+def _is_behind(kinds: Container[str], place: ir.Value, reader: ir.Node, index: int) -> bool:
+    """True where one of the layout ops through which a reader reads the tensor is of a kind: a
+    Concat with others, or one that takes a part."""
     read = reader.inputs[index]
     while read is not None and read is not place:
         node = read.producer()
-        if node is None or node.op_type == "Concat":
+        if node is None or node.op_type in kinds:
             return node is not None
         read = node.inputs[0]
     return False

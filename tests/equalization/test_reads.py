@@ -145,6 +145,16 @@ def coarse_queries() -> ir.Model:
     return finish(g, attend(g, q, k, v, tokens=count))
 
 
+def reshaped_beside() -> ir.Model:
+    """k and v read all of what q reads, with an axis more: one set of codes serves them."""
+    g = SmallGraph(("batch", TOKENS, WIDTH))
+    read = norm(g, "x")
+    wide = g("Reshape", read, np.array([0, TOKENS, 1, WIDTH]))
+    q = heads(g, linear(g, read, WIDTH, WIDTH, 10), TOKENS)
+    k, v = (heads(g, linear(g, wide, WIDTH, WIDTH, seed), TOKENS) for seed in (11, 12))
+    return finish(g, g("Add", "x", attend(g, q, k, v)))
+
+
 def heads(g: SmallGraph, made: str, tokens: int) -> str:
     """[batch, heads, tokens, width] of what a linear makes."""
     split = g("Reshape", made, np.array([0, tokens, HEADS, EACH]))
@@ -174,6 +184,7 @@ KINDS: dict[str, Callable[[], ir.Model]] = {
         joined_to_others,
         class_attention,
         coarse_queries,
+        reshaped_beside,
     )
 }
 
