@@ -11,7 +11,6 @@ Correction" (arXiv 1906.04721), section 4.1, whose activations need no gate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -157,10 +156,7 @@ class Entering(Source):
 
     def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
         """In a Mul of its own."""
-        readers = [node for node, _ in consumers(self.value)]
-        made = _multiplied(graph, _first(graph, readers), self.value, 1 / factor, "equalized")
-        for node in readers:
-            node.replace_input_with(0, made)
+        made = _multiply_for_all(graph, self.value, 1 / factor, "equalized")
         return {str(made.name): str(self.value.name)}
 
 
@@ -174,12 +170,8 @@ class Leaving(Source):
 
     def divide(self, graph: ir.Graph, factor: Double) -> dict[str, str]:
         """In its weight and bias; a Mul gives those that read it the tensor as it was."""
-        uses = list(consumers(self.value))
         _divide_outputs(graph, self.convolution, factor)
-        first = _first(graph, [node for node, _ in uses])
-        made = _multiplied(graph, first, self.value, factor, "whole")
-        for node, index in uses:
-            node.replace_input_with(index, made)
+        _multiply_for_all(graph, self.value, factor, "whole")
         return {}
 
 
@@ -296,10 +288,16 @@ def _multiplied(
     return Writer(graph, node).node("Mul", [value, number], sizes, value, name)
 
 
-def _first(graph: ir.Graph, nodes: Iterable[ir.Node]) -> ir.Node:
-    """The one of the nodes that runs first: those that read a tensor are in no order."""
-    wanted = set(nodes)
-    return next(node for node in graph if node in wanted)
+def _multiply_for_all(graph: ir.Graph, value: ir.Value, factor: Double, name: str) -> ir.Value:
+    """Let all that read the value read it times the factor [C]; readers are in no order, and the
+    Mul stands in front of the one that runs first."""
+    uses = list(consumers(value))
+    readers = {node for node, _ in uses}
+    first = next(node for node in graph if node in readers)
+    made = _multiplied(graph, first, value, factor, name)
+    for node, index in uses:
+        node.replace_input_with(index, made)
+    return made
 
 
 def _closes(gate: ir.Node, product: ir.Node) -> bool:

@@ -9,12 +9,16 @@ between DQ and the product. The outputs are equal to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import onnx_ir as ir
 
 from ptq_onnx.blocks.walking import is_product
 from ptq_onnx.graph.formula import is_private, unique_name
 from ptq_onnx.qdq.kernel_forms import own_pair
 
+T = TypeVar("T")
 CODES = "_quantized"
 """Behind a tensor's name: its codes. Those of its rows, here, are ``…_rows_quantized``."""
 
@@ -39,11 +43,10 @@ def _turn_second_factor(graph: ir.Graph, product: ir.Node) -> None:
     if turned is None or turn is None or turn.op_type != "Transpose" or not is_private(turned):
         return
     axes = turn.attributes.get_ints("perm", ())
-    rows = [*axes[:-2], *axes[:-3:-1]]
+    rows = _swapped(axes)
     if len(axes) < 2 or rows[-1] != len(axes) - 1:
         return
-    swap = [*range(len(axes) - 2), len(axes) - 1, len(axes) - 2]
-    name = values.name
+    swap, name = _swapped(range(len(axes))), values.name
     last = ir.node("Transpose", [values], {"perm": swap}, name=f"{name}_turned", num_outputs=1)
     made = last.outputs[0]
     made.shape, made.type = values.shape, values.type
@@ -68,5 +71,9 @@ def _turn_second_factor(graph: ir.Graph, product: ir.Node) -> None:
 def _swap_shape(value: ir.Value) -> None:
     """Let the last two sizes change places."""
     if value.shape is not None:
-        sizes = list(value.shape)
-        value.shape = ir.Shape([*sizes[:-2], *sizes[:-3:-1]])
+        value.shape = ir.Shape(_swapped(list(value.shape)))
+
+
+def _swapped(items: Sequence[T]) -> list[T]:
+    """The same, the last two having changed places."""
+    return [*items[:-2], *items[:-3:-1]]

@@ -18,17 +18,16 @@ WHY = {
 def idle_options(asked: QuantizeConfig, quantizer: SiteQuantizer) -> list[str]:
     """A note for each option of ``asked`` some of whose words could be left out: every tensor would
     have the same rule. The last of two words that name one tensor alone counts as changing it."""
-    config, rules = quantizer.plan.config, dict(quantizer.rules)
-    notes = []
+    config, notes = quantizer.plan.config, []
     for option, why in WHY.items():
         given, idle = getattr(config, option), []
         for text in dict.fromkeys(getattr(asked, option)):
-            others = tuple(t for t in given if t != text)
-            if len(others) == len(given):
+            if text not in given:
                 continue  # replaced by what it stands for
+            others = tuple(t for t in given if t != text)
             without = replace(config, **{option: others})  # type: ignore[arg-type]
-            if dict(quantizer.rules_under(without)) == rules:
-                idle.append(str(text))
+            if quantizer.rules_under(without) == quantizer.rules:
+                idle.append(text)
         if idle:
             verb = "changes" if len(idle) == 1 else "change"
             whose = "it names" if len(idle) == 1 else "they name"
